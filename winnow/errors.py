@@ -1,0 +1,130 @@
+"""Every error a user of Winnow can meet, and what it becomes on HTTP and gRPC.
+
+WinnowError
+├── InvalidRequest          what was asked cannot be done; ask differently
+│   ├── InvalidSetting      a parameter is out of its range, or settings contradict each other
+│   ├── PromptTooLong       more prompt tokens than the model or the operator allows
+│   ├── BodyTooLarge        the HTTP body is over the limit
+│   └── UnknownModel        the service does not serve that model
+├── Overloaded              no KV memory or queue place now; try again later
+├── NoDecodeWorker          no compatible decode worker is registered
+├── DeadlineExceeded        the request did not end in its time
+├── RequestCancelled        the client went away
+├── PrefillFailed           prefill could not compute or deliver the prompt
+├── TransferRefused         the KV that arrived is not what was announced
+├── LeaseExpired            the reservation's KV did not arrive in its time
+├── EngineFailed            the decode engine broke while it generated
+└── UnusableModel           a model folder that is missing, broken or unsupported (startup)
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class WinnowError(Exception):
+    """Base of all; `param` names the field of the request that is at fault, if one is."""
+
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequest(WinnowError):
+    code = "invalid_request"
+
+
+class InvalidSetting(InvalidRequest):
+    code = "invalid_value"
+
+
+class PromptTooLong(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class BodyTooLarge(InvalidRequest):
+    code = "body_too_large"
+
+
+class UnknownModel(InvalidRequest):
+    code = "model_not_found"
+
+
+class Overloaded(WinnowError):
+    code = "overloaded"
+
+
+class NoDecodeWorker(WinnowError):
+    code = "no_decode_worker"
+
+
+class DeadlineExceeded(WinnowError):
+    code = "deadline_exceeded"
+
+
+class RequestCancelled(WinnowError):
+    code = "cancelled"
+
+
+class PrefillFailed(WinnowError):
+    code = "prefill_failed"
+
+
+class TransferRefused(WinnowError):
+    code = "transfer_refused"
+
+
+class LeaseExpired(WinnowError):
+    code = "lease_expired"
+
+
+class EngineFailed(WinnowError):
+    code = "engine_failed"
+
+
+class UnusableModel(WinnowError):
+    code = "unusable_model"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How an error leaves the service: HTTP status, gRPC code by name, OpenAI's `error.type`."""
+
+    http: int
+    grpc: str
+    openai_type: str
+
+
+_STATUS: dict[type[WinnowError], Status] = {
+    InvalidRequest: Status(400, "INVALID_ARGUMENT", "invalid_request_error"),
+    BodyTooLarge: Status(413, "INVALID_ARGUMENT", "invalid_request_error"),
+    UnknownModel: Status(404, "NOT_FOUND", "invalid_request_error"),
+    Overloaded: Status(429, "RESOURCE_EXHAUSTED", "rate_limit_error"),
+    NoDecodeWorker: Status(503, "UNAVAILABLE", "service_unavailable_error"),
+    DeadlineExceeded: Status(504, "DEADLINE_EXCEEDED", "timeout_error"),
+    RequestCancelled: Status(499, "CANCELLED", "cancelled_error"),
+    PrefillFailed: Status(502, "UNAVAILABLE", "server_error"),
+    TransferRefused: Status(502, "ABORTED", "server_error"),
+    LeaseExpired: Status(504, "ABORTED", "timeout_error"),
+    EngineFailed: Status(500, "INTERNAL", "server_error"),
+    WinnowError: Status(500, "INTERNAL", "server_error"),
+}
+
+
+def status_of(error: WinnowError) -> Status:
+    """The table's row for the error's class, or for its nearest base class."""
+    return next(_STATUS[cls] for cls in type(error).__mro__ if cls in _STATUS)
+
+
+def error_class(code: str) -> type[WinnowError]:
+    """The class whose `code` this is; WinnowError where none has it (a newer peer's error)."""
+    return _BY_CODE.get(code, WinnowError)
+
+
+def _subclasses(cls: type[WinnowError]) -> list[type[WinnowError]]:
+    return [cls] + [leaf for child in cls.__subclasses__() for leaf in _subclasses(child)]
+
+
+_BY_CODE = {cls.code: cls for cls in _subclasses(WinnowError)}

@@ -1,0 +1,88 @@
+"""The KV cache of one prompt as it leaves prefill: ragged, with original positions.
+
+The kept entries of a layer may differ from KV head to KV head, so a layer is stored flat: the
+entries of head 0 in prompt order, then those of head 1, and so on.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The sizes of a decoder that its KV cache depends on; `dtype` is that of the cache."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    dtype: torch.dtype
+
+    def kv_bytes(self, num_entries: int) -> int:
+        """Bytes of keys and values of `num_entries` entries of one KV head."""
+        return 2 * num_entries * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerKV:
+    """What one layer contributes to decoding.
+
+    keys, values: [num_entries, head_dim], keys after RoPE at their original positions.
+    positions: [num_entries] int32, ascending within a head.
+    head_lengths: entries per KV head; sums to num_entries.
+    window_queries: [num_heads, window, head_dim], the last prompt tokens' queries after RoPE;
+    decode seeds its observation ring with them.
+    """
+
+    layer_idx: int
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    head_lengths: tuple[int, ...]
+    window_queries: Tensor
+
+    @property
+    def num_entries(self) -> int:
+        return int(self.keys.shape[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and positions (what decode keeps; window queries not counted)."""
+        return int(self.keys.nbytes + self.values.nbytes + self.positions.nbytes)
+
+    def head_slices(self) -> list[slice]:
+        """Each KV head's rows in `keys`, `values` and `positions`."""
+        ends = list(accumulate(self.head_lengths))
+        return [slice(end - n, end) for end, n in zip(ends, self.head_lengths, strict=True)]
+
+
+def pack_layer(
+    layer_idx: int,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    kept: list[Tensor],
+    window_queries: Tensor,
+) -> LayerKV:
+    """A LayerKV that owns copies of the kept entries.
+
+    keys, values: [num_kv_heads, num_tokens, head_dim]; positions: [num_tokens].
+    kept: per KV head, ascending token indices [num_kept].
+    """
+    index = torch.cat(kept)
+    head = torch.repeat_interleave(
+        torch.arange(len(kept), device=keys.device),
+        torch.tensor([len(k) for k in kept], device=keys.device),
+    )
+    return LayerKV(
+        layer_idx=layer_idx,
+        keys=keys[head, index],
+        values=values[head, index],
+        positions=positions[index].to(torch.int32),
+        head_lengths=tuple(len(k) for k in kept),
+        window_queries=window_queries.contiguous().clone(),
+    )

@@ -1,0 +1,249 @@
+"""What a request asks for and what became of it: plain data that every part of Winnow shares.
+
+All dataclasses are frozen and checked when they are made: a value out of range raises
+InvalidSetting that names the number and the limit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+
+from winnow.errors import InvalidSetting
+
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+MAX_STOP_STRINGS = 16
+SELECTIONS = ("asl", "fixed", "none")
+COMPRESSIONS = ("snapkv", "top_p", "none")
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # an end token or a stop string
+    LENGTH = "length"  # max_tokens, or the model's last position
+
+
+def require_range(
+    name: str, value: float, low: float, high: float, *, low_open: bool = False
+) -> None:
+    """Raise InvalidSetting unless low <= value <= high (low < value with `low_open`)."""
+    if not (low < value if low_open else low <= value) or not value <= high:
+        bracket = "(" if low_open else "["
+        raise InvalidSetting(
+            f"{name} is {value:g}; the allowed range is {bracket}{low:g}, {high:g}]", param=name
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen from the logits, and when to stop.
+
+    temperature 0 is greedy; top_k 0 and top_p 1 switch those filters off; num_logprobs None gives
+    no log-probabilities, 0 the chosen token's only, k the k likeliest tokens' too.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    num_logprobs: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        require_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        require_range("temperature", self.temperature, 0, 2)
+        require_range("top_p", self.top_p, 0, 1, low_open=True)
+        require_range("top_k", self.top_k, 0, 2**31 - 1)
+        require_range("min_p", self.min_p, 0, 1)
+        require_range("seed", self.seed, 0, 2**63 - 1)
+        require_range("presence_penalty", self.presence_penalty, -2, 2)
+        require_range("frequency_penalty", self.frequency_penalty, -2, 2)
+        require_range("repetition_penalty", self.repetition_penalty, 0, 10, low_open=True)
+        require_range("logit_bias", len(self.logit_bias), 0, MAX_LOGIT_BIAS)
+        for bias in self.logit_bias.values():
+            require_range("logit_bias", bias, -100, 100)
+        if self.num_logprobs is not None:
+            require_range("logprobs", self.num_logprobs, 0, MAX_LOGPROBS)
+
+    @property
+    def needs_prompt(self) -> bool:
+        """True if sampling looks at the prompt's token ids."""
+        return self.repetition_penalty != 1.0
+
+    @property
+    def needs_history(self) -> bool:
+        """True if sampling looks at the tokens so far."""
+        return bool(self.needs_prompt or self.presence_penalty or self.frequency_penalty)
+
+
+@dataclass(frozen=True, slots=True)
+class PruningSettings:
+    """How prompt and cache are pruned. Defaults are the paper's for 28 to 48 layers.
+
+    selection        asl: the layer is chosen per prompt; fixed: at `fixed_layer`; none.
+    select_tokens    prompt tokens (window included) that go on above the selection layer.
+    window_size      last prompt tokens whose queries observe all others (w).
+    kernel_size      pooling width over positions, odd (S).
+    observed_layers  layers over which rank variance is taken (L_obs).
+    min_layer        first layer at which ASL may select, counted from 0 (L_min).
+    threshold        select when relative rank variance falls below it (tau).
+    latest_layer     select here at the latest; None: a threshold never met selects nothing.
+    compression      snapkv: `kv_budget` entries per KV head; top_p: the smallest set per KV head
+                     with attention mass `kv_top_p`; none: every computed entry is kept.
+    decode_budget    entries per KV head that decode keeps while it generates; None: all.
+    recompress_interval  entries over decode_budget that may gather before decode cuts back.
+    """
+
+    selection: str = "asl"
+    select_tokens: int = 2048
+    window_size: int = 32
+    kernel_size: int = 7
+    observed_layers: int = 8
+    min_layer: int = 10
+    threshold: float = 0.3
+    latest_layer: int | None = None
+    fixed_layer: int = 15
+    compression: str = "snapkv"
+    kv_budget: int | None = 2048
+    kv_top_p: float = 0.95
+    decode_budget: int | None = None
+    recompress_interval: int = 128
+
+    def __post_init__(self) -> None:
+        _require_choice("selection", self.selection, SELECTIONS)
+        _require_choice("compression", self.compression, COMPRESSIONS)
+        require_range("window_size", self.window_size, 1, 1024)
+        require_range("kernel_size", self.kernel_size, 1, 1023)
+        if self.kernel_size % 2 == 0:
+            raise InvalidSetting(
+                f"kernel_size is {self.kernel_size}; it must be odd", param="kernel_size"
+            )
+        require_range("observed_layers", self.observed_layers, 1, 1024)
+        require_range("threshold", self.threshold, 0, 1e6)
+        require_range("kv_top_p", self.kv_top_p, 0, 1, low_open=True)
+        require_range("recompress_interval", self.recompress_interval, 1, 2**20)
+        require_range("fixed_layer", self.fixed_layer, 0, 1023)
+        self._require_above_window("select_tokens", self.select_tokens)
+        self._require_above_window("kv_budget", self.kv_budget)
+        self._require_above_window("decode_budget", self.decode_budget)
+        if self.min_layer < self.observed_layers - 1:
+            raise InvalidSetting(
+                f"min_layer is {self.min_layer}; with observed_layers {self.observed_layers} "
+                f"it must be at least {self.observed_layers - 1}",
+                param="min_layer",
+            )
+        if self.latest_layer is not None and self.latest_layer < self.min_layer:
+            raise InvalidSetting(
+                f"latest_layer is {self.latest_layer}; it must be at least "
+                f"min_layer, {self.min_layer}",
+                param="latest_layer",
+            )
+
+    def _require_above_window(self, name: str, value: int | None) -> None:
+        if value is not None and value <= self.window_size:
+            raise InvalidSetting(
+                f"{name} is {value}; it must be above window_size, {self.window_size}", param=name
+            )
+
+    def require_fits(self, num_layers: int) -> None:
+        """Raise InvalidSetting for a layer that a model of `num_layers` does not have."""
+        layers = {
+            "min_layer": self.min_layer if self.selection == "asl" else None,
+            "latest_layer": self.latest_layer if self.selection == "asl" else None,
+            "fixed_layer": self.fixed_layer if self.selection == "fixed" else None,
+        }
+        for name, layer in layers.items():
+            if layer is not None:
+                require_range(name, layer, 0, num_layers - 1)
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InvalidSetting(f"{name} is {value!r}; known are {', '.join(choices)}", param=name)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillJob:
+    """One attempt at one prompt's prefill: what the gateway hands to a prefill worker.
+
+    attempt counts from 1; decode refuses frames of an attempt older than one it has seen.
+    deadline_s is seconds from the moment the job is received.
+    """
+
+    request_id: str
+    attempt: int
+    token_ids: tuple[int, ...]
+    pruning: PruningSettings
+    kv_address: str
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillReport:
+    """What prefill did with one prompt.
+
+    selection_layer: layer after which only `num_selected_tokens` tokens went on, or None with
+    `no_selection_reason` (`off`, `short_prompt`, `threshold_not_met`).
+    rho: (layer, relative rank variance) for each layer at which ASL looked.
+    computed_share: layer-tokens computed / (num_layers * num_prompt_tokens), 0 to 1.
+    kv_bytes_full, kv_bytes_kept: keys and values of every token, and of the kept entries.
+    layer_entries: kept KV entries per layer, summed over KV heads.
+    """
+
+    num_prompt_tokens: int
+    num_selected_tokens: int
+    selection_layer: int | None
+    no_selection_reason: str | None
+    rho: tuple[tuple[int, float], ...]
+    computed_share: float
+    kv_bytes_full: int
+    kv_bytes_kept: int
+    layer_entries: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTimings:
+    """Seconds of one prefill in the service.
+
+    queue_s: waited for the engine. compute_s: forward passes. transfer_s: first frame sent to
+    receipt. exposed_transfer_s: from the end of compute to the receipt, what overlap did not hide.
+    wire_bytes: bytes of all frames.
+    """
+
+    queue_s: float
+    compute_s: float
+    transfer_s: float
+    exposed_transfer_s: float
+    wire_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probabilities under the raw logits: the chosen token's and the top ones'."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token of sequence `sequence_idx` (0 to n - 1); `finish_reason` on the last."""
+
+    sequence_idx: int
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillOutcome:
+    """What a prefill worker answers when an attempt's KV is in place at the decode worker."""
+
+    report: PrefillReport
+    timings: PrefillTimings

@@ -1,0 +1,316 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
+    FINISH_REASON_STOP: _ClassVar[FinishReason]
+    FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+
+class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[DType]
+    DTYPE_FLOAT32: _ClassVar[DType]
+    DTYPE_BFLOAT16: _ClassVar[DType]
+    DTYPE_FLOAT16: _ClassVar[DType]
+
+class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CODEC_UNSPECIFIED: _ClassVar[Codec]
+    CODEC_RAW: _ClassVar[Codec]
+FINISH_REASON_UNSPECIFIED: FinishReason
+FINISH_REASON_STOP: FinishReason
+FINISH_REASON_LENGTH: FinishReason
+DTYPE_UNSPECIFIED: DType
+DTYPE_FLOAT32: DType
+DTYPE_BFLOAT16: DType
+DTYPE_FLOAT16: DType
+CODEC_UNSPECIFIED: Codec
+CODEC_RAW: Codec
+
+class GenerateRequest(_message.Message):
+    __slots__ = ("request_id", "model_fingerprint", "num_prompt_tokens", "num_sequences", "max_prompt_entries", "sampling", "recompression", "prompt_token_ids")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    MAX_PROMPT_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    RECOMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    model_fingerprint: str
+    num_prompt_tokens: int
+    num_sequences: int
+    max_prompt_entries: int
+    sampling: SamplingParams
+    recompression: Recompression
+    prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_sequences: _Optional[int] = ..., max_prompt_entries: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., recompression: _Optional[_Union[Recompression, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class SamplingParams(_message.Message):
+    __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "num_logprobs", "ignore_eos")
+    class LogitBiasEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: float
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[float] = ...) -> None: ...
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: _containers.ScalarMap[int, float]
+    num_logprobs: int
+    ignore_eos: bool
+    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., num_logprobs: _Optional[int] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
+
+class Recompression(_message.Message):
+    __slots__ = ("decode_budget", "recompress_interval", "window_size", "kernel_size")
+    DECODE_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    RECOMPRESS_INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_SIZE_FIELD_NUMBER: _ClassVar[int]
+    KERNEL_SIZE_FIELD_NUMBER: _ClassVar[int]
+    decode_budget: int
+    recompress_interval: int
+    window_size: int
+    kernel_size: int
+    def __init__(self, decode_budget: _Optional[int] = ..., recompress_interval: _Optional[int] = ..., window_size: _Optional[int] = ..., kernel_size: _Optional[int] = ...) -> None: ...
+
+class GenerateEvent(_message.Message):
+    __slots__ = ("admitted", "prefilled", "tokens")
+    ADMITTED_FIELD_NUMBER: _ClassVar[int]
+    PREFILLED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    admitted: Admitted
+    prefilled: Prefilled
+    tokens: Tokens
+    def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., prefilled: _Optional[_Union[Prefilled, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ...) -> None: ...
+
+class Admitted(_message.Message):
+    __slots__ = ("worker_id", "kv_address", "lease_s", "reserved_pages")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    KV_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    kv_address: str
+    lease_s: float
+    reserved_pages: int
+    def __init__(self, worker_id: _Optional[str] = ..., kv_address: _Optional[str] = ..., lease_s: _Optional[float] = ..., reserved_pages: _Optional[int] = ...) -> None: ...
+
+class Prefilled(_message.Message):
+    __slots__ = ("attempt", "report")
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    attempt: int
+    report: PrefillReport
+    def __init__(self, attempt: _Optional[int] = ..., report: _Optional[_Union[PrefillReport, _Mapping]] = ...) -> None: ...
+
+class Tokens(_message.Message):
+    __slots__ = ("tokens", "recompressed_entries", "kv_bytes")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RECOMPRESSED_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedCompositeFieldContainer[Token]
+    recompressed_entries: int
+    kv_bytes: int
+    def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., recompressed_entries: _Optional[int] = ..., kv_bytes: _Optional[int] = ...) -> None: ...
+
+class Token(_message.Message):
+    __slots__ = ("sequence_idx", "token_id", "logprob", "top_logprobs", "finish_reason")
+    SEQUENCE_IDX_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    sequence_idx: int
+    token_id: int
+    logprob: float
+    top_logprobs: _containers.RepeatedCompositeFieldContainer[TopLogprob]
+    finish_reason: FinishReason
+    def __init__(self, sequence_idx: _Optional[int] = ..., token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprob, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ...) -> None: ...
+
+class TopLogprob(_message.Message):
+    __slots__ = ("token_id", "logprob")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    logprob: float
+    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatusResponse(_message.Message):
+    __slots__ = ("worker_id", "model_fingerprint", "wire_versions", "draining", "running_sequences", "reserved_requests", "pages_total", "pages_used", "pages_reserved", "page_size", "kv_bytes_used", "open_transfers")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    WIRE_VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    PAGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PAGES_USED_FIELD_NUMBER: _ClassVar[int]
+    PAGES_RESERVED_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_USED_FIELD_NUMBER: _ClassVar[int]
+    OPEN_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    model_fingerprint: str
+    wire_versions: _containers.RepeatedScalarFieldContainer[int]
+    draining: bool
+    running_sequences: int
+    reserved_requests: int
+    pages_total: int
+    pages_used: int
+    pages_reserved: int
+    page_size: int
+    kv_bytes_used: int
+    open_transfers: int
+    def __init__(self, worker_id: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., wire_versions: _Optional[_Iterable[int]] = ..., draining: _Optional[bool] = ..., running_sequences: _Optional[int] = ..., reserved_requests: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_reserved: _Optional[int] = ..., page_size: _Optional[int] = ..., kv_bytes_used: _Optional[int] = ..., open_transfers: _Optional[int] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ("remaining_requests",)
+    REMAINING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    remaining_requests: int
+    def __init__(self, remaining_requests: _Optional[int] = ...) -> None: ...
+
+class PushFrame(_message.Message):
+    __slots__ = ("header", "layer", "data", "trailer")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    TRAILER_FIELD_NUMBER: _ClassVar[int]
+    header: TransferHeader
+    layer: LayerManifest
+    data: DataFrame
+    trailer: TransferTrailer
+    def __init__(self, header: _Optional[_Union[TransferHeader, _Mapping]] = ..., layer: _Optional[_Union[LayerManifest, _Mapping]] = ..., data: _Optional[_Union[DataFrame, _Mapping]] = ..., trailer: _Optional[_Union[TransferTrailer, _Mapping]] = ...) -> None: ...
+
+class TransferHeader(_message.Message):
+    __slots__ = ("request_id", "attempt", "wire_version", "model_fingerprint", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "num_prompt_tokens", "dtype", "codec")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HEADS_FIELD_NUMBER: _ClassVar[int]
+    NUM_KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    wire_version: int
+    model_fingerprint: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    num_prompt_tokens: int
+    dtype: DType
+    codec: Codec
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., wire_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., num_layers: _Optional[int] = ..., num_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., hidden_size: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., codec: _Optional[_Union[Codec, str]] = ...) -> None: ...
+
+class LayerManifest(_message.Message):
+    __slots__ = ("layer_idx", "head_lengths", "num_window_queries")
+    LAYER_IDX_FIELD_NUMBER: _ClassVar[int]
+    HEAD_LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    NUM_WINDOW_QUERIES_FIELD_NUMBER: _ClassVar[int]
+    layer_idx: int
+    head_lengths: _containers.RepeatedScalarFieldContainer[int]
+    num_window_queries: int
+    def __init__(self, layer_idx: _Optional[int] = ..., head_lengths: _Optional[_Iterable[int]] = ..., num_window_queries: _Optional[int] = ...) -> None: ...
+
+class DataFrame(_message.Message):
+    __slots__ = ("layer_idx", "offset", "crc32", "payload")
+    LAYER_IDX_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    CRC32_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    layer_idx: int
+    offset: int
+    crc32: int
+    payload: bytes
+    def __init__(self, layer_idx: _Optional[int] = ..., offset: _Optional[int] = ..., crc32: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class TransferTrailer(_message.Message):
+    __slots__ = ("final_hidden", "digest", "report")
+    FINAL_HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    final_hidden: bytes
+    digest: bytes
+    report: PrefillReport
+    def __init__(self, final_hidden: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., report: _Optional[_Union[PrefillReport, _Mapping]] = ...) -> None: ...
+
+class PrefillReport(_message.Message):
+    __slots__ = ("num_prompt_tokens", "num_selected_tokens", "selection_layer", "no_selection_reason", "rho", "computed_share", "kv_bytes_full", "kv_bytes_kept", "layer_entries")
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SELECTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SELECTION_LAYER_FIELD_NUMBER: _ClassVar[int]
+    NO_SELECTION_REASON_FIELD_NUMBER: _ClassVar[int]
+    RHO_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_SHARE_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FULL_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_KEPT_FIELD_NUMBER: _ClassVar[int]
+    LAYER_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    num_prompt_tokens: int
+    num_selected_tokens: int
+    selection_layer: int
+    no_selection_reason: str
+    rho: _containers.RepeatedCompositeFieldContainer[RankVariance]
+    computed_share: float
+    kv_bytes_full: int
+    kv_bytes_kept: int
+    layer_entries: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_selected_tokens: _Optional[int] = ..., selection_layer: _Optional[int] = ..., no_selection_reason: _Optional[str] = ..., rho: _Optional[_Iterable[_Union[RankVariance, _Mapping]]] = ..., computed_share: _Optional[float] = ..., kv_bytes_full: _Optional[int] = ..., kv_bytes_kept: _Optional[int] = ..., layer_entries: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class RankVariance(_message.Message):
+    __slots__ = ("layer_idx", "value")
+    LAYER_IDX_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    layer_idx: int
+    value: float
+    def __init__(self, layer_idx: _Optional[int] = ..., value: _Optional[float] = ...) -> None: ...
+
+class PushReceipt(_message.Message):
+    __slots__ = ("payload_bytes", "num_layers")
+    PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    payload_bytes: int
+    num_layers: int
+    def __init__(self, payload_bytes: _Optional[int] = ..., num_layers: _Optional[int] = ...) -> None: ...
