@@ -1,0 +1,81 @@
+"""Tiny random decoders, built in code and saved to disk as users load theirs."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCAB_SIZE = 320
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "phi3")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL_TOKENS = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+_CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 16}),
+    "mistral": (MistralConfig, {"sliding_window": None}),
+    "phi3": (Phi3Config, {"pad_token_id": 0}),
+}
+
+
+def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
+    cls, own = _CONFIGS[family]
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return cls(**(sizes | own | changes))
+
+
+def save_tiny_model(
+    folder: Path, family: str = "llama", *, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Path:
+    """A random model of the family in `folder`, with a byte-level tokenizer; returns `folder`."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:  # larger than usual, so that greedy choices are clear-cut
+            torch.nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 0.5)
+    model.to(dtype).save_pretrained(folder)
+    save_byte_tokenizer(folder)
+    return folder
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """A byte-level BPE tokenizer of VOCAB_SIZE tokens with a chat template."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 4], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)

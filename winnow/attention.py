@@ -1,0 +1,79 @@
+"""How attention is computed: one function registered with transformers, two ways to answer it.
+
+transformers hands every layer's queries, keys and values (after RoPE, keys not repeated for grouped
+queries) to the function named "winnow"; that function passes them on to the `AttentionCall` which
+whoever drives the layer put into the call: `PrefillAttention` here, `PagedAttention` in
+engine/decode.py.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+ATTENTION_NAME = "winnow"
+
+# (layer_idx, query [B, H, T, D], key [B, H_kv, T, D], value [B, H_kv, T, D], scaling)
+# -> [B, H, T, D]
+AttentionCall = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+
+
+def _dispatch(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    attention_call: AttentionCall,
+    **_: Any,  # noqa: ANN401 - transformers adds options that do not concern inference
+) -> tuple[Tensor, None]:
+    assert attention_mask is None, "the AttentionCall masks"
+    assert isinstance(module.layer_idx, int)
+    output = attention_call(module.layer_idx, query, key, value, scaling)
+    return output.transpose(1, 2), None  # [B, T, H, D]
+
+
+AttentionInterface.register(ATTENTION_NAME, _dispatch)
+
+
+class PrefillAttention:
+    """Causal attention within one prompt that keeps what scoring and the KV cache need.
+
+    After the layer ran: `keys`, `values` [num_kv_heads, num_tokens, head_dim], `window_queries`
+    [num_heads, min(window_size, num_tokens), head_dim], and `scaling` of the logits.
+    """
+
+    keys: Tensor
+    values: Tensor
+    window_queries: Tensor
+    scaling: float
+
+    def __init__(self, window_size: int) -> None:
+        self._window_size = window_size
+
+    def __call__(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> Tensor:
+        self.keys, self.values, self.scaling = key[0], value[0], scaling
+        self.window_queries = query[0, :, -self._window_size :].clone()
+        return causal_attention(query, key, value, scaling)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Attention of each token to itself and those before it, by PyTorch's fused kernel.
+
+    query: [B, H, T, D].  key, value: [B, H_kv, T, D].  Returns [B, H, T, D].
+    The kernel works in blocks of queries and keys, so nothing of size T x T is ever held.
+    """
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal=query.shape[2] > 1,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )

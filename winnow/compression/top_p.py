@@ -1,0 +1,32 @@
+"""As many entries in each KV head as its attention mass needs, so head lengths differ.
+
+The rule is nucleus sampling.s (arXiv 1904.09751) on the window.s mean attention.
+"""
+
+import torch
+from torch import Tensor
+
+from winnow.scoring import descending_order
+
+
+def keep_mass(mass: Tensor, num_kv_heads: int, window_size: int, kv_top_p: float) -> list[Tensor]:
+    """Per KV head, the smallest set whose mean attention reaches `kv_top_p`, ascending.
+
+    The mean is over the head group and the window's rows, over all columns, not pooled; token 0
+    and the window always stay.
+    mass: [num_heads, num_tokens] observed attention.
+    """
+    num_heads, num_tokens = mass.shape
+    rows = num_heads // num_kv_heads * window_size
+    share = mass.view(num_kv_heads, -1, num_tokens).sum(1) / rows  # [H_kv, N], rows sum to 1
+    return [_nucleus(head, window_size, kv_top_p) for head in share]
+
+
+def _nucleus(share: Tensor, window_size: int, kv_top_p: float) -> Tensor:
+    order = descending_order(share)
+    mass_before = share[order].cumsum(0) - share[order]
+    keep = torch.zeros_like(share, dtype=torch.bool)
+    keep[order[mass_before < kv_top_p]] = True
+    keep[0] = True
+    keep[-window_size:] = True
+    return keep.nonzero().squeeze(1)

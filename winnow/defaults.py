@@ -1,0 +1,56 @@
+"""Pruning settings that suit a model: the model folder's own over defaults scaled with depth."""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from winnow.errors import InvalidSetting, UnusableModel
+from winnow.request import PruningSettings
+
+SETTINGS_FILE = "winnow.json"
+_PAPER_LAYERS = 32  # the depth for which the paper's layer numbers were chosen
+
+
+def pruning_defaults(model_path: Path, num_layers: int) -> PruningSettings:
+    """The settings of `winnow.json` in the model folder, over those scaled to `num_layers`.
+
+    Raises UnusableModel if the file is not what it should be.
+    """
+    scaled = scaled_defaults(num_layers)
+    file = model_path / SETTINGS_FILE
+    if not file.exists():
+        return scaled
+    try:
+        settings = override(scaled, json.loads(file.read_text()))
+        settings.require_fits(num_layers)
+    except (ValueError, AttributeError, InvalidSetting) as error:
+        raise UnusableModel(f"{file}: {error}") from error
+    return settings
+
+
+def scaled_defaults(num_layers: int) -> PruningSettings:
+    """The paper's settings, with layer numbers in proportion to the depth below 28 layers."""
+    if num_layers >= 28:
+        return PruningSettings()
+    observed = max(1, round(8 * num_layers / _PAPER_LAYERS))
+    earliest = max(observed - 1, round(10 * num_layers / _PAPER_LAYERS))
+    return PruningSettings(
+        observed_layers=observed,
+        min_layer=min(earliest, num_layers - 1),
+        fixed_layer=min(round(15 * num_layers / _PAPER_LAYERS), num_layers - 1),
+    )
+
+
+def override(settings: PruningSettings, changes: dict[str, Any]) -> PruningSettings:
+    """`settings` with `changes`; raises InvalidSetting for an unknown name or a bad value."""
+    known = {field.name for field in fields(PruningSettings)}
+    for name in changes:
+        if name not in known:
+            raise InvalidSetting(
+                f"{name} is not a pruning setting; known are {', '.join(sorted(known))}", param=name
+            )
+    try:
+        return replace(settings, **changes)
+    except TypeError as error:
+        raise InvalidSetting(f"a pruning setting has the wrong type: {error}") from error

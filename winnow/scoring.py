@@ -1,0 +1,61 @@
+"""From the attention of the last prompt tokens (the observation window) to scores and ranks.
+
+Symbols as in SnapKV (arXiv 2404.14469) and ASL (arXiv 2601.07667): window w, N tokens, n = N - w.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def observed_attention(window_queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """Attention that each token receives from the window, summed over the window's rows.
+
+    window_queries: [num_heads, w, head_dim], of the last w tokens, after RoPE.
+    keys: [num_kv_heads, N, head_dim], after RoPE.
+    Returns [num_heads, N] float32; each head's row sums to w. Held at a time: one KV head's
+    [group, w, N].
+    """
+    num_heads, window, head_dim = window_queries.shape
+    num_kv_heads, num_tokens, _ = keys.shape
+    queries = window_queries.view(num_kv_heads, -1, head_dim)  # [H_kv, group * w, D]
+    future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu_(1)
+    mass = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=keys.device)
+    for head, out in enumerate(mass.view(num_kv_heads, -1, num_tokens)):
+        logits = (queries[head] @ keys[head].T).float().mul_(scaling)  # [group * w, N]
+        logits = logits.view(-1, window, num_tokens)
+        logits[:, :, -window:].masked_fill_(future, -torch.inf)
+        torch.sum(logits.softmax(-1), dim=1, out=out)
+    return mass
+
+
+def pooled_scores(mass: Tensor, window_size: int, kernel_size: int) -> Tensor:
+    """The prompt's scores before the window, smoothed over neighbours (P of the formulas).
+
+    mass: [num_heads, N] from `observed_attention`.  Returns [num_heads, n].
+    """
+    before_window = mass[:, : mass.shape[1] - window_size]
+    return F.avg_pool1d(before_window, kernel_size, stride=1, padding=kernel_size // 2)
+
+
+def sum_head_groups(scores: Tensor, num_kv_heads: int) -> Tensor:
+    """Scores per KV head: [num_heads, n] summed over each head's group, [num_kv_heads, n]."""
+    return scores.view(num_kv_heads, -1, scores.shape[-1]).sum(1)
+
+
+def descending_order(scores: Tensor) -> Tensor:
+    """Indices by falling score along the last dimension, ties to the earlier token."""
+    return scores.argsort(dim=-1, descending=True, stable=True)
+
+
+def ranks_from_order(order: Tensor) -> Tensor:
+    """Each token's rank, 1 for the best: the inverse of `order` [n], int64."""
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(1, len(order) + 1, device=order.device)
+    return ranks
+
+
+def with_window(best: Tensor, num_tokens: int, window_size: int) -> Tensor:
+    """Token indices `best` and those of the window, ascending: [len(best) + window_size]."""
+    window = torch.arange(num_tokens - window_size, num_tokens, device=best.device)
+    return torch.cat([best.sort().values, window])

@@ -1,0 +1,61 @@
+"""Adaptive layer selection: cut the prompt where token ranks have settled (arXiv 2601.07667)."""
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from winnow.request import PruningSettings
+from winnow.scoring import descending_order, ranks_from_order
+from winnow.selection.base import Selection
+from winnow.selection.fixed import select_best, token_scores
+
+
+class AdaptiveSelection:
+    """Selects at the first layer from `min_layer` on whose relative rank variance is below tau.
+
+    The variance is taken over the last `observed_layers` layers and over the tokens that at least
+    one of them ranks among the k best, and is relative to the variance at `min_layer`.
+    """
+
+    no_selection_reason = "threshold_not_met"
+
+    def __init__(self, settings: PruningSettings) -> None:
+        self._settings = settings
+        self._ranks: deque[Tensor] = deque(maxlen=settings.observed_layers)  # each [n]
+        self._first_variance: float | None = None
+        self._rho: list[tuple[int, float]] = []
+
+    @property
+    def rho(self) -> tuple[tuple[int, float], ...]:
+        return tuple(self._rho)
+
+    def needs_scores(self, layer_idx: int) -> bool:
+        return layer_idx > self._settings.min_layer - self._settings.observed_layers
+
+    def observe(self, layer_idx: int, mass: Tensor) -> Selection | None:
+        settings = self._settings
+        order = descending_order(token_scores(mass, settings))
+        self._ranks.append(ranks_from_order(order))
+        if layer_idx < settings.min_layer:
+            return None
+        rho = self._relative(self._variance())
+        self._rho.append((layer_idx, rho))
+        if rho < settings.threshold or layer_idx == settings.latest_layer:
+            return select_best(order, settings)
+        return None
+
+    def _variance(self) -> float:
+        """v_l: mean over layers and union tokens of the squared distance from the mean rank."""
+        ranks = torch.stack(list(self._ranks)).double()  # X: [L_obs, n]
+        k = min(self._settings.select_tokens - self._settings.window_size, ranks.shape[1])
+        union = (ranks <= k).any(0)
+        return float(ranks[:, union].var(dim=0, correction=0).mean())
+
+    def _relative(self, variance: float) -> float:
+        if self._first_variance is None:
+            self._first_variance = variance
+            return 1.0
+        if self._first_variance == 0:  # the ranks had settled before min_layer
+            return 0.0 if variance == 0 else float("inf")
+        return variance / self._first_variance
