@@ -151,6 +151,12 @@ class PruningSettings:
                 f"{name} is {value}; it must be above window_size, {self.window_size}", param=name
             )
 
+    def max_prompt_entries(self, num_prompt_tokens: int) -> int:
+        """KV entries per (layer, KV head) that a prompt can leave behind at most."""
+        if self.compression != "snapkv" or self.kv_budget is None:
+            return num_prompt_tokens
+        return min(self.kv_budget, num_prompt_tokens)
+
     def require_fits(self, num_layers: int) -> None:
         """Raise InvalidSetting for a layer that a model of `num_layers` does not have."""
         layers = {

@@ -1,0 +1,179 @@
+"""A request in decode: what it asks for, the memory promised to it, its running sequences."""
+
+import threading
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import torch
+from torch import Tensor
+
+from winnow.engine.kv_pool import KVPool
+from winnow.engine.query_ring import QueryRing
+from winnow.kv import LayerKV
+from winnow.models import DecoderModel
+from winnow.request import FinishReason, SamplingParams, Token
+from winnow.sampling import TokenHistory, sample, token_logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSpec:
+    """What is to be generated from one prompt.
+
+    max_prompt_entries: KV entries per (layer, KV head) that prefill will send at most.
+    decode_budget, recompress_interval, window_size, kernel_size: as in PruningSettings.
+    prompt_token_ids: only needed if `sampling.needs_prompt`.
+    Sequence i of `num_sequences` samples with seed + i.
+    """
+
+    request_id: str
+    num_prompt_tokens: int
+    max_prompt_entries: int
+    sampling: SamplingParams
+    num_sequences: int = 1
+    decode_budget: int | None = None
+    recompress_interval: int = 128
+    window_size: int = 32
+    kernel_size: int = 7
+    prompt_token_ids: tuple[int, ...] = ()
+
+    @property
+    def max_entries(self) -> int:
+        """Entries that one (layer, KV head) can come to hold."""
+        unbounded = self.max_prompt_entries + self.sampling.max_tokens
+        if self.decode_budget is None:
+            return unbounded
+        return min(unbounded, max(self.max_prompt_entries, self.growth_limit) + 1)
+
+    @property
+    def growth_limit(self) -> int:
+        """Entries per head above which decode cuts back to `decode_budget`."""
+        if self.decode_budget is None:
+            return 2**62
+        return self.decode_budget + self.recompress_interval
+
+
+class _State(Enum):
+    RESERVED = auto()
+    STARTED = auto()  # all KV in place; the engine's
+    DONE = auto()
+
+
+class Reservation:
+    """Memory and places in the batch promised to one request, and the KV that has arrived."""
+
+    def __init__(self, pool: KVPool, spec: GenerationSpec) -> None:
+        pages_per_row = pool.pages_for(spec.max_entries)
+        self.spec = spec
+        self.rows = pool.reserve(spec.num_sequences, pages_per_row)
+        self.num_pages = pages_per_row * spec.num_sequences
+        self.recompressed_entries = 0  # over all its sequences
+        self._pool = pool
+        self._ring: QueryRing | None = None
+        self._state = _State.RESERVED
+        self._lock = threading.Lock()
+
+    def write_layer(self, layer: LayerKV) -> None:
+        """Copies a layer into pages; its buffers may be reused afterwards.
+
+        A reservation that was released meanwhile takes nothing.
+        """
+        with self._lock:
+            if self._state is not _State.RESERVED:
+                return
+            self._pool.write_layer(self.rows[0], layer)
+            if self.spec.decode_budget is not None:
+                self._seed_ring(layer)
+
+    def _seed_ring(self, layer: LayerKV) -> None:
+        if self._ring is None:
+            self._ring = QueryRing(self._pool.shape, self.spec.window_size, self._pool.device)
+        self._ring.seed(layer.layer_idx, layer.window_queries.to(self._pool.device))
+
+    def reset(self) -> None:
+        """Drops what was written: another attempt begins."""
+        with self._lock:
+            if self._state is _State.RESERVED:
+                self._pool.clear(self.rows[0])
+
+    def begin(self, final_hidden: Tensor) -> list["Sequence"] | None:
+        """The sequences that start from the KV in place; None if it was released meanwhile."""
+        with self._lock:
+            if self._state is not _State.RESERVED:
+                return None
+            self._state = _State.STARTED
+        for row in self.rows[1:]:
+            self._copy_row(row)
+        return [
+            Sequence(self, row, idx, final_hidden, self._ring.copy() if self._ring else None)
+            for idx, row in enumerate(self.rows)
+        ]
+
+    def _copy_row(self, row: int) -> None:
+        no_queries = torch.empty(0)
+        for layer_idx in range(self._pool.shape.num_layers):
+            self._pool.write_layer(row, self._pool.read_layer(self.rows[0], layer_idx, no_queries))
+
+    def abandon(self) -> bool:
+        """Frees what is reserved, unless the engine runs it already; True if it was freed."""
+        with self._lock:
+            if self._state is _State.RESERVED:
+                self._state = _State.DONE
+                for row in self.rows:
+                    self._pool.release(row)
+                return True
+            return False
+
+
+class Sequence:
+    """One running sequence. `num_tokens` counts the prompt and what was generated."""
+
+    def __init__(
+        self,
+        reservation: Reservation,
+        row: int,
+        sequence_idx: int,
+        final_hidden: Tensor,
+        ring: QueryRing | None,
+    ) -> None:
+        spec = reservation.spec
+        self.reservation = reservation
+        self.spec = spec
+        self.row = row
+        self.sequence_idx = sequence_idx
+        self.final_hidden: Tensor | None = final_hidden  # until the first token is sampled
+        self.ring = ring
+        self.num_tokens = spec.num_prompt_tokens
+        self.history = TokenHistory(prompt=spec.prompt_token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.history.generated)
+
+    def take(self, logits: Tensor) -> Token:
+        """Samples the next token from logits [vocab_size]; raises EngineFailed."""
+        sampling = self.spec.sampling
+        token_id = sample(
+            logits,
+            sampling,
+            self.num_tokens,
+            self.history,
+            seed=sampling.seed + self.sequence_idx,
+        )
+        self.history.generated.append(token_id)
+        self.num_tokens += 1
+        logprobs = (
+            None
+            if sampling.num_logprobs is None
+            else token_logprobs(logits, token_id, sampling.num_logprobs)
+        )
+        return Token(self.sequence_idx, token_id, logprobs)
+
+    def finish_reason(self, model: DecoderModel) -> FinishReason | None:
+        """Why the sequence ends with the token just taken, if it does."""
+        last = self.history.generated[-1]
+        if last in model.eos_token_ids and not self.spec.sampling.ignore_eos:
+            return FinishReason.STOP
+        at_limit = self.num_generated >= self.spec.sampling.max_tokens
+        if at_limit or self.num_tokens >= model.max_positions:
+            return FinishReason.LENGTH
+        return None
