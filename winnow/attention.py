@@ -59,7 +59,7 @@ class PrefillAttention:
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
         self.keys, self.values, self.scaling = key[0], value[0], scaling
-        self.window_queries = query[0, :, -self._window_size :].clone()
+        self.window_queries = query[0, :, -self._window_size :].contiguous()
         return causal_attention(query, key, value, scaling)
 
 

@@ -84,5 +84,5 @@ def pack_layer(
         values=values[head, index],
         positions=positions[index].to(torch.int32),
         head_lengths=tuple(len(k) for k in kept),
-        window_queries=window_queries.contiguous().clone(),
+        window_queries=window_queries,
     )

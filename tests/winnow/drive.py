@@ -1,0 +1,71 @@
+"""Runs prompts through both engines in the test's own process."""
+
+from collections.abc import Sequence
+
+from winnow.engine.decode import DecodeEngine
+from winnow.engine.kv_pool import KVPoolConfig
+from winnow.engine.prefill import PrefillResult, run_prefill
+from winnow.engine.sequence import GenerationSpec, Reservation
+from winnow.kv import LayerKV
+from winnow.models import DecoderModel
+from winnow.request import PruningSettings, SamplingParams, Token
+
+UNPRUNED = PruningSettings(selection="none", compression="none")
+
+
+def prefill_all(
+    model: DecoderModel, token_ids: Sequence[int], settings: PruningSettings
+) -> tuple[list[LayerKV], PrefillResult]:
+    layers = []
+    run = run_prefill(model, token_ids, settings)
+    while True:
+        try:
+            layers.append(next(run))
+        except StopIteration as end:
+            return layers, end.value
+
+
+def make_engine(model: DecoderModel, *, rows: int = 32, memory: int = 64 << 20) -> DecodeEngine:
+    return DecodeEngine(model, pool_config=KVPoolConfig(memory, 16), max_batch_size=rows)
+
+
+def spec(request_id: str, num_tokens: int, sampling: SamplingParams, **more: object) -> GenerationSpec:
+    values = {"max_prompt_entries": num_tokens, "window_size": 8, "kernel_size": 3} | more
+    return GenerationSpec(
+        request_id=request_id, num_prompt_tokens=num_tokens, sampling=sampling, **values
+    )
+
+
+def admit(
+    engine: DecodeEngine,
+    request: GenerationSpec,
+    token_ids: Sequence[int],
+    settings: PruningSettings = UNPRUNED,
+) -> Reservation:
+    """Reserve, prefill, write, start."""
+    reservation = engine.reserve(request)
+    layers, result = prefill_all(engine.model, token_ids, settings)
+    for layer in layers:
+        reservation.write_layer(layer)
+    engine.start(reservation, result.final_hidden)
+    return reservation
+
+
+def decode_all(engine: DecodeEngine) -> dict[str, list[Token]]:
+    """Steps until nothing runs; each request's tokens."""
+    tokens: dict[str, list[Token]] = {}
+    while engine.stats().running_sequences:
+        for output in engine.step():
+            assert output.error is None
+            tokens.setdefault(output.request_id, []).extend(output.tokens)
+    return tokens
+
+
+def ids(tokens: Sequence[Token], sequence_idx: int = 0) -> list[int]:
+    return [token.token_id for token in tokens if token.sequence_idx == sequence_idx]
+
+
+def assert_empty(engine: DecodeEngine) -> None:
+    stats = engine.stats()
+    assert (stats.pool.pages_used, stats.pool.pages_reserved) == (0, 0)
+    assert (stats.running_sequences, stats.reserved_requests) == (0, 0)

@@ -1,0 +1,223 @@
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.winnow.wire.transfers import NUM_PROMPT_TOKENS, encode, expected, make_layers
+from winnow.errors import (
+    TransferDamaged,
+    TransferMalformed,
+    TransferMismatch,
+    TransferRefused,
+)
+from winnow.v1 import decode_pb2 as pb
+from winnow.wire import MAX_PAYLOAD_BYTES, Expected, TransferDecoder, read_header
+from winnow.wire.framing import MAX_FRAME_BYTES, Field, join_data_frame, join_frame
+
+# 0: header; 1: manifest of layer 0; 2 to 9: its data; then the same for layer 1; trailer.
+FRAMES = encode(make_layers(), torch.ones(32))
+MANIFEST, FIRST_DATA, SECOND_DATA, TRAILER = 1, 2, 3, len(FRAMES) - 1
+
+
+def feed_all(frames: list[bytes], to: Expected | None = None) -> TransferDecoder:
+    decoder = TransferDecoder(to or expected())
+    for frame in frames:
+        decoder.feed(frame)
+    return decoder
+
+
+def with_change(frame_idx: int, change: Callable[[pb.PushFrame], object]) -> list[bytes]:
+    """The frames of a sound transfer but for one, which `change` altered."""
+    message = pb.PushFrame.FromString(FRAMES[frame_idx])
+    change(message)
+    return [*FRAMES[:frame_idx], message.SerializeToString(), *FRAMES[frame_idx + 1 :]]
+
+
+def set_header(**fields: object) -> list[bytes]:
+    return with_change(0, lambda f: f.header.MergeFrom(pb.TransferHeader(**fields)))
+
+
+def test_the_untouched_transfer_is_taken() -> None:
+    assert feed_all(FRAMES).complete
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_flipped_bit_yields_another_transfer(data: st.DataObject) -> None:
+    frame_idx = data.draw(st.integers(0, len(FRAMES) - 2))
+    damaged = bytearray(FRAMES[frame_idx])
+    byte_idx = data.draw(st.integers(0, len(damaged) - 1))
+    damaged[byte_idx] ^= 1 << data.draw(st.integers(0, 7))
+    with pytest.raises(TransferRefused):
+        feed_all([*FRAMES[:frame_idx], bytes(damaged), *FRAMES[frame_idx + 1 :]])
+
+
+@settings(max_examples=200, deadline=None)
+@given(frame_idx=st.integers(0, len(FRAMES) - 1), junk=st.binary(max_size=200))
+def test_junk_in_place_of_a_frame_is_refused(frame_idx: int, junk: bytes) -> None:
+    if junk != FRAMES[frame_idx]:
+        with pytest.raises(TransferRefused):
+            feed_all([*FRAMES[:frame_idx], junk, *FRAMES[frame_idx + 1 :]])
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_any_cut_frame_is_refused(data: st.DataObject) -> None:
+    frame_idx = data.draw(st.integers(0, len(FRAMES) - 1))
+    cut = data.draw(st.integers(0, len(FRAMES[frame_idx]) - 1))
+    with pytest.raises(TransferRefused):
+        feed_all([*FRAMES[:frame_idx], FRAMES[frame_idx][:cut]])
+
+
+@pytest.mark.parametrize("missing", range(len(FRAMES)))
+def test_a_missing_frame_is_refused(missing: int) -> None:
+    with pytest.raises(TransferRefused):
+        feed_all([*FRAMES[:missing], *FRAMES[missing + 1 :]]).require_complete()
+
+
+@pytest.mark.parametrize("twice", range(len(FRAMES)))
+def test_a_duplicate_frame_is_refused(twice: int) -> None:
+    with pytest.raises(TransferDamaged):
+        feed_all([*FRAMES[: twice + 1], *FRAMES[twice:]])
+
+
+def test_swapped_frames_are_refused() -> None:
+    swapped = list(FRAMES)
+    swapped[FIRST_DATA], swapped[SECOND_DATA] = swapped[SECOND_DATA], swapped[FIRST_DATA]
+    with pytest.raises(TransferDamaged, match="layer 0 at byte 0 is next"):
+        feed_all(swapped)
+
+
+def test_overlapping_data_is_refused() -> None:
+    frame, *_ = join_data_frame(0, 128, [memoryview(bytes(256))])
+    with pytest.raises(TransferDamaged, match="layer 0 at byte 256 is next"):
+        feed_all([*FRAMES[:SECOND_DATA], frame])
+
+
+def test_data_beyond_the_announced_layer_is_refused() -> None:
+    frame, *_ = join_data_frame(0, 0, [memoryview(bytes(100_000))])
+    with pytest.raises(TransferMalformed, match="data goes on to 100000"):
+        feed_all([*FRAMES[:FIRST_DATA], frame])
+
+
+def test_data_sent_by_another_transfer_fails_the_digest() -> None:
+    payload = pb.PushFrame.FromString(FRAMES[SECOND_DATA]).data.payload
+    frame, *_ = join_data_frame(0, 256, [memoryview(bytes(len(payload)))])
+    with pytest.raises(TransferDamaged, match="digest"):
+        feed_all([*FRAMES[:SECOND_DATA], frame, *FRAMES[SECOND_DATA + 1 :]])
+
+
+def test_a_changed_final_hidden_state_fails_the_digest() -> None:
+    frames = with_change(TRAILER, lambda f: setattr(f.trailer, "final_hidden", bytes(32 * 4)))
+    with pytest.raises(TransferDamaged, match="digest"):
+        feed_all(frames)
+
+
+def test_a_final_hidden_state_of_another_size_is_refused() -> None:
+    frames = with_change(TRAILER, lambda f: setattr(f.trailer, "final_hidden", bytes(3)))
+    with pytest.raises(TransferMalformed, match="3 bytes"):
+        feed_all(frames)
+
+
+def test_a_transfer_without_trailer_is_refused() -> None:
+    decoder = feed_all(FRAMES[:-1])
+    with pytest.raises(TransferDamaged, match="2 of 2 layers, without its trailer"):
+        decoder.require_complete()
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"wire_version": 2}, "wire version of the transfer is 2; this worker has 1"),
+        ({"model_fingerprint": "xyz"}, "fingerprint of the transfer is xyz; this worker has abc"),
+        ({"num_layers": 3}, "shape"),
+        ({"dtype": pb.DTYPE_BFLOAT16}, "shape"),
+        ({"dtype": 9}, "dtype 9"),
+        ({"codec": 7}, "codec 7"),
+    ],
+)
+def test_another_models_transfer_is_refused(fields: dict[str, object], named: str) -> None:
+    with pytest.raises(TransferMismatch, match=named):
+        feed_all(set_header(**fields))
+
+
+def test_another_prompt_length_is_refused() -> None:
+    with pytest.raises(TransferMalformed, match="41 prompt tokens; the reservation is for 40"):
+        feed_all(set_header(num_prompt_tokens=41))
+
+
+def test_more_entries_than_reserved_are_refused_before_memory_is_taken() -> None:
+    frames = with_change(MANIFEST, lambda f: f.layer.head_lengths.__setitem__(0, 2**32 - 1))
+    with pytest.raises(TransferMalformed, match="4294967295 entries"):
+        feed_all(frames)
+
+
+def test_one_entry_over_the_reservation_is_refused() -> None:
+    with pytest.raises(TransferMalformed, match="announces 7 entries"):
+        feed_all(FRAMES, replace(expected(), max_entries=6))
+
+
+def test_more_window_queries_than_allowed_are_refused() -> None:
+    frames = with_change(MANIFEST, lambda f: setattr(f.layer, "num_window_queries", 2**31))
+    with pytest.raises(TransferMalformed, match="window queries; the limit is 8"):
+        feed_all(frames)
+
+
+def test_another_number_of_heads_is_refused() -> None:
+    frames = with_change(MANIFEST, lambda f: f.layer.head_lengths.append(1))
+    with pytest.raises(TransferMalformed, match="3 KV heads; the model has 2"):
+        feed_all(frames)
+
+
+@pytest.mark.parametrize("position", [-1, NUM_PROMPT_TOKENS])
+def test_positions_outside_the_prompt_are_refused(position: int) -> None:
+    layers = make_layers()
+    layers[0].positions[0 if position < 0 else 4] = position
+    with pytest.raises(TransferMalformed, match="do not ascend within 40"):
+        feed_all(encode(layers, torch.ones(32)))
+
+
+def test_positions_out_of_order_are_refused() -> None:
+    layers = make_layers()
+    layers[0].positions[:2] = layers[0].positions[:2].flip(0)
+    with pytest.raises(TransferMalformed, match="do not ascend"):
+        feed_all(encode(layers, torch.ones(32)))
+
+
+def test_a_frame_over_the_limit_is_refused() -> None:
+    with pytest.raises(TransferMalformed, match="the limit is"):
+        feed_all([bytes(MAX_FRAME_BYTES + 1)])
+
+
+def test_a_payload_over_the_limit_is_refused() -> None:
+    frame, *_ = join_data_frame(0, 0, [memoryview(bytes(MAX_PAYLOAD_BYTES + 1))])
+    with pytest.raises(TransferMalformed, match="allowed are 1 to"):
+        feed_all([*FRAMES[:FIRST_DATA], frame])
+
+
+def test_an_empty_payload_is_refused() -> None:
+    frame, *_ = join_data_frame(0, 0, [])
+    with pytest.raises(TransferMalformed, match="payload has 0 bytes"):
+        feed_all([*FRAMES[:FIRST_DATA], frame])
+
+
+def test_a_huge_header_is_refused() -> None:
+    with pytest.raises(TransferMalformed, match="the limit is 4096"):
+        read_header(join_frame(Field.HEADER, bytes(5000)))
+
+
+def test_a_transfer_that_starts_elsewhere_is_refused() -> None:
+    with pytest.raises(TransferMalformed, match="kind LAYER"):
+        read_header(FRAMES[MANIFEST])
+
+
+@pytest.mark.parametrize("fields", [{"request_id": "r" * 129}, {"attempt": 0}])
+def test_a_header_without_name_or_attempt_is_refused(fields: dict[str, object]) -> None:
+    header = pb.PushFrame.FromString(FRAMES[0]).header
+    for name, value in fields.items():
+        setattr(header, name, value)
+    with pytest.raises(TransferMalformed, match="names no request"):
+        read_header(join_frame(Field.HEADER, header.SerializeToString()))
