@@ -10,7 +10,7 @@ from winnow.kv import LayerKV
 from winnow.models import DecoderModel
 from winnow.request import PruningSettings, SamplingParams, Token
 
-UNPRUNED = PruningSettings(selection="none", compression="none")
+UNPRUNED = PruningSettings(selection="none", compression="none", window_size=8, kernel_size=3)
 
 
 def prefill_all(
@@ -29,7 +29,9 @@ def make_engine(model: DecoderModel, *, rows: int = 32, memory: int = 64 << 20) 
     return DecodeEngine(model, pool_config=KVPoolConfig(memory, 16), max_batch_size=rows)
 
 
-def spec(request_id: str, num_tokens: int, sampling: SamplingParams, **more: object) -> GenerationSpec:
+def spec(
+    request_id: str, num_tokens: int, sampling: SamplingParams, **more: object
+) -> GenerationSpec:
     values = {"max_prompt_entries": num_tokens, "window_size": 8, "kernel_size": 3} | more
     return GenerationSpec(
         request_id=request_id, num_prompt_tokens=num_tokens, sampling=sampling, **values

@@ -15,8 +15,10 @@ def load(path: Path, attention: str = "sdpa") -> PreTrainedModel:
 @torch.no_grad()
 def greedy(model: PreTrainedModel, token_ids: Sequence[int], num_new: int) -> list[int]:
     """The greedy continuation by `generate`; end tokens are ordinary ones."""
+    prompt = torch.tensor([token_ids])
     output = model.generate(
-        torch.tensor([token_ids]),
+        prompt,
+        attention_mask=torch.ones_like(prompt),
         max_new_tokens=num_new,
         do_sample=False,
         eos_token_id=None,

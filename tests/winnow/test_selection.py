@@ -18,7 +18,9 @@ BASE = PruningSettings(
 UNIT = 105
 
 
-def run(masses: list[Tensor], config: PruningSettings) -> tuple[int | None, Selection | None, tuple]:
+def run(
+    masses: list[Tensor], config: PruningSettings
+) -> tuple[int | None, Selection | None, tuple]:
     selector = selection.create(config, masses[0].shape[1])
     for layer_idx, mass in enumerate(masses):
         if selector.needs_scores(layer_idx):

@@ -148,7 +148,6 @@ class DecodeEngine:
         tokens_left = seq.spec.sampling.max_tokens - seq.num_generated
         self.pool.shrink_promise(seq.row, tokens_left, seq.spec.growth_limit + 1)
 
-    @torch.inference_mode()
     def _forward(self, batch: list[Sequence]) -> Tensor:
         """Hidden states from which each sequence's next token is sampled: [B, hidden_size]."""
         going = [seq for seq in batch if seq.final_hidden is None]
