@@ -88,8 +88,15 @@ def _load_config(path: Path) -> Any:  # noqa: ANN401 - each family has its own c
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UnusableModel(f"{path / 'config.json'} is not usable: {error}") from error
+        reason = first_line(error)
+        raise UnusableModel(f"{path / 'config.json'} is not usable: {reason}") from error
     return config.get_text_config()
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without the paragraphs of advice that may follow."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _require_supported(path: Path, config: Any) -> None:  # noqa: ANN401

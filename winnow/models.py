@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from winnow.attention import ATTENTION_NAME, AttentionCall, causal_attention
 from winnow.errors import UnusableModel
 from winnow.kv import ModelShape
-from winnow.model_files import ModelDescription, describe_model
+from winnow.model_files import ModelDescription, describe_model, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -137,13 +137,13 @@ def _load_network(description: ModelDescription, device: str) -> Any:  # noqa: A
         )
         return network.eval().requires_grad_(False).to(device)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()
         raise UnusableModel(
-            f"model folder {description.path} cannot be loaded: {reason[0] if reason else error!r}"
+            f"model folder {description.path} cannot be loaded: {first_line(error)}"
         ) from error
     except Exception as error:  # safetensors raises its own, unrelated class
         if type(error).__module__.startswith("safetensors"):
-            raise UnusableModel(f"weights in {description.path} are broken: {error}") from error
+            reason = first_line(error)
+            raise UnusableModel(f"weights in {description.path} are broken: {reason}") from error
         raise
 
 

@@ -1,0 +1,58 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from winnow.defaults import override, pruning_defaults, scaled_defaults
+from winnow.errors import InvalidSetting, UnusableModel
+from winnow.request import PruningSettings
+
+
+@pytest.mark.parametrize("num_layers", range(1, 81))
+def test_defaults_fit_every_depth(num_layers: int) -> None:
+    settings = scaled_defaults(num_layers)
+    settings.require_fits(num_layers)
+    if num_layers >= 28:
+        assert settings == PruningSettings()
+
+
+def test_the_model_folder_comes_before_the_scaled_defaults(tmp_path: Path) -> None:
+    (tmp_path / "winnow.json").write_text(json.dumps({"kv_budget": 100, "min_layer": 4}))
+    settings = pruning_defaults(tmp_path, 12)
+    assert (settings.kv_budget, settings.min_layer) == (100, 4)
+    assert settings.observed_layers == scaled_defaults(12).observed_layers
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "winnow.json"),
+        ('{"kv_bugdet": 3}', "kv_bugdet is not a pruning setting; known are .*kv_budget"),
+        ('{"kv_budget": 32}', "kv_budget is 32; it must be above window_size, 32"),
+        ('{"min_layer": 12}', r"min_layer is 12; the allowed range is \[0, 11\]"),
+        ("[1]", "winnow.json"),
+    ],
+)
+def test_a_broken_settings_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "winnow.json").write_text(text)
+    with pytest.raises(UnusableModel, match=message):
+        pruning_defaults(tmp_path, 12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"selection": "magic"}, "selection is 'magic'; known are asl, fixed, none"),
+        ({"compression": "zip"}, "compression is 'zip'"),
+        ({"min_layer": 6}, "min_layer is 6; with observed_layers 8 it must be at least 7"),
+        ({"latest_layer": 9}, "latest_layer is 9; it must be at least min_layer, 10"),
+        ({"kernel_size": 4}, "kernel_size is 4; it must be odd"),
+        ({"decode_budget": 5}, "decode_budget is 5; it must be above window_size, 32"),
+        ({"select_tokens": 32}, "select_tokens is 32; it must be above window_size, 32"),
+        ({"kv_top_p": 0}, r"kv_top_p is 0; the allowed range is \(0, 1\]"),
+        ({"kv_budget": "many"}, "wrong type"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidSetting, match=message):
+        override(PruningSettings(), changes)

@@ -1,0 +1,133 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from winnow.engine.kv_pool import KVPool, KVPoolConfig
+from winnow.errors import InvalidSetting, Overloaded
+from winnow.kv import LayerKV, ModelShape
+
+SHAPE = ModelShape(
+    num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, hidden_size=16, dtype=torch.float32
+)
+PAGE_BYTES = 4 * (SHAPE.kv_bytes(1) + 4)
+
+
+def make_pool(num_pages: int = 100, rows: int = 4) -> KVPool:
+    config = KVPoolConfig(memory_bytes=(num_pages + 1) * PAGE_BYTES, page_size=4)
+    return KVPool(SHAPE, config, rows, torch.device("cpu"))
+
+
+def layer_of(layer_idx: int, lengths: tuple[int, int], seed: int = 0) -> LayerKV:
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    return LayerKV(
+        layer_idx=layer_idx,
+        keys=torch.randn(total, 4, generator=generator),
+        values=torch.randn(total, 4, generator=generator),
+        positions=torch.arange(total, dtype=torch.int32) * 3,
+        head_lengths=lengths,
+        window_queries=torch.empty(4, 0, 4),
+    )
+
+
+def pages_of(lengths: tuple[int, int]) -> int:
+    return sum(-(-length // 4) for length in lengths)
+
+
+LENGTHS = st.tuples(st.integers(0, 13), st.integers(0, 13))
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("write"), st.integers(0, 2), st.integers(0, 1), LENGTHS),
+        st.tuples(st.just("step"), st.sets(st.integers(0, 2), min_size=1)),
+        st.tuples(st.just("clear"), st.integers(0, 2)),
+    ),
+    max_size=30,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(ACTIONS)
+def test_pages_are_accounted_and_contents_kept_through_any_history(actions: list[tuple]) -> None:
+    pool = make_pool(num_pages=400, rows=3)
+    rows = pool.reserve(3, 100)
+    held = {(row, layer): layer_of(layer, (0, 0)) for row in rows for layer in range(2)}
+    for turn, (action, target, *rest) in enumerate(actions):
+        if action == "write":
+            layer = layer_of(rest[0], rest[1], seed=turn)
+            pool.write_layer(rows[target], layer)
+            held[rows[target], rest[0]] = layer
+        elif action == "clear":
+            pool.clear(rows[target])
+            held |= {(rows[target], layer): layer_of(layer, (0, 0)) for layer in range(2)}
+        else:
+            step(pool, [rows[i] for i in sorted(target)], held, turn)
+    for (row, layer_idx), expected in held.items():
+        actual = pool.read_layer(row, layer_idx, expected.window_queries)
+        assert actual.head_lengths == expected.head_lengths
+        for name in ("keys", "values", "positions"):
+            assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+    assert pool.stats().pages_used == sum(pages_of(layer.head_lengths) for layer in held.values())
+    for row in rows:
+        pool.release(row)
+    assert (pool.stats().pages_used, pool.stats().pages_reserved) == (0, 0)
+
+
+def step(pool: KVPool, rows: list[int], held: dict[tuple[int, int], LayerKV], turn: int) -> None:
+    """One decode step of the rows; what it must have added goes into `held`."""
+    plan = pool.plan_step(rows, torch.full((len(rows),), 1000 + turn))
+    for layer_idx in range(2):
+        new = torch.randn(2, len(rows), 2, 4, generator=torch.Generator().manual_seed(turn))
+        pool.append(layer_idx, plan, new[0], new[1])
+        keys, values = pool.gather(layer_idx, plan)
+        for idx, row in enumerate(rows):
+            held[row, layer_idx] = extend(held[row, layer_idx], new[:, idx], 1000 + turn)
+            expected = held[row, layer_idx]
+            visible = plan.visible[layer_idx, idx]
+            assert torch.equal(keys[idx][visible], expected.keys)
+            assert torch.equal(values[idx][visible], expected.values)
+
+
+def extend(layer: LayerKV, new: torch.Tensor, position: int) -> LayerKV:
+    """new: [2, H_kv, D], one key and one value per head, appended."""
+
+    def appended(old: torch.Tensor, per_head: torch.Tensor) -> torch.Tensor:
+        pairs = zip(layer.head_slices(), per_head, strict=True)
+        return torch.cat([torch.cat([old[rows], one]) for rows, one in pairs])
+
+    return LayerKV(
+        layer_idx=layer.layer_idx,
+        keys=appended(layer.keys, new[0][:, None]),
+        values=appended(layer.values, new[1][:, None]),
+        positions=appended(layer.positions, torch.full((2, 1), position, dtype=torch.int32)),
+        head_lengths=tuple(length + 1 for length in layer.head_lengths),
+        window_queries=layer.window_queries,
+    )
+
+
+def test_promises_are_refused_when_pages_or_rows_run_out() -> None:
+    pool = make_pool(num_pages=100, rows=2)
+    with pytest.raises(InvalidSetting, match="needs 101 KV pages; the worker has 100 in all"):
+        pool.reserve(1, 101)
+    pool.reserve(1, 60)
+    with pytest.raises(Overloaded, match="needs 41 KV pages; 40 are free"):
+        pool.reserve(1, 41)
+    with pytest.raises(Overloaded, match="needs 2 places in the batch; 1 are free"):
+        pool.reserve(2, 10)
+    pool.reserve(1, 40)
+
+
+def test_a_promise_shrinks_to_what_the_heads_can_reach() -> None:
+    pool = make_pool()
+    (row,) = pool.reserve(1, 80)
+    for layer_idx in range(2):
+        pool.write_layer(row, layer_of(layer_idx, (5, 30)))
+    pool.shrink_promise(row, extra_entries=10, cap=1000)
+    assert pool.stats().pages_reserved == 2 * (4 + 10)  # 15 and 40 entries in pages of 4
+    pool.shrink_promise(row, extra_entries=10, cap=12)
+    assert pool.stats().pages_reserved == 2 * (3 + 8)  # 12, and 31: a head over the cap grows by 1
+
+
+def test_a_pool_too_small_for_the_model_is_refused() -> None:
+    with pytest.raises(InvalidSetting, match="kv_memory_bytes is 144; this model needs at least"):
+        KVPool(SHAPE, KVPoolConfig(PAGE_BYTES, 4), 1, torch.device("cpu"))

@@ -1,0 +1,114 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig, OlmoConfig
+
+from tests.models_in_code import save_byte_tokenizer, save_tiny_model
+from tests.winnow.drive import UNPRUNED, prefill_all
+from tests.winnow.test_prefill import prompt
+from winnow.errors import UnusableModel
+from winnow.model_files import describe_model
+from winnow.models import load_model
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
+def save(folder: Path, config: object) -> Path:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    save_byte_tokenizer(folder)
+    return folder
+
+
+def test_describes_a_model_without_its_weights(tiny_models: dict[str, Path]) -> None:
+    description = describe_model(tiny_models["qwen3"])
+    shape = description.shape
+    assert (shape.num_layers, shape.num_heads, shape.num_kv_heads, shape.head_dim) == (4, 4, 2, 16)
+    assert (shape.dtype, description.max_positions) == (torch.float32, 8192)
+    assert description.eos_token_ids == {0}
+    assert load_model(tiny_models["qwen3"]).fingerprint == description.fingerprint
+
+
+def test_fingerprints_tell_weights_and_dtypes_apart(tmp_path: Path) -> None:
+    path = save_tiny_model(tmp_path)
+    before = describe_model(path).fingerprint
+    assert describe_model(path, dtype="bfloat16").fingerprint != before
+    weights = path / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert describe_model(path).fingerprint != before
+
+
+def test_a_family_outside_the_verified_ones_is_checked_and_used(tmp_path: Path) -> None:
+    model = load_model(save(tmp_path, OlmoConfig(**SIZES, pad_token_id=0)))
+    layers, _ = prefill_all(model, prompt(30), UNPRUNED)
+    assert len(layers) == 2
+
+
+def test_a_family_that_computes_more_between_its_layers_is_refused(tmp_path: Path) -> None:
+    config = GraniteConfig(**SIZES, embedding_multiplier=12.0, logits_scaling=8.0)
+    with pytest.raises(UnusableModel, match=r"granite computes something .* differ by .* limit is"):
+        load_model(save(tmp_path, config))
+
+
+def test_a_model_that_is_not_layered_as_needed_is_refused(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    with pytest.raises(UnusableModel, match="gpt2, which Winnow cannot run layer by layer"):
+        load_model(save(tmp_path, config))
+
+
+def test_sliding_windows_are_refused_with_the_numbers(tmp_path: Path) -> None:
+    path = save_tiny_model(tmp_path, "mistral", sliding_window=512)
+    with pytest.raises(UnusableModel, match="sliding_window 512 of 8192 positions"):
+        load_model(path)
+
+
+def test_a_window_that_spans_the_whole_context_is_no_window(tmp_path: Path) -> None:
+    load_model(save_tiny_model(tmp_path, "mistral", sliding_window=8192))
+
+
+def test_rotary_tables_that_change_with_length_are_refused(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    path = save_tiny_model(tmp_path, "llama", rope_parameters=rope)
+    with pytest.raises(UnusableModel, match="dynamic rotary embeddings"):
+        load_model(path)
+
+
+def test_missing_folders_and_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UnusableModel, match="nowhere does not exist"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(UnusableModel, match=r"has no config\.json"):
+        load_model(tmp_path)
+    with pytest.raises(UnusableModel, match="neither a folder nor a model that could be fetched"):
+        load_model("nobody/no-such-model")
+
+
+@pytest.mark.parametrize("defect", ["truncated", "garbage", "absent", "config", "unknown"])
+def test_broken_folders_end_in_one_clear_error(tmp_path: Path, defect: str) -> None:
+    path = save_tiny_model(tmp_path)
+    weights = path / "model.safetensors"
+    if defect == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif defect == "garbage":
+        weights.write_bytes(b"\xff" * 100)
+    elif defect == "absent":
+        weights.unlink()
+    elif defect == "config":
+        (path / "config.json").write_text("{not json")
+    else:
+        (path / "config.json").write_text(json.dumps({"model_type": "no-such-family"}))
+    with pytest.raises(UnusableModel) as caught:
+        load_model(path)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
