@@ -1,0 +1,65 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer; everything else they install
+# into .venv.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test redis check format bench train proto lock clean setup
+
+setup: $(STAMP)
+
+$(STAMP): requirements.lock constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q --constraint constraints.txt torch
+	$(BIN)/python -m pip install -q --no-deps --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m services.demo
+
+test: $(STAMP) redis
+	$(BIN)/python -m pytest
+
+# The tests talk to a real Redis.
+redis:
+	@command -v redis-server >/dev/null || { \
+		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || \
+			{ echo "redis-server is missing: install it with your package manager" >&2; exit 1; }; \
+		apt-get update -qq && apt-get install -y -qq redis-server >/dev/null; }
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/mypy -p training -p benchmarks
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.prefill
+	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.transfer
+	$(BIN)/python -m benchmarks.end_to_end
+
+train: $(STAMP)
+	$(BIN)/python -m training.train
+
+proto: $(STAMP)
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. \
+		$(wildcard proto/winnow/v1/*.proto)
+
+# Needs `uv`, and torch's CPU build where uv finds it (UV_FIND_LINKS), so that no CUDA packages come
+# in; torch itself is left out because its builds differ by machine (constraints.txt pins it).
+lock:
+	uv pip compile pyproject.toml --extra dev --generate-hashes --no-emit-index-url \
+		--no-emit-find-links --no-emit-package torch -q \
+		-c constraints.txt -o requirements.lock
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

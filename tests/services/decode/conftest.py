@@ -1,0 +1,75 @@
+"""A decode worker on a tiny model, registered in a real Redis, and a client that speaks to it."""
+
+import asyncio
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from services.common.registry import RedisRegistry
+from services.common.settings import Settings
+from services.decode.worker import DecodeWorker
+from tests.services.decode.client import Client
+
+StartWorker = Callable[..., Awaitable[DecodeWorker]]
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    socket = tmp_path_factory.mktemp("redis") / "redis.sock"
+    server = subprocess.Popen(
+        ["redis-server", "--port", "0", "--unixsocket", str(socket), "--save", ""],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout is not None
+    for line in server.stdout:
+        if "ready to accept connections" in line.lower():
+            break
+    yield f"unix://{socket}"
+    server.terminate()
+    server.communicate()
+
+
+@pytest.fixture
+async def registry(redis_url: str) -> AsyncIterator[RedisRegistry]:
+    registry = RedisRegistry(redis_url, "decode-tests")
+    yield registry
+    await registry.close()
+
+
+@pytest.fixture
+async def start_worker(tiny_models: dict[str, Path], redis_url: str) -> AsyncIterator[StartWorker]:
+    """Starts workers; stops them when the test ends."""
+    workers = []
+
+    async def start(**changes: object) -> DecodeWorker:
+        values = {
+            "model": str(tiny_models["llama"]),
+            "redis_url": redis_url,
+            "namespace": "decode-tests",
+            "num_threads": 1,
+            "kv_memory_bytes": 16 << 20,
+        }
+        worker = DecodeWorker(Settings(**(values | changes)))
+        await worker.start()
+        workers.append(worker)
+        return worker
+
+    yield start
+    for worker in workers:
+        await worker.stop()
+
+
+@pytest.fixture
+async def worker(start_worker: StartWorker) -> DecodeWorker:
+    return await start_worker()
+
+
+@pytest.fixture
+async def client(worker: DecodeWorker) -> AsyncIterator[Client]:
+    async with Client(worker) as client:
+        yield client
+        async with asyncio.timeout(20):
+            await client.until_idle()
