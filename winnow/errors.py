@@ -3,15 +3,24 @@
 WinnowError
 ├── InvalidRequest          what was asked cannot be done; ask differently
 │   ├── InvalidSetting      a parameter is out of its range, or settings contradict each other
+│   ├── UnknownParameter    a parameter that the API does not have
+│   ├── UnsupportedParameter  a parameter of OpenAI's API that Winnow does not carry out
 │   ├── PromptTooLong       more prompt tokens than the model or the operator allows
 │   ├── BodyTooLarge        the HTTP body is over the limit
 │   └── UnknownModel        the service does not serve that model
 ├── Overloaded              no KV memory or queue place now; try again later
 ├── NoDecodeWorker          no compatible decode worker is registered
+├── RegistryUnavailable     the registry of workers does not answer
 ├── DeadlineExceeded        the request did not end in its time
 ├── RequestCancelled        the client went away
 ├── PrefillFailed           prefill could not compute or deliver the prompt
 ├── TransferRefused         the KV that arrived is not what was announced
+│   ├── UnknownReservation  no admitted request has that id (any more)
+│   ├── TransferMismatch    other wire version, model or shape than the receiver's
+│   ├── TransferMalformed   frames that cannot be read, or that contradict the reservation
+│   ├── TransferDamaged     bad checksum, gap, overlap, duplicate, bad digest
+│   └── StaleAttempt        a newer attempt was seen, or the KV is already in place
+├── ModelMismatch           the worker holds another model than the one asked for
 ├── LeaseExpired            the reservation's KV did not arrive in its time
 ├── EngineFailed            the decode engine broke while it generated
 └── UnusableModel           a model folder that is missing, broken or unsupported (startup)
@@ -31,6 +40,14 @@ class WinnowError(Exception):
         self.message = message
         self.param = param
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickles with `param`, which Exception's own way leaves out."""
+        return (_rebuild, (type(self), self.message, self.param))
+
+
+def _rebuild(cls: type[WinnowError], message: str, param: str | None) -> WinnowError:
+    return cls(message, param=param)
+
 
 class InvalidRequest(WinnowError):
     code = "invalid_request"
@@ -38,6 +55,14 @@ class InvalidRequest(WinnowError):
 
 class InvalidSetting(InvalidRequest):
     code = "invalid_value"
+
+
+class UnknownParameter(InvalidRequest):
+    code = "unknown_parameter"
+
+
+class UnsupportedParameter(InvalidRequest):
+    code = "unsupported_parameter"
 
 
 class PromptTooLong(InvalidRequest):
@@ -60,6 +85,10 @@ class NoDecodeWorker(WinnowError):
     code = "no_decode_worker"
 
 
+class RegistryUnavailable(WinnowError):
+    code = "registry_unavailable"
+
+
 class DeadlineExceeded(WinnowError):
     code = "deadline_exceeded"
 
@@ -74,6 +103,30 @@ class PrefillFailed(WinnowError):
 
 class TransferRefused(WinnowError):
     code = "transfer_refused"
+
+
+class UnknownReservation(TransferRefused):
+    code = "unknown_reservation"
+
+
+class TransferMismatch(TransferRefused):
+    code = "transfer_mismatch"
+
+
+class TransferMalformed(TransferRefused):
+    code = "transfer_malformed"
+
+
+class TransferDamaged(TransferRefused):
+    code = "transfer_damaged"
+
+
+class StaleAttempt(TransferRefused):
+    code = "stale_attempt"
+
+
+class ModelMismatch(WinnowError):
+    code = "model_mismatch"
 
 
 class LeaseExpired(WinnowError):
@@ -103,10 +156,16 @@ _STATUS: dict[type[WinnowError], Status] = {
     UnknownModel: Status(404, "NOT_FOUND", "invalid_request_error"),
     Overloaded: Status(429, "RESOURCE_EXHAUSTED", "rate_limit_error"),
     NoDecodeWorker: Status(503, "UNAVAILABLE", "service_unavailable_error"),
+    RegistryUnavailable: Status(503, "UNAVAILABLE", "service_unavailable_error"),
     DeadlineExceeded: Status(504, "DEADLINE_EXCEEDED", "timeout_error"),
     RequestCancelled: Status(499, "CANCELLED", "cancelled_error"),
     PrefillFailed: Status(502, "UNAVAILABLE", "server_error"),
     TransferRefused: Status(502, "ABORTED", "server_error"),
+    UnknownReservation: Status(502, "NOT_FOUND", "server_error"),
+    TransferMismatch: Status(502, "FAILED_PRECONDITION", "server_error"),
+    TransferMalformed: Status(502, "INVALID_ARGUMENT", "server_error"),
+    TransferDamaged: Status(502, "DATA_LOSS", "server_error"),
+    ModelMismatch: Status(503, "FAILED_PRECONDITION", "service_unavailable_error"),
     LeaseExpired: Status(504, "ABORTED", "timeout_error"),
     EngineFailed: Status(500, "INTERNAL", "server_error"),
     WinnowError: Status(500, "INTERNAL", "server_error"),

@@ -57,7 +57,11 @@ class Tokenizer:
         return token_id in self._special
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's answer begins.
+        """Token ids of a conversation; see `chat_text`."""
+        return self.encode(self.chat_text(messages), add_special_tokens=False)
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation by the chat template, up to where the assistant's answer begins.
 
         messages: each with `role` and `content`.
         Raises InvalidRequest if the model has no chat template, or its template refuses them.
@@ -67,14 +71,14 @@ class Tokenizer:
                 "the model has no chat template; use text completions", param="messages"
             )
         try:
-            text = self._tokenizer.apply_chat_template(
+            text: str = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
             )
         except TemplateError as error:
             raise InvalidRequest(
                 f"the model's chat template refuses the messages: {error}", param="messages"
             ) from error
-        return self.encode(text, add_special_tokens=False)
+        return text
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

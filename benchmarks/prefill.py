@@ -1,0 +1,177 @@
+"""Prefill: time and peak memory against prompt length, beside transformers' own.
+
+Contestants: `transformers` (its forward with a KV cache, logits of the last token, as `generate`
+prefills), and our layer loop with selection `none`, `fixed` and `asl`, all selecting at half depth
+(ASL by `latest_layer`, so that the cost of watching the ranks is in its time). Each contestant runs
+in a process of its own, in turn, so that one's memory is not the other's.
+
+The floor of a pruned run is the share of layer-tokens that it computes; attention, which falls
+faster than that, can bring it below.
+"""
+
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.report import arguments, show, write_json
+from benchmarks.shapes import model_path
+from winnow.defaults import scaled_defaults
+from winnow.engine.prefill import run_prefill
+from winnow.models import load_model
+from winnow.request import PruningSettings
+
+CONTESTANTS = ("transformers", "none", "fixed", "asl")
+SELECT_SHARE = 8  # one of eight tokens goes on
+
+
+def settings_for(contestant: str, num_layers: int, num_tokens: int) -> PruningSettings:
+    """Half depth, an eighth of the tokens, and the cache compressed to as many."""
+    budget = max(64, num_tokens // SELECT_SHARE)
+    half = num_layers // 2 - 1
+    base = scaled_defaults(num_layers)
+    if contestant == "none":
+        return replace(base, selection="none", compression="none", kv_budget=None)
+    pruned = replace(base, select_tokens=budget, kv_budget=budget)
+    if contestant == "fixed":
+        return replace(pruned, selection="fixed", fixed_layer=half)
+    return replace(pruned, selection="asl", threshold=0.0, latest_layer=half)
+
+
+def transformers_prefill(path: Path) -> Callable[[list[int]], float]:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+
+    @torch.inference_mode()
+    def prefill(token_ids: list[int]) -> float:
+        output = model(torch.tensor([token_ids]), use_cache=True, logits_to_keep=1)
+        return float(output.logits[0, -1, 0])
+
+    return prefill
+
+
+def our_prefill(path: Path, contestant: str) -> Callable[[list[int]], float]:
+    model = load_model(path, dtype="bfloat16")
+
+    def prefill(token_ids: list[int]) -> float:
+        settings = settings_for(contestant, model.shape.num_layers, len(token_ids))
+        run = run_prefill(model, token_ids, settings)
+        while True:
+            try:
+                next(run)  # a layer's KV is dropped here; in the service it leaves over the wire
+            except StopIteration as end:
+                return float(model.logits(end.value.final_hidden[None])[0, 0])
+
+    return prefill
+
+
+def measure(path: Path, contestant: str, num_tokens: int, rounds: int) -> dict[str, Any]:
+    """In this process: seconds of each round, and the peak over what the weights take, in bytes."""
+    generator = torch.Generator().manual_seed(0)
+    token_ids = torch.randint(0, 1000, (num_tokens,), generator=generator).tolist()
+    ours = contestant != "transformers"
+    prefill = our_prefill(path, contestant) if ours else transformers_prefill(path)
+    prefill(token_ids[:256])  # touches every weight
+    gc.collect()
+    loaded = reset_peak()
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        prefill(token_ids)
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds, "peak_bytes": memory_bytes("VmHWM") - loaded}
+
+
+def reset_peak() -> int:
+    """Lets the kernel's high-water mark begin again; the bytes resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory_bytes("VmRSS")
+
+
+def memory_bytes(field: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def measure_apart(path: Path, contestant: str, num_tokens: int, rounds: int) -> dict[str, Any]:
+    """`measure` in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.prefill", "--child", str(path), contestant]
+    result = subprocess.run(
+        [*command, str(num_tokens), str(rounds)], check=True, capture_output=True, text=True
+    )
+    return json.loads(result.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def floor_of(contestant: str, num_layers: int, num_tokens: int) -> float:
+    """Share of the layer-tokens of an unpruned prompt that the contestant computes."""
+    if contestant in ("transformers", "none"):
+        return 1.0
+    kept = max(64, num_tokens // SELECT_SHARE)
+    half = num_layers // 2
+    return (half + (num_layers - half) * kept / num_tokens) / num_layers
+
+
+def compare(
+    name: str, path: Path, num_layers: int, num_tokens: int, rounds: int
+) -> list[dict[str, Any]]:
+    """All contestants at one length, round by round in turn."""
+    seconds: dict[str, list[float]] = {contestant: [] for contestant in CONTESTANTS}
+    peaks = dict.fromkeys(CONTESTANTS, 0)
+    for _ in range(rounds):
+        for contestant in CONTESTANTS:
+            result = measure_apart(path, contestant, num_tokens, rounds=2)
+            seconds[contestant].append(min(result["seconds"]))
+            peaks[contestant] = max(peaks[contestant], result["peak_bytes"])
+    unpruned, theirs = median(seconds["none"]), median(seconds["transformers"])
+    return [
+        {
+            "model": name,
+            "tokens": num_tokens,
+            "contestant": contestant,
+            "seconds": median(seconds[contestant]),
+            "of unpruned": median(seconds[contestant]) / unpruned,
+            "floor": floor_of(contestant, num_layers, num_tokens),
+            "of transformers": median(seconds[contestant]) / theirs,
+            "peak MB": peaks[contestant] / 2**20,
+            "peak of transformers": peaks[contestant] / peaks["transformers"],
+        }
+        for contestant in CONTESTANTS
+    ]
+
+
+def main() -> None:
+    parser = arguments("Prefill time and peak memory beside transformers.")
+    parser.add_argument("--child", nargs=4, metavar=("PATH", "NAME", "TOKENS", "ROUNDS"))
+    parser.add_argument("--lengths", type=int, nargs="+", help="prompt lengths in tokens")
+    options = parser.parse_args()
+    if options.child:
+        path, contestant, num_tokens, rounds = options.child
+        print(json.dumps(measure(Path(path), contestant, int(num_tokens), int(rounds))))
+        return
+    rounds = 1 if options.quick else 3
+    half_billion = options.lengths or ([2048] if options.quick else [2048, 8192, 16000])
+    plan = [("0.5b", 24, half_billion), ("tiny", 12, [1024] if options.quick else [1024, 4096])]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, num_layers, lengths in plan:
+            path = model_path(name, Path(folder))
+            for num_tokens in lengths:
+                rows += compare(name, path, num_layers, num_tokens, rounds)
+    show("Prefill, bfloat16", rows, [__doc__ or ""])
+    write_json(options.json, "prefill", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""How every benchmark shows its results: one table on the terminal, and JSON."""
+
+import json
+import platform
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+def arguments(description: str) -> ArgumentParser:
+    """The options that all benchmarks share: --json FILE, --quick."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes, fewer rounds")
+    return parser
+
+
+def show(title: str, rows: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> None:
+    """Prints rows of equal keys as a table; floats with three significant digits."""
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(_text(value) for value in row.values()))
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(table)
+    for note in notes:
+        console.print(note)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def write_json(path: Path | None, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes the rows with what they were measured on, if a path was given."""
+    if path is None:
+        return
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    machine |= {"python": platform.python_version(), "machine": platform.machine()}
+    path.write_text(
+        json.dumps({"benchmark": name, "machine": machine, "rows": list(rows)}, indent=1)
+    )

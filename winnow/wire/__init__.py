@@ -1,0 +1,36 @@
+"""One prompt's KV cache as frames, and back: the only code that turns tensors into bytes.
+
+A transfer is a header, then for each layer in order a manifest and data frames, then a trailer
+(PushFrame of proto/winnow/v1/decode.proto). Its digest is SHA-256 over, in the order of the
+frames: of header and manifests the field number (1 byte), the length (uint32) and the serialized
+message; of each data frame layer_idx (uint32), offset (uint64), payload length (uint32) and
+crc32 (uint32); then the bytes of `final_hidden`. All numbers little-endian.
+"""
+
+from winnow.wire.decoder import Expected, Trailer, TransferDecoder
+from winnow.wire.encoder import FRAME_BYTES, TransferEncoder
+from winnow.wire.framing import MAX_FRAME_BYTES, MAX_PAYLOAD_BYTES
+from winnow.wire.incoming import ReceiveBuffer
+from winnow.wire.messages import (
+    WIRE_VERSION,
+    Header,
+    read_header,
+    report_from_proto,
+    report_to_proto,
+)
+
+__all__ = [
+    "FRAME_BYTES",
+    "MAX_FRAME_BYTES",
+    "MAX_PAYLOAD_BYTES",
+    "WIRE_VERSION",
+    "Expected",
+    "Header",
+    "ReceiveBuffer",
+    "Trailer",
+    "TransferDecoder",
+    "TransferEncoder",
+    "read_header",
+    "report_from_proto",
+    "report_to_proto",
+]

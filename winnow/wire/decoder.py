@@ -1,0 +1,187 @@
+"""The frames of one transfer back to KV, every defect refused before it can do harm."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from winnow.errors import TransferDamaged, TransferMalformed, TransferMismatch
+from winnow.kv import LayerKV, ModelShape
+from winnow.request import PrefillReport
+from winnow.v1 import decode_pb2 as pb
+from winnow.wire.framing import DataFrame, Field, read_data_frame, split_frame
+from winnow.wire.incoming import IncomingLayer, ReceiveBuffer, segment_bytes
+from winnow.wire.messages import (
+    WIRE_VERSION,
+    Digest,
+    Header,
+    header_from_bytes,
+    parse,
+    report_from_proto,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a receiver takes; anything beyond is refused before memory is set aside for it.
+
+    max_entries: KV entries per (layer, KV head). max_window: window queries per layer.
+    """
+
+    fingerprint: str
+    shape: ModelShape
+    num_prompt_tokens: int
+    max_entries: int
+    max_window: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trailer:
+    """The end of a transfer that arrived whole. final_hidden: [hidden_size], owned."""
+
+    final_hidden: Tensor
+    report: PrefillReport
+
+
+class TransferDecoder:
+    """Reads one transfer frame by frame; after a refusal it is of no use."""
+
+    def __init__(self, expected: Expected, buffer: ReceiveBuffer | None = None) -> None:
+        self._expected = expected
+        self._buffer = buffer or ReceiveBuffer()
+        self._digest = Digest()
+        self._header: Header | None = None
+        self._layer: IncomingLayer | None = None
+        self.complete = False  # the trailer was read, and all before it is sound
+        self.num_layers = 0  # received whole
+        self.payload_bytes = 0
+
+    def feed(self, frame: bytes) -> Header | LayerKV | Trailer | None:
+        """What became whole with this frame, if anything did.
+
+        A LayerKV's tensors are views of the receive buffer, valid until the next call.
+        Raises a subclass of TransferRefused for every defect.
+        """
+        field, body = split_frame(frame)
+        if field is not self._next_field():
+            raise TransferDamaged(
+                f"a {field.name} frame arrived out of turn, after {self.num_layers} layers"
+            )
+        match field:
+            case Field.HEADER:
+                return self._read_header(bytes(body))
+            case Field.LAYER:
+                return self._read_manifest(bytes(body))
+            case Field.DATA:
+                return self._read_data(read_data_frame(body))
+            case Field.TRAILER:
+                return self._read_trailer(bytes(body))
+
+    def require_complete(self) -> None:
+        """Raise TransferDamaged unless the trailer was read."""
+        if not self.complete:
+            raise TransferDamaged(
+                f"transfer ended after {self.num_layers} of {self._expected.shape.num_layers} "
+                "layers, without its trailer"
+            )
+
+    def _next_field(self) -> Field | None:
+        if self._header is None:
+            return Field.HEADER
+        if self._layer is not None:
+            return Field.DATA
+        if self.num_layers < self._expected.shape.num_layers:
+            return Field.LAYER
+        return None if self.complete else Field.TRAILER
+
+    def _read_header(self, body: bytes) -> Header:
+        header, expected = header_from_bytes(body), self._expected
+        _require_same("wire version", header.wire_version, WIRE_VERSION)
+        _require_same("model fingerprint", header.fingerprint, expected.fingerprint)
+        _require_same("model shape", header.shape, expected.shape)
+        if header.num_prompt_tokens != expected.num_prompt_tokens:
+            raise TransferMalformed(
+                f"transfer is for {header.num_prompt_tokens} prompt tokens; "
+                f"the reservation is for {expected.num_prompt_tokens}"
+            )
+        self._digest.add_message(Field.HEADER, body)
+        self._header = header
+        return header
+
+    def _read_manifest(self, body: bytes) -> LayerKV | None:
+        manifest = parse(pb.LayerManifest(), body)
+        self._require_bounds(manifest)
+        lengths = tuple(manifest.head_lengths)
+        window = manifest.num_window_queries
+        num_bytes = sum(segment_bytes(self._expected.shape, sum(lengths), window))
+        self._digest.add_message(Field.LAYER, body)
+        self._layer = IncomingLayer(
+            manifest.layer_idx, lengths, window, self._buffer.take(num_bytes)
+        )
+        return self._finish_layer() if self._layer.whole else None
+
+    def _require_bounds(self, manifest: pb.LayerManifest) -> None:
+        expected = self._expected
+        if manifest.layer_idx != self.num_layers:
+            raise TransferDamaged(
+                f"layer {manifest.layer_idx} was announced; layer {self.num_layers} is next"
+            )
+        if len(manifest.head_lengths) != expected.shape.num_kv_heads:
+            raise TransferMalformed(
+                f"layer {manifest.layer_idx} announces {len(manifest.head_lengths)} KV heads; "
+                f"the model has {expected.shape.num_kv_heads}"
+            )
+        longest = max(manifest.head_lengths)
+        if longest > expected.max_entries:
+            raise TransferMalformed(
+                f"layer {manifest.layer_idx} announces {longest} entries of one KV head; "
+                f"the reservation is for {expected.max_entries}"
+            )
+        if manifest.num_window_queries > expected.max_window:
+            raise TransferMalformed(
+                f"layer {manifest.layer_idx} announces {manifest.num_window_queries} window "
+                f"queries; the limit is {expected.max_window}"
+            )
+
+    def _read_data(self, data: DataFrame) -> LayerKV | None:
+        assert self._layer is not None
+        self._layer.write(data)
+        self._digest.add_data(data.layer_idx, data.offset, len(data.payload), data.crc32)
+        self.payload_bytes += len(data.payload)
+        return self._finish_layer() if self._layer.whole else None
+
+    def _finish_layer(self) -> LayerKV:
+        assert self._layer is not None
+        kv = self._layer.views(self._expected.shape)
+        _require_ascending(kv, self._expected.num_prompt_tokens)
+        self._layer = None
+        self.num_layers += 1
+        return kv
+
+    def _read_trailer(self, body: bytes) -> Trailer:
+        trailer, shape = parse(pb.TransferTrailer(), body), self._expected.shape
+        if len(trailer.final_hidden) != shape.hidden_size * shape.dtype.itemsize:
+            raise TransferMalformed(f"final hidden state has {len(trailer.final_hidden)} bytes")
+        if self._digest.finish(trailer.final_hidden) != trailer.digest:
+            raise TransferDamaged("digest of the transfer does not match")
+        hidden = torch.frombuffer(bytearray(trailer.final_hidden), dtype=shape.dtype)
+        self.complete = True
+        return Trailer(hidden, report_from_proto(trailer.report))
+
+
+def _require_same(what: str, got: object, expected: object) -> None:
+    if got != expected:
+        raise TransferMismatch(f"{what} of the transfer is {got}; this worker has {expected}")
+
+
+def _require_ascending(kv: LayerKV, num_prompt_tokens: int) -> None:
+    """Raise TransferMalformed unless each head's positions ascend within the prompt."""
+    for rows in kv.head_slices():
+        head = kv.positions[rows]
+        if head.numel() and not (
+            head[0] >= 0 and head[-1] < num_prompt_tokens and bool((head[1:] > head[:-1]).all())
+        ):
+            raise TransferMalformed(
+                f"positions of layer {kv.layer_idx} do not ascend within "
+                f"{num_prompt_tokens} prompt tokens"
+            )

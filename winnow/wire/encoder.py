@@ -1,0 +1,91 @@
+"""A prompt's KV, layer by layer, as the frames of one transfer."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from winnow.kv import LayerKV, ModelShape
+from winnow.request import PrefillReport
+from winnow.v1 import decode_pb2 as pb
+from winnow.wire.framing import MAX_PAYLOAD_BYTES, Field, join_data_frame, join_frame
+from winnow.wire.messages import WIRE_VERSION, Digest, Header, header_to_bytes, report_to_proto
+
+FRAME_BYTES = 2 << 20
+
+
+class TransferEncoder:
+    """Writes one attempt's transfer: `header`, each `layer` in order, `trailer`.
+
+    frame_bytes: payload per data frame, 1 byte to MAX_PAYLOAD_BYTES.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        attempt: int,
+        fingerprint: str,
+        shape: ModelShape,
+        num_prompt_tokens: int,
+        *,
+        frame_bytes: int = FRAME_BYTES,
+    ) -> None:
+        assert 1 <= frame_bytes <= MAX_PAYLOAD_BYTES
+        self._header = Header(
+            request_id, attempt, WIRE_VERSION, fingerprint, shape, num_prompt_tokens
+        )
+        self._frame_bytes = frame_bytes
+        self._digest = Digest()
+
+    def header(self) -> bytes:
+        return self._message(Field.HEADER, header_to_bytes(self._header))
+
+    def layer(self, kv: LayerKV) -> Iterator[bytes]:
+        """The layer's manifest and data frames; each owns its bytes once it is yielded."""
+        assert kv.keys.dtype == kv.values.dtype == self._header.shape.dtype
+        assert kv.positions.dtype == torch.int32
+        manifest = pb.LayerManifest(
+            layer_idx=kv.layer_idx,
+            head_lengths=kv.head_lengths,
+            num_window_queries=kv.window_queries.shape[1],
+        )
+        yield self._message(Field.LAYER, manifest.SerializeToString())
+        payload = [_bytes_of(t) for t in (kv.positions, kv.keys, kv.values, kv.window_queries)]
+        for offset, pieces in _cut(payload, self._frame_bytes):
+            frame, num_bytes, crc32 = join_data_frame(kv.layer_idx, offset, pieces)
+            self._digest.add_data(kv.layer_idx, offset, num_bytes, crc32)
+            yield frame
+
+    def trailer(self, final_hidden: Tensor, report: PrefillReport) -> bytes:
+        """The frame that ends the transfer. final_hidden: [hidden_size]."""
+        hidden = bytes(_bytes_of(final_hidden.to(self._header.shape.dtype)))
+        trailer = pb.TransferTrailer(
+            final_hidden=hidden, digest=self._digest.finish(hidden), report=report_to_proto(report)
+        )
+        return join_frame(Field.TRAILER, trailer.SerializeToString())
+
+    def _message(self, field: Field, body: bytes) -> bytes:
+        self._digest.add_message(field, body)
+        return join_frame(field, body)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The tensor's bytes, row-major; no copy for a contiguous one in the CPU's memory."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _cut(payload: Sequence[memoryview], frame_bytes: int) -> Iterator[tuple[int, list[memoryview]]]:
+    """The joined `payload` in pieces of `frame_bytes`: each one's offset and its parts."""
+    offset, room, parts = 0, frame_bytes, list[memoryview]()
+    for segment in payload:
+        at = 0
+        while at < len(segment):
+            part = segment[at : at + room]
+            parts.append(part)
+            at, room = at + len(part), room - len(part)
+            if room == 0:
+                yield offset, parts
+                offset, room, parts = offset + frame_bytes, frame_bytes, []
+    if parts:
+        yield offset, parts

@@ -1,0 +1,153 @@
+"""The small messages of a transfer: header and report as protobuf, and the digest over all."""
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from google.protobuf.message import DecodeError, Message
+
+from winnow.errors import TransferMalformed, TransferMismatch
+from winnow.kv import ModelShape
+from winnow.request import PrefillReport
+from winnow.v1 import decode_pb2 as pb
+from winnow.wire.framing import Field, split_frame
+
+WIRE_VERSION = 1
+MAX_HEADER_BYTES = 4096
+MAX_REQUEST_ID_CHARS = 128
+
+_DTYPES = {
+    pb.DTYPE_FLOAT32: torch.float32,
+    pb.DTYPE_BFLOAT16: torch.bfloat16,
+    pb.DTYPE_FLOAT16: torch.float16,
+}
+_DTYPE_NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
+
+_Message = TypeVar("_Message", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Whose KV follows, and how it is written. attempt counts from 1."""
+
+    request_id: str
+    attempt: int
+    wire_version: int
+    fingerprint: str
+    shape: ModelShape
+    num_prompt_tokens: int
+
+
+class Digest:
+    """SHA-256 over a transfer; what exactly, winnow/wire/__init__.py says."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+
+    def add_message(self, field: Field, body: bytes) -> None:
+        self._sha256.update(struct.pack("<BI", field, len(body)) + body)
+
+    def add_data(self, layer_idx: int, offset: int, num_bytes: int, crc32: int) -> None:
+        self._sha256.update(struct.pack("<IQII", layer_idx, offset, num_bytes, crc32))
+
+    def finish(self, final_hidden: bytes) -> bytes:
+        self._sha256.update(final_hidden)
+        return self._sha256.digest()
+
+
+def read_header(frame: bytes) -> Header:
+    """The header in a transfer's first frame; only its form is checked, not what it announces.
+
+    Raises TransferMalformed where it is no header, TransferMismatch for an unknown dtype or codec.
+    """
+    field, body = split_frame(frame)
+    if field is not Field.HEADER:
+        raise TransferMalformed(f"transfer starts with a frame of kind {field.name}")
+    return header_from_bytes(bytes(body))
+
+
+def header_from_bytes(body: bytes) -> Header:
+    """The header that `body` serializes; raises as `read_header` does."""
+    if len(body) > MAX_HEADER_BYTES:
+        raise TransferMalformed(f"header has {len(body)} bytes; the limit is {MAX_HEADER_BYTES}")
+    header = parse(pb.TransferHeader(), body)
+    if not 1 <= len(header.request_id) <= MAX_REQUEST_ID_CHARS or header.attempt < 1:
+        raise TransferMalformed("header names no request or no attempt")
+    if header.dtype not in _DTYPES or header.codec != pb.CODEC_RAW:
+        raise TransferMismatch(f"dtype {header.dtype} or codec {header.codec} is unknown")
+    shape = ModelShape(
+        header.num_layers,
+        header.num_heads,
+        header.num_kv_heads,
+        header.head_dim,
+        header.hidden_size,
+        _DTYPES[header.dtype],
+    )
+    return Header(
+        header.request_id,
+        header.attempt,
+        header.wire_version,
+        header.model_fingerprint,
+        shape,
+        header.num_prompt_tokens,
+    )
+
+
+def header_to_bytes(header: Header) -> bytes:
+    """The header's protobuf, raw codec."""
+    shape = header.shape
+    message = pb.TransferHeader(
+        request_id=header.request_id,
+        attempt=header.attempt,
+        wire_version=header.wire_version,
+        model_fingerprint=header.fingerprint,
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        hidden_size=shape.hidden_size,
+        num_prompt_tokens=header.num_prompt_tokens,
+        dtype=_DTYPE_NUMBERS[shape.dtype],
+        codec=pb.CODEC_RAW,
+    )
+    return bytes(message.SerializeToString())
+
+
+def parse(message: _Message, body: bytes) -> _Message:
+    """`message` with what `body` serializes; raises TransferMalformed where it is not that."""
+    try:
+        message.MergeFromString(body)
+    except DecodeError as error:
+        raise TransferMalformed(f"{message.DESCRIPTOR.name} cannot be read: {error}") from error
+    return message
+
+
+def report_to_proto(report: PrefillReport) -> pb.PrefillReport:
+    return pb.PrefillReport(
+        num_prompt_tokens=report.num_prompt_tokens,
+        num_selected_tokens=report.num_selected_tokens,
+        selection_layer=report.selection_layer,
+        no_selection_reason=report.no_selection_reason or "",
+        rho=[pb.RankVariance(layer_idx=layer, value=value) for layer, value in report.rho],
+        computed_share=report.computed_share,
+        kv_bytes_full=report.kv_bytes_full,
+        kv_bytes_kept=report.kv_bytes_kept,
+        layer_entries=report.layer_entries,
+    )
+
+
+def report_from_proto(report: pb.PrefillReport) -> PrefillReport:
+    selected = report.HasField("selection_layer")
+    return PrefillReport(
+        num_prompt_tokens=report.num_prompt_tokens,
+        num_selected_tokens=report.num_selected_tokens,
+        selection_layer=report.selection_layer if selected else None,
+        no_selection_reason=report.no_selection_reason or None,
+        rho=tuple((point.layer_idx, point.value) for point in report.rho),
+        computed_share=report.computed_share,
+        kv_bytes_full=report.kv_bytes_full,
+        kv_bytes_kept=report.kv_bytes_kept,
+        layer_entries=tuple(report.layer_entries),
+    )
