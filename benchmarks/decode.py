@@ -1,0 +1,136 @@
+"""Decode: tokens per second against batch size and context length, beside transformers' own.
+
+Each row runs the engine on `batch` sequences whose caches hold `context` entries per KV head
+(random ones: the work does not depend on their values). The floor of a step is the time to read
+the weights once and every sequence's keys and values once, at the memory bandwidth measured in the
+same run; `transformers` is its forward on a batch of equal length with a DynamicCache.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from benchmarks.report import arguments, show, write_json
+from benchmarks.shapes import model_path
+from winnow.engine.decode import DecodeEngine
+from winnow.engine.kv_pool import KVPoolConfig
+from winnow.engine.sequence import GenerationSpec
+from winnow.kv import LayerKV, ModelShape
+from winnow.models import DecoderModel, load_model
+from winnow.request import SamplingParams
+
+ROUNDS = 3
+
+
+def random_layer(shape: ModelShape, layer_idx: int, context: int) -> LayerKV:
+    num_entries = context * shape.num_kv_heads
+    return LayerKV(
+        layer_idx=layer_idx,
+        keys=torch.randn(num_entries, shape.head_dim, dtype=shape.dtype),
+        values=torch.randn(num_entries, shape.head_dim, dtype=shape.dtype),
+        positions=torch.arange(context, dtype=torch.int32).repeat(shape.num_kv_heads),
+        head_lengths=(context,) * shape.num_kv_heads,
+        window_queries=torch.zeros(shape.num_heads, 0, shape.head_dim, dtype=shape.dtype),
+    )
+
+
+def our_step(model: DecoderModel, batch: int, context: int, steps: int) -> Callable[[], object]:
+    """An engine with `batch` running sequences; each call is one step."""
+    engine = DecodeEngine(model, pool_config=KVPoolConfig(4 << 30), max_batch_size=batch)
+    sampling = SamplingParams(max_tokens=steps + 2, temperature=0, ignore_eos=True)
+    for idx in range(batch):
+        request = GenerationSpec(str(idx), context, context, sampling)
+        reservation = engine.reserve(request)
+        for layer_idx in range(model.shape.num_layers):
+            reservation.write_layer(random_layer(model.shape, layer_idx, context))
+        engine.start(reservation, torch.randn(model.shape.hidden_size))
+    engine.step()  # the first token comes from prefill's hidden state
+    return engine.step
+
+
+def their_step(path: Path, shape: ModelShape, batch: int, context: int) -> Callable[[], object]:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    cache = DynamicCache(config=model.config)
+    size = (batch, shape.num_kv_heads, context, shape.head_dim)
+    for layer_idx in range(shape.num_layers):
+        layer = (torch.randn(size, dtype=shape.dtype), torch.randn(size, dtype=shape.dtype))
+        cache.update(*layer, layer_idx)
+
+    @torch.inference_mode()
+    def step() -> object:
+        tokens = torch.zeros(batch, 1, dtype=torch.int64)
+        return model(tokens, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1)
+
+    return step
+
+
+def seconds_per_step(step: Callable[[], object], steps: int) -> float:
+    """Median over the rounds of the mean time of a step."""
+    step()
+    rounds = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        rounds.append((time.perf_counter() - start) / steps)
+    return median(rounds)
+
+
+def read_bandwidth() -> float:
+    """Bytes per second at which memory is read here, all threads."""
+    block = torch.ones(1 << 28, dtype=torch.float32)  # 1 GiB
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        block.sum()
+        seconds.append(time.perf_counter() - start)
+    return block.nbytes / min(seconds)
+
+
+def compare(
+    name: str, path: Path, batches: list[int], contexts: list[int], steps: int
+) -> Iterator[dict[str, Any]]:
+    bandwidth = read_bandwidth()
+    model = load_model(path, dtype="bfloat16")
+    shape = model.shape
+    weight_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    for context in contexts:
+        alone = 0.0
+        for batch in batches:
+            ours = seconds_per_step(our_step(model, batch, context, ROUNDS * steps + 1), steps)
+            theirs = seconds_per_step(their_step(path, shape, batch, context), steps)
+            alone = alone or 1 / ours
+            kv_bytes = shape.kv_bytes(batch * context * shape.num_layers * shape.num_kv_heads)
+            yield {
+                "model": name,
+                "context": context,
+                "batch": batch,
+                "tokens/s": batch / ours,
+                "of batch 1": batch / ours / alone,
+                "step ms": ours * 1e3,
+                "floor ms": (weight_bytes + kv_bytes) / bandwidth * 1e3,
+                "transformers tokens/s": batch / theirs,
+                "of transformers": theirs / ours,
+            }
+
+
+def main() -> None:
+    options = arguments("Decode throughput against batch and context.").parse_args()
+    batches, steps = ([1, 8], 4) if options.quick else ([1, 2, 4, 8, 16], 8)
+    contexts = [512] if options.quick else [512, 2048]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("0.5b", "tiny"):
+            rows += compare(name, model_path(name, Path(folder)), batches, contexts, steps)
+    show("Decode, bfloat16", rows, [__doc__ or ""])
+    write_json(options.json, "decode", rows)
+
+
+if __name__ == "__main__":
+    main()
