@@ -1,0 +1,149 @@
+"""The running service: where the time to the first token goes, and many clients at once.
+
+Starts `winnow serve` on the embedded model and talks to it over HTTP. For each prompt length, with
+pruning on (the model's own settings) and off, in turn: TTFT split into waiting for the engine,
+prefill compute, transfer that compute did not hide, and the rest (HTTP, routing, hand-over, first
+decode step). The floor of TTFT is prefill compute. Then streaming clients side by side, each with a
+prompt of its own: tokens per second against one client alone.
+"""
+
+import asyncio
+import json
+import random
+import time
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import httpx
+
+from benchmarks.report import arguments, show, write_json
+from services.demo import running_service
+
+UNPRUNED = {"selection": "none", "compression": "none"}
+WORDS = "river stone lantern garden window harbor market winter copper orchard".split()
+
+
+@dataclass
+class Answer:
+    """One streamed completion: seconds to its first text and in all, and its `usage`."""
+
+    ttft_s: float = 0.0
+    total_s: float = 0.0
+    usage: dict[str, Any] = field(default_factory=dict)
+
+
+async def prompt_of(client: httpx.AsyncClient, num_tokens: int, seed: int) -> list[int]:
+    """Token ids of random words, exactly `num_tokens`."""
+    rng = random.Random(seed)
+    text = " ".join(rng.choices(WORDS, k=2 * num_tokens))
+    response = await client.post("/tokenize", json={"prompt": text})
+    return response.json()["tokens"][:num_tokens]  # type: ignore[no-any-return]
+
+
+async def complete(
+    client: httpx.AsyncClient, prompt: list[int], max_tokens: int, winnow: dict[str, Any]
+) -> Answer:
+    body = {
+        "model": "winnow-tiny",
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "ignore_eos": True,
+        "winnow": winnow,
+    }
+    answer, start = Answer(), time.perf_counter()
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                answer.ttft_s = answer.ttft_s or time.perf_counter() - start
+                answer.usage = json.loads(line[6:]).get("usage") or answer.usage
+    answer.total_s = time.perf_counter() - start
+    return answer
+
+
+async def split_ttft(
+    client: httpx.AsyncClient, num_tokens: int, rounds: int
+) -> list[dict[str, Any]]:
+    """One row per setting: medians over the rounds, in milliseconds."""
+    answers: dict[str, list[Answer]] = {"pruned": [], "unpruned": []}
+    for seed in range(rounds + 1):
+        prompt = await prompt_of(client, num_tokens, seed)
+        for name, winnow in (("pruned", {}), ("unpruned", UNPRUNED)):
+            answer = await complete(client, prompt, 8, winnow)
+            if seed:  # the first round warms up
+                answers[name].append(answer)
+    slowest = median(answer.ttft_s for answer in answers["unpruned"])
+    return [_ttft_row(num_tokens, name, found, slowest) for name, found in answers.items()]
+
+
+def _ttft_row(num_tokens: int, name: str, answers: list[Answer], slowest: float) -> dict[str, Any]:
+    def part(field: str) -> float:
+        return median(answer.usage["winnow"][field] for answer in answers) * 1e3
+
+    ttft = median(answer.ttft_s for answer in answers) * 1e3
+    queue, prefill, exposed = part("queue_s"), part("prefill_s"), part("exposed_transfer_s")
+    return {
+        "tokens": num_tokens,
+        "cache": name,
+        "TTFT ms": ttft,
+        "of unpruned": ttft / slowest / 1e3,
+        "queue ms": queue,
+        "prefill ms (floor)": prefill,
+        "exposed transfer ms": exposed,
+        "rest ms": ttft - queue - prefill - exposed,
+        "exposed of prefill": exposed / prefill,
+        "KV shipped MB": part("kv_bytes_kept") / 1e9,
+    }
+
+
+async def side_by_side(
+    client: httpx.AsyncClient, counts: list[int], max_tokens: int
+) -> list[dict[str, Any]]:
+    """Tokens per second of all clients together, for each number of clients."""
+    rows: list[dict[str, Any]] = []
+    for count in counts:
+        prompts = [await prompt_of(client, 256, seed) for seed in range(count)]
+        start = time.perf_counter()
+        answers = await asyncio.gather(
+            *(complete(client, prompt, max_tokens, {}) for prompt in prompts)
+        )
+        seconds = time.perf_counter() - start
+        tokens = sum(answer.usage["completion_tokens"] for answer in answers)
+        rows.append(
+            {
+                "clients": count,
+                "complete": sum(a.usage["completion_tokens"] == max_tokens for a in answers),
+                "tokens/s": tokens / seconds,
+                "of one client": tokens
+                / seconds
+                / (rows[0]["tokens/s"] if rows else tokens / seconds),
+                "median TTFT ms": median(answer.ttft_s for answer in answers) * 1e3,
+            }
+        )
+    return rows
+
+
+async def measure(url: str, quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    lengths, rounds = ([1024], 2) if quick else ([512, 1024, 2048, 4096], 5)
+    async with httpx.AsyncClient(
+        base_url=url, timeout=300, limits=httpx.Limits(max_connections=None)
+    ) as client:
+        ttft = [row for n in lengths for row in await split_ttft(client, n, rounds)]
+        return ttft, await side_by_side(client, [1, 8] if quick else [1, 8, 64], 64)
+
+
+def main() -> None:
+    options = arguments("Time to first token and concurrent clients of the service.").parse_args()
+    with running_service() as url:
+        ttft, clients = asyncio.run(measure(url, options.quick))
+    show("Time to first token, embedded model", ttft, [__doc__ or ""])
+    show("Streaming clients side by side, 256-token prompts, 64 tokens each", clients)
+    write_json(options.json, "end_to_end", [*ttft, *clients])
+
+
+if __name__ == "__main__":
+    main()
