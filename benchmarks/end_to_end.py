@@ -21,7 +21,7 @@ from benchmarks.report import arguments, show, write_json
 from services.demo import running_service
 
 UNPRUNED = {"selection": "none", "compression": "none"}
-WORDS = "river stone lantern garden window harbor market winter copper orchard".split()
+WORDS = ["river", "stone", "lantern", "garden", "window", "harbor", "market", "winter", "copper"]
 
 
 @dataclass
