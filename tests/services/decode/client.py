@@ -1,16 +1,20 @@
 """What gateway and prefill say to a decode worker, over real channels."""
 
 import asyncio
+import queue
 from collections.abc import AsyncIterator, Iterable, Sequence
 
 import grpc
 import grpc.aio
+import pytest
 
 from services.common.messages import recompression_to_proto, sampling_to_proto
 from services.common.rpc import channel_options, error_from_rpc
 from services.decode.worker import DecodeWorker
 from tests.winnow.drive import UNPRUNED, prefill_all
+from winnow.engine.prefill import PrefillResult
 from winnow.errors import WinnowError
+from winnow.kv import LayerKV
 from winnow.request import PruningSettings, SamplingParams
 from winnow.v1 import decode_pb2 as pb
 from winnow.v1.decode_pb2_grpc import DecodeStub
@@ -27,7 +31,7 @@ class Client:
     def __init__(self, worker: DecodeWorker) -> None:
         self.worker = worker
         self._control = grpc.aio.insecure_channel(worker.address, options=channel_options())
-        self._data = grpc.aio.insecure_channel(worker.kv_address, options=channel_options())
+        self._data = grpc.insecure_channel(worker.kv_address, options=channel_options())
         self.decode = DecodeStub(self._control)
 
     async def __aenter__(self) -> "Client":
@@ -35,7 +39,7 @@ class Client:
 
     async def __aexit__(self, *_: object) -> None:
         await self._control.close()
-        await self._data.close()
+        self._data.close()
 
     def request(self, request_id: str = "r1", **changes: object) -> pb.GenerateRequest:
         values = {
@@ -67,17 +71,30 @@ class Client:
         *,
         token_ids: Sequence[int] = PROMPT,
         pruning: PruningSettings = UNPRUNED,
-        fingerprint: str | None = None,
     ) -> list[bytes]:
         """A whole transfer of the prompt's real KV."""
+        return self.encode(*self.prefill(token_ids, pruning), request_id, attempt)
+
+    def prefill(
+        self, token_ids: Sequence[int] = PROMPT, pruning: PruningSettings = UNPRUNED
+    ) -> tuple[list[LayerKV], PrefillResult]:
+        return prefill_all(self.worker.engine.model, token_ids, pruning)
+
+    def encode(
+        self,
+        layers: list[LayerKV],
+        result: PrefillResult,
+        request_id: str = "r1",
+        attempt: int = 1,
+    ) -> list[bytes]:
+        """The frames of one transfer; many per layer, as those of long prompts are."""
         model = self.worker.engine.model
-        layers, result = prefill_all(model, token_ids, pruning)
         encoder = TransferEncoder(
             request_id,
             attempt,
-            fingerprint or model.fingerprint,
+            model.fingerprint,
             model.shape,
-            len(token_ids),
+            result.report.num_prompt_tokens,
             frame_bytes=4096,
         )
         frames = [encoder.header()]
@@ -85,26 +102,35 @@ class Client:
             frames += encoder.layer(layer)
         return [*frames, encoder.trailer(result.final_hidden, result.report)]
 
-    def open_push(self) -> grpc.aio.StreamUnaryCall:
-        """A transfer whose frames the test writes itself."""
-        push = self._data.stream_unary(
-            "/winnow.v1.KvTransfer/Push", response_deserializer=pb.PushReceipt.FromString
-        )
-        return push(timeout=30)
+    def open_push(self) -> "OpenPush":
+        """A transfer whose frames the test writes one by one."""
+        return OpenPush(self._data)
 
     async def push(self, frames: Iterable[bytes]) -> pb.PushReceipt:
-        """Raises the WinnowError that the worker refuses with."""
-        call = self.open_push()
+        """Sends a whole transfer; raises the WinnowError that the worker refuses with."""
         try:
-            for frame in frames:
-                await call.write(frame)
-            await call.done_writing()
-        except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
-            pass  # refused before all was sent; awaiting the call tells why
-        try:
-            return await call
-        except grpc.aio.AioRpcError as error:
+            return await self._send(frames)
+        except grpc.RpcError as error:
             raise error_from_rpc(error) from error
+
+    async def refused_push(self, frames: Iterable[bytes]) -> grpc.RpcError:
+        """What gRPC says of a transfer that must not succeed."""
+        with pytest.raises(grpc.RpcError) as refusal:
+            await self._send(frames)
+        return refusal.value
+
+    async def _send(self, frames: Iterable[bytes]) -> pb.PushReceipt:
+        call = self.open_push()
+        call.write(*frames)
+        return await call.finish()
+
+    async def until_open_transfers(self, count: int) -> None:
+        while (await self.status()).open_transfers != count:
+            pass
+
+    async def until_pages_used(self) -> None:
+        while not (await self.status()).pages_used:
+            pass
 
     async def until_idle(self) -> None:
         """Returns when the worker holds no request and no page.
@@ -118,6 +144,36 @@ class Client:
 
     async def status(self) -> pb.StatusResponse:
         return await self.decode.Status(pb.StatusRequest(), timeout=10)
+
+
+class OpenPush:
+    """A transfer under way, sent as prefill does: by grpc's own thread, from a queue."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        push = channel.stream_unary(
+            "/winnow.v1.KvTransfer/Push", response_deserializer=pb.PushReceipt.FromString
+        )
+        self._frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._call = push.future(iter(self._frames.get, None), timeout=30)
+
+    def write(self, *frames: bytes) -> None:
+        for frame in frames:
+            self._frames.put(frame)
+
+    async def finish(self) -> pb.PushReceipt:
+        """Raises grpc.RpcError where the worker refuses."""
+        self._frames.put(None)
+        return await asyncio.to_thread(self._call.result)
+
+    async def code(self) -> grpc.StatusCode:
+        """How the call ended, which was not by `finish`."""
+        code = await asyncio.to_thread(self._call.code)
+        self._frames.put(None)
+        return code
+
+    def cancel(self) -> None:
+        self._call.cancel()
+        self._frames.put(None)
 
 
 async def events_of(call: Call) -> AsyncIterator[pb.GenerateEvent]:

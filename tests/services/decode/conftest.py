@@ -1,4 +1,7 @@
-"""A decode worker on a tiny model, registered in a real Redis, and a client that speaks to it."""
+"""A decode worker on a tiny model, registered in a real Redis, and a client that speaks to it.
+
+One worker serves all tests of a module; after each test it must hold nothing.
+"""
 
 import asyncio
 import subprocess
@@ -6,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from services.common.registry import RedisRegistry
 from services.common.settings import Settings
@@ -32,16 +36,16 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.communicate()
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def registry(redis_url: str) -> AsyncIterator[RedisRegistry]:
     registry = RedisRegistry(redis_url, "decode-tests")
     yield registry
     await registry.close()
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def start_worker(tiny_models: dict[str, Path], redis_url: str) -> AsyncIterator[StartWorker]:
-    """Starts workers; stops them when the test ends."""
+    """Starts workers; stops them when the module's tests have ended."""
     workers = []
 
     async def start(**changes: object) -> DecodeWorker:
@@ -62,12 +66,12 @@ async def start_worker(tiny_models: dict[str, Path], redis_url: str) -> AsyncIte
         await worker.stop()
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def worker(start_worker: StartWorker) -> DecodeWorker:
     return await start_worker()
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def client(worker: DecodeWorker) -> AsyncIterator[Client]:
     async with Client(worker) as client:
         yield client

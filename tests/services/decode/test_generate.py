@@ -14,6 +14,8 @@ from winnow.errors import InvalidSetting, ModelMismatch, Overloaded
 from winnow.request import PruningSettings, SamplingParams
 from winnow.v1 import decode_pb2 as pb
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 
 def expected_ids(
     worker: DecodeWorker, sampling: SamplingParams, sequence_idx: int = 0

@@ -1,0 +1,133 @@
+"""Winnow's dataclasses as messages of proto/winnow/v1/decode.proto, and back."""
+
+from collections.abc import Iterable
+
+from winnow.request import (
+    FinishReason,
+    PruningSettings,
+    SamplingParams,
+    Token,
+    TokenLogprobs,
+)
+from winnow.v1 import decode_pb2 as pb
+from winnow.wire import report_from_proto, report_to_proto
+
+__all__ = [
+    "recompression_from_proto",
+    "recompression_to_proto",
+    "report_from_proto",
+    "report_to_proto",
+    "sampling_from_proto",
+    "sampling_to_proto",
+    "tokens_from_proto",
+    "tokens_to_proto",
+]
+
+_FINISH = {
+    None: pb.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+_FINISH_REASONS = {number: reason for reason, number in _FINISH.items()}
+
+
+def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:
+    return pb.SamplingParams(
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        seed=params.seed,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
+        logit_bias=dict(params.logit_bias),
+        num_logprobs=params.num_logprobs,
+        ignore_eos=params.ignore_eos,
+    )
+
+
+def sampling_from_proto(params: pb.SamplingParams) -> SamplingParams:
+    """Raises InvalidSetting for a value out of range."""
+    return SamplingParams(
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        seed=params.seed,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
+        logit_bias=dict(params.logit_bias),
+        num_logprobs=params.num_logprobs if params.HasField("num_logprobs") else None,
+        ignore_eos=params.ignore_eos,
+    )
+
+
+def recompression_to_proto(pruning: PruningSettings) -> pb.Recompression:
+    """The part of `pruning` that decode carries out."""
+    return pb.Recompression(
+        decode_budget=pruning.decode_budget,
+        recompress_interval=pruning.recompress_interval,
+        window_size=pruning.window_size,
+        kernel_size=pruning.kernel_size,
+    )
+
+
+def recompression_from_proto(message: pb.Recompression) -> PruningSettings:
+    """Settings whose decode side is `message`'s; the prompt's side is off.
+
+    Raises InvalidSetting for a value out of range.
+    """
+    return PruningSettings(
+        selection="none",
+        compression="none",
+        kv_budget=None,
+        select_tokens=message.window_size + 1,
+        decode_budget=message.decode_budget if message.HasField("decode_budget") else None,
+        recompress_interval=message.recompress_interval,
+        window_size=message.window_size,
+        kernel_size=message.kernel_size,
+    )
+
+
+def tokens_to_proto(tokens: Iterable[Token], recompressed_entries: int, kv_bytes: int) -> pb.Tokens:
+    """What one engine step gave a request."""
+    return pb.Tokens(
+        tokens=[_token_to_proto(token) for token in tokens],
+        recompressed_entries=recompressed_entries,
+        kv_bytes=kv_bytes,
+    )
+
+
+def tokens_from_proto(tokens: pb.Tokens) -> list[Token]:
+    return [_token_from_proto(token) for token in tokens.tokens]
+
+
+def _token_to_proto(token: Token) -> pb.Token:
+    logprobs = token.logprobs
+    return pb.Token(
+        sequence_idx=token.sequence_idx,
+        token_id=token.token_id,
+        logprob=None if logprobs is None else logprobs.logprob,
+        top_logprobs=[
+            pb.TopLogprob(token_id=token_id, logprob=logprob)
+            for token_id, logprob in (logprobs.top if logprobs else ())
+        ],
+        finish_reason=_FINISH[token.finish_reason],
+    )
+
+
+def _token_from_proto(token: pb.Token) -> Token:
+    logprobs = None
+    if token.HasField("logprob"):
+        top = tuple((one.token_id, one.logprob) for one in token.top_logprobs)
+        logprobs = TokenLogprobs(token.logprob, top)
+    return Token(
+        sequence_idx=token.sequence_idx,
+        token_id=token.token_id,
+        logprobs=logprobs,
+        finish_reason=_FINISH_REASONS[token.finish_reason],
+    )

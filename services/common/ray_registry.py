@@ -1,0 +1,97 @@
+"""The registry of workers as a small Ray actor, for a service without Redis."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from services.common.registry import LeasedRecords, WorkerRecord
+from winnow.errors import InvalidSetting, RegistryUnavailable
+
+_RAY_NAMESPACE = "winnow"
+_TIMEOUT_S = 5.0
+
+
+class _RecordsActor:
+    """Holds the records. A restarted actor starts empty; heartbeats fill it again."""
+
+    def __init__(self) -> None:
+        self._records = LeasedRecords()
+
+    async def put(self, record: WorkerRecord, lease_s: float) -> None:
+        self._records.put(record, lease_s)
+
+    async def remove(self, worker_id: str) -> None:
+        self._records.remove(worker_id)
+
+    async def workers(self) -> list[WorkerRecord]:
+        return self._records.live()
+
+
+class RayRegistry:
+    """Reaches the actor from any process of the Ray cluster, and starts it where it is missing."""
+
+    def __init__(self, namespace: str) -> None:
+        self._name = actor_name(namespace)
+        self._actor = _find_or_start(self._name)
+        self._lost = False
+
+    async def put(self, record: WorkerRecord, lease_s: float) -> None:
+        await self._call(lambda actor: actor.put.remote(record, lease_s))
+
+    async def remove(self, worker_id: str) -> None:
+        await self._call(lambda actor: actor.remove.remote(worker_id))
+
+    async def workers(self) -> list[WorkerRecord]:
+        return list(await self._call(lambda actor: actor.workers.remote()))
+
+    async def close(self) -> None:
+        """Nothing to drop: the actor lives on for the others."""
+
+    async def _call(self, method: Callable[[Any], Any]) -> Any:  # noqa: ANN401 - what the actor gives
+        try:
+            if self._lost:
+                self._actor = await asyncio.to_thread(_find_or_start, self._name)
+                self._lost = False
+            return await asyncio.wait_for(method(self._actor), _TIMEOUT_S)
+        except (RayError, TimeoutError, ValueError) as error:
+            self._lost = True
+            raise RegistryUnavailable(f"the registry actor does not answer: {error!r}") from error
+
+
+def _find_or_start(name: str) -> Any:  # noqa: ANN401 - an actor handle
+    return (
+        ray.remote(_RecordsActor)
+        .options(
+            name=name,
+            namespace=_RAY_NAMESPACE,
+            get_if_exists=True,
+            lifetime="detached",
+            max_restarts=-1,
+            num_cpus=0,
+        )
+        .remote()
+    )
+
+
+def actor_name(namespace: str) -> str:
+    return f"{namespace}-registry"
+
+
+def open_ray_registry(namespace: str) -> RayRegistry:
+    """The cluster's registry; raises InvalidSetting in a process outside of any Ray cluster."""
+    if not ray.is_initialized():
+        raise InvalidSetting(
+            "a worker outside of Ray needs a registry in Redis: set WINNOW_REDIS_URL",
+            param="redis_url",
+        )
+    return RayRegistry(namespace)
+
+
+def remove_ray_registry(namespace: str) -> None:
+    """Stop the actor; a registry that was never started is fine."""
+    names = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+    if actor_name(namespace) in names:
+        ray.kill(ray.get_actor(actor_name(namespace), namespace=_RAY_NAMESPACE))

@@ -1,0 +1,232 @@
+"""What an operator can set, read once at the start of a process and passed down.
+
+`Settings` is plain data. `load_settings` reads it: command-line flags over `WINNOW_*` variables
+over a YAML file over the defaults. Whatever is unknown or out of range is refused in one line.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
+from pydantic_settings import BaseSettings, EnvSettingsSource
+from pydantic_settings.exceptions import SettingsError
+
+from winnow.errors import InvalidSetting
+from winnow.request import PruningSettings
+
+EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "models" / "winnow-tiny"
+ENV_PREFIX = "WINNOW_"
+CONFIG_VARIABLE = "WINNOW_CONFIG"
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Settings(BaseModel):
+    """All settings of all of Winnow's processes; each uses the ones it needs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    # What is served
+    model: str = Field(
+        str(EMBEDDED_MODEL), description="model folder or hub id (default: the embedded model)"
+    )
+    model_name: str | None = Field(
+        None, min_length=1, description="name under which it is served (default: the folder's name)"
+    )
+    device: str = Field("cpu", description="torch device of the workers: cpu, cuda, cuda:1")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto, float32, bfloat16 or float16; auto is the checkpoint's"
+    )
+    pruning: dict[str, Any] = Field(
+        default_factory=dict,
+        description="pruning settings over the model's own, as in a request's `winnow` object",
+    )
+
+    # Where it listens
+    host: str = Field("127.0.0.1", min_length=1, description="address of the HTTP and gRPC APIs")
+    port: Port = Field(8000, description="port of the HTTP API")
+    grpc_port: Port | None = Field(
+        8001, description="port of the public gRPC API; 0 is any free one, null is none"
+    )
+    decode_host: str = Field(
+        "127.0.0.1", min_length=1, description="address on which decode workers listen"
+    )
+    decode_advertised_host: str | None = Field(
+        None, description="address they announce to gateway and prefill (default: decode_host)"
+    )
+    decode_port: Port = Field(0, description="port of Decode; 0 is any free one")
+    kv_port: Port = Field(0, description="port of KvTransfer; 0 is any free one")
+    metrics_port: Port = Field(0, description="port of a worker's /metrics; 0 is any free one")
+
+    # How many, and where Ray may place them
+    prefill_replicas: Count = Field(1, description="prefill workers")
+    decode_workers: Annotated[int, Field(ge=0)] = Field(
+        1, description="decode workers started with the service; others may join through Redis"
+    )
+    gateway_replicas: Count = Field(1, description="gateway processes")
+    num_threads: Count | None = Field(
+        None, description="torch threads per worker (default: its share of this machine's cores)"
+    )
+    prefill_num_cpus: Annotated[float, Field(ge=0)] = Field(
+        1, description="cores that Ray sets aside per prefill worker"
+    )
+    decode_num_cpus: Annotated[float, Field(ge=0)] = Field(
+        1, description="cores that Ray sets aside per decode worker"
+    )
+    gateway_num_cpus: Annotated[float, Field(ge=0)] = Field(
+        0, description="cores that Ray sets aside per gateway"
+    )
+    worker_num_gpus: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="GPUs that Ray sets aside per worker (default: 1 on a cuda device)"
+    )
+    redis_url: SecretStr | None = Field(
+        None, description="registry of workers in Redis (default: an actor of Ray's)"
+    )
+    namespace: str = Field(
+        "winnow", pattern=r"^[A-Za-z0-9_-]{1,64}$", description="keeps services apart in a registry"
+    )
+
+    # What a request may ask for
+    max_prompt_tokens: Count | None = Field(
+        None, description="longest prompt (default: what the model's context leaves)"
+    )
+    max_new_tokens: Count = Field(4096, description="highest max_tokens")
+    max_n: Count = Field(8, description="highest n")
+    max_prompts_per_request: Count = Field(16, description="prompts in one completions request")
+    max_body_bytes: ByteSize = Field(
+        ByteSize(8 << 20), gt=0, description="largest HTTP body, like 8388608 or 8MiB"
+    )
+    max_select_tokens: Count | None = Field(None, description="highest select_tokens")
+    max_kv_budget: Count | None = Field(None, description="highest kv_budget")
+    max_decode_budget: Count | None = Field(None, description="highest decode_budget")
+    request_timeout_s: Seconds = Field(300, description="a request ends within this time")
+
+    # Memory and queues
+    kv_memory_bytes: ByteSize = Field(
+        ByteSize(1 << 30), gt=0, description="KV pool of a decode worker, like 1GiB"
+    )
+    page_size: Count = Field(16, le=1024, description="KV entries per page")
+    max_batch_size: Count = Field(64, le=4096, description="sequences decoded together")
+    max_waiting_prefills: Count = Field(64, description="prompts waiting per prefill worker")
+    prefill_attempts: Count = Field(2, le=10, description="tries at a prompt's prefill")
+    lease_s: Seconds = Field(
+        30, description="a reservation without KV, or a worker without heartbeat, lives this long"
+    )
+    drain_timeout_s: Seconds = Field(30, description="running requests may end within this time")
+
+    # Logs
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="debug, info, warning or error and above"
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="text, or json with one object per line"
+    )
+
+    @field_validator("model")
+    @classmethod
+    def _absolute_folder(cls, model: str) -> str:
+        """Workers have other working directories, so a folder's path is made absolute here."""
+        if not model:
+            raise ValueError("it names no model")
+        return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+    @field_validator("pruning")
+    @classmethod
+    def _known_pruning(cls, pruning: dict[str, Any]) -> dict[str, Any]:
+        known = sorted(field.name for field in fields(PruningSettings))
+        for name in pruning:
+            if name not in known:
+                raise ValueError(f"{name!r} is not a pruning setting; known are {', '.join(known)}")
+        return pruning
+
+    @property
+    def served_name(self) -> str:
+        """The model's name in the API."""
+        return self.model_name or Path(self.model).name
+
+    @property
+    def gpus_per_worker(self) -> float:
+        if self.worker_num_gpus is not None:
+            return self.worker_num_gpus
+        return 1.0 if self.device.startswith("cuda") else 0.0
+
+    def threads_per_worker(self, num_workers: int) -> int:
+        """Torch threads for each of `num_workers` of one kind on this machine."""
+        return self.num_threads or max(1, len(os.sched_getaffinity(0)) // max(1, num_workers))
+
+
+class _Environment(BaseSettings, Settings):  # type: ignore[misc]  # both configure pydantic
+    """The fields of `Settings` as pydantic-settings looks for them among the variables."""
+
+
+def load_settings(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> Settings:
+    """The settings of this process; `config` is the YAML file (default: $WINNOW_CONFIG).
+
+    Raises InvalidSetting, in one line, for what is unknown, malformed or out of range.
+    """
+    _refuse_unknown_variables()
+    if config is None and os.environ.get(CONFIG_VARIABLE):
+        config = Path(os.environ[CONFIG_VARIABLE])
+    sources = [_read_file(config) if config else {}, _read_environment(), dict(flags or {})]
+    merged = {name: value for source in sources for name, value in source.items()}
+    if all(isinstance(source.get("pruning", {}), dict) for source in sources):
+        merged["pruning"] = {k: v for s in sources for k, v in s.get("pruning", {}).items()}
+    try:
+        return Settings(**merged)
+    except ValidationError as error:
+        raise _one_line(error) from error
+
+
+def _refuse_unknown_variables() -> None:
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields} | {CONFIG_VARIABLE}
+    for name in sorted(os.environ):
+        if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
+            raise InvalidSetting(f"{name} is not a setting of Winnow; see winnow serve --help")
+
+
+def _read_environment() -> dict[str, Any]:
+    source = EnvSettingsSource(_Environment, env_prefix=ENV_PREFIX, env_parse_none_str="null")
+    try:
+        return source()
+    except SettingsError as error:
+        raise InvalidSetting(f"the environment is malformed: {error}") from error
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InvalidSetting(f"settings file {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise InvalidSetting(f"settings file {path} is not YAML: {reason}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise InvalidSetting(f"settings file {path} must map names to values")
+    return content
+
+
+def _one_line(error: ValidationError) -> InvalidSetting:
+    """The first defect, by name, with the value that has it."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    name = ".".join(str(part) for part in first["loc"][:1])
+    if first["type"] == "extra_forbidden":
+        return InvalidSetting(f"{name} is not a setting of Winnow; see winnow serve --help")
+    value = "" if name == "redis_url" else f" is {first['input']!r}"
+    reason = first["msg"].removeprefix("Value error, ")
+    return InvalidSetting(f"setting {name}{value}: {reason}", param=name)

@@ -1,0 +1,120 @@
+"""One admitted request, between its Generate call on the event loop and Push calls on threads.
+
+waiting ── begin_attempt ──▶ receiving ── arrive ──▶ running ──▶ closed
+▲                            │
+└────── drop_attempt ────────┘        (close: from anywhere)
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from winnow.engine.decode import DecodeEngine, StepOutput
+from winnow.engine.sequence import GenerationSpec
+from winnow.errors import StaleAttempt, UnknownReservation, WinnowError
+from winnow.kv import LayerKV
+from winnow.request import PrefillReport
+from winnow.wire import Trailer
+
+
+@dataclass(frozen=True, slots=True)
+class KVArrived:
+    """All KV of an attempt is in place; steps follow."""
+
+    attempt: int
+    report: PrefillReport
+
+
+Event = KVArrived | StepOutput | WinnowError
+
+
+class ActiveRequest:
+    """Holds a reservation until it is closed; only the newest attempt may write into it.
+
+    `events` is read by the Generate call. It is bounded by what was asked for: one event per
+    generated token and sequence at most.
+    """
+
+    def __init__(self, engine: DecodeEngine, spec: GenerationSpec) -> None:
+        self.spec = spec
+        self.reservation = engine.reserve(spec)
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        self._attempt = 0
+        self._arrived = False
+        self._closed = False
+        self._cancel_transfer: Callable[[], object] | None = None
+        self._last_sign_s = time.monotonic()
+
+    def begin_attempt(self, attempt: int, cancel_transfer: Callable[[], object]) -> None:
+        """Lets an attempt write; what older ones wrote is dropped, and their transfer cancelled.
+
+        Raises StaleAttempt unless the attempt is the newest, UnknownReservation after `close`.
+        """
+        with self._lock:
+            self._require_open()
+            if attempt <= self._attempt:
+                raise StaleAttempt(f"attempt {attempt} came after attempt {self._attempt}")
+            self._attempt = attempt
+            superseded, self._cancel_transfer = self._cancel_transfer, cancel_transfer
+            self.reservation.reset()
+            self._last_sign_s = time.monotonic()
+        if superseded is not None:
+            superseded()
+
+    def write_layer(self, attempt: int, layer: LayerKV) -> None:
+        """Copies a layer into the reservation's pages; raises as `begin_attempt` does."""
+        with self._lock:
+            self._require_newest(attempt)
+            self.reservation.write_layer(layer)
+            self._last_sign_s = time.monotonic()
+
+    def arrive(self, attempt: int, trailer: Trailer) -> None:
+        """Everything is written: the request joins the batch; raises as `begin_attempt` does."""
+        with self._lock:
+            self._require_newest(attempt)
+            self._arrived = True
+            self._cancel_transfer = None
+        self.post(KVArrived(attempt, trailer.report))  # before any step can post
+        self._engine.start(self.reservation, trailer.final_hidden)
+
+    def drop_attempt(self, attempt: int) -> None:
+        """A transfer failed; its pages are free for the next attempt. No-op for an older one."""
+        with self._lock:
+            if attempt == self._attempt and not self._arrived and not self._closed:
+                self._cancel_transfer = None
+                self.reservation.reset()
+
+    def lease_left_s(self, lease_s: float) -> float:
+        """Seconds until the request has seen no KV for `lease_s`; endless once all has arrived."""
+        if self._arrived:
+            return float("inf")
+        return self._last_sign_s + lease_s - time.monotonic()
+
+    def close(self) -> None:
+        """Frees everything, wherever the request is; waits at most for one layer's copy."""
+        with self._lock:
+            self._closed = True
+            cancel, self._cancel_transfer = self._cancel_transfer, None
+        self._engine.release(self.reservation)
+        if cancel is not None:
+            cancel()
+
+    def post(self, event: Event) -> None:
+        """Hands an event to the Generate call, from any thread."""
+        self._loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise UnknownReservation(f"request {self.spec.request_id} has ended")
+        if self._arrived:
+            raise StaleAttempt(f"the KV of attempt {self._attempt} is already in place")
+
+    def _require_newest(self, attempt: int) -> None:
+        self._require_open()
+        if attempt != self._attempt:
+            raise StaleAttempt(f"attempt {attempt} was replaced by attempt {self._attempt}")

@@ -1,0 +1,49 @@
+"""The decode worker's control port: Decode, health and reflection on one asyncio gRPC server."""
+
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from services.common.rpc import server_options
+from services.decode.generate import GenerateServicer
+from winnow.errors import InvalidSetting
+from winnow.v1.decode_pb2_grpc import add_DecodeServicer_to_server
+
+DECODE_SERVICE = "winnow.v1.Decode"
+
+
+class ControlServer:
+    """Health answers SERVING for the server and for Decode until `announce_draining`."""
+
+    def __init__(self, servicer: GenerateServicer) -> None:
+        self._health = health_aio.HealthServicer()
+        self._server = grpc.aio.server(options=server_options())
+        add_DecodeServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (DECODE_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    async def start(self, host: str, port: int) -> int:
+        """The port that is served; 0 asks for any.  Raises InvalidSetting if it is taken."""
+        try:
+            bound = self._server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise InvalidSetting(
+                f"decode cannot be served on {host}:{port}: the port is taken, or the address is "
+                "not this machine's",
+                param="decode_port",
+            ) from error
+        await self._server.start()
+        for name in ("", DECODE_SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return int(bound)
+
+    async def announce_draining(self) -> None:
+        for name in ("", DECODE_SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def stop(self) -> None:
+        """Cancels the calls that are still open, and returns when they have ended."""
+        await self._server.stop(grace=None)

@@ -1,0 +1,76 @@
+"""The thread that owns the model: it steps while there is work and sleeps while there is none."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from services.common.metrics import DecodeMetrics
+from winnow.engine.decode import DecodeEngine, StepOutput
+from winnow.errors import EngineFailed, WinnowError
+
+logger = logging.getLogger(__name__)
+
+_IDLE_WAIT_S = 0.1  # how long a stop can take at most
+
+
+class EngineThread:
+    """Runs `engine.step` and posts each step's outputs to the event loop, all in one call.
+
+    deliver and fail_all run on the event loop.
+    """
+
+    def __init__(
+        self,
+        engine: DecodeEngine,
+        metrics: DecodeMetrics,
+        deliver: Callable[[list[StepOutput]], None],
+        fail_all: Callable[[WinnowError], None],
+    ) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._deliver = deliver
+        self._fail_all = fail_all
+        self._loop = asyncio.get_running_loop()
+        self._stopping = threading.Event()
+        self._ended = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="winnow-decode-engine")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    async def stop(self) -> None:
+        """Returns when the thread has ended, after the step it is in."""
+        self._stopping.set()
+        await self._ended.wait()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                if self._engine.wait_for_work(_IDLE_WAIT_S):
+                    self._step()
+        finally:
+            self._loop.call_soon_threadsafe(self._ended.set)
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        try:
+            outputs = self._engine.step()
+        except Exception as error:  # the thread outlives a broken step; its requests do not
+            logger.exception("a decode step failed")
+            failure = EngineFailed(f"a decode step failed: {error}")
+            self._loop.call_soon_threadsafe(self._fail_all, failure)
+            return
+        if outputs:
+            self._observe(outputs, time.perf_counter() - started)
+            self._loop.call_soon_threadsafe(self._deliver, outputs)
+
+    def _observe(self, outputs: list[StepOutput], step_s: float) -> None:
+        self._metrics.step_seconds.observe(step_s)
+        self._metrics.batch_size.observe(sum(len(output.tokens) for output in outputs))

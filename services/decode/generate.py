@@ -1,0 +1,152 @@
+"""The Decode service: admits a prompt, streams its tokens, tells what the worker holds."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from grpc.aio import ServicerContext
+
+from services.common.messages import report_to_proto, tokens_to_proto
+from services.common.rpc import abort_aio
+from services.decode.active_request import ActiveRequest, Event, KVArrived
+from services.decode.admission import Admission
+from services.decode.spec import spec_from_request
+from winnow.engine.decode import DecodeEngine
+from winnow.errors import EngineFailed, LeaseExpired, ModelMismatch, WinnowError
+from winnow.v1 import decode_pb2 as pb
+from winnow.v1.decode_pb2_grpc import DecodeServicer
+from winnow.wire import WIRE_VERSION
+
+logger = logging.getLogger(__name__)
+
+# Drain answers this much before the caller's deadline, so that the answer still arrives.
+_ANSWER_MARGIN_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerIdentity:
+    """Who the worker is. kv_address: host:port of KvTransfer; lease_s: seconds without any KV."""
+
+    worker_id: str
+    kv_address: str
+    lease_s: float
+
+
+class GenerateServicer(DecodeServicer):
+    """Serves Decode; `drain` is the worker's, `open_transfers` tells how many are open."""
+
+    def __init__(
+        self,
+        identity: WorkerIdentity,
+        engine: DecodeEngine,
+        admission: Admission,
+        drain: Callable[[float], Awaitable[int]],
+        open_transfers: Callable[[], int],
+        default_drain_s: float,
+    ) -> None:
+        self._identity = identity
+        self._engine = engine
+        self._admission = admission
+        self._drain = drain
+        self._open_transfers = open_transfers
+        self._default_drain_s = default_drain_s
+
+    async def Generate(self, request: pb.GenerateRequest, context: ServicerContext) -> None:
+        """Ends with OK after the last token, or with one typed error; frees all in any case."""
+        try:
+            await self._generate(request, context)
+        except WinnowError as error:
+            logger.info("failed: %s", error, extra={"request_id": request.request_id})
+            await abort_aio(context, error)
+        except Exception as error:
+            logger.exception("Generate broke", extra={"request_id": request.request_id})
+            await abort_aio(context, EngineFailed(f"the decode worker broke: {error}"))
+
+    async def _generate(self, message: pb.GenerateRequest, context: ServicerContext) -> None:
+        fingerprint = self._engine.model.fingerprint
+        if message.model_fingerprint != fingerprint:
+            raise ModelMismatch(
+                f"the request is for model {message.model_fingerprint}; "
+                f"this worker has {fingerprint}"
+            )
+        request = self._admission.admit(spec_from_request(message, self._engine.model.vocab_size))
+        try:
+            await context.write(pb.GenerateEvent(admitted=self._admitted(request)))
+            arrived = await self._next_before_lease_ends(request)
+            await context.write(_event_to_proto(arrived))
+            await _stream_tokens(request, context)
+        finally:
+            self._admission.remove(request)
+        logger.info("finished", extra={"request_id": message.request_id})
+
+    def _admitted(self, request: ActiveRequest) -> pb.Admitted:
+        identity = self._identity
+        return pb.Admitted(
+            worker_id=identity.worker_id,
+            kv_address=identity.kv_address,
+            lease_s=identity.lease_s,
+            reserved_pages=request.reservation.num_pages,
+        )
+
+    async def _next_before_lease_ends(self, request: ActiveRequest) -> Event:
+        """The request's first event; raises LeaseExpired when its KV stays away."""
+        lease_s = self._identity.lease_s
+        while (left_s := request.lease_left_s(lease_s)) > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if left_s == float("inf") else left_s):
+                    return await request.events.get()
+        raise LeaseExpired(
+            f"no KV came for {lease_s:g} seconds; the reservation of request "
+            f"{request.spec.request_id} is freed"
+        )
+
+    async def Status(
+        self, request: pb.StatusRequest, context: ServicerContext
+    ) -> pb.StatusResponse:
+        """What the worker holds at the moment."""
+        stats = self._engine.stats()
+        return pb.StatusResponse(
+            worker_id=self._identity.worker_id,
+            model_fingerprint=self._engine.model.fingerprint,
+            wire_versions=[WIRE_VERSION],
+            draining=self._admission.draining,
+            running_sequences=stats.running_sequences,
+            reserved_requests=stats.reserved_requests,
+            pages_total=stats.pool.pages_total,
+            pages_used=stats.pool.pages_used,
+            pages_reserved=stats.pool.pages_reserved,
+            page_size=stats.pool.page_size,
+            kv_bytes_used=stats.pool.kv_bytes_used,
+            open_transfers=self._open_transfers(),
+        )
+
+    async def Drain(self, request: pb.DrainRequest, context: ServicerContext) -> pb.DrainResponse:
+        """Answers when nothing runs any more, or just before the call's deadline."""
+        left_s = context.time_remaining()
+        timeout_s = self._default_drain_s if left_s is None else max(0, left_s - _ANSWER_MARGIN_S)
+        return pb.DrainResponse(remaining_requests=await self._drain(timeout_s))
+
+
+async def _stream_tokens(request: ActiveRequest, context: ServicerContext) -> None:
+    """Writes every step's tokens until the last sequence has ended; raises the engine's error."""
+    while True:
+        event = await request.events.get()
+        await context.write(_event_to_proto(event))
+        if not isinstance(event, KVArrived | WinnowError) and event.finished:
+            return
+
+
+def _event_to_proto(event: Event) -> pb.GenerateEvent:
+    """Raises the event if it is, or carries, an error."""
+    match event:
+        case WinnowError():
+            raise event
+        case KVArrived(attempt, report):
+            prefilled = pb.Prefilled(attempt=attempt, report=report_to_proto(report))
+            return pb.GenerateEvent(prefilled=prefilled)
+    if event.error is not None:
+        raise event.error
+    tokens = tokens_to_proto(event.tokens, event.recompressed_entries, event.kv_bytes)
+    return pb.GenerateEvent(tokens=tokens)

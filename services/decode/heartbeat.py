@@ -1,0 +1,61 @@
+"""Keeps a decode worker's record in the registry alive, and takes it out at the end."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+from services.common.registry import Registry, WorkerRecord
+from winnow.errors import RegistryUnavailable
+
+logger = logging.getLogger(__name__)
+
+BEATS_PER_LEASE = 3
+
+
+class Heartbeat:
+    """Puts `record()` every third of the lease; a registry that is away is tried again."""
+
+    def __init__(
+        self, registry: Registry, record: Callable[[], WorkerRecord], lease_s: float
+    ) -> None:
+        self._registry = registry
+        self._record = record
+        self._lease_s = lease_s
+        self._task: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
+
+    async def start(self) -> None:
+        """Registers the worker once, then goes on in a task."""
+        await self._beat()
+        self._task = asyncio.create_task(self._run())
+
+    def hurry(self) -> None:
+        """Something changed that others should know now."""
+        self._hurry.set()
+
+    async def stop(self) -> None:
+        """Takes the record out; where the registry is away, its lease does that."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+            try:
+                await self._registry.remove(self._record().worker_id)
+            except RegistryUnavailable as error:
+                logger.warning("the worker's record stays until its lease ends: %s", error)
+
+    async def _run(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._lease_s / BEATS_PER_LEASE):
+                    await self._hurry.wait()
+            self._hurry.clear()
+            await self._beat()
+
+    async def _beat(self) -> None:
+        try:
+            await self._registry.put(self._record(), self._lease_s)
+        except RegistryUnavailable as error:
+            logger.warning("the worker is not registered: %s", error)

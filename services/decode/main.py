@@ -1,0 +1,41 @@
+"""`winnow decode`: one decode worker as a process of its own."""
+
+import asyncio
+import logging
+import signal
+
+from services.common.settings import Settings
+from services.decode.worker import DecodeWorker
+
+logger = logging.getLogger(__name__)
+
+
+async def run_decode(settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT, then drains and stops. A second signal cuts the drain short.
+
+    Raises UnusableModel or InvalidSetting if the worker cannot start.
+    """
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    worker = DecodeWorker(settings)
+    await worker.start()
+    try:
+        await signals.get()
+        await _drain(worker, settings.drain_timeout_s, signals)
+    finally:
+        await worker.stop()
+
+
+async def _drain(worker: DecodeWorker, timeout_s: float, signals: "asyncio.Queue[int]") -> None:
+    logger.info("draining, for %g seconds at most", timeout_s)
+    drain = asyncio.create_task(worker.drain(timeout_s))
+    again = asyncio.create_task(signals.get())
+    await asyncio.wait((drain, again), return_when=asyncio.FIRST_COMPLETED)
+    left = drain.result() if drain.done() else len(worker.admission)
+    for task in (drain, again):
+        task.cancel()
+    await asyncio.gather(drain, again, return_exceptions=True)
+    if left:
+        logger.warning("%d requests are broken off", left)

@@ -1,0 +1,152 @@
+"""KvTransfer: takes prefill's KV off the wire, on a sync gRPC server, a thread per transfer.
+
+Generic handlers without deserializer hand over each frame's bytes as they came; protobuf classes
+or asyncio would cost a third of the throughput (benchmarks/transfer.py).
+"""
+
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+
+from services.common.metrics import DecodeMetrics
+from services.common.rpc import abort, server_options
+from services.decode.active_request import ActiveRequest
+from services.decode.admission import Admission
+from winnow.errors import InvalidSetting, TransferDamaged, WinnowError
+from winnow.kv import LayerKV, ModelShape
+from winnow.v1 import decode_pb2 as pb
+from winnow.wire import Expected, ReceiveBuffer, Trailer, TransferDecoder, read_header
+
+logger = logging.getLogger(__name__)
+
+MAX_OPEN_TRANSFERS = 32  # one per prefill worker that computes for this worker
+MAX_WAITING_TRANSFERS = 64
+FIRST_FRAME_TIMEOUT_S = 10.0
+
+
+class KvReceiver:
+    """Serves Push. At most MAX_OPEN_TRANSFERS at once, each with a receive buffer of its own.
+
+    Further ones wait without their frames being read, so that their senders wait too; those over
+    MAX_WAITING_TRANSFERS are refused with RESOURCE_EXHAUSTED.
+    """
+
+    def __init__(
+        self, admission: Admission, metrics: DecodeMetrics, fingerprint: str, shape: ModelShape
+    ) -> None:
+        self._admission = admission
+        self._metrics = metrics
+        self._fingerprint = fingerprint
+        self._shape = shape
+        self._buffers = deque(ReceiveBuffer() for _ in range(MAX_OPEN_TRANSFERS))
+        self._threads = ThreadPoolExecutor(MAX_OPEN_TRANSFERS, "winnow-kv")
+        self._server = grpc.server(
+            self._threads,
+            handlers=[self._handler()],
+            options=server_options(),
+            maximum_concurrent_rpcs=MAX_OPEN_TRANSFERS + MAX_WAITING_TRANSFERS,
+        )
+
+    @property
+    def open_transfers(self) -> int:
+        return MAX_OPEN_TRANSFERS - len(self._buffers)
+
+    def start(self, host: str, port: int) -> int:
+        """The port that is served; 0 asks for any.  Raises InvalidSetting if it is taken."""
+        try:
+            bound = self._server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise InvalidSetting(
+                f"KV transfers cannot be served on {host}:{port}: the port is taken, or the "
+                "address is not this machine's",
+                param="kv_port",
+            ) from error
+        self._server.start()
+        return int(bound)
+
+    def stop(self) -> None:
+        """Breaks off open transfers and returns when every thread has ended."""
+        self._server.stop(grace=None).wait()
+        self._threads.shutdown()
+
+    def _handler(self) -> grpc.GenericRpcHandler:
+        push = grpc.stream_unary_rpc_method_handler(self._push)
+        return grpc.method_handlers_generic_handler("winnow.v1.KvTransfer", {"Push": push})
+
+    def _push(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        try:
+            with self._lent_buffer() as buffer:
+                return self._receive(frames, context, buffer)
+        except WinnowError as error:
+            self._metrics.transfers_failed.labels(error.code).inc()
+            logger.warning("transfer refused: %s", error)
+            abort(context, error)
+
+    @contextlib.contextmanager
+    def _lent_buffer(self) -> Iterator[ReceiveBuffer]:
+        buffer = self._buffers.pop()  # one per thread, so there is always one
+        try:
+            yield buffer
+        finally:
+            self._buffers.append(buffer)
+
+    def _receive(
+        self, frames: Iterator[bytes], context: grpc.ServicerContext, buffer: ReceiveBuffer
+    ) -> bytes:
+        first = _first_frame(frames, context)
+        header = read_header(first)
+        request = self._admission.find(header.request_id)
+        decoder = TransferDecoder(self._expected(request), buffer)
+        decoder.feed(first)
+        request.begin_attempt(header.attempt, context.cancel)
+        try:
+            _take_frames(frames, decoder, request, header.attempt)
+        except BaseException:  # a refusal, or grpc's own way to say that the sender has gone
+            request.drop_attempt(header.attempt)
+            raise
+        self._metrics.received_bytes.inc(decoder.payload_bytes)
+        receipt = pb.PushReceipt(payload_bytes=decoder.payload_bytes, num_layers=decoder.num_layers)
+        return bytes(receipt.SerializeToString())
+
+    def _expected(self, request: ActiveRequest) -> Expected:
+        spec = request.spec
+        return Expected(
+            fingerprint=self._fingerprint,
+            shape=self._shape,
+            num_prompt_tokens=spec.num_prompt_tokens,
+            max_entries=spec.max_prompt_entries,
+            max_window=spec.window_size,
+        )
+
+
+def _take_frames(
+    frames: Iterator[bytes], decoder: TransferDecoder, request: ActiveRequest, attempt: int
+) -> None:
+    """Writes the layers into the reservation; the request starts only after the last check."""
+    trailer = None
+    for frame in frames:
+        event = decoder.feed(frame)
+        if isinstance(event, LayerKV):
+            request.write_layer(attempt, event)
+        elif isinstance(event, Trailer):
+            trailer = event
+    decoder.require_complete()
+    assert trailer is not None
+    request.arrive(attempt, trailer)
+
+
+def _first_frame(frames: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+    """A sender that opens a call and says nothing must not keep a thread."""
+    watchdog = threading.Timer(FIRST_FRAME_TIMEOUT_S, context.cancel)
+    watchdog.start()
+    try:
+        return next(frames)
+    except StopIteration as error:
+        raise TransferDamaged("transfer ended before its header") from error
+    finally:
+        watchdog.cancel()

@@ -1,0 +1,42 @@
+"""A decode worker hosted by Ray Serve, which places it and starts it again when it dies.
+
+Requests do not come through Serve: gateway and prefill reach the worker's own gRPC ports, which
+they find in the registry.
+"""
+
+import ray
+from ray import serve
+
+from services.common.logs import configure_logging
+from services.common.settings import Settings
+from services.decode.worker import DecodeWorker
+
+_EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 - compared, not bound
+
+
+@serve.deployment
+class Decode:
+    """One replica is one worker."""
+
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+        configure_logging(settings.log_level, settings.log_format)
+        self._settings = settings
+        self._worker = DecodeWorker(_reachable(settings))
+        await self._worker.start()
+
+    async def check_health(self) -> None:
+        """Serve asks every few seconds, and replaces the replica when this raises."""
+        await self._worker.check()
+
+    async def __del__(self) -> None:
+        """Serve awaits this when the replica is to go."""
+        await self._worker.drain(self._settings.drain_timeout_s)
+        await self._worker.stop()
+
+
+def _reachable(settings: Settings) -> Settings:
+    """Settings under which other machines find this one, if they are meant to."""
+    if settings.decode_host != _EVERY_ADDRESS or settings.decode_advertised_host is not None:
+        return settings
+    node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return settings.model_copy(update={"decode_advertised_host": node})

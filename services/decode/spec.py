@@ -1,0 +1,61 @@
+"""What a Generate call asks for, checked, as the engine's GenerationSpec."""
+
+import re
+from collections.abc import Iterable
+
+from services.common.messages import recompression_from_proto, sampling_from_proto
+from winnow.engine.sequence import GenerationSpec
+from winnow.errors import InvalidSetting
+from winnow.request import PruningSettings, SamplingParams
+from winnow.v1 import decode_pb2 as pb
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+
+
+def spec_from_request(request: pb.GenerateRequest, vocab_size: int) -> GenerationSpec:
+    """Raises InvalidSetting, naming the field, for whatever is out of range."""
+    if not _REQUEST_ID.fullmatch(request.request_id):
+        raise InvalidSetting(
+            "request_id must be 1 to 128 characters of [A-Za-z0-9_.-]", param="request_id"
+        )
+    sampling = sampling_from_proto(request.sampling)
+    recompression = _recompression(request)
+    _require_prompt(request, sampling)
+    _require_tokens("prompt_token_ids", request.prompt_token_ids, vocab_size)
+    _require_tokens("logit_bias", sampling.logit_bias, vocab_size)
+    return GenerationSpec(
+        request_id=request.request_id,
+        num_prompt_tokens=request.num_prompt_tokens,
+        max_prompt_entries=request.max_prompt_entries,
+        sampling=sampling,
+        num_sequences=request.num_sequences,
+        decode_budget=recompression.decode_budget,
+        recompress_interval=recompression.recompress_interval,
+        window_size=recompression.window_size,
+        kernel_size=recompression.kernel_size,
+        prompt_token_ids=tuple(request.prompt_token_ids),
+    )
+
+
+def _recompression(request: pb.GenerateRequest) -> PruningSettings:
+    if request.HasField("recompression"):
+        return recompression_from_proto(request.recompression)
+    return PruningSettings()  # no decode_budget: nothing is cut
+
+
+def _require_prompt(request: pb.GenerateRequest, sampling: SamplingParams) -> None:
+    """A penalty that looks at the prompt needs all of it; what nobody reads is not sent."""
+    needed = request.num_prompt_tokens if sampling.needs_prompt else 0
+    got = len(request.prompt_token_ids)
+    if got != needed:
+        raise InvalidSetting(
+            f"prompt_token_ids has {got} tokens; {needed} are needed", param="prompt_token_ids"
+        )
+
+
+def _require_tokens(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    highest = max(token_ids, default=0)
+    if highest >= vocab_size:
+        raise InvalidSetting(
+            f"{name} has token {highest}; the vocabulary has {vocab_size}", param=name
+        )

@@ -1,0 +1,163 @@
+"""A decode worker: model, engine thread, gRPC servers and heartbeat, started and stopped as one."""
+
+import asyncio
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from typing import TypeVar
+
+import torch
+
+from services.common.metrics import DecodeMetrics, start_metrics_server
+from services.common.registry import WorkerRecord, open_registry
+from services.common.settings import Settings
+from services.decode.admission import Admission
+from services.decode.control_server import ControlServer
+from services.decode.engine_thread import EngineThread
+from services.decode.generate import GenerateServicer, WorkerIdentity
+from services.decode.heartbeat import Heartbeat
+from services.decode.push import KvReceiver
+from winnow.engine.decode import DecodeEngine
+from winnow.engine.kv_pool import KVPoolConfig
+from winnow.models import load_model
+from winnow.wire import WIRE_VERSION
+
+logger = logging.getLogger(__name__)
+
+_EVERY_ADDRESS = ("0.0.0.0", "::", "[::]")  # noqa: S104 - compared, not bound
+_T = TypeVar("_T")
+
+
+class DecodeWorker:
+    """Start it once, drain it, stop it; after `stop` nothing of it is left in the process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.worker_id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.metrics = DecodeMetrics()
+        self.address = ""  # host:port, of Decode and of KvTransfer, once started
+        self.kv_address = ""
+        self.metrics_port = 0
+        self._settings = settings
+        self._started = AsyncExitStack()
+
+    async def start(self) -> None:
+        """Returns when requests are served and the worker is registered.
+
+        Raises UnusableModel or InvalidSetting; nothing is left running then.
+        """
+        async with AsyncExitStack() as started:
+            await self._start(started)
+            self._started = started.pop_all()
+        logger.info("decode worker %s serves on %s", self.worker_id, self.address)
+
+    async def drain(self, timeout_s: float) -> int:
+        """Admits nothing more and waits for what runs; requests left when it ended or gave up."""
+        self.admission.draining = True
+        await self._control.announce_draining()
+        self._heartbeat.hurry()
+        return await self.admission.wait_until_idle(timeout_s)
+
+    async def stop(self) -> None:
+        """Ends what still runs and gives back every thread, socket and page."""
+        await self._started.aclose()
+
+    async def check(self) -> None:
+        """Raises RuntimeError if the worker can serve no more."""
+        if not self._engine_thread.alive:
+            raise RuntimeError("the decode engine's thread has ended")
+
+    async def _start(self, started: AsyncExitStack) -> None:
+        settings = self._settings
+        host = settings.decode_host
+        advertised = _advertised_host(settings)
+        registry = await _in_thread(lambda: open_registry(settings))
+        started.push_async_callback(registry.close)
+        self.engine = await _in_thread(self._load_engine)
+        self.admission = Admission(self.engine)
+        self._engine_thread = EngineThread(
+            self.engine, self.metrics, self.admission.deliver, self.admission.fail_all
+        )
+        self._engine_thread.start()
+        started.push_async_callback(self._engine_thread.stop)
+
+        model = self.engine.model
+        receiver = KvReceiver(self.admission, self.metrics, model.fingerprint, model.shape)
+        started.push_async_callback(_in_thread, receiver.stop)
+        self.kv_address = f"{advertised}:{receiver.start(host, settings.kv_port)}"
+
+        identity = WorkerIdentity(self.worker_id, self.kv_address, settings.lease_s)
+        self._control = ControlServer(
+            GenerateServicer(
+                identity,
+                self.engine,
+                self.admission,
+                self.drain,
+                lambda: receiver.open_transfers,
+                settings.drain_timeout_s,
+            )
+        )
+        started.push_async_callback(self._control.stop)
+        port = await self._control.start(host, settings.decode_port)
+        self.address = f"{advertised}:{port}"
+
+        metrics_server = start_metrics_server(self.metrics.registry, settings.metrics_port, host)
+        started.push_async_callback(_in_thread, metrics_server.close)
+        self.metrics_port = metrics_server.port
+        self._heartbeat = Heartbeat(registry, self._record, settings.lease_s)
+        started.push_async_callback(self._heartbeat.stop)
+        await self._heartbeat.start()
+
+    def _load_engine(self) -> DecodeEngine:
+        settings = self._settings
+        torch.set_num_threads(settings.threads_per_worker(settings.decode_workers))
+        model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
+        engine = DecodeEngine(
+            model,
+            pool_config=KVPoolConfig(settings.kv_memory_bytes, settings.page_size),
+            max_batch_size=settings.max_batch_size,
+        )
+        self._observe(engine)
+        return engine
+
+    def _observe(self, engine: DecodeEngine) -> None:
+        """Gauges read the engine when they are scraped, so they are never stale."""
+        metrics = self.metrics
+        metrics.pages_total.set_function(lambda: engine.stats().pool.pages_total)
+        metrics.pages_used.set_function(lambda: engine.stats().pool.pages_used)
+        metrics.pages_reserved.set_function(lambda: engine.stats().pool.pages_reserved)
+        metrics.kv_bytes.set_function(lambda: engine.stats().pool.kv_bytes_used)
+        metrics.running_sequences.set_function(lambda: engine.stats().running_sequences)
+
+    def _record(self) -> WorkerRecord:
+        stats = self.engine.stats()
+        return WorkerRecord(
+            worker_id=self.worker_id,
+            address=self.address,
+            kv_address=self.kv_address,
+            fingerprint=self.engine.model.fingerprint,
+            model_name=self._settings.served_name,
+            wire_versions=(WIRE_VERSION,),
+            pages_total=stats.pool.pages_total,
+            pages_free=stats.pool.pages_total - stats.pool.pages_reserved,
+            running=stats.running_sequences + stats.reserved_requests,
+            draining=self.admission.draining,
+        )
+
+
+def _advertised_host(settings: Settings) -> str:
+    """The host that others reach this worker at."""
+    if settings.decode_advertised_host is not None:
+        return settings.decode_advertised_host
+    if settings.decode_host in _EVERY_ADDRESS:
+        return socket.gethostname()
+    return settings.decode_host
+
+
+async def _in_thread(blocking: Callable[[], _T]) -> _T:
+    """Runs `blocking` in a thread that is gone afterwards (asyncio's own ones would linger)."""
+    with ThreadPoolExecutor(1) as thread:
+        return await asyncio.get_running_loop().run_in_executor(thread, blocking)

@@ -1,0 +1,143 @@
+"""One request's HTTP answer: a JSON object, or server-sent events while it is generated."""
+
+import asyncio
+import json
+import logging
+from collections.abc import Coroutine
+from contextlib import aclosing, suppress
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from services.gateway.completion import Completion
+from services.gateway.gateway import Gateway
+from services.gateway.http_errors import as_winnow_error, error_object, error_response
+from services.gateway.openai_asks import OpenAIAsk
+from services.gateway.openai_format import AnswerFormat
+from winnow.errors import WinnowError
+
+logger = logging.getLogger(__name__)
+
+# An error is told to a client that reads; one that does not is not waited for.
+_ERROR_TIMEOUT_S = 5.0
+
+
+class Answer(Response):
+    """Runs the request while it answers; a client that goes away ends it at once."""
+
+    def __init__(self, gateway: Gateway, asked: OpenAIAsk, answer_format: AnswerFormat) -> None:
+        super().__init__()
+        self._gateway = gateway
+        self._asked = asked
+        self._format = answer_format
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await _unless_disconnected(receive, self._answer(scope, receive, send))
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        events = EventStream(send, self._asked.ask.request_id)
+        try:
+            response = await self._run(events)
+        except Exception as error:  # whatever it is, the client gets one typed error
+            failure = as_winnow_error(error)
+            if events.started:
+                await events.fail(failure)
+                return
+            response = error_response(failure)
+        if response is not None:
+            response.headers["x-request-id"] = self._asked.ask.request_id
+            await response(scope, receive, send)
+
+    async def _run(self, events: "EventStream") -> Response | None:
+        """The response that is still to be sent, once nothing is held for it any more."""
+        async with self._gateway.open(self._asked.ask) as completion:
+            if self._asked.stream:
+                await self._stream(completion, events)
+                return None
+            return JSONResponse(await self._whole(completion))
+
+    async def _stream(self, completion: Completion, events: "EventStream") -> None:
+        async with aclosing(completion.deltas()) as deltas:
+            async for delta in deltas:
+                if self._format.has_news(delta):
+                    await events.send(self._format.chunk(delta))
+        if self._asked.include_usage:
+            await events.send(self._format.usage_chunk(completion.usage()))
+        await events.finish()
+
+    async def _whole(self, completion: Completion) -> dict[str, Any]:
+        async with aclosing(completion.deltas()) as deltas:
+            collected = [delta async for delta in deltas]
+        return self._format.whole(collected, completion.usage())
+
+
+class EventStream:
+    """Server-sent events; the HTTP status is sent with the first, so that errors can come before.
+
+    After an error the stream ends without `[DONE]`.
+    """
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = request_id
+        self.started = False
+
+    async def send(self, event: dict[str, Any]) -> None:
+        """One event, `data: {...}`."""
+        await self._send_text(json.dumps(event, ensure_ascii=False, separators=(",", ":")))
+
+    async def finish(self) -> None:
+        await self._send_text("[DONE]")
+        await self._end()
+
+    async def fail(self, error: WinnowError) -> None:
+        """The error as the last event."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_ERROR_TIMEOUT_S):
+                await self.send(error_object(error))
+                await self._end()
+
+    async def _send_text(self, text: str) -> None:
+        if not self.started:
+            await self._start()
+        body = f"data: {text}\n\n".encode()
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def _start(self) -> None:
+        self.started = True
+        headers = {
+            "content-type": "text/event-stream; charset=utf-8",
+            "cache-control": "no-cache",
+            "x-accel-buffering": "no",  # nginx would hold events back
+            "x-request-id": self._request_id,
+        }
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await self._send({"type": "http.response.start", "status": 200, "headers": raw})
+
+    async def _end(self) -> None:
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _unless_disconnected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Runs `work`, and cancels it when the client goes away."""
+    working = asyncio.create_task(work)
+    watching = asyncio.create_task(_disconnect(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        finished = working.done()
+        await _cancel(working, watching)
+    if finished:
+        working.result()
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(*tasks: asyncio.Task[None]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

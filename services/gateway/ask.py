@@ -1,0 +1,103 @@
+"""What one API request asks for, after every check: the same for REST and gRPC."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from services.gateway.limits import Limits
+from winnow.request import PruningSettings, SamplingParams
+from winnow.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt as it came; text is None if it came as token ids."""
+
+    token_ids: Sequence[int]
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptAsk:
+    """One prompt: its tokens, what its answers begin with (`echo`), and their greatest length."""
+
+    token_ids: tuple[int, ...]
+    echo: str
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request. Choice `i * num_choices + j` is the j-th answer to prompt i.
+
+    request_id: unique, what the client sees as the completion's id.
+    sampling: for all prompts; its max_tokens gives way to each prompt's own.
+    """
+
+    request_id: str
+    prompts: tuple[PromptAsk, ...]
+    num_choices: int
+    sampling: SamplingParams
+    stop: tuple[str, ...]
+    pruning: PruningSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a request says besides its prompts, before it is checked; None is OpenAI's default.
+
+    max_tokens_param: what the API calls max_tokens. default_max_tokens: None is as many as fit.
+    sampling: fields of SamplingParams, without max_tokens.
+    """
+
+    max_tokens: int | None
+    max_tokens_param: str
+    default_max_tokens: int | None
+    n: int | None
+    stop: Sequence[str]
+    echo: bool
+    sampling: Mapping[str, Any]
+    pruning: Mapping[str, Any]
+
+
+def make_ask(
+    id_prefix: str,
+    prompts: Sequence[Prompt],
+    wishes: Wishes,
+    limits: Limits,
+    tokenizer: Tokenizer,
+) -> Ask:
+    """The request's Ask.  Raises InvalidSetting or PromptTooLong, naming number and limit."""
+    num_choices = 1 if wishes.n is None else wishes.n
+    limits.require_choices(num_choices)
+    limits.require_stop(wishes.stop)
+    return Ask(
+        request_id=f"{id_prefix}-{secrets.token_hex(16)}",
+        prompts=tuple(_prompt_ask(prompt, wishes, limits, tokenizer) for prompt in prompts),
+        num_choices=num_choices,
+        sampling=_sampling(wishes.sampling, limits),
+        stop=tuple(wishes.stop),
+        pruning=limits.pruning(wishes.pruning),
+    )
+
+
+def _prompt_ask(prompt: Prompt, wishes: Wishes, limits: Limits, tokenizer: Tokenizer) -> PromptAsk:
+    max_tokens = limits.max_tokens(
+        wishes.max_tokens,
+        wishes.default_max_tokens,
+        len(prompt.token_ids),
+        wishes.max_tokens_param,
+    )
+    echo = ""
+    if wishes.echo:
+        echo = tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
+    return PromptAsk(tuple(prompt.token_ids), echo, max_tokens)
+
+
+def _sampling(fields: Mapping[str, Any], limits: Limits) -> SamplingParams:
+    """OpenAI's defaults under the given fields; a random seed if none is given."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    sampling = SamplingParams(**({"seed": secrets.randbits(63)} | given))
+    limits.require_token_ids(list(sampling.logit_bias), "logit_bias")
+    return sampling

@@ -1,0 +1,101 @@
+"""The gateway without its protocols: what REST and gRPC share."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from services.common.metrics import GatewayMetrics
+from services.common.registry import Registry
+from services.common.settings import Settings
+from services.gateway.ask import Ask
+from services.gateway.completion import Completion, prompt_runs
+from services.gateway.lifecycle import PromptRun, Service
+from services.gateway.limits import Limits
+from services.gateway.outcomes import Outcomes
+from services.gateway.prefiller import Prefiller
+from services.gateway.routing import Router
+from services.gateway.served_model import ServedModel
+from winnow.errors import DeadlineExceeded, RegistryUnavailable
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Whether a request could be served now."""
+
+    decode_workers: int
+    prefill: bool
+
+    @property
+    def ready(self) -> bool:
+        return self.decode_workers > 0 and self.prefill
+
+
+class Gateway:
+    """Routes requests to decode and prefill; holds a tokenizer but no weights.
+
+    Make it where its event loop runs. Raises UnusableModel or InvalidSetting.
+    """
+
+    def __init__(self, settings: Settings, registry: Registry, prefiller: Prefiller) -> None:
+        self.settings = settings
+        self.model = ServedModel.load(settings)
+        self.limits = Limits(settings, self.model)
+        self.metrics = GatewayMetrics()
+        fingerprint = self.model.description.fingerprint
+        self._router = Router(registry, fingerprint)
+        self._prefiller = prefiller
+        self._service = Service(self._router, prefiller, fingerprint, settings.prefill_attempts)
+
+    @asynccontextmanager
+    async def open(self, ask: Ask) -> AsyncIterator[Completion]:
+        """The request with KV memory reserved for all its prompts; leaving frees everything.
+
+        Raises Overloaded or NoDecodeWorker if not all prompts can be admitted, DeadlineExceeded
+        if the block takes longer than a request may.
+        """
+        timeout_s = self.settings.request_timeout_s
+        runs = prompt_runs(ask, self._service, timeout_s)
+        completion = Completion(ask, runs, self.model.tokenizer, self.metrics)
+        with Outcomes(completion, self.metrics):
+            async with AsyncExitStack() as admitted:
+                for run in runs:
+                    await admitted.enter_async_context(run)
+                async with _deadline(timeout_s):
+                    await _admit_all(runs)
+                    yield completion
+
+    async def readiness(self) -> Readiness:
+        """Looks at the registry and at prefill now."""
+        try:
+            workers = await self._router.candidates()
+        except RegistryUnavailable as error:
+            logger.warning("%s", error)
+            workers = []
+        return Readiness(len(workers), await self._prefiller.ready())
+
+    async def close(self) -> None:
+        """Close the channels to decode workers."""
+        await self._router.close()
+
+
+@asynccontextmanager
+async def _deadline(timeout_s: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(timeout_s) as timeout:
+            yield
+    except TimeoutError as error:
+        if not timeout.expired():
+            raise
+        raise DeadlineExceeded(f"the request did not end within {timeout_s:g} seconds") from error
+
+
+async def _admit_all(runs: list[PromptRun]) -> None:
+    """Admits the runs side by side; raises the first error after all have ended."""
+    results = await asyncio.gather(*(run.admit() for run in runs), return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result

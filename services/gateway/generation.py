@@ -1,0 +1,139 @@
+"""One open Generate call: KV memory reserved at a decode worker, tokens to come."""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+import grpc.aio
+
+from services.common.messages import recompression_to_proto, sampling_to_proto
+from services.common.rpc import error_from_rpc
+from services.gateway.routing import Place, Router
+from winnow.errors import (
+    ModelMismatch,
+    NoDecodeWorker,
+    Overloaded,
+    RequestCancelled,
+    WinnowError,
+)
+from winnow.request import PruningSettings, SamplingParams
+from winnow.v1 import decode_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+# Admission costs a worker no compute, so one that takes longer is as good as gone.
+_ADMISSION_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRequest:
+    """One prompt's part of a request; its answers are sequences 0 to num_sequences - 1."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    num_sequences: int
+    sampling: SamplingParams
+    pruning: PruningSettings
+
+
+class Generation:
+    """An admitted prompt at one worker. Close it in any case: that frees what it holds there."""
+
+    def __init__(self, call: grpc.aio.UnaryStreamCall, place: Place, admitted: pb.Admitted) -> None:
+        self.worker_id: str = admitted.worker_id
+        self.kv_address: str = admitted.kv_address
+        self._call = call
+        self._place = place
+        place.count_pages(admitted.reserved_pages)
+
+    async def next_event(self) -> pb.GenerateEvent | None:
+        """What happens next at the worker; None at the end.  Raises the error it ended with."""
+        try:
+            event = await self._call.read()
+        except grpc.aio.AioRpcError as error:
+            raise self._explained(error_from_rpc(error)) from error
+        return None if event is grpc.aio.EOF else event
+
+    def _explained(self, error: WinnowError) -> WinnowError:
+        if isinstance(error, NoDecodeWorker | RequestCancelled):
+            return NoDecodeWorker(f"decode worker {self.worker_id} went away: {error.message}")
+        return error
+
+    def close(self) -> None:
+        """End the call; the worker frees the prompt's KV at once."""
+        self._call.cancel()
+        self._place.leave()
+
+
+async def open_generation(
+    router: Router, request: PromptRequest, fingerprint: str, deadline_s: float
+) -> Generation:
+    """The prompt admitted by the best worker that has room for it.
+
+    deadline_s: seconds until the call ends by itself.
+    Raises Overloaded if the workers have no room now, NoDecodeWorker if there is none that
+    answers, InvalidSetting if the prompt can never fit.
+    """
+    message = _to_proto(request, fingerprint)
+    refusals: list[WinnowError] = []
+    for worker in await router.candidates():
+        try:
+            return await _admit(router.enter(worker), message, deadline_s)
+        except (Overloaded, NoDecodeWorker, ModelMismatch) as error:
+            logger.info(
+                "decode worker %s: %s",
+                worker.worker_id,
+                error,
+                extra={"request_id": request.request_id},
+            )
+            refusals.append(error)
+    raise _verdict(refusals)
+
+
+def _verdict(refusals: list[WinnowError]) -> WinnowError:
+    overloaded = [error for error in refusals if isinstance(error, Overloaded)]
+    if overloaded:
+        return overloaded[0]
+    if refusals:
+        return NoDecodeWorker(f"none of {len(refusals)} decode workers takes requests now")
+    return NoDecodeWorker("no decode worker for this model is registered")
+
+
+async def _admit(place: Place, message: pb.GenerateRequest, deadline_s: float) -> Generation:
+    call = place.stub.Generate(message, timeout=deadline_s)
+    try:
+        return Generation(call, place, await _read_admitted(call))
+    except BaseException as error:
+        call.cancel()
+        place.leave()
+        if isinstance(error, NoDecodeWorker):
+            place.suspect()
+        raise
+
+
+async def _read_admitted(call: grpc.aio.UnaryStreamCall) -> pb.Admitted:
+    try:
+        async with asyncio.timeout(_ADMISSION_TIMEOUT_S):
+            event = await call.read()
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error) from error
+    except TimeoutError as error:
+        raise NoDecodeWorker(f"no answer within {_ADMISSION_TIMEOUT_S:g} seconds") from error
+    if event is grpc.aio.EOF or not event.HasField("admitted"):
+        raise NoDecodeWorker("the worker does not speak winnow.v1.Decode")
+    admitted: pb.Admitted = event.admitted
+    return admitted
+
+
+def _to_proto(request: PromptRequest, fingerprint: str) -> pb.GenerateRequest:
+    num_tokens = len(request.token_ids)
+    return pb.GenerateRequest(
+        request_id=request.request_id,
+        model_fingerprint=fingerprint,
+        num_prompt_tokens=num_tokens,
+        num_sequences=request.num_sequences,
+        max_prompt_entries=request.pruning.max_prompt_entries(num_tokens),
+        sampling=sampling_to_proto(request.sampling),
+        recompression=recompression_to_proto(request.pruning),
+        prompt_token_ids=request.token_ids if request.sampling.needs_prompt else (),
+    )

@@ -1,0 +1,113 @@
+"""The public gRPC API: winnow.v1.Inference with health and reflection, on the gateway's own server.
+
+Its own rather than Ray Serve's gRPC proxy, because that has neither standard health nor
+reflection, and passes no typed trailing metadata. Replicas on one machine share the port.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from services.common.rpc import abort_aio, server_options
+from services.gateway.gateway import Gateway
+from services.gateway.grpc_asks import ask_from_proto
+from services.gateway.grpc_format import delta_to_proto, usage_to_proto
+from services.gateway.http_errors import as_winnow_error
+from winnow.errors import InvalidRequest, InvalidSetting
+from winnow.v1 import inference_pb2 as pb
+from winnow.v1.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
+
+logger = logging.getLogger(__name__)
+
+SERVICE = "winnow.v1.Inference"
+_READINESS_INTERVAL_S = 5.0
+
+
+class GrpcServer:
+    """Start it once, stop it; health says SERVING while requests can be served."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._health = health_aio.HealthServicer()
+        self._server = grpc.aio.server(options=_options(gateway))
+        add_InferenceServicer_to_server(_Inference(gateway), self._server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self._watch: asyncio.Task[None] | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """The port that is served; 0 asks for any.  Raises InvalidSetting if it is taken."""
+        try:
+            bound = self._server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise InvalidSetting(
+                f"gRPC cannot be served on {host}:{port}: the port is taken, or the address is "
+                "not this machine's",
+                param="grpc_port",
+            ) from error
+        await self._tell_health()
+        await self._server.start()
+        self._watch = asyncio.create_task(self._keep_telling_health())
+        return int(bound)
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Returns when open calls have ended; those still open after `grace_s` are cancelled."""
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+    async def _keep_telling_health(self) -> None:
+        while True:
+            await asyncio.sleep(_READINESS_INTERVAL_S)
+            await self._tell_health()
+
+    async def _tell_health(self) -> None:
+        ready = (await self._gateway.readiness()).ready
+        status = health_pb2.HealthCheckResponse
+        for name in ("", SERVICE):
+            await self._health.set(name, status.SERVING if ready else status.NOT_SERVING)
+
+
+def _options(gateway: Gateway) -> list[tuple[str, int]]:
+    """Every replica binds the one port; a request may be as large as over HTTP."""
+    settings = gateway.settings
+    size = ("grpc.max_receive_message_length", int(settings.max_body_bytes))
+    shared = server_options(share_port=settings.gateway_replicas > 1)
+    return [option for option in shared if option[0] != size[0]] + [size]
+
+
+class _Inference(InferenceServicer):
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def Complete(
+        self, request: pb.CompleteRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.CompleteResponse]:
+        """Chunks as text is generated, then one with the usage; or one typed error."""
+        try:
+            async with aclosing(self._responses(request)) as responses:
+                async for response in responses:
+                    yield response
+        except Exception as error:  # whatever it is, the client gets one typed error
+            failure = as_winnow_error(error)
+            if isinstance(failure, InvalidRequest):
+                self._gateway.metrics.requests_refused.labels(failure.code).inc()
+            await abort_aio(context, failure)
+
+    async def _responses(self, request: pb.CompleteRequest) -> AsyncGenerator[pb.CompleteResponse]:
+        gateway, tokenizer = self._gateway, self._gateway.model.tokenizer
+        ask = await asyncio.to_thread(ask_from_proto, gateway, request)
+        async with gateway.open(ask) as completion, aclosing(completion.deltas()) as deltas:
+            async for delta in deltas:
+                yield delta_to_proto(delta, ask.request_id, tokenizer)
+            yield usage_to_proto(completion.usage(), ask.request_id)

@@ -1,0 +1,89 @@
+"""From a CompleteRequest of winnow.v1.Inference to an Ask."""
+
+from typing import Any
+
+from services.gateway.ask import Ask, Prompt, Wishes, make_ask
+from services.gateway.chat import ROLES
+from services.gateway.gateway import Gateway
+from winnow.errors import InvalidRequest, InvalidSetting
+from winnow.v1 import inference_pb2 as pb
+
+# Over gRPC 0 stands for JSON's null: keep every entry.
+_UNLIMITED_AT_ZERO = frozenset({"kv_budget", "decode_budget"})
+
+
+def ask_from_proto(gateway: Gateway, request: pb.CompleteRequest) -> Ask:
+    """The checked request. Tokenizing takes time: call it from a worker thread.
+
+    Raises InvalidRequest of some kind.
+    """
+    gateway.limits.require_model(request.model)
+    wishes = Wishes(
+        max_tokens=_optional(request, "max_tokens"),
+        max_tokens_param="max_tokens",
+        default_max_tokens=None,
+        n=request.n or None,
+        stop=list(request.stop),
+        echo=request.echo,
+        sampling=_sampling(request),
+        pruning=_pruning(request.winnow),
+    )
+    if request.echo and request.HasField("logprobs"):
+        raise InvalidRequest("echo together with logprobs is not supported", param="echo")
+    prompt = _prompt(gateway, request)
+    return make_ask("grpc", [prompt], wishes, gateway.limits, gateway.model.tokenizer)
+
+
+def _optional(message: Any, field: str) -> Any:  # noqa: ANN401 - generated code has no types
+    return getattr(message, field) if message.HasField(field) else None
+
+
+def _sampling(request: pb.CompleteRequest) -> dict[str, Any]:
+    return {
+        "temperature": _optional(request, "temperature"),
+        "top_p": _optional(request, "top_p"),
+        "top_k": request.top_k,
+        "min_p": request.min_p,
+        "seed": _optional(request, "seed"),
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
+        "repetition_penalty": _optional(request, "repetition_penalty"),
+        "logit_bias": dict(request.logit_bias),
+        "num_logprobs": _optional(request, "logprobs"),
+        "ignore_eos": request.ignore_eos,
+    }
+
+
+def _pruning(options: pb.WinnowOptions) -> dict[str, Any]:
+    """The fields that the request set."""
+    return {
+        field.name: None if field.name in _UNLIMITED_AT_ZERO and value == 0 else value
+        for field, value in options.ListFields()
+    }
+
+
+def _prompt(gateway: Gateway, request: pb.CompleteRequest) -> Prompt:
+    kind = request.WhichOneof("prompt")
+    if kind == "text":
+        return Prompt(gateway.limits.encode(request.text, "text"), request.text)
+    if kind == "token_ids":
+        token_ids = list(request.token_ids.ids)
+        gateway.limits.require_prompt(len(token_ids), "token_ids")
+        gateway.limits.require_token_ids(token_ids, "token_ids")
+        return Prompt(token_ids)
+    if kind == "messages":
+        text = gateway.model.tokenizer.chat_text(_messages(request.messages))
+        return Prompt(gateway.limits.encode(text, "messages", add_special_tokens=False), text)
+    raise InvalidRequest("give a prompt: text, token_ids or messages", param="prompt")
+
+
+def _messages(messages: pb.ChatMessages) -> list[dict[str, str]]:
+    if not messages.messages:
+        raise InvalidRequest("messages is empty; it must have at least 1", param="messages")
+    for idx, message in enumerate(messages.messages):
+        if message.role not in ROLES:
+            raise InvalidSetting(
+                f"messages[{idx}].role is {message.role!r}; known are {', '.join(ROLES)}",
+                param=f"messages[{idx}].role",
+            )
+    return [{"role": message.role, "content": message.content} for message in messages.messages]

@@ -1,0 +1,68 @@
+"""Errors as OpenAI's API writes them."""
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from services.common.metrics import GatewayMetrics
+from winnow.errors import WinnowError, status_of
+
+logger = logging.getLogger(__name__)
+
+# Memory is freed as answers end, which on a busy service is every moment.
+_RETRY_AFTER_S = 1
+_RETRIABLE = frozenset({429, 503})
+
+
+def error_object(error: WinnowError) -> dict[str, Any]:
+    """`{"error": {"message", "type", "param", "code"}}`."""
+    return {
+        "error": {
+            "message": error.message,
+            "type": status_of(error).openai_type,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def error_response(error: WinnowError) -> Response:
+    """The error with its HTTP status; with Retry-After where another try may succeed."""
+    status = status_of(error).http
+    headers = {"retry-after": str(_RETRY_AFTER_S)} if status in _RETRIABLE else {}
+    return JSONResponse(error_object(error), status_code=status, headers=headers)
+
+
+def as_winnow_error(error: Exception) -> WinnowError:
+    """The error itself, or one that hides an unexpected exception, which is logged."""
+    if isinstance(error, WinnowError):
+        return error
+    logger.error("unexpected error", exc_info=error)
+    return WinnowError("internal error; the service's log has more")
+
+
+def add_error_handlers(api: FastAPI, metrics: GatewayMetrics) -> None:
+    """Every error that leaves `api` has OpenAI's format."""
+
+    async def refused(request: Request, error: Exception) -> Response:
+        refusal = as_winnow_error(error)
+        metrics.requests_refused.labels(refusal.code).inc()
+        logger.info("refused %s: %s, %s", request.url.path, refusal.code, refusal.param)
+        return error_response(refusal)
+
+    async def not_served(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        body = {
+            "message": f"{error.detail}: {request.method} {request.url.path}",
+            "type": "invalid_request_error",
+            "param": None,
+            "code": "not_found" if error.status_code == 404 else "method_not_allowed",
+        }
+        return JSONResponse({"error": body}, error.status_code, headers=dict(error.headers or {}))
+
+    api.add_exception_handler(WinnowError, refused)
+    api.add_exception_handler(HTTPException, not_served)
+    api.add_exception_handler(Exception, refused)

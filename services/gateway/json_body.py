@@ -1,0 +1,90 @@
+"""Request bodies: read up to a limit, and JSON without what JSON does not have."""
+
+import asyncio
+import json
+import logging
+from typing import Any, NoReturn
+
+from starlette.requests import Request
+
+from winnow.errors import BodyTooLarge, InvalidRequest
+
+logger = logging.getLogger(__name__)
+
+# A client that is still sending when the answer comes may never read it; so a moderate rest is
+# read and thrown away first.
+_DISCARDED_BYTES = 64 << 20
+_DISCARD_TIMEOUT_S = 0.5
+
+
+async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
+    """The JSON object in the request's body.
+
+    Raises BodyTooLarge as soon as more than `max_bytes` are announced or have come, and
+    InvalidRequest for anything but a JSON object in UTF-8.
+    """
+    return parse_json(await read_body(request, max_bytes))
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body; raises BodyTooLarge."""
+    announced = int(request.headers.get("content-length") or 0)
+    chunks = request.stream()
+    body = bytearray()
+    if announced <= max_bytes:
+        async for chunk in chunks:
+            body += chunk
+            if len(body) > max_bytes:
+                break
+        else:
+            return bytes(body)
+    await _discard(request)
+    size = f"{announced:,}" if announced else f"more than {max_bytes:,}"
+    raise BodyTooLarge(f"body has {size} bytes; the limit is {max_bytes:,}")
+
+
+async def _discard(request: Request) -> None:
+    discarded = 0
+    try:
+        async with asyncio.timeout(_DISCARD_TIMEOUT_S):
+            while discarded < _DISCARDED_BYTES:
+                message = await request.receive()
+                discarded += len(message.get("body", b""))
+                if not message.get("more_body"):
+                    return
+    except TimeoutError:
+        logger.debug("a client goes on sending a body that is too large")
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """Raises InvalidRequest for anything but a JSON object in UTF-8."""
+    try:
+        parsed = json.loads(body.decode(), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(
+            f"body is not UTF-8: byte 0x{body[error.start]:02x} at position {error.start}"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(
+            f"body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
+        raise InvalidRequest(f"body is not JSON that can be read: {error}") from error
+    if not isinstance(parsed, dict):
+        raise InvalidRequest("body must be a JSON object")
+    _require_unicode(body, parsed)
+    return parsed
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise InvalidRequest(f"body is not JSON: it has {name}, which is no JSON number")
+
+
+def _require_unicode(body: bytes, parsed: dict[str, Any]) -> None:
+    """Refuse half a surrogate pair (`"\\ud800"`), which is no character."""
+    if b"\\ud" not in body.lower():
+        return
+    try:
+        json.dumps(parsed, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest("body has half a surrogate pair, which is no character") from error

@@ -1,0 +1,208 @@
+"""One prompt's life in the gateway, from the reservation of KV memory to its last token.
+
+RECEIVED ─▶ ADMITTED ─▶ PREFILLING ─▶ DECODING ─▶ FINISHED
+└────────────┴────────────┴────────────┴────────▶ FAILED, CANCELLED
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from enum import StrEnum
+from types import TracebackType
+
+from services.common.messages import report_from_proto, tokens_from_proto
+from services.gateway.generation import Generation, PromptRequest, open_generation
+from services.gateway.prefiller import Prefiller
+from services.gateway.routing import Router
+from winnow.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    PrefillFailed,
+    TransferRefused,
+    UnknownReservation,
+    WinnowError,
+)
+from winnow.request import PrefillJob, PrefillOutcome, PrefillReport, PrefillTimings, Token
+from winnow.v1 import decode_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+
+# What prefill tells at its end is worth this wait, not more.
+_TIMINGS_TIMEOUT_S = 2.0
+
+
+class State(StrEnum):
+    RECEIVED = "received"
+    ADMITTED = "admitted"  # KV memory is reserved at a decode worker
+    PREFILLING = "prefilling"  # a prefill worker has been asked
+    DECODING = "decoding"  # the KV is in place; tokens come
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+_ENDS = frozenset({State.FAILED, State.CANCELLED})
+_NEXT = {
+    State.RECEIVED: _ENDS | {State.ADMITTED},
+    State.ADMITTED: _ENDS | {State.PREFILLING},
+    State.PREFILLING: _ENDS | {State.DECODING},
+    State.DECODING: _ENDS | {State.FINISHED},
+}
+
+
+@dataclass(slots=True)
+class Figures:
+    """What became of a prompt so far.
+
+    ttft_s: from its arrival to its first token. timings: None if the prefill worker delivered the
+    KV but did not tell.
+    """
+
+    attempts: int = 0
+    ttft_s: float | None = None
+    report: PrefillReport | None = None
+    timings: PrefillTimings | None = None
+    recompressed_entries: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What every prompt's life needs of the service."""
+
+    router: Router
+    prefiller: Prefiller
+    fingerprint: str
+    prefill_attempts: int
+
+
+class PromptRun:
+    """Use it as a context: leaving it frees whatever decode and prefill still hold for it.
+
+    deadline_s: on the clock of time.monotonic.
+    """
+
+    def __init__(self, request: PromptRequest, service: Service, deadline_s: float) -> None:
+        self.request = request
+        self.state = State.RECEIVED
+        self.figures = Figures()
+        self._service = service
+        self._arrived_s = time.monotonic()
+        self._deadline_s = deadline_s
+        self._generation: Generation | None = None
+        self._prefill: asyncio.Task[PrefillOutcome] | None = None
+        self._ended: set[int] = set()
+        self._read: asyncio.Task[pb.GenerateEvent | None] | None = None
+
+    async def __aenter__(self) -> "PromptRun":
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.state is not State.FINISHED:
+            self._enter(State.FAILED if isinstance(error, Exception) else State.CANCELLED)
+        if self._generation is not None:
+            self._generation.close()
+        tasks = [task for task in (self._read, self._prefill) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def admit(self) -> None:
+        """Reserve KV memory for the prompt; raises as `open_generation`."""
+        self._generation = await open_generation(
+            self._service.router, self.request, self._service.fingerprint, self._left_s()
+        )
+        self._enter(State.ADMITTED)
+
+    async def tokens(self) -> AsyncGenerator[list[Token]]:
+        """What each engine step gave, after the prompt's prefill.
+
+        Stop reading when every sequence has ended, then call `finish`.
+        Raises the WinnowError that ended the run.
+        """
+        self._enter(State.PREFILLING)
+        self._prefill = asyncio.create_task(self._prefill_job())
+        while (event := await self._next_event()) is not None:
+            if event.HasField("prefilled"):
+                self.figures.report = report_from_proto(event.prefilled.report)
+                self._enter(State.DECODING)
+            elif event.HasField("tokens"):
+                yield self._note(event.tokens)
+        raise EngineFailed("the decode worker ended its answer before the last token")
+
+    async def finish(self) -> None:
+        """Every sequence has ended, by itself or at a stop string."""
+        assert self._prefill is not None and self._generation is not None
+        try:
+            async with asyncio.timeout(_TIMINGS_TIMEOUT_S):
+                self.figures.timings = (await self._prefill).timings
+        except (WinnowError, TimeoutError) as error:
+            self._warn("prefill delivered the KV, but then failed: %r", error)
+        if len(self._ended) == self.request.num_sequences:
+            await self._generation.next_event()  # the call's end, so that it is not cancelled
+        self._enter(State.FINISHED)
+
+    def _note(self, tokens: pb.Tokens) -> list[Token]:
+        if self.figures.ttft_s is None:
+            self.figures.ttft_s = time.monotonic() - self._arrived_s
+        self.figures.recompressed_entries = tokens.recompressed_entries
+        step = tokens_from_proto(tokens)
+        self._ended |= {token.sequence_idx for token in step if token.finish_reason}
+        return step
+
+    async def _next_event(self) -> pb.GenerateEvent | None:
+        """The worker's next event, or the failure of prefill if that is earlier."""
+        assert self._generation is not None and self._prefill is not None
+        if self.state is State.DECODING:
+            return await self._generation.next_event()
+        self._read = asyncio.create_task(self._generation.next_event())
+        await asyncio.wait({self._read, self._prefill}, return_when=asyncio.FIRST_COMPLETED)
+        if not self._read.done():
+            self._prefill.result()
+        return await self._read
+
+    async def _prefill_job(self) -> PrefillOutcome:
+        """Prefill, tried again on a failure that another worker may not have."""
+        last = self._service.prefill_attempts
+        for attempt in range(1, last):
+            try:
+                return await self._attempt(attempt)
+            except (PrefillFailed, TransferRefused) as error:
+                if self.state is State.DECODING or isinstance(error, UnknownReservation):
+                    raise
+                self._warn("prefill attempt %d of %d failed: %s", attempt, last, error)
+        return await self._attempt(last)
+
+    async def _attempt(self, attempt: int) -> PrefillOutcome:
+        assert self._generation is not None
+        self.figures.attempts = attempt
+        job = PrefillJob(
+            request_id=self.request.request_id,
+            attempt=attempt,
+            token_ids=self.request.token_ids,
+            pruning=self.request.pruning,
+            kv_address=self._generation.kv_address,
+            deadline_s=self._left_s(),
+        )
+        return await self._service.prefiller.prefill(job)
+
+    def _left_s(self) -> float:
+        left_s = self._deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise DeadlineExceeded("the request did not end in its time")
+        return left_s
+
+    def _warn(self, message: str, *values: object) -> None:
+        logger.warning(message, *values, extra={"request_id": self.request.request_id})
+
+    def _enter(self, state: State) -> None:
+        assert state in _NEXT[self.state], f"{self.state} -> {state}"
+        self.state = state
+        logger.debug("%s", state, extra={"request_id": self.request.request_id})

@@ -1,0 +1,64 @@
+"""Log-probabilities of generated tokens in the two forms of OpenAI's API."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from winnow.request import Token
+from winnow.tokenizer import IncrementalDetokenizer, Tokenizer
+
+
+def token_text(tokenizer: Tokenizer, token_id: int) -> str:
+    """The token's text; `bytes:\\xe2\\x82` for a part of a character, as OpenAI writes it."""
+    raw = tokenizer.token_bytes(token_id)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+class CompletionLogprobs:
+    """`logprobs` of one choice of a text completion: parallel lists, offsets in characters."""
+
+    def __init__(self, tokenizer: Tokenizer, first_offset: int) -> None:
+        self._tokenizer = tokenizer
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._offset = first_offset
+
+    def take(self, tokens: Iterable[Token]) -> dict[str, list[Any]]:
+        """The lists for the next tokens."""
+        lists: dict[str, list[Any]] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
+        }
+        for token in tokens:
+            assert token.logprobs is not None
+            lists["tokens"].append(token_text(self._tokenizer, token.token_id))
+            lists["token_logprobs"].append(token.logprobs.logprob)
+            lists["top_logprobs"].append(self._top(token.logprobs.top))
+            lists["text_offset"].append(self._offset)
+            self._offset += len(self._detokenizer.feed(token.token_id))
+        return lists
+
+    def _top(self, top: Iterable[tuple[int, float]]) -> dict[str, float]:
+        return {token_text(self._tokenizer, token_id): logprob for token_id, logprob in top}
+
+
+def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[Token]) -> dict[str, Any]:
+    """`logprobs` of a chat choice: an object per token, with its bytes."""
+    content = []
+    for token in tokens:
+        assert token.logprobs is not None
+        entry = _chat_entry(tokenizer, token.token_id, token.logprobs.logprob)
+        top = [_chat_entry(tokenizer, *likely) for likely in token.logprobs.top]
+        content.append({**entry, "top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def _chat_entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+    return {
+        "token": token_text(tokenizer, token_id),
+        "logprob": logprob,
+        "bytes": list(tokenizer.token_bytes(token_id)),
+    }

@@ -1,0 +1,139 @@
+"""Answers as OpenAI's API writes them: chunks of a stream, or one object."""
+
+import time
+from abc import ABC, abstractmethod
+from typing import Any
+
+from services.gateway.choices import Delta
+from services.gateway.logprobs import CompletionLogprobs, chat_logprobs
+from services.gateway.openai_asks import OpenAIAsk
+from services.gateway.usage import Usage
+from winnow.request import Token
+from winnow.tokenizer import Tokenizer
+
+
+class AnswerFormat(ABC):
+    """How one request's deltas become JSON objects; keeps what was streamed of each choice."""
+
+    def __init__(self, asked: OpenAIAsk, model_name: str, tokenizer: Tokenizer) -> None:
+        self._asked = asked
+        self._tokenizer = tokenizer
+        self._head = {
+            "id": asked.ask.request_id,
+            "created": int(time.time()),
+            "model": model_name,
+        }
+
+    @abstractmethod
+    def chunk(self, delta: Delta) -> dict[str, Any]:
+        """The chunk that streams `delta`."""
+
+    @abstractmethod
+    def whole(self, deltas: list[Delta], usage: Usage) -> dict[str, Any]:
+        """The answer in one object, from all its deltas."""
+
+    @abstractmethod
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        """The last chunk under stream_options.include_usage: no choices."""
+
+    def has_news(self, delta: Delta) -> bool:
+        """False if a chunk would tell the client nothing."""
+        return bool(delta.text or delta.finish_reason or self._asked.top_logprobs is not None)
+
+    def _chunk(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        usage = {"usage": None} if self._asked.include_usage else {}
+        return {**self._head, "object": kind, "choices": choices, **usage}
+
+    def _whole(self, kind: str, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
+        return {**self._head, "object": kind, "choices": choices, "usage": usage.to_json()}
+
+    def _by_choice(self, deltas: list[Delta]) -> list[Delta]:
+        """Each choice's deltas joined to one, by index."""
+        ask = self._asked.ask
+        parts: list[list[Delta]] = [[] for _ in range(len(ask.prompts) * ask.num_choices)]
+        for delta in deltas:
+            parts[delta.index].append(delta)
+        return [
+            Delta(
+                index,
+                "".join(delta.text for delta in own),
+                tuple(token for delta in own for token in delta.tokens),
+                own[-1].finish_reason,
+            )
+            for index, own in enumerate(parts)
+        ]
+
+
+class CompletionFormat(AnswerFormat):
+    """/v1/completions."""
+
+    _KIND = "text_completion"
+
+    def __init__(self, asked: OpenAIAsk, model_name: str, tokenizer: Tokenizer) -> None:
+        super().__init__(asked, model_name, tokenizer)
+        self._logprobs = [
+            CompletionLogprobs(tokenizer, len(prompt.echo))
+            for prompt in asked.ask.prompts
+            for _ in range(asked.ask.num_choices)
+        ]
+
+    def chunk(self, delta: Delta) -> dict[str, Any]:
+        return self._chunk(self._KIND, [self._choice(delta)])
+
+    def whole(self, deltas: list[Delta], usage: Usage) -> dict[str, Any]:
+        choices = [self._choice(delta) for delta in self._by_choice(deltas)]
+        return self._whole(self._KIND, choices, usage)
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        return self._whole(self._KIND, [], usage)
+
+    def _choice(self, delta: Delta) -> dict[str, Any]:
+        logprobs = None
+        if self._asked.top_logprobs is not None:
+            logprobs = self._logprobs[delta.index].take(delta.tokens)
+        return {
+            "index": delta.index,
+            "text": delta.text,
+            "logprobs": logprobs,
+            "finish_reason": delta.finish_reason,
+        }
+
+
+class ChatFormat(AnswerFormat):
+    """/v1/chat/completions."""
+
+    def __init__(self, asked: OpenAIAsk, model_name: str, tokenizer: Tokenizer) -> None:
+        super().__init__(asked, model_name, tokenizer)
+        self._begun: set[int] = set()
+
+    def chunk(self, delta: Delta) -> dict[str, Any]:
+        """The first chunk of each choice tells the role."""
+        role = {} if delta.index in self._begun else {"role": "assistant"}
+        self._begun.add(delta.index)
+        choice = {
+            "index": delta.index,
+            "delta": {**role, "content": delta.text},
+            "logprobs": self._logprobs(delta.tokens),
+            "finish_reason": delta.finish_reason,
+        }
+        return self._chunk("chat.completion.chunk", [choice])
+
+    def whole(self, deltas: list[Delta], usage: Usage) -> dict[str, Any]:
+        choices = [
+            {
+                "index": delta.index,
+                "message": {"role": "assistant", "content": delta.text, "refusal": None},
+                "logprobs": self._logprobs(delta.tokens),
+                "finish_reason": delta.finish_reason,
+            }
+            for delta in self._by_choice(deltas)
+        ]
+        return self._whole("chat.completion", choices, usage)
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        return self._whole("chat.completion.chunk", [], usage)
+
+    def _logprobs(self, tokens: tuple[Token, ...]) -> dict[str, Any] | None:
+        if self._asked.top_logprobs is None:
+            return None
+        return chat_logprobs(self._tokenizer, tokens)

@@ -1,0 +1,153 @@
+"""The bodies of OpenAI's API that Winnow takes, and how a wrong one is named.
+
+Fields that are absent or null have OpenAI's default. Ranges are checked where the value is used,
+so that REST and gRPC share the checks.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from winnow.errors import InvalidRequest, InvalidSetting, UnknownParameter
+
+Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+_SHOWN_CHARS = 60
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class StreamOptions(_Body):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class WinnowOptions(_Body):
+    """`winnow` in a request's body: fields of winnow.request.PruningSettings.
+
+    An absent field keeps the service's setting; null means none where that is possible.
+    """
+
+    selection: str = ""
+    select_tokens: Integer = 0
+    window_size: Integer = 0
+    kernel_size: Integer = 0
+    observed_layers: Integer = 0
+    min_layer: Integer = 0
+    threshold: float = 0
+    latest_layer: Integer | None = None
+    fixed_layer: Integer = 0
+    compression: str = ""
+    kv_budget: Integer | None = None
+    kv_top_p: float = 0
+    decode_budget: Integer | None = None
+    recompress_interval: Integer = 0
+
+    def changes(self) -> dict[str, Any]:
+        """The fields that the request set."""
+        return self.model_dump(exclude_unset=True)
+
+
+class _Generation(_Body):
+    """What completions and chat share."""
+
+    model: str
+    max_tokens: Integer | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Integer | None = None
+    min_p: float | None = None
+    seed: Integer | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    n: Integer | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = None
+    user: str | None = None
+    winnow: WinnowOptions | None = None
+
+
+class CompletionRequest(_Generation):
+    # Text, token ids, or a list of either; prompts.py tells them apart, and names what is wrong.
+    prompt: Any
+    logprobs: Integer | None = None
+    echo: bool | None = None
+
+
+class TextPart(_Body):
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(_Body):
+    role: str
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    refusal: str | None = None
+
+
+class ChatRequest(_Generation):
+    messages: list[ChatMessage]
+    max_completion_tokens: Integer | None = None
+    logprobs: bool | None = None
+    top_logprobs: Integer | None = None
+
+
+class TokenizeRequest(_Body):
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = None
+
+
+class DetokenizeRequest(_Body):
+    model: str | None = None
+    tokens: list[Integer]
+
+
+_RequestBody = TypeVar("_RequestBody", bound=_Body)
+
+
+def validate(cls: type[_RequestBody], body: Mapping[str, Any]) -> _RequestBody:
+    """The body as `cls`.
+
+    Raises UnknownParameter, or InvalidRequest for one that is missing, or InvalidSetting for one
+    of the wrong type; each names the parameter.
+    """
+    try:
+        return cls.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        raise _named(body, first["type"], first["loc"], first["msg"], first["input"]) from error
+
+
+def _named(
+    body: Mapping[str, Any], kind: str, loc: tuple[int | str, ...], message: str, value: object
+) -> InvalidRequest:
+    param = _path(body, loc, missing=kind == "missing")
+    if kind == "extra_forbidden":
+        return UnknownParameter(f"unknown parameter: {param}", param=param)
+    if kind == "missing":
+        return InvalidRequest(f"missing parameter: {param}", param=param)
+    shown = repr(value)
+    shown = shown if len(shown) <= _SHOWN_CHARS else f"{shown[:_SHOWN_CHARS]}..."
+    return InvalidSetting(f"{param} is {shown}: {message.lower()}", param=param)
+
+
+def _path(body: object, loc: tuple[int | str, ...], *, missing: bool) -> str:
+    """`winnow.kv_budget`, `messages[1].content`: pydantic's path, less its names of union types."""
+    path = ""
+    for idx, part in enumerate(loc):
+        if isinstance(part, int) and isinstance(body, list):
+            path, body = f"{path}[{part}]", body[part]
+        elif isinstance(body, Mapping) and part in body:
+            path, body = f"{path}.{part}", body[part]
+        elif missing and idx == len(loc) - 1:
+            path = f"{path}.{part}"
+    return path.removeprefix(".")

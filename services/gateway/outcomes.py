@@ -1,0 +1,89 @@
+"""How requests ended: one log line each, and the metrics of every prompt."""
+
+import logging
+import time
+from types import TracebackType
+
+from services.common.metrics import GatewayMetrics
+from services.gateway.completion import Completion
+from services.gateway.lifecycle import PromptRun, State
+from winnow.errors import WinnowError
+
+logger = logging.getLogger(__name__)
+
+
+class Outcomes:
+    """A context around one request, from its first check on until everything is freed."""
+
+    def __init__(self, completion: Completion, metrics: GatewayMetrics) -> None:
+        self._completion = completion
+        self._metrics = metrics
+        self._started_s = time.monotonic()
+
+    def __enter__(self) -> None:
+        for run in self._completion.runs:
+            self._metrics.requests_received.inc()
+            self._metrics.requests_running.inc()
+            self._metrics.prompt_tokens.observe(len(run.request.token_ids))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        seconds = time.monotonic() - self._started_s
+        for prompt_idx, run in enumerate(self._completion.runs):
+            self._measure(prompt_idx, run, seconds)
+        self._log(error, seconds)
+
+    def _measure(self, prompt_idx: int, run: PromptRun, seconds: float) -> None:
+        choices = self._completion.choices_of(prompt_idx)
+        metrics, figures = self._metrics, run.figures
+        metrics.requests_running.dec()
+        metrics.requests_finished.labels(_reason(run, choices[0].finish_reason)).inc()
+        metrics.request_seconds.observe(seconds)
+        metrics.generated_tokens.observe(sum(choice.num_tokens for choice in choices))
+        metrics.prefill_retries.inc(max(0, figures.attempts - 1))
+        if figures.ttft_s is not None:
+            metrics.ttft.observe(figures.ttft_s)
+
+    def _log(self, error: BaseException | None, seconds: float) -> None:
+        completion = self._completion
+        logger.info(
+            "%s: %d prompt tokens, %d generated, %.3f s; %s",
+            _outcome(error),
+            sum(len(prompt.token_ids) for prompt in completion.ask.prompts),
+            sum(choice.num_tokens for choice in completion.choices),
+            seconds,
+            "; ".join(map(_figures, completion.runs)),
+            extra={"request_id": completion.ask.request_id},
+        )
+
+
+def _reason(run: PromptRun, finish_reason: str | None) -> str:
+    """The label of a run's end; of several choices the first one's."""
+    if run.state is State.FINISHED:
+        return str(finish_reason)
+    return "error" if run.state is State.FAILED else "cancelled"
+
+
+def _outcome(error: BaseException | None) -> str:
+    if error is None:
+        return "finished"
+    if isinstance(error, WinnowError):
+        return f"failed ({error.code}: {error.message})"
+    return "failed (internal_error)" if isinstance(error, Exception) else "cancelled"
+
+
+def _figures(run: PromptRun) -> str:
+    figures = run.figures
+    if figures.report is None or figures.ttft_s is None:
+        return f"{run.state} before the first token"
+    report, timings = figures.report, figures.timings
+    layer = report.no_selection_reason if report.selection_layer is None else report.selection_layer
+    return (
+        f"ttft {figures.ttft_s:.3f} s, selection layer {layer}, "
+        f"KV {report.kv_bytes_kept} of {report.kv_bytes_full} bytes, "
+        f"{timings.wire_bytes if timings else 'unknown'} on the wire"
+    )

@@ -1,0 +1,104 @@
+"""The REST API: OpenAI's completions and chat, and what operators ask a service."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse, Response
+
+from services.common.metrics import CONTENT_TYPE, render
+from services.gateway.answer import Answer
+from services.gateway.gateway import Gateway
+from services.gateway.http_errors import add_error_handlers
+from services.gateway.json_body import read_json
+from services.gateway.openai_asks import AskReader, OpenAIAsk
+from services.gateway.openai_format import AnswerFormat, ChatFormat, CompletionFormat
+from services.gateway.tokenize_api import detokenize, tokenize
+
+_T = TypeVar("_T")
+
+
+def create_api(gateway: Gateway) -> FastAPI:
+    """The ASGI application that serves `gateway`, which stays its owner's to close."""
+    # Swagger's pages would fetch scripts from elsewhere.
+    api = FastAPI(title="Winnow", docs_url=None, redoc_url=None, openapi_url=None)
+    add_error_handlers(api, gateway.metrics)
+    _add_completions(api, gateway)
+    _add_tokenizer(api, gateway)
+    _add_models(api, gateway)
+    _add_operations(api, gateway)
+    return api
+
+
+def _add_completions(api: FastAPI, gateway: Gateway) -> None:
+    reader = AskReader(gateway.settings, gateway.limits, gateway.model.tokenizer)
+
+    @api.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return _answer(gateway, await _read(gateway, request, reader.completion), CompletionFormat)
+
+    @api.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return _answer(gateway, await _read(gateway, request, reader.chat), ChatFormat)
+
+
+def _answer(gateway: Gateway, asked: OpenAIAsk, answer_format: type[AnswerFormat]) -> Answer:
+    model = gateway.model
+    return Answer(gateway, asked, answer_format(asked, model.name, model.tokenizer))
+
+
+def _add_tokenizer(api: FastAPI, gateway: Gateway) -> None:
+    @api.post("/tokenize")
+    async def tokenize_text(request: Request) -> Response:
+        return JSONResponse(await _read(gateway, request, lambda body: tokenize(gateway, body)))
+
+    @api.post("/detokenize")
+    async def detokenize_tokens(request: Request) -> Response:
+        return JSONResponse(await _read(gateway, request, lambda body: detokenize(gateway, body)))
+
+
+async def _read(gateway: Gateway, request: Request, parse: Callable[[Mapping[str, Any]], _T]) -> _T:
+    """What `parse` makes of the request's body, in a thread: long texts take time."""
+    body = await read_json(request, gateway.settings.max_body_bytes)
+    return await asyncio.to_thread(parse, body)
+
+
+def _add_models(api: FastAPI, gateway: Gateway) -> None:
+    model = gateway.model
+    card = {
+        "id": model.name,
+        "object": "model",
+        "created": model.created_s,
+        "owned_by": "winnow",
+        "max_model_len": gateway.limits.max_positions,
+    }
+
+    @api.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card]}
+
+    @api.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        gateway.limits.require_model(name)
+        return card
+
+
+def _add_operations(api: FastAPI, gateway: Gateway) -> None:
+    @api.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @api.get("/ready")
+    async def ready() -> Response:
+        readiness = await gateway.readiness()
+        body = {
+            "status": "ready" if readiness.ready else "not ready",
+            "decode_workers": readiness.decode_workers,
+            "prefill": readiness.prefill,
+        }
+        return JSONResponse(body, 200 if readiness.ready else 503)
+
+    @api.get("/metrics")
+    async def metrics() -> Response:
+        return Response(render(gateway.metrics.registry), media_type=CONTENT_TYPE)

@@ -1,0 +1,122 @@
+"""Which decode worker a prompt goes to: of those with its model, the one with most free memory."""
+
+import asyncio
+import logging
+import time
+
+import grpc.aio
+
+from services.common.registry import Registry, WorkerRecord
+from services.common.rpc import channel_options
+from winnow.errors import RegistryUnavailable
+from winnow.v1.decode_pb2_grpc import DecodeStub
+from winnow.wire import WIRE_VERSION
+
+logger = logging.getLogger(__name__)
+
+_REFRESH_S = 0.5
+# A worker that could not be reached is tried last for this long: its record outlives it.
+_SUSPECT_S = 5.0
+
+
+class _Peer:
+    """What this gateway knows of one worker besides its record."""
+
+    def __init__(self, address: str) -> None:
+        self.channel = grpc.aio.insecure_channel(address, options=channel_options())
+        self.num_places = 0
+        self.pages_held = 0
+        self.suspect_until_s = 0.0
+
+
+class Place:
+    """One request's place at a worker: keeps the channel open and counts the pages it holds."""
+
+    def __init__(self, peer: _Peer) -> None:
+        self._peer = peer
+        self._num_pages = 0
+        self.stub = DecodeStub(peer.channel)  # type: ignore[no-untyped-call]
+        peer.num_places += 1
+
+    def count_pages(self, num_pages: int) -> None:
+        """Count the pages of the request's reservation against the worker."""
+        self._num_pages += num_pages
+        self._peer.pages_held += num_pages
+
+    def suspect(self) -> None:
+        """Note that the worker could not be reached."""
+        self._peer.suspect_until_s = time.monotonic() + _SUSPECT_S
+
+    def leave(self) -> None:
+        """Call it once, when the request has ended."""
+        self._peer.num_places -= 1
+        self._peer.pages_held -= self._num_pages
+
+
+class Router:
+    """Knows the live workers and holds one channel to each.
+
+    Records are some seconds old, so the pages of this gateway's own requests count against a
+    worker in addition. When the registry does not answer, the last known records go on serving.
+    """
+
+    def __init__(self, registry: Registry, fingerprint: str) -> None:
+        self._registry = registry
+        self._fingerprint = fingerprint
+        self._records: list[WorkerRecord] | None = None
+        self._read_s = -_REFRESH_S
+        self._refreshing = asyncio.Lock()
+        self._peers: dict[str, _Peer] = {}
+
+    async def candidates(self) -> list[WorkerRecord]:
+        """Compatible workers that take requests, the best first; may be empty.
+
+        Raises RegistryUnavailable if the registry has never answered.
+        """
+        async with self._refreshing:
+            if time.monotonic() - self._read_s >= _REFRESH_S:
+                await self._refresh()
+        return sorted(filter(self._is_compatible, self._records or []), key=self._rank)
+
+    def enter(self, worker: WorkerRecord) -> Place:
+        """A place for one more request at a worker."""
+        peer = self._peers.get(worker.worker_id)
+        if peer is None:
+            peer = self._peers[worker.worker_id] = _Peer(worker.address)
+        return Place(peer)
+
+    async def close(self) -> None:
+        """Close all channels; calls that are still open on them end."""
+        peers, self._peers = self._peers, {}
+        for peer in peers.values():
+            await peer.channel.close()
+
+    def _is_compatible(self, record: WorkerRecord) -> bool:
+        return (
+            record.fingerprint == self._fingerprint
+            and WIRE_VERSION in record.wire_versions
+            and not record.draining
+        )
+
+    def _rank(self, record: WorkerRecord) -> tuple[bool, int]:
+        peer = self._peers.get(record.worker_id)
+        if peer is None:
+            return False, -record.pages_free
+        suspect = peer.suspect_until_s > time.monotonic()
+        return suspect, peer.pages_held - record.pages_free
+
+    async def _refresh(self) -> None:
+        try:
+            self._records = await self._registry.workers()
+        except RegistryUnavailable as error:
+            if self._records is None:
+                raise
+            logger.warning("%s; %d workers are known from before", error, len(self._records))
+        self._read_s = time.monotonic()
+        await self._forget_gone({record.worker_id for record in self._records})
+
+    async def _forget_gone(self, known: set[str]) -> None:
+        """Close the channels to workers that are gone and have no request of ours any more."""
+        gone = [i for i, peer in self._peers.items() if i not in known and not peer.num_places]
+        for worker_id in gone:
+            await self._peers.pop(worker_id).channel.close()

@@ -1,0 +1,98 @@
+"""What a request used and what was done to its prompts."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from services.gateway.lifecycle import Figures
+from winnow.request import PrefillTimings
+
+_UNTOLD = PrefillTimings(0.0, 0.0, 0.0, 0.0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class WinnowUsage:
+    """Fields as in WinnowUsage of proto/winnow/v1/inference.proto."""
+
+    selection_layer: int | None
+    no_selection_reason: str
+    selected_tokens: int
+    computed_share: float
+    kv_bytes_full: int
+    kv_bytes_kept: int
+    rho: dict[int, float]
+    recompressed_entries: int
+    wire_bytes: int
+    queue_s: float
+    prefill_s: float
+    exposed_transfer_s: float
+    ttft_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """prompts: one entry per prompt, in order. completion_tokens: of all choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    prompts: tuple[WinnowUsage, ...]
+
+    def winnow(self) -> WinnowUsage:
+        """All prompts summed up."""
+        return _sum_up(self.prompts)
+
+    def to_json(self) -> dict[str, Any]:
+        """OpenAI's `usage`; `winnow` in it sums up, and lists several prompts."""
+        winnow = asdict(self.winnow())
+        if len(self.prompts) > 1:
+            winnow["prompts"] = [asdict(prompt) for prompt in self.prompts]
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "winnow": winnow,
+        }
+
+
+def winnow_usage(figures: Figures) -> WinnowUsage:
+    """What was done to one prompt whose run has finished."""
+    report, timings = figures.report, figures.timings or _UNTOLD
+    assert report is not None and figures.ttft_s is not None
+    return WinnowUsage(
+        selection_layer=report.selection_layer,
+        no_selection_reason=report.no_selection_reason or "",
+        selected_tokens=report.num_selected_tokens,
+        computed_share=report.computed_share,
+        kv_bytes_full=report.kv_bytes_full,
+        kv_bytes_kept=report.kv_bytes_kept,
+        rho=dict(report.rho),
+        recompressed_entries=figures.recompressed_entries,
+        wire_bytes=timings.wire_bytes,
+        queue_s=timings.queue_s,
+        prefill_s=timings.compute_s,
+        exposed_transfer_s=timings.exposed_transfer_s,
+        ttft_s=figures.ttft_s,
+    )
+
+
+def _sum_up(prompts: Sequence[WinnowUsage]) -> WinnowUsage:
+    """Counts added, times of the slowest; what only one prompt can have is left out of several."""
+    if len(prompts) == 1:
+        return prompts[0]
+    full_bytes = sum(prompt.kv_bytes_full for prompt in prompts)
+    computed = sum(prompt.computed_share * prompt.kv_bytes_full for prompt in prompts)
+    return WinnowUsage(
+        selection_layer=None,
+        no_selection_reason="",
+        selected_tokens=sum(prompt.selected_tokens for prompt in prompts),
+        computed_share=computed / full_bytes,
+        kv_bytes_full=full_bytes,
+        kv_bytes_kept=sum(prompt.kv_bytes_kept for prompt in prompts),
+        rho={},
+        recompressed_entries=sum(prompt.recompressed_entries for prompt in prompts),
+        wire_bytes=sum(prompt.wire_bytes for prompt in prompts),
+        queue_s=max(prompt.queue_s for prompt in prompts),
+        prefill_s=max(prompt.prefill_s for prompt in prompts),
+        exposed_transfer_s=max(prompt.exposed_transfer_s for prompt in prompts),
+        ttft_s=max(prompt.ttft_s for prompt in prompts),
+    )

@@ -1,0 +1,51 @@
+"""Connections to decode workers, kept between pushes and dropped when a worker is gone."""
+
+import threading
+from dataclasses import dataclass
+
+import grpc
+
+from services.common.rpc import channel_options
+
+
+@dataclass(slots=True)
+class _Connection:
+    channel: grpc.Channel
+    users: int = 0
+    lost: bool = False
+
+
+class Channels:
+    """One channel per address; safe to use from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._connections: dict[str, _Connection] = {}
+
+    def borrow(self, address: str) -> grpc.Channel:
+        """A channel to `address`; give it back when the call on it has ended."""
+        with self._lock:
+            connection = self._connections.get(address)
+            if connection is None:
+                channel = grpc.insecure_channel(address, options=channel_options())
+                connection = self._connections[address] = _Connection(channel)
+            connection.users += 1
+            return connection.channel
+
+    def give_back(self, address: str, *, lost: bool) -> None:
+        """`lost`: the worker could not be reached; its channel is closed after its last user."""
+        with self._lock:
+            connection = self._connections[address]
+            connection.users -= 1
+            connection.lost = connection.lost or lost
+            if not connection.lost or connection.users:
+                return
+            del self._connections[address]
+        connection.channel.close()
+
+    def close(self) -> None:
+        """Close all; calls that still run are cancelled."""
+        with self._lock:
+            connections = list(self._connections.values())
+        for connection in connections:
+            connection.channel.close()

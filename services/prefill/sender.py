@@ -1,0 +1,171 @@
+"""Pushes one attempt's KV to its decode worker while the next layers are computed.
+
+The engine thread hands layers over and goes on; gRPC's own thread encodes and sends them. At most
+`LAYERS_AHEAD` layers wait, so a slow network slows the engine down instead of filling its memory.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import grpc
+
+from services.common.rpc import error_from_rpc
+from services.prefill.channels import Channels
+from winnow.engine.prefill import PrefillResult
+from winnow.errors import (
+    DeadlineExceeded,
+    ModelMismatch,
+    PrefillFailed,
+    RequestCancelled,
+    TransferRefused,
+    WinnowError,
+)
+from winnow.kv import LayerKV
+from winnow.request import PrefillJob
+from winnow.v1 import decode_pb2 as pb
+from winnow.wire import TransferEncoder
+
+logger = logging.getLogger(__name__)
+
+LAYERS_AHEAD = 2
+STALL_TIMEOUT_S = 15.0
+_PUSH_METHOD = "/winnow.v1.KvTransfer/Push"
+_FORGIVEN = (TransferRefused, ModelMismatch, DeadlineExceeded)
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """The decode worker holds all KV. at_s: time.monotonic() of the receipt."""
+
+    transfer_s: float
+    at_s: float
+    wire_bytes: int
+
+
+class Push:
+    """One transfer. `on_end` is called once, from any thread, with its outcome."""
+
+    def __init__(
+        self,
+        job: PrefillJob,
+        encoder: TransferEncoder,
+        on_end: Callable[[Delivered | WinnowError], None],
+        *,
+        stall_timeout_s: float = STALL_TIMEOUT_S,
+    ) -> None:
+        self._job = job
+        self._encoder = encoder
+        self._on_end = on_end
+        self._stall_timeout_s = stall_timeout_s
+        self._changed = threading.Condition()
+        self._waiting: deque[LayerKV | PrefillResult] = deque()
+        self._error: WinnowError | None = None
+        self._ended = False
+        self._wire_bytes = 0
+        self._call: grpc.Future | None = None
+
+    def open(self, channels: Channels, timeout_s: float) -> None:
+        """Starts the call, which ends within `timeout_s`; the header is sent at once."""
+        self._started_s = time.monotonic()
+        push = channels.borrow(self._job.kv_address).stream_unary(
+            _PUSH_METHOD,
+            request_serializer=None,  # frames are bytes already
+            response_deserializer=pb.PushReceipt.FromString,
+        )
+        self._call = push.future(self._frames(), timeout=timeout_s)
+        self._call.add_done_callback(lambda call: self._finish(call, channels))
+
+    def send(self, layer: LayerKV) -> None:
+        """Hands a layer over; waits while LAYERS_AHEAD others do.
+
+        Raises what ended the transfer, or PrefillFailed if the worker takes nothing for long.
+        """
+        with self._changed:
+            has_room = self._changed.wait_for(
+                lambda: self._ended or len(self._waiting) < LAYERS_AHEAD, self._stall_timeout_s
+            )
+            if self._ended:
+                raise self._error or RequestCancelled("the transfer has ended")
+            if has_room:
+                self._waiting.append(layer)
+                self._changed.notify_all()
+                return
+        self.abort(self._stalled())
+        raise self._stalled()
+
+    def finish(self, result: PrefillResult) -> None:
+        """Hands over what comes last and returns; `on_end` tells when it has arrived."""
+        with self._changed:
+            self._waiting.append(result)
+            self._changed.notify_all()
+
+    def abort(self, error: WinnowError) -> None:
+        """Ends the transfer with `error`, unless it has ended."""
+        with self._changed:
+            if self._ended:
+                return
+            self._error = error
+        self._end()
+        if self._call is not None:
+            self._call.cancel()
+
+    def _stalled(self) -> PrefillFailed:
+        return PrefillFailed(
+            f"decode worker {self._job.kv_address} took no KV for {self._stall_timeout_s:g} s"
+        )
+
+    def _frames(self) -> Iterator[bytes]:
+        """What gRPC sends; it asks for the next frame when the last one has left."""
+        for frame in self._encoded():
+            self._wire_bytes += len(frame)
+            yield frame
+
+    def _encoded(self) -> Iterator[bytes]:
+        yield self._encoder.header()
+        while (item := self._take()) is not None:
+            if isinstance(item, PrefillResult):
+                yield self._encoder.trailer(item.final_hidden, item.report)
+                return
+            yield from self._encoder.layer(item)
+
+    def _take(self) -> LayerKV | PrefillResult | None:
+        """The next item, or None once the transfer has ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or bool(self._waiting))
+            if self._ended:
+                return None
+            self._changed.notify_all()
+            return self._waiting.popleft()
+
+    def _end(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._waiting.clear()
+            self._changed.notify_all()
+
+    def _finish(self, call: grpc.Future, channels: Channels) -> None:
+        """Runs in gRPC's thread when the call is over, however it ended."""
+        now = time.monotonic()
+        lost = not call.cancelled() and call.code() is grpc.StatusCode.UNAVAILABLE
+        channels.give_back(self._job.kv_address, lost=lost)
+        error = self._error or _call_error(call, self._job.kv_address)
+        self._error = error
+        self._end()
+        self._on_end(error or Delivered(now - self._started_s, now, self._wire_bytes))
+
+
+def _call_error(call: grpc.Future, address: str) -> WinnowError | None:
+    """Why the call failed; None if it did not."""
+    if call.cancelled():
+        return RequestCancelled("the transfer was cancelled")
+    failure = call.exception()
+    if failure is None:
+        return None
+    error = error_from_rpc(failure)
+    if isinstance(error, _FORGIVEN):
+        return error
+    return PrefillFailed(f"KV could not be delivered to decode worker {address}: {error.message}")

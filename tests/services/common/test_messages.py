@@ -1,0 +1,79 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.common.messages import (
+    recompression_from_proto,
+    recompression_to_proto,
+    sampling_from_proto,
+    sampling_to_proto,
+    tokens_from_proto,
+    tokens_to_proto,
+)
+from winnow.errors import InvalidSetting
+from winnow.request import (
+    FinishReason,
+    PruningSettings,
+    SamplingParams,
+    Token,
+    TokenLogprobs,
+)
+from winnow.v1 import decode_pb2 as pb
+
+float32 = st.floats(-2, 2, width=32)
+
+
+@given(
+    st.builds(
+        SamplingParams,
+        max_tokens=st.integers(1, 2**31 - 1),
+        temperature=st.floats(0, 2, width=32),
+        top_p=st.floats(0.5, 1, width=32),
+        top_k=st.integers(0, 2**31 - 1),
+        min_p=st.floats(0, 1, width=32),
+        seed=st.integers(0, 2**63 - 1),
+        presence_penalty=float32,
+        frequency_penalty=float32,
+        repetition_penalty=st.floats(0.5, 10, width=32),
+        logit_bias=st.dictionaries(st.integers(0, 2**32 - 1), float32, max_size=5),
+        num_logprobs=st.none() | st.integers(0, 20),
+        ignore_eos=st.booleans(),
+    )
+)
+def test_sampling_comes_back_as_it_was(params: SamplingParams) -> None:
+    message = pb.SamplingParams.FromString(sampling_to_proto(params).SerializeToString())
+    assert sampling_from_proto(message) == params
+
+
+def test_sampling_out_of_range_is_refused() -> None:
+    with pytest.raises(InvalidSetting, match="temperature is 3"):
+        sampling_from_proto(pb.SamplingParams(max_tokens=1, temperature=3, top_p=1))
+
+
+@pytest.mark.parametrize("decode_budget", [None, 256])
+def test_recompression_comes_back_as_it_was(decode_budget: int | None) -> None:
+    asked = PruningSettings(
+        decode_budget=decode_budget, recompress_interval=64, window_size=16, kernel_size=5
+    )
+    got = recompression_from_proto(recompression_to_proto(asked))
+    names = ("decode_budget", "recompress_interval", "window_size", "kernel_size")
+    assert [getattr(got, name) for name in names] == [getattr(asked, name) for name in names]
+
+
+def test_a_budget_within_the_window_is_refused() -> None:
+    message = pb.Recompression(
+        decode_budget=8, window_size=16, kernel_size=5, recompress_interval=1
+    )
+    with pytest.raises(InvalidSetting, match="decode_budget is 8"):
+        recompression_from_proto(message)
+
+
+def test_tokens_come_back_as_they_were() -> None:
+    tokens = [
+        Token(0, 17),
+        Token(1, 0, TokenLogprobs(-0.5, ()), FinishReason.STOP),
+        Token(2, 9, TokenLogprobs(-1.0, ((9, -1.0), (4, -2.5))), FinishReason.LENGTH),
+    ]
+    message = tokens_to_proto(tokens, recompressed_entries=3, kv_bytes=4096)
+    assert (message.recompressed_entries, message.kv_bytes) == (3, 4096)
+    assert tokens_from_proto(pb.Tokens.FromString(message.SerializeToString())) == tokens

@@ -1,0 +1,192 @@
+import asyncio
+import socket
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import httpx
+import psutil
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from services.common.messages import sampling_to_proto
+from services.common.registry import RedisRegistry
+from services.common.settings import Settings
+from services.decode.worker import DecodeWorker
+from tests.services.decode.client import GREEDY, Client, error_of, token_ids_of
+from tests.services.decode.conftest import StartWorker
+from winnow.errors import EngineFailed, InvalidSetting, NoDecodeWorker, UnusableModel
+from winnow.v1 import decode_pb2 as pb
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def health(worker: DecodeWorker, service: str = "winnow.v1.Decode") -> int:
+    async with grpc.aio.insecure_channel(worker.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+        return int(answer.status)
+
+
+def listening_ports() -> set[int]:
+    connections = psutil.Process().net_connections("tcp")
+    return {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
+
+
+def our_threads() -> set[str]:
+    return {t.name for t in threading.enumerate() if t.name.startswith(("winnow", "Thread-"))}
+
+
+async def test_registers_itself(worker: DecodeWorker, registry: RedisRegistry) -> None:
+    record = next(r for r in await registry.workers() if r.worker_id == worker.worker_id)
+    assert (record.address, record.kv_address) == (worker.address, worker.kv_address)
+    assert record.fingerprint == worker.engine.model.fingerprint
+    assert record.model_name == "llama"
+    assert record.wire_versions == (1,)
+    assert record.pages_free == record.pages_total == worker.engine.stats().pool.pages_total
+    assert not record.draining
+
+
+async def test_renews_its_record(start_worker: StartWorker, registry: RedisRegistry) -> None:
+    worker = await start_worker(lease_s=0.6)
+    async with Client(worker) as client, asyncio.timeout(20):
+        call = client.generate(client.request())
+        assert (await call.read()).HasField("admitted")
+        while not any(  # the record of the next heartbeat tells of the reservation
+            r.running == 1 for r in await registry.workers() if r.worker_id == worker.worker_id
+        ):
+            pass
+        call.cancel()
+        await client.until_idle()
+
+
+async def test_answers_health_and_reflection(worker: DecodeWorker) -> None:
+    assert await health(worker) == SERVING
+    assert await health(worker, "") == SERVING
+    async with grpc.aio.insecure_channel(worker.address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        async for answer in stub.ServerReflectionInfo(iter([request]), timeout=10):
+            names = {service.name for service in answer.list_services_response.service}
+    assert {"winnow.v1.Decode", "grpc.health.v1.Health"} <= names
+
+
+async def test_metrics_show_pages_and_steps(worker: DecodeWorker, client: Client) -> None:
+    call = await client.admit(client.request())
+    await client.push(client.frames())
+    await token_ids_of(call)
+    async with httpx.AsyncClient() as http:
+        text = (await http.get(f"http://127.0.0.1:{worker.metrics_port}/metrics")).text
+    assert f"winnow_kv_pages {float(worker.engine.stats().pool.pages_total)}" in text
+    assert "winnow_decode_step_seconds_count" in text
+    assert "winnow_transfer_received_bytes_total" in text
+
+
+async def test_draining_lets_what_runs_finish_and_admits_nothing(
+    start_worker: StartWorker, registry: RedisRegistry
+) -> None:
+    worker = await start_worker()
+    async with Client(worker) as client, asyncio.timeout(20):
+        running = await client.admit(client.request())
+        drain = asyncio.ensure_future(client.decode.Drain(pb.DrainRequest(), timeout=20))
+        while not (await client.status()).draining:
+            pass
+        assert await health(worker) == NOT_SERVING
+        refused = client.generate(client.request("r2"))
+        error = await error_of(refused)
+        assert isinstance(error, NoDecodeWorker)
+        assert await refused.code() is grpc.StatusCode.UNAVAILABLE
+        while not next(
+            r for r in await registry.workers() if r.worker_id == worker.worker_id
+        ).draining:
+            pass
+        assert not drain.done()
+        await client.push(client.frames())
+        assert len(await token_ids_of(running)) == GREEDY.max_tokens
+        assert (await drain).remaining_requests == 0
+
+
+async def test_drain_answers_before_its_deadline(start_worker: StartWorker) -> None:
+    worker = await start_worker()
+    async with Client(worker) as client:
+        running = await client.admit(client.request())
+        answer = await client.decode.Drain(pb.DrainRequest(), timeout=0.6)
+        assert answer.remaining_requests == 1
+        running.cancel()
+        await client.until_idle()
+
+
+async def test_a_request_whose_numbers_broke_ends_with_engine_failed(client: Client) -> None:
+    call = await client.admit(client.request())
+    layers, result = client.prefill()
+    hidden = torch.full_like(result.final_hidden, float("nan"))
+    await client.push(client.encode(layers, replace(result, final_hidden=hidden)))
+    assert isinstance(await error_of(call), EngineFailed)
+    assert await call.code() is grpc.StatusCode.INTERNAL
+    await client.until_idle()
+
+
+async def test_stop_leaves_nothing_behind(
+    tiny_models: dict[str, Path], redis_url: str, registry: RedisRegistry
+) -> None:
+    ports, threads = listening_ports(), our_threads()
+    worker = DecodeWorker(
+        Settings(
+            model=str(tiny_models["llama"]),
+            redis_url=redis_url,
+            namespace="decode-tests",
+            kv_memory_bytes=16 << 20,
+        )
+    )
+    await worker.start()
+    async with Client(worker) as client:
+        sampling = sampling_to_proto(replace(GREEDY, max_tokens=4000))
+        running = await client.admit(client.request(sampling=sampling))
+        await client.push(client.frames())
+        assert len(listening_ports() - ports) == 3
+        await worker.stop()
+        assert (await error_of(running)).code in ("no_decode_worker", "cancelled")
+    assert listening_ports() == ports
+    assert our_threads() <= threads
+    assert worker.worker_id not in {r.worker_id for r in await registry.workers()}
+
+
+@pytest.mark.parametrize("setting", ["decode_port", "kv_port", "metrics_port"])
+async def test_a_taken_port_stops_the_start_with_its_name(
+    tiny_models: dict[str, Path], redis_url: str, setting: str
+) -> None:
+    before = listening_ports()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        settings = Settings(
+            model=str(tiny_models["llama"]),
+            redis_url=redis_url,
+            kv_memory_bytes=16 << 20,
+            **{setting: port},
+        )
+        worker = DecodeWorker(settings)
+        with pytest.raises(InvalidSetting) as refusal:
+            await worker.start()
+    assert refusal.value.param == setting
+    assert str(port) in refusal.value.message
+    assert listening_ports() == before
+
+
+async def test_a_missing_model_stops_the_start(redis_url: str, tmp_path: Path) -> None:
+    worker = DecodeWorker(Settings(model=str(tmp_path), redis_url=redis_url))
+    with pytest.raises(UnusableModel):
+        await worker.start()
+
+
+async def test_memory_too_small_for_the_model_stops_the_start(
+    tiny_models: dict[str, Path], redis_url: str
+) -> None:
+    settings = Settings(model=str(tiny_models["llama"]), redis_url=redis_url, kv_memory_bytes=1000)
+    with pytest.raises(InvalidSetting, match="kv_memory_bytes is 1,000"):
+        await DecodeWorker(settings).start()

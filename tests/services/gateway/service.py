@@ -1,0 +1,164 @@
+"""A whole service in the test's process: uvicorn, gRPC, prefill queue, decode workers, Redis."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import uvicorn
+from openai import AsyncOpenAI
+
+from services.common.metrics import PrefillMetrics
+from services.common.registry import RedisRegistry
+from services.common.settings import Settings
+from services.decode.worker import DecodeWorker
+from services.gateway.gateway import Gateway
+from services.gateway.grpc_api import GrpcServer
+from services.gateway.rest import create_api
+from services.prefill.queue import PrefillQueue
+from winnow.models import load_model
+from winnow.request import PrefillJob, PrefillOutcome
+
+MODEL_NAME = "tiny"
+
+
+class QueuePrefiller:
+    """Prefill in this process; what a Ray handle is in the service.
+
+    `failures` are raised, one per job, before any job is done; `hold` makes jobs wait.
+    """
+
+    def __init__(self, queue: PrefillQueue) -> None:
+        self.queue = queue
+        self.jobs: list[PrefillJob] = []
+        self.failures: list[Exception] = []
+        self.hold = asyncio.Event()
+        self.hold.set()
+        self.cancelled = asyncio.Event()
+
+    async def prefill(self, job: PrefillJob) -> PrefillOutcome:
+        self.jobs.append(job)
+        try:
+            await self.hold.wait()
+            if self.failures:
+                raise self.failures.pop(0)
+            return await asyncio.wrap_future(self.queue.submit(job))
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+
+    async def ready(self) -> bool:
+        return self.queue.alive
+
+
+@dataclass
+class TestService:
+    """Everything of one service that a test may look at."""
+
+    __test__ = False
+
+    settings: Settings
+    gateway: Gateway
+    prefiller: QueuePrefiller
+    registry: RedisRegistry
+    workers: list[DecodeWorker]
+    url: str
+    grpc_address: str
+    openai: AsyncOpenAI
+    http: httpx.AsyncClient
+
+    async def until_idle(self, timeout_s: float = 20) -> None:
+        """Returns when prefill and decode hold nothing any more."""
+        async with asyncio.timeout(timeout_s):
+            for worker in self.workers:
+                await worker.admission.wait_until_idle(timeout_s)
+                while worker.engine.stats().pool.pages_reserved:
+                    await asyncio.sleep(0)
+        for worker in self.workers:
+            stats = worker.engine.stats()
+            assert (stats.pool.pages_used, stats.running_sequences) == (0, 0)
+
+
+@asynccontextmanager
+async def running_service(
+    model: Path, redis_url: str, *, num_workers: int = 1, **changes: object
+) -> AsyncIterator[TestService]:
+    """A service on free ports; `changes` are settings."""
+    settings = _settings(model, redis_url, changes)
+    async with AsyncExitStack() as running:
+        workers = [await _start_worker(running, settings) for _ in range(num_workers)]
+        registry = RedisRegistry(redis_url, settings.namespace)
+        running.push_async_callback(registry.close)
+        prefiller = _start_prefill(running, settings)
+        gateway = Gateway(settings, registry, prefiller)
+        running.push_async_callback(gateway.close)
+        grpc_server = GrpcServer(gateway)
+        running.push_async_callback(grpc_server.stop)
+        grpc_port = await grpc_server.start("127.0.0.1", 0)
+        url = await _start_http(running, gateway)
+        http = await running.enter_async_context(httpx.AsyncClient(base_url=url, timeout=60))
+        openai = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+        running.push_async_callback(openai.close)
+        yield TestService(
+            settings,
+            gateway,
+            prefiller,
+            registry,
+            workers,
+            url,
+            f"127.0.0.1:{grpc_port}",
+            openai,
+            http,
+        )
+
+
+def _settings(model: Path, redis_url: str, changes: dict[str, object]) -> Settings:
+    values: dict[str, object] = {
+        "model": str(model),
+        "model_name": MODEL_NAME,
+        "redis_url": redis_url,
+        "namespace": f"gateway-{id(changes):x}",
+        "num_threads": 1,
+        "kv_memory_bytes": 32 << 20,
+        "pruning": {"selection": "none", "compression": "none", "window_size": 8},
+    }
+    return Settings(**(values | changes))
+
+
+async def _start_worker(running: AsyncExitStack, settings: Settings) -> DecodeWorker:
+    worker = DecodeWorker(settings)
+    await worker.start()
+    running.push_async_callback(worker.stop)
+    return worker
+
+
+def _start_prefill(running: AsyncExitStack, settings: Settings) -> QueuePrefiller:
+    queue = PrefillQueue(
+        load_model(settings.model),
+        PrefillMetrics(),
+        max_waiting=settings.max_waiting_prefills,
+        num_threads=1,
+    )
+    queue.start()
+    running.push_async_callback(asyncio.to_thread, queue.stop)
+    return QueuePrefiller(queue)
+
+
+async def _start_http(running: AsyncExitStack, gateway: Gateway) -> str:
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(create_api(gateway), log_level="warning", lifespan="off")
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve([listener]))
+
+    async def stop() -> None:
+        server.should_exit = True
+        await serving
+        listener.close()
+
+    running.push_async_callback(stop)
+    while not server.started:
+        await asyncio.sleep(0.01)
+    return f"http://127.0.0.1:{listener.getsockname()[1]}"
