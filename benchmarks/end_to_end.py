@@ -2,9 +2,10 @@
 
 Starts `winnow serve` on the embedded model and talks to it over HTTP. For each prompt length, with
 pruning on (the model's own settings) and off, in turn: TTFT split into waiting for the engine,
-prefill compute, transfer that compute did not hide, and the rest (HTTP, routing, hand-over, first
-decode step). The floor of TTFT is prefill compute. Then streaming clients side by side, each with a
-prompt of its own: tokens per second against one client alone.
+prefill compute, transfer that compute did not hide, first step (with admission, the hop to prefill
+and the hand-over to the batch: the gateway's TTFT less the former), and HTTP (what the client
+measures on top of the gateway). The floor of TTFT is prefill compute. Then streaming clients side
+by side, each with a prompt of its own: tokens per second against one client alone.
 """
 
 import asyncio
@@ -94,7 +95,8 @@ def _ttft_row(num_tokens: int, name: str, answers: list[Answer], slowest: float)
         "queue ms": queue,
         "prefill ms (floor)": prefill,
         "exposed transfer ms": exposed,
-        "rest ms": ttft - queue - prefill - exposed,
+        "first step ms": part("ttft_s") - queue - prefill - exposed,
+        "HTTP ms": ttft - part("ttft_s"),
         "exposed of prefill": exposed / prefill,
         "KV shipped MB": part("kv_bytes_kept") / 1e9,
     }

@@ -124,7 +124,10 @@ class Settings(BaseModel):
     max_waiting_prefills: Count = Field(64, description="prompts waiting per prefill worker")
     prefill_attempts: Count = Field(2, le=10, description="tries at a prompt's prefill")
     lease_s: Seconds = Field(
-        30, description="a reservation without KV, or a worker without heartbeat, lives this long"
+        30, description="a decode worker without heartbeat stays registered this long"
+    )
+    kv_lease_s: Seconds = Field(
+        120, description="reserved KV memory is freed when no KV came for this long"
     )
     drain_timeout_s: Seconds = Field(30, description="running requests may end within this time")
 

@@ -89,7 +89,7 @@ class DecodeWorker:
         started.push_async_callback(_in_thread, receiver.stop)
         self.kv_address = f"{advertised}:{receiver.start(host, settings.kv_port)}"
 
-        identity = WorkerIdentity(self.worker_id, self.kv_address, settings.lease_s)
+        identity = WorkerIdentity(self.worker_id, self.kv_address, settings.kv_lease_s)
         self._control = ControlServer(
             GenerateServicer(
                 identity,

@@ -218,6 +218,24 @@ def test_kv_that_is_not_finite_ends_in_an_error_and_frees_its_pages(
     assert_empty(engine)
 
 
+def test_kv_that_is_not_finite_does_not_outlive_its_request(tiny_models: dict[str, Path]) -> None:
+    model = load_model(tiny_models["llama"])
+    engine = make_engine(model, rows=1, memory=1 << 20)
+    token_ids = prompt(20)
+    layers, result = prefill_all(model, token_ids, UNPRUNED)
+    whole_pool = engine.reserve(spec("nan", 900, GREEDY))
+    for layer_idx in range(4):
+        nan = torch.full((2 * 900, 16), float("nan"))
+        positions = torch.arange(900, dtype=torch.int32).repeat(2)
+        queries = torch.empty(4, 0, 16)
+        whole_pool.write_layer(LayerKV(layer_idx, nan, nan, positions, (900, 900), queries))
+    assert engine.stats().pool.pages_used > 0.9 * engine.stats().pool.pages_total
+    engine.release(whole_pool)
+    admit(engine, spec("next", 20, GREEDY), token_ids)
+    expected = reference.greedy(reference.load(tiny_models["llama"]), token_ids, 16)
+    assert ids(decode_all(engine)["next"]) == expected
+
+
 def test_a_thread_that_waits_for_work_wakes_when_a_sequence_starts(
     tiny_models: dict[str, Path],
 ) -> None:

@@ -77,9 +77,11 @@ class KVPool:
         self.num_pages = config.num_pages(shape)
         self.device = device
         size = (self.num_pages + _FIRST_PAGE, self.page_size)
-        self._keys = torch.zeros(*size, shape.head_dim, dtype=shape.dtype, device=device)
-        self._values = torch.zeros_like(self._keys)
-        self._positions = torch.zeros(size, dtype=torch.int32, device=device)
+        # Not filled: memory that no page was taken from is never touched.
+        self._keys = torch.empty(*size, shape.head_dim, dtype=shape.dtype, device=device)
+        self._values = torch.empty_like(self._keys)
+        self._positions = torch.empty(size, dtype=torch.int32, device=device)
+        self._blank(torch.zeros(1, dtype=torch.int64, device=device))
         heads = (num_rows, shape.num_layers, shape.num_kv_heads)
         self._lengths = torch.zeros(heads, dtype=torch.int64, device=device)
         self._table = torch.zeros(*heads, 1, dtype=torch.int64, device=device)
@@ -256,7 +258,9 @@ class KVPool:
         self._widen(int(num_pages.max()))
         page = torch.arange(self._table.shape[-1], device=self.device)
         wanted = page < num_pages[:, None]
-        self._table[row, layer_idx][wanted] = self._take_pages(int(num_pages.sum()))
+        table = self._table[row, layer_idx]
+        table[wanted] = self._take_pages(int(num_pages.sum()))
+        self._blank(table.gather(1, (num_pages - 1).clamp_min(0)[:, None])[num_pages > 0])
         self._lengths[row, layer_idx] = lengths
 
     def _add_pages(self, rows: list[int], lengths: Tensor) -> None:
@@ -269,7 +273,18 @@ class KVPool:
         batch, layer, head = full.nonzero(as_tuple=True)
         row = torch.tensor(rows, device=self.device)[batch]
         page = lengths[full] // self.page_size
-        self._table[row, layer, head, page] = self._take_pages(num_new)
+        new = self._take_pages(num_new)
+        self._blank(new)
+        self._table[row, layer, head, page] = new
+
+    def _blank(self, pages: Tensor) -> None:
+        """Zeroes pages that will be partly filled.
+
+        Attention reads whole pages and masks their ends, and a mask does not hide a NaN that a
+        broken request left there.
+        """
+        self._keys[pages] = 0
+        self._values[pages] = 0
 
     def _take_pages(self, count: int) -> Tensor:
         assert count <= self._num_free, "promises cover every page that is taken"

@@ -39,7 +39,7 @@ async def test_admitted_tells_where_the_kv_goes_and_comes_before_any_kv(client: 
     admitted = (await call.read()).admitted
     assert admitted.kv_address == client.worker.kv_address
     assert admitted.worker_id == client.worker.worker_id
-    assert admitted.lease_s == 30
+    assert admitted.lease_s == 120
     assert admitted.reserved_pages == client.worker.engine.stats().pool.pages_reserved > 0
     call.cancel()
 

@@ -179,7 +179,7 @@ async def test_closing_the_stream_breaks_off_the_transfer(client: Client) -> Non
 
 
 async def test_a_lease_without_kv_ends_and_frees(start_worker: StartWorker) -> None:
-    async with Client(await start_worker(lease_s=0.3)) as client:
+    async with Client(await start_worker(kv_lease_s=0.3)) as client:
         call = await client.admit(client.request())
         error = await error_of(call)
         assert isinstance(error, LeaseExpired)
@@ -191,7 +191,7 @@ async def test_a_lease_without_kv_ends_and_frees(start_worker: StartWorker) -> N
 
 
 async def test_a_stalled_transfer_ends_with_its_lease(start_worker: StartWorker) -> None:
-    async with Client(await start_worker(lease_s=0.3)) as client:
+    async with Client(await start_worker(kv_lease_s=0.3)) as client:
         call = await client.admit(client.request())
         stalled = client.open_push()
         stalled.write(*client.frames()[:30])

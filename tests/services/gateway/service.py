@@ -2,8 +2,9 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +81,24 @@ class TestService:
         for worker in self.workers:
             stats = worker.engine.stats()
             assert (stats.pool.pages_used, stats.running_sequences) == (0, 0)
+
+
+@contextmanager
+def running_redis(folder: Path) -> Iterator[str]:
+    """A Redis of one's own, by its URL."""
+    socket_path = folder / "redis.sock"
+    server = subprocess.Popen(
+        ["redis-server", "--port", "0", "--unixsocket", str(socket_path), "--save", ""],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout is not None
+    for line in server.stdout:
+        if "ready to accept connections" in line.lower():
+            break
+    yield f"unix://{socket_path}"
+    server.terminate()
+    server.communicate()
 
 
 @asynccontextmanager

@@ -1,0 +1,123 @@
+"""Command-line flags made from the fields of `Settings`, so that each is described once."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from services.common.settings import Settings
+
+_WORKER = {
+    "Model": ("model", "model_name", "device", "dtype"),
+    "Decode workers": (
+        "decode_host",
+        "decode_advertised_host",
+        "decode_port",
+        "kv_port",
+        "metrics_port",
+        "kv_memory_bytes",
+        "page_size",
+        "max_batch_size",
+        "lease_s",
+        "kv_lease_s",
+    ),
+    "Process": ("num_threads", "namespace", "drain_timeout_s", "log_level", "log_format"),
+}
+DECODE_GROUPS: Mapping[str, Sequence[str]] = _WORKER
+SERVE_GROUPS: Mapping[str, Sequence[str]] = {
+    "Model": (*_WORKER["Model"], "pruning"),
+    "Addresses": ("host", "port", "grpc_port"),
+    "How many": ("prefill_replicas", "decode_workers", "gateway_replicas"),
+    "What a request may ask for": (
+        "max_prompt_tokens",
+        "max_new_tokens",
+        "max_n",
+        "max_prompts_per_request",
+        "max_body_bytes",
+        "max_select_tokens",
+        "max_kv_budget",
+        "max_decode_budget",
+        "request_timeout_s",
+    ),
+    "Prefill workers": ("max_waiting_prefills", "prefill_attempts"),
+    "Decode workers": _WORKER["Decode workers"],
+    "Processes": (
+        *_WORKER["Process"][:1],
+        "prefill_num_cpus",
+        "decode_num_cpus",
+        "gateway_num_cpus",
+        "worker_num_gpus",
+        *_WORKER["Process"][1:],
+    ),
+}
+# redis_url is read from WINNOW_REDIS_URL or a file only: command lines are seen by others.
+
+_METAVARS = {
+    "_s": "SECONDS",
+    "_bytes": "BYTES",
+    "port": "PORT",
+    "host": "ADDRESS",
+    "model": "MODEL",
+}
+_WORDS = ("model_name", "namespace", "device", "dtype", "log_level", "log_format")
+
+
+def add_settings_flags(
+    parser: argparse.ArgumentParser, groups: Mapping[str, Sequence[str]]
+) -> None:
+    """One flag per setting; a flag that is not given leaves no trace in the result."""
+    for title, names in groups.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            _add_flag(group, name)
+
+
+def _add_flag(group: argparse._ArgumentGroup, name: str) -> None:
+    field = Settings.model_fields[name]
+    flag = "--" + name.replace("_", "-")
+    text = f"{field.description}{_default(field.default)}"
+    if name == "pruning":
+        group.add_argument(
+            flag,
+            action="append",
+            metavar="NAME=VALUE",
+            default=argparse.SUPPRESS,
+            help=f"{text}; may be repeated",
+        )
+    else:
+        group.add_argument(flag, metavar=_metavar(name), default=argparse.SUPPRESS, help=text)
+
+
+def _default(default: object) -> str:
+    if isinstance(default, (int, float)) and not isinstance(default, bool):
+        return f" (default: {default:g})" if default < 10**6 else f" (default: {_mib(default)})"
+    return f" (default: {default})" if isinstance(default, str) and len(default) < 16 else ""
+
+
+def _mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:g}MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:g}GiB"
+
+
+def _metavar(name: str) -> str:
+    number_or_word = "NAME" if name in _WORDS else "N"
+    return next((word for end, word in _METAVARS.items() if name.endswith(end)), number_or_word)
+
+
+def settings_from_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given on the command line, for `load_settings`.
+
+    Raises ValueError for a --pruning that is not NAME=VALUE.
+    """
+    given = {name: value for name, value in vars(args).items() if name in Settings.model_fields}
+    flags = {name: None if value == "null" else value for name, value in given.items()}
+    if "pruning" in flags:
+        flags["pruning"] = dict(_assignment(text) for text in given["pruning"])
+    return flags
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--pruning {text}: it must be NAME=VALUE")
+    return name.replace("-", "_"), yaml.safe_load(value)

@@ -1,0 +1,42 @@
+"""Log lines as a process writes them."""
+
+import json
+import subprocess
+import sys
+
+CODE = """
+import logging
+from services.common.logs import configure_logging
+configure_logging({level!r}, {log_format!r})
+log = logging.getLogger("services.test")
+log.debug("hidden %d", 1)
+log.info("served %d", 2, extra={{"request_id": "r1"}})
+logging.getLogger("somebody.else").info("chatter")
+try:
+    1 / 0
+except ZeroDivisionError:
+    log.exception("broke")
+"""
+
+
+def lines(level: str, log_format: str) -> list[str]:
+    code = CODE.format(level=level, log_format=log_format)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    return done.stderr.splitlines()
+
+
+def test_text_lines_name_level_logger_and_request() -> None:
+    first = lines("info", "text")[0]
+    assert first.endswith(" INFO services.test [r1] served 2")
+
+
+def test_json_gives_one_object_per_line_with_its_traceback() -> None:
+    served, broke = map(json.loads, lines("info", "json"))
+    assert (served["level"], served["request_id"], served["message"]) == ("info", "r1", "served 2")
+    assert "ZeroDivisionError" in broke["message"]
+    assert "request_id" not in broke
+
+
+def test_level_hides_lines_below_it() -> None:
+    assert lines("error", "text")[0].endswith("ERROR services.test broke")

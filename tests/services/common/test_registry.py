@@ -1,0 +1,220 @@
+"""Records of workers under a lease: in Redis, in a Ray actor, in memory."""
+
+import asyncio
+import dataclasses
+import json
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import redis
+
+from services.common.ray_registry import RayRegistry, remove_ray_registry
+from services.common.registry import (
+    LeasedRecords,
+    RedisRegistry,
+    Registry,
+    WorkerRecord,
+    open_registry,
+)
+from services.common.settings import Settings
+from winnow.errors import InvalidSetting, RegistryUnavailable
+
+RECORD = WorkerRecord(
+    worker_id="worker-1",
+    address="10.0.0.1:5000",
+    kv_address="10.0.0.1:5001",
+    fingerprint="abc",
+    model_name="tiny",
+    wire_versions=(1, 2),
+    pages_total=100,
+    pages_free=40,
+    running=3,
+)
+
+
+class RedisProcess:
+    """A redis-server of the test's own."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.folder = folder
+        self.start()
+
+    def start(self) -> None:
+        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1"]
+        self.process = subprocess.Popen(
+            [*command, "--save", "", "--dir", str(self.folder)], stdout=subprocess.DEVNULL
+        )
+        with redis.Redis(port=self.port) as client:
+            deadline = time.monotonic() + 10
+            while not _answers(client):
+                assert time.monotonic() < deadline, "redis-server does not start"
+                time.sleep(0.02)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(10)
+
+
+def _answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.ConnectionError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
+    server = RedisProcess(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(params=["redis", "ray"])
+async def registry(request: pytest.FixtureRequest) -> AsyncIterator[Registry]:
+    opened: Registry
+    if request.param == "redis":
+        server = request.getfixturevalue("redis_server")
+        opened = RedisRegistry(server.url, f"test-{time.monotonic_ns()}")
+    else:
+        request.getfixturevalue("ray_cluster")
+        opened = RayRegistry(f"test-{time.monotonic_ns()}")
+    yield opened
+    await opened.close()
+
+
+async def until_gone(registry: Registry, worker_id: str) -> None:
+    async with asyncio.timeout(10):
+        while worker_id in [r.worker_id for r in await registry.workers()]:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+async def test_returns_what_was_put(registry: Registry) -> None:
+    await registry.put(RECORD, lease_s=30)
+    assert await registry.workers() == [RECORD]
+
+
+async def test_a_new_record_replaces_the_worker_s_old_one(registry: Registry) -> None:
+    await registry.put(RECORD, lease_s=30)
+    newer = dataclasses.replace(RECORD, pages_free=1, draining=True)
+    await registry.put(newer, lease_s=30)
+    assert await registry.workers() == [newer]
+
+
+async def test_lists_workers_by_id(registry: Registry) -> None:
+    other = dataclasses.replace(RECORD, worker_id="worker-0")
+    await registry.put(RECORD, lease_s=30)
+    await registry.put(other, lease_s=30)
+    assert await registry.workers() == [other, RECORD]
+
+
+async def test_forgets_a_removed_worker_and_minds_no_unknown_one(registry: Registry) -> None:
+    await registry.put(RECORD, lease_s=30)
+    await registry.remove(RECORD.worker_id)
+    await registry.remove("nobody")
+    assert await registry.workers() == []
+
+
+async def test_a_record_is_gone_after_its_lease(registry: Registry) -> None:
+    lasting = dataclasses.replace(RECORD, worker_id="lasting")
+    await registry.put(lasting, lease_s=30)
+    await registry.put(RECORD, lease_s=0.1)
+    await until_gone(registry, RECORD.worker_id)
+    assert await registry.workers() == [lasting]
+
+
+async def test_services_of_other_namespaces_do_not_see_each_other(
+    redis_server: RedisProcess,
+) -> None:
+    mine, theirs = RedisRegistry(redis_server.url, "mine"), RedisRegistry(redis_server.url, "other")
+    await mine.put(RECORD, lease_s=30)
+    assert await theirs.workers() == []
+    await mine.close()
+    await theirs.close()
+
+
+async def test_a_record_that_cannot_be_read_is_left_out(redis_server: RedisProcess) -> None:
+    registry = RedisRegistry(redis_server.url, "unreadable")
+    await registry.put(RECORD, lease_s=30)
+    with redis.Redis(port=redis_server.port) as client:
+        client.set("unreadable:worker:broken", "{")
+        client.set("unreadable:worker:short", "{}")
+    assert await registry.workers() == [RECORD]
+    await registry.close()
+
+
+async def test_redis_that_is_away_is_reported_and_found_again(tmp_path: Path) -> None:
+    server = RedisProcess(tmp_path)
+    registry = RedisRegistry(server.url, "away")
+    await registry.put(RECORD, lease_s=30)
+    server.stop()
+    with pytest.raises(RegistryUnavailable, match="Redis does not answer"):
+        await registry.workers()
+    server.start()
+    await registry.put(RECORD, lease_s=30)
+    assert await registry.workers() == [RECORD]
+    await registry.close()
+    server.stop()
+
+
+async def test_a_removed_actor_is_started_again(ray_cluster: None) -> None:
+    registry = RayRegistry("revived")
+    await registry.put(RECORD, lease_s=30)
+    remove_ray_registry("revived")
+    with pytest.raises(RegistryUnavailable):
+        await registry.workers()
+    await registry.put(RECORD, lease_s=30)
+    assert await registry.workers() == [RECORD]
+
+
+async def test_processes_of_one_cluster_share_the_records(ray_cluster: None) -> None:
+    @ray.remote(num_cpus=0)
+    def put_elsewhere() -> None:
+        asyncio.run(RayRegistry("shared").put(RECORD, lease_s=30))
+
+    registry = RayRegistry("shared")
+    await asyncio.wait_for(put_elsewhere.remote(), 60)
+    assert await registry.workers() == [RECORD]
+
+
+def test_lease_ends_exactly_when_it_ends() -> None:
+    now_s = [0.0]
+    records = LeasedRecords(clock_s=lambda: now_s[0])
+    records.put(RECORD, lease_s=5)
+    now_s[0] = 4.9
+    assert records.live() == [RECORD]
+    now_s[0] = 5.0
+    assert records.live() == []
+
+
+def test_reads_records_of_a_newer_version() -> None:
+    newer = json.loads(RECORD.to_json()) | {"field_of_the_future": 1}
+    assert WorkerRecord.from_json(json.dumps(newer)) == RECORD
+
+
+async def test_redis_is_used_when_its_url_is_set(redis_server: RedisProcess) -> None:
+    registry = open_registry(Settings(redis_url=redis_server.url))  # type: ignore[arg-type]
+    assert isinstance(registry, RedisRegistry)
+    await registry.close()
+
+
+def test_refuses_a_malformed_url_without_showing_it() -> None:
+    with pytest.raises(InvalidSetting) as raised:
+        open_registry(Settings(redis_url="http://:hunter2@h"))  # type: ignore[arg-type]
+    assert "redis_url" in raised.value.message
+    assert "hunter2" not in raised.value.message

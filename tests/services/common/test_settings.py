@@ -1,0 +1,122 @@
+"""Where settings come from, which one wins, and how bad ones are refused."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from services.common.settings import EMBEDDED_MODEL, Settings, load_settings
+from winnow.errors import InvalidSetting
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "winnow.yaml"
+    path.write_text(
+        "port: 1\nhost: 10.0.0.1\nmax_n: 3\npruning: {kv_budget: 100, threshold: 0.5}\n"
+    )
+    return path
+
+
+def test_flags_win_over_variables_over_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WINNOW_PORT", "2")
+    monkeypatch.setenv("WINNOW_HOST", "10.0.0.2")
+    settings = load_settings({"port": "3"}, file)
+    assert (settings.port, settings.host, settings.max_n) == (3, "10.0.0.2", 3)
+
+
+def test_pruning_settings_of_all_sources_are_joined(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WINNOW_PRUNING", '{"threshold": 0.6, "min_layer": 2}')
+    settings = load_settings({"pruning": {"min_layer": 3}}, file)
+    assert settings.pruning == {"kv_budget": 100, "threshold": 0.6, "min_layer": 3}
+
+
+def test_variable_names_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WINNOW_CONFIG", str(file))
+    assert load_settings().port == 1
+
+
+def test_null_unsets_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WINNOW_GRPC_PORT", "null")
+    assert load_settings().grpc_port is None
+
+
+def test_sizes_may_have_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WINNOW_KV_MEMORY_BYTES", "2GiB")
+    assert load_settings().kv_memory_bytes == 2 << 30
+
+
+def test_default_model_is_the_embedded_one_wherever_the_process_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_settings().model == str(EMBEDDED_MODEL)
+    assert EMBEDDED_MODEL.parts[-2:] == ("models", "winnow-tiny")
+
+
+def test_a_relative_model_folder_becomes_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings({"model": "my-model"})
+    assert settings.model == str(tmp_path / "my-model")
+    assert settings.served_name == "my-model"
+
+
+@pytest.mark.parametrize(
+    ("variables", "complaint"),
+    [
+        ({"WINNOW_PROT": "1"}, "WINNOW_PROT is not a setting"),
+        ({"WINNOW_PORT": "http"}, "setting port is 'http'"),
+        ({"WINNOW_PORT": "70000"}, "less than or equal to 65535"),
+        ({"WINNOW_PRUNING": "{"}, "environment is malformed"),
+        ({"WINNOW_PRUNING": '{"budget": 1}'}, "'budget' is not a pruning setting"),
+        ({"WINNOW_NAMESPACE": "a b"}, "setting namespace is 'a b'"),
+        ({"WINNOW_CONFIG": "/does/not/exist"}, "/does/not/exist cannot be read"),
+    ],
+)
+def test_refuses_bad_variables_in_one_line(
+    variables: dict[str, str], complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidSetting) as raised:
+        load_settings()
+    assert complaint in raised.value.message
+    assert "\n" not in raised.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("prot: 1", "prot is not a setting"),
+        ("- 1", "must map names to values"),
+        ("a: [", "is not YAML"),
+        ("request_timeout_s: 0", "greater than 0"),
+    ],
+)
+def test_refuses_bad_files_in_one_line(text: str, complaint: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(InvalidSetting) as raised:
+        load_settings(config=file)
+    assert complaint in raised.value.message
+    assert "\n" not in raised.value.message
+
+
+def test_a_secret_shows_in_neither_text_nor_complaint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WINNOW_REDIS_URL", "redis://:hunter2@localhost")
+    assert "hunter2" not in repr(load_settings())
+
+
+def test_settings_travel_between_processes() -> None:
+    settings = Settings(port=1, redis_url="redis://h", pruning={"kv_budget": 100})  # type: ignore[arg-type]
+    assert pickle.loads(pickle.dumps(settings)) == settings
+
+
+def test_workers_share_the_cores_unless_told_otherwise() -> None:
+    assert Settings(num_threads=3).threads_per_worker(2) == 3
+    assert Settings().threads_per_worker(10_000) == 1

@@ -1,0 +1,218 @@
+"""A prompt's life when something goes wrong on its way."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from services.common.registry import RedisRegistry
+from services.gateway.generation import PromptRequest
+from services.gateway.lifecycle import PromptRun, Service, State
+from services.gateway.routing import Router
+from tests.services.gateway.service import TestService, running_service
+from tests.winnow.drive import UNPRUNED
+from winnow.errors import (
+    DeadlineExceeded,
+    InvalidSetting,
+    LeaseExpired,
+    NoDecodeWorker,
+    Overloaded,
+    PrefillFailed,
+    TransferDamaged,
+    UnknownReservation,
+    WinnowError,
+)
+from winnow.request import SamplingParams
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+REQUEST = PromptRequest(
+    request_id="p",
+    token_ids=tuple(range(5, 45)),
+    num_sequences=1,
+    sampling=SamplingParams(max_tokens=4, temperature=0, ignore_eos=True),
+    pruning=UNPRUNED,
+)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def parts(service: TestService) -> AsyncIterator[Service]:
+    fingerprint = service.gateway.model.description.fingerprint
+    router = Router(service.registry, fingerprint)
+    yield Service(router, service.prefiller, fingerprint, prefill_attempts=2)
+    await router.close()
+    service.prefiller.failures.clear()
+    service.prefiller.hold.set()
+    await service.until_idle()
+
+
+def make_run(parts: Service, request: PromptRequest = REQUEST, timeout_s: float = 20) -> PromptRun:
+    return PromptRun(request, parts, asyncio.get_running_loop().time() + timeout_s)
+
+
+async def complete(run: PromptRun) -> list[int]:
+    """Runs a prompt to its end; its token ids."""
+    token_ids: list[int] = []
+    async with run:
+        await run.admit()
+        async with aclosing(run.tokens()) as steps:
+            async for tokens in steps:
+                token_ids += [token.token_id for token in tokens]
+                if len(token_ids) == run.request.sampling.max_tokens:
+                    break
+        await run.finish()
+    return token_ids
+
+
+async def failure(run: PromptRun) -> WinnowError:
+    with pytest.raises(WinnowError) as error:
+        await complete(run)
+    assert run.state is State.FAILED
+    return error.value
+
+
+async def test_goes_from_received_to_finished(parts: Service) -> None:
+    run = make_run(parts)
+    assert run.state is State.RECEIVED
+    assert len(await complete(run)) == 4
+    assert run.state is State.FINISHED
+    assert run.figures.attempts == 1
+    assert run.figures.report is not None and run.figures.report.num_prompt_tokens == 40
+    assert run.figures.timings is not None and run.figures.timings.wire_bytes > 0
+
+
+async def test_shows_each_state_on_the_way(service: TestService, parts: Service) -> None:
+    service.prefiller.hold.clear()
+    async with make_run(parts) as run:
+        await run.admit()
+        assert run.state is State.ADMITTED
+        async with aclosing(run.tokens()) as steps:
+            first = asyncio.create_task(anext(steps))
+            await asyncio.sleep(0)
+            assert run.state is State.PREFILLING
+            service.prefiller.hold.set()
+            await first
+            assert run.state is State.DECODING
+    assert run.state is State.CANCELLED
+
+
+@pytest.mark.parametrize("error", [PrefillFailed("lost"), TransferDamaged("bad checksum")])
+async def test_a_failed_prefill_is_tried_again_under_the_next_attempt(
+    service: TestService, parts: Service, error: WinnowError
+) -> None:
+    expected = await complete(make_run(parts))
+    service.prefiller.failures = [error]
+    run = make_run(parts)
+    assert await complete(run) == expected
+    assert [job.attempt for job in service.prefiller.jobs[-2:]] == [1, 2]
+    assert run.figures.attempts == 2
+
+
+async def test_the_last_attempts_failure_ends_the_prompt(
+    service: TestService, parts: Service
+) -> None:
+    service.prefiller.failures = [PrefillFailed("first"), PrefillFailed("second")]
+    assert str(await failure(make_run(parts))) == "second"
+
+
+@pytest.mark.parametrize("error", [UnknownReservation("gone"), Overloaded("queue is full")])
+async def test_a_failure_that_another_attempt_would_meet_too_is_final(
+    service: TestService, parts: Service, error: WinnowError
+) -> None:
+    service.prefiller.failures = [error]
+    num_jobs = len(service.prefiller.jobs)
+    assert await failure(make_run(parts)) is error
+    assert len(service.prefiller.jobs) == num_jobs + 1
+
+
+async def test_leaving_early_frees_decode_and_cancels_prefill(
+    service: TestService, parts: Service
+) -> None:
+    service.prefiller.hold.clear()
+    service.prefiller.cancelled.clear()
+    num_jobs = len(service.prefiller.jobs)
+    async with make_run(parts) as run:
+        await run.admit()
+        async with aclosing(run.tokens()) as steps:
+            waiting = asyncio.create_task(anext(steps))
+            while len(service.prefiller.jobs) == num_jobs:
+                await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+    assert run.state is State.CANCELLED
+    async with asyncio.timeout(5):
+        await service.prefiller.cancelled.wait()
+    await service.until_idle(5)
+
+
+async def test_a_prompt_that_can_never_fit_is_an_invalid_setting(parts: Service) -> None:
+    request = replace(REQUEST, num_sequences=65)
+    error = await failure(make_run(parts, request))
+    assert isinstance(error, InvalidSetting)
+    assert "65" in str(error)
+
+
+async def test_a_deadline_that_has_passed_costs_nothing(parts: Service) -> None:
+    assert isinstance(await failure(make_run(parts, timeout_s=-1)), DeadlineExceeded)
+
+
+async def test_without_any_worker_there_is_no_decode_worker(
+    redis_url: str, service: TestService
+) -> None:
+    registry = RedisRegistry(redis_url, "nobody")
+    router = Router(registry, "f")
+    error = await failure(make_run(Service(router, service.prefiller, "f", 1)))
+    assert isinstance(error, NoDecodeWorker)
+    assert "no decode worker for this model is registered" in str(error)
+    await registry.close()
+
+
+async def test_a_worker_that_is_gone_is_passed_over(redis_url: str, service: TestService) -> None:
+    """Its record is still there, and it looks like the one with most memory."""
+    record = (await service.registry.workers())[0]
+    dead = replace(record, worker_id="dead", address="127.0.0.1:1", pages_free=10**9)
+    registry = RedisRegistry(redis_url, "with-dead")
+    for one in (record, dead):
+        await registry.put(one, 30)
+    router = Router(registry, record.fingerprint)
+    assert [worker.worker_id for worker in await router.candidates()][0] == "dead"
+    parts = Service(router, service.prefiller, record.fingerprint, 1)
+    assert len(await complete(make_run(parts))) == 4
+    assert [worker.worker_id for worker in await router.candidates()][-1] == "dead"
+    await router.close()
+    await registry.close()
+
+
+async def test_a_full_worker_passes_a_prompt_on_and_all_full_is_overloaded(
+    model_path: Path, redis_url: str
+) -> None:
+    memory = {"kv_memory_bytes": 1 << 20, "num_workers": 2}
+    async with running_service(model_path, redis_url, **memory) as service:
+        fingerprint = service.gateway.model.description.fingerprint
+        router = Router(service.registry, fingerprint)
+        parts = Service(router, service.prefiller, fingerprint, 1)
+        large = replace(REQUEST, sampling=replace(REQUEST.sampling, max_tokens=600))
+        runs = [make_run(parts, replace(large, request_id=f"p{i}")) for i in range(3)]
+        async with runs[0], runs[1]:
+            await runs[0].admit()
+            await runs[1].admit()
+            reserved = [w.engine.stats().reserved_requests for w in service.workers]
+            assert reserved == [1, 1]
+            error = await failure(runs[2])
+            assert isinstance(error, Overloaded)
+        await service.until_idle()
+        await router.close()
+
+
+async def test_kv_that_never_comes_is_a_lease_expired(model_path: Path, redis_url: str) -> None:
+    async with running_service(model_path, redis_url, kv_lease_s=0.3) as service:
+        fingerprint = service.gateway.model.description.fingerprint
+        router = Router(service.registry, fingerprint)
+        service.prefiller.hold.clear()
+        error = await failure(make_run(Service(router, service.prefiller, fingerprint, 1)))
+        assert isinstance(error, LeaseExpired)
+        await router.close()

@@ -1,0 +1,110 @@
+"""What operators and tools ask besides completions."""
+
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.services.gateway.service import MODEL_NAME, TestService, running_service
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+async def test_lists_the_one_model(service: TestService) -> None:
+    models = await service.openai.models.list()
+    assert [model.id for model in models.data] == [MODEL_NAME]
+    assert (await service.openai.models.retrieve(MODEL_NAME)).owned_by == "winnow"
+    with pytest.raises(openai.NotFoundError, match="not served here"):
+        await service.openai.models.retrieve("other")
+
+
+async def test_tokenize_and_detokenize_are_inverse(service: TestService) -> None:
+    text = "the quick 漢 🎉<|end|>"
+    answer = (await service.http.post("/tokenize", json={"prompt": text})).json()
+    assert answer["count"] == len(answer["tokens"])
+    assert answer["max_model_len"] == 8192
+    back = await service.http.post("/detokenize", json={"tokens": answer["tokens"]})
+    assert back.json() == {"prompt": text}
+
+
+async def test_tokenize_renders_messages(service: TestService) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], "model": MODEL_NAME}
+    tokens = (await service.http.post("/tokenize", json=body)).json()["tokens"]
+    back = await service.http.post("/detokenize", json={"tokens": tokens, "model": MODEL_NAME})
+    assert back.json() == {"prompt": "<|user|>a<|end|><|assistant|>"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("/tokenize", {}, 400, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": []}, 400, "prompt"),
+        ("/tokenize", {"prompt": "a", "model": "other"}, 404, "model"),
+        ("/detokenize", {"tokens": [320]}, 400, "tokens"),
+        ("/detokenize", {"tokens": ["a"]}, 400, "tokens[0]"),
+        ("/detokenize", {}, 400, "tokens"),
+    ],
+)
+async def test_refuses_bad_tokenizer_requests(
+    service: TestService, path: str, body: dict[str, object], status: int, param: str
+) -> None:
+    response = await service.http.post(path, json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (status, param)
+
+
+async def test_is_ready_with_a_worker_and_prefill(service: TestService) -> None:
+    assert (await service.http.get("/health")).json() == {"status": "ok"}
+    response = await service.http.get("/ready")
+    assert response.status_code == 200
+    assert response.json() == {"status": "ready", "decode_workers": 1, "prefill": True}
+
+
+async def test_without_decode_worker_it_is_healthy_but_not_ready(
+    model_path: Path, redis_url: str
+) -> None:
+    async with running_service(model_path, redis_url, num_workers=0) as service:
+        assert (await service.http.get("/health")).status_code == 200
+        response = await service.http.get("/ready")
+        assert (response.status_code, response.json()["decode_workers"]) == (503, 0)
+        body = {"model": MODEL_NAME, "prompt": "a"}
+        refused = await service.http.post("/v1/completions", json=body)
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"] == "1"
+        assert refused.json()["error"] == {
+            "message": "no decode worker for this model is registered",
+            "type": "service_unavailable_error",
+            "param": None,
+            "code": "no_decode_worker",
+        }
+
+
+async def test_without_memory_a_request_is_told_to_try_again(
+    model_path: Path, redis_url: str
+) -> None:
+    small = {"kv_memory_bytes": 1 << 20, "max_n": 64}
+    async with running_service(model_path, redis_url, **small) as service:
+        service.prefiller.hold.clear()
+        body = {"model": MODEL_NAME, "prompt": ["a"] * 16, "max_tokens": 200}
+        refused = await service.http.post("/v1/completions", json=body)
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"] == "1"
+        error = refused.json()["error"]
+        assert (error["type"], error["code"]) == ("rate_limit_error", "overloaded")
+        await service.until_idle()
+
+
+async def test_metrics_tell_what_clients_got(model_path: Path, redis_url: str) -> None:
+    async with running_service(model_path, redis_url) as service:
+        await service.openai.completions.create(
+            model=MODEL_NAME, prompt="a b c", max_tokens=5, extra_body={"ignore_eos": True}
+        )
+        text = (await service.http.get("/metrics")).text
+    for line in (
+        'winnow_requests_finished_total{reason="length"} 1.0',
+        "winnow_requests_received_total 1.0",
+        "winnow_requests_running 0.0",
+        "winnow_generated_tokens_sum 5.0",
+        "winnow_ttft_seconds_count 1.0",
+        "winnow_inter_token_seconds_count 4.0",
+    ):
+        assert line in text.splitlines()

@@ -1,0 +1,60 @@
+"""A tiny model, a queue that runs it, and a receiver."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from services.common.metrics import PrefillMetrics
+from services.prefill.queue import PrefillQueue
+from tests.services.prefill.receiver import Receiver
+from winnow.models import DecoderModel, load_model
+from winnow.request import PrefillJob, PruningSettings
+
+NUM_TOKENS = 300
+PRUNING = PruningSettings(
+    selection="fixed", fixed_layer=1, select_tokens=128, kv_budget=64, window_size=16
+)
+
+MakeJob = Callable[..., PrefillJob]
+
+
+@pytest.fixture(scope="session")
+def model(tiny_models: dict[str, Path]) -> DecoderModel:
+    return load_model(tiny_models["qwen2"])
+
+
+@pytest.fixture
+def receiver(model: DecoderModel) -> Iterator[Receiver]:
+    receiver = Receiver(model, NUM_TOKENS)
+    yield receiver
+    receiver.stop()
+
+
+@pytest.fixture
+def metrics() -> PrefillMetrics:
+    return PrefillMetrics()
+
+
+@pytest.fixture
+def queue(model: DecoderModel, metrics: PrefillMetrics) -> Iterator[PrefillQueue]:
+    queue = PrefillQueue(model, metrics, max_waiting=2, num_threads=1)
+    queue.start()
+    yield queue
+    queue.stop()
+
+
+@pytest.fixture
+def make_job(receiver: Receiver) -> MakeJob:
+    def make(request_id: str = "r1", **changes: object) -> PrefillJob:
+        values = {
+            "request_id": request_id,
+            "attempt": 1,
+            "token_ids": tuple(range(1, NUM_TOKENS + 1)),
+            "pruning": PRUNING,
+            "kv_address": receiver.address,
+            "deadline_s": 30.0,
+        }
+        return PrefillJob(**(values | changes))  # type: ignore[arg-type]
+
+    return make

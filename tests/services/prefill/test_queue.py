@@ -1,0 +1,201 @@
+"""Prompts through the queue, the engine thread and a real push."""
+
+import threading
+from concurrent.futures import CancelledError
+
+import pytest
+import torch
+
+from services.common.metrics import PrefillMetrics, render
+from services.prefill.queue import PrefillQueue
+from tests.services.prefill.conftest import NUM_TOKENS, PRUNING, MakeJob
+from tests.services.prefill.receiver import Receiver
+from winnow.engine.prefill import run_prefill
+from winnow.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    PrefillFailed,
+    StaleAttempt,
+)
+from winnow.models import DecoderModel
+
+TIMEOUT_S = 30
+
+
+class Gate:
+    """Holds the receiver at a layer until it is opened."""
+
+    def __init__(self, receiver: Receiver, layer_idx: int = 0) -> None:
+        self.reached, self.open = threading.Event(), threading.Event()
+        self._layer_idx = layer_idx
+        receiver.before_layer = self._wait
+
+    def _wait(self, layer_idx: int) -> None:
+        if layer_idx == self._layer_idx:
+            self.reached.set()
+            assert self.open.wait(TIMEOUT_S)
+
+
+def test_delivers_every_layer_and_the_report(
+    queue: PrefillQueue, receiver: Receiver, make_job: MakeJob, model: DecoderModel
+) -> None:
+    job = make_job()
+    outcome = queue.submit(job).result(TIMEOUT_S)
+    expected = list(run_prefill(model, job.token_ids, PRUNING))
+    assert [layer.layer_idx for layer in receiver.layers] == [0, 1, 2, 3]
+    for ours, theirs in zip(receiver.layers, expected, strict=True):
+        assert ours.head_lengths == theirs.head_lengths
+        for name in ("keys", "values", "positions", "window_queries"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    assert receiver.headers[0].num_prompt_tokens == NUM_TOKENS
+    assert receiver.trailers[0].report == outcome.report
+    assert outcome.report.selection_layer == 1
+
+
+def test_timings_add_up(queue: PrefillQueue, receiver: Receiver, make_job: MakeJob) -> None:
+    timings = queue.submit(make_job()).result(TIMEOUT_S).timings
+    payload = sum(layer.nbytes + layer.window_queries.nbytes for layer in receiver.layers)
+    assert payload < timings.wire_bytes < payload + 4096
+    assert timings.compute_s > 0
+    assert 0 < timings.exposed_transfer_s <= timings.transfer_s
+    assert 0 <= timings.queue_s < TIMEOUT_S
+
+
+def test_counts_what_it_did(
+    queue: PrefillQueue, metrics: PrefillMetrics, make_job: MakeJob
+) -> None:
+    queue.submit(make_job()).result(TIMEOUT_S)
+    text = render(metrics.registry).decode()
+    assert "winnow_transfer_seconds_count 1.0" in text
+    assert "winnow_prefill_queue_depth 0.0" in text
+
+
+def test_prompts_are_served_in_order(
+    queue: PrefillQueue, receiver: Receiver, make_job: MakeJob
+) -> None:
+    outcomes = [queue.submit(make_job("first")), queue.submit(make_job("second"))]
+    for outcome in outcomes:
+        outcome.result(TIMEOUT_S)
+    assert [header.request_id for header in receiver.headers] == ["first", "second"]
+
+
+def test_computes_the_next_prompt_while_a_push_ends(
+    queue: PrefillQueue, receiver: Receiver, make_job: MakeJob, model: DecoderModel
+) -> None:
+    gate = Gate(receiver, layer_idx=3)
+    held = queue.submit(make_job("held"))
+    assert gate.reached.wait(TIMEOUT_S)
+    other = Receiver(model, NUM_TOKENS)
+    queue.submit(make_job("next", kv_address=other.address)).result(TIMEOUT_S)
+    assert not held.done()
+    gate.open.set()
+    held.result(TIMEOUT_S)
+    other.stop()
+
+
+def test_refuses_more_prompts_than_may_wait(
+    queue: PrefillQueue, receiver: Receiver, make_job: MakeJob
+) -> None:
+    gate = Gate(receiver)
+    running = queue.submit(make_job("running"))
+    assert gate.reached.wait(TIMEOUT_S)
+    waiting = [queue.submit(make_job("w1")), queue.submit(make_job("w2"))]
+    with pytest.raises(Overloaded, match="the limit is 2"):
+        queue.submit(make_job("refused"))
+    waiting[0].cancel()
+    queue.submit(make_job("takes its place")).cancel()
+    gate.open.set()
+    running.result(TIMEOUT_S)
+    waiting[1].result(TIMEOUT_S)
+
+
+def test_cancelling_stops_compute_and_transfer(
+    queue: PrefillQueue, receiver: Receiver, make_job: MakeJob
+) -> None:
+    gate = Gate(receiver)
+    outcome = queue.submit(make_job())
+    assert gate.reached.wait(TIMEOUT_S)
+    outcome.cancel()
+    assert receiver.call_ended.wait(TIMEOUT_S)
+    gate.open.set()
+    queue.submit(make_job("next")).result(TIMEOUT_S)
+    with pytest.raises(CancelledError):
+        outcome.result()
+    assert len(receiver.trailers) == 1
+
+
+def test_a_refusal_keeps_its_class(
+    queue: PrefillQueue, receiver: Receiver, make_job: MakeJob, metrics: PrefillMetrics
+) -> None:
+    def refuse(layer_idx: int) -> None:
+        raise StaleAttempt("attempt 2 was seen")
+
+    receiver.before_layer = refuse
+    with pytest.raises(StaleAttempt, match="attempt 2 was seen"):
+        queue.submit(make_job()).result(TIMEOUT_S)
+    assert b'winnow_prefill_failures_total{code="stale_attempt"} 1.0' in render(metrics.registry)
+
+
+def test_an_unreachable_worker_is_a_failed_prefill(queue: PrefillQueue, make_job: MakeJob) -> None:
+    with pytest.raises(PrefillFailed, match="127.0.0.1:1"):
+        queue.submit(make_job(kv_address="127.0.0.1:1")).result(TIMEOUT_S)
+
+
+def test_a_worker_that_dies_midway_is_a_failed_prefill_and_can_come_back(
+    queue: PrefillQueue, receiver: Receiver, make_job: MakeJob, model: DecoderModel
+) -> None:
+    gate = Gate(receiver)
+    outcome = queue.submit(make_job())
+    assert gate.reached.wait(TIMEOUT_S)
+    gate.open.set()
+    receiver.before_layer = lambda layer_idx: receiver.stop()
+    with pytest.raises(PrefillFailed, match="could not be delivered"):
+        outcome.result(TIMEOUT_S)
+    other = Receiver(model, NUM_TOKENS)
+    queue.submit(make_job(kv_address=other.address)).result(TIMEOUT_S)
+    other.stop()
+
+
+def test_a_prompt_ends_at_its_deadline(
+    queue: PrefillQueue, receiver: Receiver, make_job: MakeJob
+) -> None:
+    gate = Gate(receiver)
+    with pytest.raises(DeadlineExceeded):
+        queue.submit(make_job(deadline_s=0.3)).result(TIMEOUT_S)
+    gate.open.set()
+
+
+def test_a_prompt_whose_deadline_passed_in_the_queue_costs_no_compute(
+    queue: PrefillQueue, receiver: Receiver, make_job: MakeJob
+) -> None:
+    with pytest.raises(DeadlineExceeded, match="waited"):
+        queue.submit(make_job(deadline_s=0.0)).result(TIMEOUT_S)
+    assert receiver.headers == []
+
+
+def test_a_bad_prompt_is_refused_and_the_next_one_served(
+    queue: PrefillQueue, make_job: MakeJob
+) -> None:
+    with pytest.raises(InvalidRequest, match="token id 999999"):
+        queue.submit(make_job(token_ids=(999_999,) * NUM_TOKENS)).result(TIMEOUT_S)
+    queue.submit(make_job()).result(TIMEOUT_S)
+
+
+def test_stopping_fails_what_waits_and_what_runs(
+    model: DecoderModel, metrics: PrefillMetrics, receiver: Receiver, make_job: MakeJob
+) -> None:
+    queue = PrefillQueue(model, metrics, max_waiting=2, num_threads=1)
+    queue.start()
+    gate = Gate(receiver)
+    running = queue.submit(make_job("running"))
+    assert gate.reached.wait(TIMEOUT_S)
+    waiting = queue.submit(make_job("waiting"))
+    queue.stop()
+    gate.open.set()
+    for outcome in (running, waiting):
+        with pytest.raises(PrefillFailed):
+            outcome.result(TIMEOUT_S)
+    with pytest.raises(PrefillFailed, match="stops"):
+        queue.submit(make_job("late"))
+    assert not queue.alive

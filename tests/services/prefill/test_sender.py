@@ -1,0 +1,69 @@
+"""A push against a receiver that takes nothing."""
+
+import threading
+import time
+from queue import SimpleQueue
+
+import pytest
+
+from services.prefill.channels import Channels
+from services.prefill.sender import LAYERS_AHEAD, Delivered, Push
+from tests.services.prefill.conftest import NUM_TOKENS, PRUNING, MakeJob
+from tests.services.prefill.receiver import Receiver
+from winnow.engine.prefill import run_prefill
+from winnow.errors import PrefillFailed, RequestCancelled, WinnowError
+from winnow.models import DecoderModel
+from winnow.wire import TransferEncoder
+
+
+def encoder(model: DecoderModel) -> TransferEncoder:
+    return TransferEncoder("r1", 1, model.fingerprint, model.shape, NUM_TOKENS)
+
+
+@pytest.fixture
+def ends() -> "SimpleQueue[Delivered | WinnowError]":
+    return SimpleQueue()
+
+
+def test_a_stalled_worker_stops_the_engine_s_wait(
+    model: DecoderModel, ends: "SimpleQueue[Delivered | WinnowError]", make_job: MakeJob
+) -> None:
+    push = Push(make_job(), encoder(model), ends.put, stall_timeout_s=0.2)
+    layers = list(run_prefill(model, range(1, NUM_TOKENS + 1), PRUNING))
+    started_s = time.monotonic()
+    with pytest.raises(PrefillFailed, match=r"took no KV for 0.2 s"):
+        for layer in layers:  # the call is never opened, so nobody takes them
+            push.send(layer)
+    assert len(layers) > LAYERS_AHEAD
+    assert 0.2 <= time.monotonic() - started_s < 10
+
+
+def test_aborting_wakes_the_engine_and_the_receiver(
+    model: DecoderModel,
+    ends: "SimpleQueue[Delivered | WinnowError]",
+    make_job: MakeJob,
+    receiver: Receiver,
+) -> None:
+    channels = Channels()
+    push = Push(make_job(), encoder(model), ends.put)
+    push.open(channels, timeout_s=30)
+    abort = threading.Timer(0.1, push.abort, [RequestCancelled("gone")])
+    abort.start()
+    end = ends.get(timeout=30)
+    assert isinstance(end, RequestCancelled)
+    with pytest.raises(RequestCancelled, match="gone"):
+        push.send(next(run_prefill(model, range(1, NUM_TOKENS + 1), PRUNING)))
+    abort.join()
+    assert ends.empty()
+    channels.close()
+
+
+def test_a_channel_is_kept_for_the_next_push_and_dropped_when_lost(receiver: Receiver) -> None:
+    channels = Channels()
+    first = channels.borrow(receiver.address)
+    channels.give_back(receiver.address, lost=False)
+    assert channels.borrow(receiver.address) is first
+    channels.give_back(receiver.address, lost=True)
+    assert channels.borrow(receiver.address) is not first
+    channels.give_back(receiver.address, lost=False)
+    channels.close()
