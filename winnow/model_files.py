@@ -174,5 +174,20 @@ def _weight_sample(file: Path) -> bytes:
         if len(prefix) < 8 or (table := struct.unpack("<Q", prefix)[0]) > size - 8:
             raise UnusableModel(f"{file} is not a safetensors file or is cut short")
         head = stream.read(table + _SAMPLE_BYTES)
+        _require_whole(file, head[:table], size - 8 - table)
         stream.seek(max(0, size - _SAMPLE_BYTES))
         return size.to_bytes(8, "little") + head + stream.read()
+
+
+def _require_whole(file: Path, table: bytes, num_bytes: int) -> None:
+    """Raise UnusableModel unless `num_bytes` hold exactly the tensors that `table` announces."""
+    try:
+        tensors = {k: v for k, v in json.loads(table).items() if k != "__metadata__"}
+        announced = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+        raise UnusableModel(f"{file} is not a safetensors file") from error
+    if announced != num_bytes:
+        raise UnusableModel(
+            f"{file} is cut short or damaged: it has {num_bytes:,} bytes of tensors; "
+            f"its table announces {announced:,}"
+        )

@@ -130,7 +130,7 @@ class PrefillMetrics(_Metrics):
             tuple(i / 20 for i in range(1, 21)),
         )
         self.failures = self._counter(
-            "winnow_prefill_failures", "Prefills that failed, by error code", ["code"]
+            "winnow_prefill_failures", "Prefills begun and not delivered, by error code", ["code"]
         )
         _make_children(self.no_selection, NO_SELECTION_REASONS)
 

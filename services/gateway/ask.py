@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.gateway.limits import Limits
+from winnow.errors import UnsupportedParameter
 from winnow.request import PruningSettings, SamplingParams
 from winnow.tokenizer import Tokenizer
 
@@ -68,7 +69,16 @@ def make_ask(
     limits: Limits,
     tokenizer: Tokenizer,
 ) -> Ask:
-    """The request's Ask.  Raises InvalidSetting or PromptTooLong, naming number and limit."""
+    """The request's Ask.
+
+    Raises InvalidSetting or PromptTooLong, naming number and limit, or UnsupportedParameter.
+    """
+    if wishes.echo and wishes.sampling.get("num_logprobs") is not None:
+        raise UnsupportedParameter(
+            "echo together with logprobs is not supported: Winnow computes no log-probabilities "
+            "of the prompt",
+            param="echo",
+        )
     num_choices = 1 if wishes.n is None else wishes.n
     limits.require_choices(num_choices)
     limits.require_stop(wishes.stop)

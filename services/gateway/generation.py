@@ -80,12 +80,9 @@ async def open_generation(
         try:
             return await _admit(router.enter(worker), message, deadline_s)
         except (Overloaded, NoDecodeWorker, ModelMismatch) as error:
-            logger.info(
-                "decode worker %s: %s",
-                worker.worker_id,
-                error,
-                extra={"request_id": request.request_id},
-            )
+            level = logging.DEBUG if isinstance(error, Overloaded) else logging.WARNING
+            about = {"request_id": request.request_id}
+            logger.log(level, "decode worker %s: %s", worker.worker_id, error, extra=about)
             refusals.append(error)
     raise _verdict(refusals)
 

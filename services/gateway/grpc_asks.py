@@ -28,8 +28,6 @@ def ask_from_proto(gateway: Gateway, request: pb.CompleteRequest) -> Ask:
         sampling=_sampling(request),
         pruning=_pruning(request.winnow),
     )
-    if request.echo and request.HasField("logprobs"):
-        raise InvalidRequest("echo together with logprobs is not supported", param="echo")
     prompt = _prompt(gateway, request)
     return make_ask("grpc", [prompt], wishes, gateway.limits, gateway.model.tokenizer)
 

@@ -5,9 +5,9 @@ import json
 import logging
 from typing import Any, NoReturn
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
-from winnow.errors import BodyTooLarge, InvalidRequest
+from winnow.errors import BodyTooLarge, InvalidRequest, RequestCancelled
 
 logger = logging.getLogger(__name__)
 
@@ -27,20 +27,27 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body; raises BodyTooLarge."""
+    """The whole body; raises BodyTooLarge, or RequestCancelled if the client goes away."""
     announced = int(request.headers.get("content-length") or 0)
-    chunks = request.stream()
-    body = bytearray()
-    if announced <= max_bytes:
-        async for chunk in chunks:
-            body += chunk
-            if len(body) > max_bytes:
-                break
-        else:
-            return bytes(body)
+    body = None if announced > max_bytes else await _read_up_to(request, max_bytes)
+    if body is not None:
+        return body
     await _discard(request)
     size = f"{announced:,}" if announced else f"more than {max_bytes:,}"
     raise BodyTooLarge(f"body has {size} bytes; the limit is {max_bytes:,}")
+
+
+async def _read_up_to(request: Request, max_bytes: int) -> bytes | None:
+    """The whole body; None as soon as it is longer than `max_bytes`."""
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > max_bytes:
+                return None
+    except ClientDisconnect as error:
+        raise RequestCancelled("the client went away while it sent the body") from error
+    return bytes(body)
 
 
 async def _discard(request: Request) -> None:

@@ -8,8 +8,13 @@ from winnow.tokenizer import IncrementalDetokenizer, Tokenizer
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """The token's text; `bytes:\\xe2\\x82` for a part of a character, as OpenAI writes it."""
+    """The token's text; `bytes:\\xe2\\x82` for a part of a character, as OpenAI writes it.
+
+    An id that the model has but the vocabulary does not is `token_id:` and the number.
+    """
     raw = tokenizer.token_bytes(token_id)
+    if not raw:
+        return f"token_id:{token_id}"
     try:
         return raw.decode()
     except UnicodeDecodeError:
@@ -42,7 +47,11 @@ class CompletionLogprobs:
         return lists
 
     def _top(self, top: Iterable[tuple[int, float]]) -> dict[str, float]:
-        return {token_text(self._tokenizer, token_id): logprob for token_id, logprob in top}
+        """The likelier one counts where two tokens have the same text."""
+        by_text: dict[str, float] = {}
+        for token_id, logprob in top:
+            by_text.setdefault(token_text(self._tokenizer, token_id), logprob)
+        return by_text
 
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[Token]) -> dict[str, Any]:

@@ -63,12 +63,6 @@ class AskReader:
         request = validate(CompletionRequest, without_unsupported(body, COMPLETION_PARAMETERS))
         self._limits.require_model(request.model)
         _require_logprobs("logprobs", request.logprobs)
-        if request.echo and request.logprobs is not None:
-            raise UnsupportedParameter(
-                "echo together with logprobs is not supported: Winnow computes no "
-                "log-probabilities of the prompt",
-                param="echo",
-            )
         prompts = read_prompts(request.prompt, self._limits, self._settings.max_prompts_per_request)
         wishes = _wishes(
             request,

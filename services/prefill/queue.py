@@ -185,7 +185,8 @@ class PrefillQueue:
     def _deliver(self, work: _Work, end: Delivered | WinnowError) -> None:
         """Runs in gRPC's thread when the push is over."""
         if isinstance(end, WinnowError):
-            self._fail(work, end)
+            if work.computed_s:  # before, the engine thread meets the error itself
+                self._fail(work, end)
             return
         assert work.result is not None
         timings = PrefillTimings(
@@ -200,8 +201,7 @@ class PrefillQueue:
         work.settle(outcome)
 
     def _fail(self, work: _Work, error: WinnowError) -> None:
-        if not work.outcome.done():
-            self._metrics.failures.labels(error.code).inc()
+        self._metrics.failures.labels(error.code).inc()
         work.settle(error)
 
 

@@ -159,9 +159,9 @@ class Push:
 
 
 def _call_error(call: grpc.Future, address: str) -> WinnowError | None:
-    """Why the call failed; None if it did not."""
+    """Why the call failed; None if it did not.  Our own cancelling has left its error before."""
     if call.cancelled():
-        return RequestCancelled("the transfer was cancelled")
+        return PrefillFailed(f"the transfer to decode worker {address} was cut off")
     failure = call.exception()
     if failure is None:
         return None

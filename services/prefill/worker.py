@@ -1,6 +1,7 @@
 """A prefill worker as Ray Serve hosts it: a queue, an engine thread, pushes to decode."""
 
 import asyncio
+import logging
 
 from ray import serve
 
@@ -10,6 +11,8 @@ from services.common.settings import Settings
 from services.prefill.queue import PrefillQueue
 from winnow.models import load_model
 from winnow.request import PrefillJob, PrefillOutcome
+
+logger = logging.getLogger(__name__)
 
 
 @serve.deployment
@@ -27,6 +30,7 @@ class Prefill:
         )
         self._queue.start()
         self._metrics_server = start_metrics_server(metrics.registry, 0, settings.host)
+        logger.info("prefill worker's metrics are on port %d", self._metrics_server.port)
 
     async def prefill(self, job: PrefillJob) -> PrefillOutcome:
         """Computes the job's KV and pushes it; cancelling the call stops at the next layer.

@@ -29,7 +29,8 @@ MODEL_NAME = "tiny"
 class QueuePrefiller:
     """Prefill in this process; what a Ray handle is in the service.
 
-    `failures` are raised, one per job, before any job is done; `hold` makes jobs wait.
+    `failures` are raised, one per job, before any job is done; `hold` makes jobs wait; `asked`
+    and `cancelled` tell of the latest job.
     """
 
     def __init__(self, queue: PrefillQueue) -> None:
@@ -38,10 +39,12 @@ class QueuePrefiller:
         self.failures: list[Exception] = []
         self.hold = asyncio.Event()
         self.hold.set()
+        self.asked = asyncio.Event()
         self.cancelled = asyncio.Event()
 
     async def prefill(self, job: PrefillJob) -> PrefillOutcome:
         self.jobs.append(job)
+        self.asked.set()
         try:
             await self.hold.wait()
             if self.failures:
@@ -50,6 +53,11 @@ class QueuePrefiller:
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
+
+    def hold_jobs(self) -> None:
+        """From now on jobs wait until `hold` is set."""
+        for event in (self.hold, self.asked, self.cancelled):
+            event.clear()
 
     async def ready(self) -> bool:
         return self.queue.alive
@@ -77,7 +85,7 @@ class TestService:
             for worker in self.workers:
                 await worker.admission.wait_until_idle(timeout_s)
                 while worker.engine.stats().pool.pages_reserved:
-                    await asyncio.sleep(0)
+                    await self.http.get("/health")
         for worker in self.workers:
             stats = worker.engine.stats()
             assert (stats.pool.pages_used, stats.running_sequences) == (0, 0)
@@ -178,6 +186,4 @@ async def _start_http(running: AsyncExitStack, gateway: Gateway) -> str:
         listener.close()
 
     running.push_async_callback(stop)
-    while not server.started:
-        await asyncio.sleep(0.01)
     return f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -1,5 +1,6 @@
 """Every kind of bad input, sent to a real server: status, message, type, param and code."""
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
@@ -369,3 +370,19 @@ async def test_goes_on_serving_after_bad_input(service: TestService) -> None:
     await assert_serves(service)
     metrics = (await service.http.get("/metrics")).text
     assert 'winnow_requests_refused_total{code="invalid_request"}' in metrics
+
+
+async def test_a_client_that_leaves_in_mid_body_is_no_error_of_ours(
+    service: TestService, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, port = service.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+    await writer.drain()
+    writer.close()
+    await writer.wait_closed()
+    cancelled = 'winnow_requests_refused_total{code="cancelled"} 1.0'
+    async with asyncio.timeout(5):
+        while cancelled not in (await service.http.get("/metrics")).text:
+            pass
+    assert "unexpected error" not in caplog.text

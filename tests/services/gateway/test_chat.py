@@ -77,7 +77,7 @@ async def test_logprobs_carry_bytes_and_alternatives(service: TestService) -> No
     assert logprobs is not None and logprobs.content is not None
     assert len(logprobs.content) == 5
     for token in logprobs.content:
-        assert [top.logprob for top in token.top_logprobs][0] == token.logprob
+        assert token.top_logprobs[0].logprob == token.logprob
         assert len(token.top_logprobs) == 2
     raw = b"".join(bytes(token.bytes or []) for token in logprobs.content)
     assert raw.decode(errors="replace").startswith(answer.choices[0].message.content or "")

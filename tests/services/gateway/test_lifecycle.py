@@ -86,13 +86,13 @@ async def test_goes_from_received_to_finished(parts: Service) -> None:
 
 
 async def test_shows_each_state_on_the_way(service: TestService, parts: Service) -> None:
-    service.prefiller.hold.clear()
+    service.prefiller.hold_jobs()
     async with make_run(parts) as run:
         await run.admit()
         assert run.state is State.ADMITTED
         async with aclosing(run.tokens()) as steps:
             first = asyncio.create_task(anext(steps))
-            await asyncio.sleep(0)
+            await service.prefiller.asked.wait()
             assert run.state is State.PREFILLING
             service.prefiller.hold.set()
             await first
@@ -132,15 +132,12 @@ async def test_a_failure_that_another_attempt_would_meet_too_is_final(
 async def test_leaving_early_frees_decode_and_cancels_prefill(
     service: TestService, parts: Service
 ) -> None:
-    service.prefiller.hold.clear()
-    service.prefiller.cancelled.clear()
-    num_jobs = len(service.prefiller.jobs)
+    service.prefiller.hold_jobs()
     async with make_run(parts) as run:
         await run.admit()
         async with aclosing(run.tokens()) as steps:
             waiting = asyncio.create_task(anext(steps))
-            while len(service.prefiller.jobs) == num_jobs:
-                await asyncio.sleep(0)
+            await service.prefiller.asked.wait()
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
     assert run.state is State.CANCELLED
@@ -179,10 +176,10 @@ async def test_a_worker_that_is_gone_is_passed_over(redis_url: str, service: Tes
     for one in (record, dead):
         await registry.put(one, 30)
     router = Router(registry, record.fingerprint)
-    assert [worker.worker_id for worker in await router.candidates()][0] == "dead"
+    assert (await router.candidates())[0].worker_id == "dead"
     parts = Service(router, service.prefiller, record.fingerprint, 1)
     assert len(await complete(make_run(parts))) == 4
-    assert [worker.worker_id for worker in await router.candidates()][-1] == "dead"
+    assert (await router.candidates())[-1].worker_id == "dead"
     await router.close()
     await registry.close()
 
@@ -212,7 +209,7 @@ async def test_kv_that_never_comes_is_a_lease_expired(model_path: Path, redis_ur
     async with running_service(model_path, redis_url, kv_lease_s=0.3) as service:
         fingerprint = service.gateway.model.description.fingerprint
         router = Router(service.registry, fingerprint)
-        service.prefiller.hold.clear()
+        service.prefiller.hold_jobs()
         error = await failure(make_run(Service(router, service.prefiller, fingerprint, 1)))
         assert isinstance(error, LeaseExpired)
         await router.close()

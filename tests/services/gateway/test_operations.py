@@ -83,7 +83,7 @@ async def test_without_memory_a_request_is_told_to_try_again(
 ) -> None:
     small = {"kv_memory_bytes": 1 << 20, "max_n": 64}
     async with running_service(model_path, redis_url, **small) as service:
-        service.prefiller.hold.clear()
+        service.prefiller.hold_jobs()
         body = {"model": MODEL_NAME, "prompt": ["a"] * 16, "max_tokens": 200}
         refused = await service.http.post("/v1/completions", json=body)
         assert refused.status_code == 429

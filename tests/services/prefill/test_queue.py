@@ -138,7 +138,7 @@ def test_a_refusal_keeps_its_class(
 
 
 def test_an_unreachable_worker_is_a_failed_prefill(queue: PrefillQueue, make_job: MakeJob) -> None:
-    with pytest.raises(PrefillFailed, match="127.0.0.1:1"):
+    with pytest.raises(PrefillFailed, match=r"127\.0\.0\.1:1"):
         queue.submit(make_job(kv_address="127.0.0.1:1")).result(TIMEOUT_S)
 
 

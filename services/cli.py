@@ -1,0 +1,169 @@
+"""The `winnow` command."""
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from services import flags
+from services.common.logs import configure_logging
+from services.common.settings import Settings, load_settings
+from services.deploy import deploy_config
+from winnow.errors import InvalidSetting, WinnowError
+
+EXIT_REFUSED = 2
+
+_SETTINGS_HELP = (
+    "Every setting can also be given as a variable (--max-n is WINNOW_MAX_N) or in a YAML file "
+    "(max_n: 4). Flags win over variables, variables over the file; unknown ones are refused. "
+    "`null` unsets one. Workers find each other through Redis where WINNOW_REDIS_URL is set."
+)
+
+
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0, or 2 for what cannot be done as asked."""
+    args = _parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except WinnowError as error:
+        print(f"winnow: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="winnow",
+        description="Long-context completions: the prompt is pruned, prefill and decode are apart.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_serve(_add_command(commands, "serve", "run the service in the foreground"))
+    _add_decode(_add_command(commands, "decode", "run a decode worker that joins through Redis"))
+    _add_generate(_add_command(commands, "generate", "answer one prompt in this process"))
+    return parser
+
+
+def _add_command(commands: _Commands, name: str, what: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=what,
+        usage=f"winnow {name} [OPTIONS]",
+        description=f"{what.capitalize()}.",
+        epilog=_SETTINGS_HELP,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34),
+    )
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    _add_config_flag(parser)
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="write what `serve deploy` needs to run this service on a Ray cluster, and stop",
+    )
+    flags.add_settings_flags(parser, flags.SERVE_GROUPS)
+    parser.set_defaults(run=_serve)
+
+
+def _add_decode(parser: argparse.ArgumentParser) -> None:
+    _add_config_flag(parser)
+    flags.add_settings_flags(parser, flags.DECODE_GROUPS)
+    parser.set_defaults(run=_decode)
+
+
+def _add_config_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML file of settings (or WINNOW_CONFIG)"
+    )
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="read it from a file; - is stdin")
+    parser.add_argument("--chat", action="store_true", help="put it into the chat template")
+    flags.add_settings_flags(
+        parser, {"Model": flags.SERVE_GROUPS["Model"], "Memory": ("num_threads", "kv_memory_bytes")}
+    )
+    sampling = parser.add_argument_group("Sampling")
+    sampling.add_argument("--max-tokens", type=int, default=256, help="(default: 256)")
+    sampling.add_argument("--temperature", type=float, default=0, help="0 is greedy (default)")
+    sampling.add_argument("--top-p", type=float, default=1, help="(default: 1)")
+    sampling.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    sampling.add_argument("--stop", action="append", default=[], help="ends the answer; repeatable")
+    parser.set_defaults(run=_generate, config=None)
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    try:
+        given = flags.settings_from_flags(args)
+    except ValueError as error:
+        raise InvalidSetting(str(error)) from error
+    return load_settings(given, args.config)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    settings = _settings(args)
+    if args.print_config:
+        print(deploy_config(settings), end="")
+        return
+    from services.serve import run_service  # noqa: PLC0415 - loads transformers
+
+    configure_logging(settings.log_level, settings.log_format)
+    line = _ProgressLine()
+    run_service(settings, line.show, lambda served: line.end(_ready_message(served)))
+
+
+def _decode(args: argparse.Namespace) -> None:
+    from services.decode.main import run_decode  # noqa: PLC0415 - loads transformers
+
+    settings = _settings(args)
+    configure_logging(settings.log_level, settings.log_format)
+    asyncio.run(run_decode(settings))
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from services.generate import generate  # noqa: PLC0415 - loads transformers
+
+    generate(args, _settings(args))
+
+
+def _ready_message(settings: Settings) -> str:
+    url = f"http://{settings.host}:{settings.port}"
+    grpc = f", gRPC on {settings.host}:{settings.grpc_port}" if settings.grpc_port else ""
+    body = f'{{"model": "{settings.served_name}", "prompt": "Once upon a time", "max_tokens": 32}}'
+    return (
+        f"Winnow serves {settings.served_name} on {url}{grpc}; Ctrl-C stops it.\n"
+        f"  curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
+    )
+
+
+class _ProgressLine:
+    """What happens now, on one line that is written over; on its own lines without a terminal."""
+
+    def __init__(self) -> None:
+        self._started_s = time.monotonic()
+        self._last = ""
+
+    def show(self, text: str) -> None:
+        if sys.stderr.isatty():
+            seconds = time.monotonic() - self._started_s
+            print(f"\r\033[Kwinnow: {text} ({seconds:.0f} s)", end="", file=sys.stderr, flush=True)
+        elif text != self._last:
+            print(f"winnow: {text}", file=sys.stderr, flush=True)
+        self._last = text
+
+    def end(self, message: str) -> None:
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        print(message, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

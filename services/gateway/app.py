@@ -1,0 +1,165 @@
+"""The service as one Ray Serve application: gateway, prefill workers, decode workers.
+
+`winnow serve` runs it on this machine; `serve deploy` runs the same on a cluster, from the file
+that `winnow serve --print-config` writes.
+"""
+
+import asyncio
+from typing import Any, cast
+
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from services.common.logs import configure_logging
+from services.common.registry import open_registry
+from services.common.settings import Settings, load_settings
+from services.decode.replica import Decode
+from services.gateway.gateway import Gateway
+from services.gateway.grpc_api import GrpcServer
+from services.gateway.rest import create_api
+from services.prefill.worker import Prefill
+from winnow.errors import DeadlineExceeded, PrefillFailed, WinnowError
+from winnow.request import PrefillJob, PrefillOutcome
+
+Handle = DeploymentHandle[Any]
+
+# Queues of our own decide what waits and what is refused, so Serve's never fill.
+_MAX_ONGOING = 10_000
+_READY_TIMEOUT_S = 2.0
+_SHUTDOWN_MARGIN_S = 5.0
+
+# Fresh pages cost more than copies into used ones, so freed memory is kept for the next prompt;
+# one arena for all threads keeps it in one place.
+_WORKER_ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+class HandlePrefiller:
+    """Prefill through the handle of its deployment; Ray's errors become ours here."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    async def prefill(self, job: PrefillJob) -> PrefillOutcome:
+        response = self._handle.prefill.remote(job)
+        try:
+            async with asyncio.timeout(job.deadline_s):
+                return await response  # type: ignore[no-any-return]
+        except asyncio.CancelledError:
+            response.cancel()  # type: ignore[no-untyped-call]
+            raise
+        except TimeoutError as error:
+            response.cancel()  # type: ignore[no-untyped-call]
+            raise DeadlineExceeded(f"prefill did not end within {job.deadline_s:.3g} s") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, WinnowError):
+                raise error.cause from None
+            raise PrefillFailed(f"the prefill worker broke: {error.cause!r}") from error
+        except (RayError, RayServeException) as error:
+            raise PrefillFailed(f"the prefill worker was lost: {error!r}") from error
+
+    async def ready(self) -> bool:
+        response = self._handle.ready.remote()
+        try:
+            async with asyncio.timeout(_READY_TIMEOUT_S):
+                return bool(await response)
+        except (TimeoutError, RayError, RayServeException):
+            response.cancel()  # type: ignore[no-untyped-call]
+            return False
+
+
+@serve.deployment(name="Gateway")
+@serve.ingress()
+class GatewayReplica:
+    """One gateway process: REST behind Serve's proxy, gRPC on a port of its own."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: Settings, prefill: Handle, decode: Handle | None
+    ) -> None:
+        """`decode` only makes its workers part of the application; the registry leads to them."""
+        configure_logging(settings.log_level, settings.log_format)
+        self._registry = await asyncio.to_thread(open_registry, settings)
+        self._gateway = Gateway(settings, self._registry, HandlePrefiller(prefill))
+        self._grpc: GrpcServer | None = None
+        if settings.grpc_port is not None:
+            self._grpc = GrpcServer(self._gateway)
+            await self._grpc.start(settings.host, settings.grpc_port)
+
+    def __serve_build_asgi_app__(self) -> Any:  # noqa: ANN401 - as Serve wants it
+        return create_api(self._gateway)
+
+    async def __del__(self) -> None:
+        """Serve awaits this when the replica is to go, after its requests have ended."""
+        if self._grpc is not None:
+            await self._grpc.stop(_SHUTDOWN_MARGIN_S)
+        await self._gateway.close()
+        await self._registry.close()
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application for `serve deploy`; `args` are settings, over the nodes' environment."""
+    return build_app(load_settings(args))
+
+
+def build_app(settings: Settings) -> serve.Application:
+    """The application; Ray places its replicas where their cores and GPUs are free."""
+    prefill = (
+        cast(serve.Deployment, Prefill)
+        .options(
+            num_replicas=settings.prefill_replicas,
+            max_ongoing_requests=_MAX_ONGOING,
+            ray_actor_options=_worker_resources(
+                settings, settings.prefill_num_cpus, settings.prefill_replicas
+            ),
+            **_shutdown(settings),
+        )
+        .bind(settings)
+    )
+    gateway = cast(serve.Deployment, GatewayReplica).options(
+        num_replicas=settings.gateway_replicas,
+        max_ongoing_requests=_MAX_ONGOING,
+        ray_actor_options={
+            "num_cpus": settings.gateway_num_cpus,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
+        },
+        **_shutdown(settings),
+    )
+    return gateway.bind(settings, prefill, _decode(settings))
+
+
+def _decode(settings: Settings) -> serve.Application | None:
+    if settings.decode_workers == 0:
+        return None
+    return (
+        cast(serve.Deployment, Decode)
+        .options(
+            num_replicas=settings.decode_workers,
+            ray_actor_options=_worker_resources(
+                settings, settings.decode_num_cpus, settings.decode_workers
+            ),
+            **_shutdown(settings),
+        )
+        .bind(settings)
+    )
+
+
+def _worker_resources(settings: Settings, num_cpus: float, num_workers: int) -> dict[str, Any]:
+    threads = settings.threads_per_worker(num_workers)
+    return {
+        "num_cpus": num_cpus,
+        "num_gpus": settings.gpus_per_worker,
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads), **_WORKER_ENVIRONMENT}},
+    }
+
+
+def _shutdown(settings: Settings) -> dict[str, Any]:
+    return {
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "graceful_shutdown_timeout_s": settings.drain_timeout_s + _SHUTDOWN_MARGIN_S,
+    }

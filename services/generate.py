@@ -1,0 +1,84 @@
+"""`winnow generate`: one prompt answered in this process, by the same engines as the service."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from services.common.settings import Settings
+from winnow.errors import InvalidRequest
+from winnow.local import CompletionStream, Winnow
+from winnow.request import SamplingParams
+
+
+def generate(args: argparse.Namespace, settings: Settings) -> None:
+    """Writes the answer to standard output while it is generated, what was done to standard error.
+
+    Raises WinnowError for a model or a prompt that cannot be used.
+    """
+    prompt = _prompt(args)
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    winnow = Winnow.load(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        kv_memory_bytes=settings.kv_memory_bytes,
+        **settings.pruning,
+    )
+    token_ids = _token_ids(winnow, prompt, chat=args.chat)
+    stream = winnow.stream(token_ids, _sampling(args), tuple(args.stop))
+    for piece in stream:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stderr.write(f"winnow: {_summary(stream)}\n")
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    """The text of --prompt or --prompt-file; raises InvalidRequest if it cannot be read."""
+    if args.prompt is not None:
+        return str(args.prompt)
+    try:
+        return _read(args.prompt_file).decode()
+    except OSError as error:
+        raise InvalidRequest(
+            f"prompt file {args.prompt_file} cannot be read: {error.strerror}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"prompt file {args.prompt_file} is not UTF-8: {error}") from error
+
+
+def _read(file: str) -> bytes:
+    return sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+
+
+def _token_ids(winnow: Winnow, prompt: str, *, chat: bool) -> list[int]:
+    if chat:
+        return winnow.tokenizer.render_chat([{"role": "user", "content": prompt}])
+    return winnow.tokenizer.encode(prompt)
+
+
+def _sampling(args: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+
+
+def _summary(stream: CompletionStream) -> str:
+    """What was done to the prompt, in one line."""
+    report = stream.report
+    where = (
+        f"no layer selected ({report.no_selection_reason})"
+        if report.selection_layer is None
+        else f"selected after layer {report.selection_layer}"
+    )
+    return (
+        f"{report.num_prompt_tokens:,} prompt tokens, {where}, "
+        f"{report.num_selected_tokens:,} went on; KV {report.kv_bytes_kept / 2**20:.1f} of "
+        f"{report.kv_bytes_full / 2**20:.1f} MiB; {len(stream.token_ids):,} tokens generated"
+    )

@@ -1,0 +1,243 @@
+"""The life of `winnow serve`: check, start, say when it is ready, drain, stop everything.
+
+Without RAY_ADDRESS it starts a Ray of its own on this machine and ends it with itself; with it,
+the application runs on that cluster and is taken off it at the end.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
+from typing import Any
+
+import httpx
+
+from services.common.settings import Settings
+from services.deploy import APP_NAME, EVERY_ADDRESS, SERVE_LOGGING, for_cluster, http_options
+from winnow.errors import InvalidSetting, UnusableModel, WinnowError
+
+RAY_ADDRESS = "RAY_ADDRESS"
+
+_POLL_S = 0.25
+_START_TIMEOUT_S = 600.0
+_OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum, nearly: no tensor goes through it
+
+# Read by Ray and Serve when they are imported, and by every process that they start.
+_RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # half the time and CPU per hop
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # at the default 0.1 it is never idle
+}
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+Progress = Callable[[str], None]
+
+
+class Stop(BaseException):
+    """SIGINT or SIGTERM arrived."""
+
+
+def run_service(settings: Settings, progress: Progress, ready: Callable[[Settings], None]) -> None:
+    """Serves until SIGINT or SIGTERM, then drains and stops. A second signal cuts that short.
+
+    `progress` is told what happens while things start, `ready` is called when requests are served.
+    Raises UnusableModel or InvalidSetting if it cannot start; nothing is left running then.
+    """
+    settings = with_ports(settings)
+    with (
+        _stop_on_signals(),
+        contextlib.suppress(Stop),
+        _ray(settings, progress),
+        _application(settings, progress),
+    ):
+        _wait_until_served(settings, progress)
+        ready(settings)
+        while True:
+            signal.pause()
+
+
+def with_ports(settings: Settings) -> Settings:
+    """`settings` with any free port in place of 0; raises InvalidSetting if one is taken."""
+    ports: dict[str, int] = {}
+    with contextlib.ExitStack() as held:
+        for name in ("port", "grpc_port"):
+            wanted = getattr(settings, name)
+            if wanted is not None:
+                ports[name] = _claim(held, settings.host, wanted, name)
+    return settings.model_copy(update=ports)
+
+
+def _claim(held: contextlib.ExitStack, host: str, port: int, name: str) -> int:
+    probe = held.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        probe.bind((host, port))
+        probe.listen(1)  # bound but not listening does not collide with a listener everywhere
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InvalidSetting(
+            f"{name} {port} on {host} cannot be used: {reason}", param=name
+        ) from error
+    return int(probe.getsockname()[1])
+
+
+def _check(settings: Settings) -> None:
+    from services.gateway.served_model import ServedModel  # noqa: PLC0415 - loads transformers
+
+    ServedModel.load(settings)
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    _listen_to_signals()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _listen_to_signals() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, _stop)
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    raise Stop
+
+
+@contextlib.contextmanager
+def _ray(settings: Settings, progress: Progress) -> Iterator[None]:
+    """This process as a driver of RAY_ADDRESS's cluster, or of one that lives as long as it.
+
+    The model is checked meanwhile, because loading torch takes as long as starting Ray.
+    """
+    progress("starting Ray")
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray  # noqa: PLC0415 - reads its environment when it is imported
+
+    own = {} if os.environ.get(RAY_ADDRESS) else _own_cluster(settings)
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            checked = thread.submit(_check, settings)
+            ray.init(logging_level=logging.ERROR, log_to_driver=True, **own)
+            _listen_to_signals()  # Ray put a handler of its own there
+            checked.result()
+        yield
+    except ConnectionError as error:
+        raise InvalidSetting(f"RAY_ADDRESS cannot be reached: {error}") from error
+    finally:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # a shutdown cut short would leave processes
+        progress("stopping Ray")
+        ray.shutdown()
+
+
+def _own_cluster(settings: Settings) -> dict[str, Any]:
+    """Room for every replica, even where that is more than the machine's cores."""
+    wanted = (
+        settings.prefill_replicas * settings.prefill_num_cpus
+        + settings.decode_workers * settings.decode_num_cpus
+        + settings.gateway_replicas * settings.gateway_num_cpus
+    )
+    return {
+        "address": "local",
+        "num_cpus": max(len(os.sched_getaffinity(0)), int(wanted + 1)),
+        "include_dashboard": False,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+    }
+
+
+@contextlib.contextmanager
+def _application(settings: Settings, progress: Progress) -> Iterator[None]:
+    """The application deployed and every replica up; drained and deleted at the end."""
+    from ray import serve  # noqa: PLC0415 - reads its environment when it is imported
+
+    from services.gateway.app import build_app  # noqa: PLC0415
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    own = not os.environ.get(RAY_ADDRESS)
+    location = "HeadOnly" if own else "EveryNode"
+    serve.start(location, http_options(settings), logging_config=SERVE_LOGGING)
+    running = False
+    try:
+        app = build_app(settings if own else for_cluster(settings))
+        target = serve.RunTarget(app, name=APP_NAME, route_prefix="/", logging_config=SERVE_LOGGING)
+        serve.run_many([target], wait_for_applications_running=False)
+        _wait_until_running(progress)
+        running = True
+        yield
+    finally:
+        if running or not own:  # nothing is drained that never served; Ray's end ends it all
+            progress("draining")
+            serve.delete(APP_NAME)
+            _remove_registry(settings)
+
+
+def _remove_registry(settings: Settings) -> None:
+    if settings.redis_url is None:
+        from services.common.ray_registry import remove_ray_registry  # noqa: PLC0415 - loads Ray
+
+        remove_ray_registry(settings.namespace)
+
+
+def _wait_until_running(progress: Progress) -> None:
+    """Raises as soon as a replica cannot start, with the reason in one line."""
+    from ray import serve  # noqa: PLC0415 - reads its environment when it is imported
+
+    deadline_s = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        app = serve.status().applications[APP_NAME]
+        if app.status == "RUNNING":
+            return
+        for name, deployment in app.deployments.items():
+            _raise_failure(name, deployment.message)
+        if app.status == "DEPLOY_FAILED":
+            raise InvalidSetting(f"the service cannot start: {app.message}")
+        progress(f"starting workers: {_states(app.deployments)}")
+        time.sleep(_POLL_S)
+    raise InvalidSetting(f"the workers did not start within {_START_TIMEOUT_S:g} seconds")
+
+
+def _states(deployments: dict[str, Any]) -> str:
+    def count(deployment: Any) -> str:  # noqa: ANN401 - Ray's
+        running = sum(n for state, n in deployment.replica_states.items() if state == "RUNNING")
+        return f"{running}/{sum(deployment.replica_states.values())}"
+
+    return ", ".join(f"{name} {count(deployment)}" for name, deployment in deployments.items())
+
+
+def _raise_failure(name: str, message: str) -> None:
+    """Raise what a replica's constructor raised, read off the traceback in Serve's message."""
+    for line in message.splitlines():
+        for cls in (UnusableModel, InvalidSetting, WinnowError):
+            _, found, reason = line.partition(f"{cls.__module__}.{cls.__name__}: ")
+            if found:
+                raise cls(f"{name} cannot start: {reason}")
+
+
+def _wait_until_served(settings: Settings, progress: Progress) -> None:
+    """Every part has found the others: the gateway says that it is ready."""
+    progress("waiting until the gateway is ready")
+    host = "127.0.0.1" if settings.host == EVERY_ADDRESS else settings.host
+    url = f"http://{host}:{settings.port}/ready"
+    while not _answers(url):
+        time.sleep(_POLL_S)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).is_success
+    except httpx.TransportError:  # not listening yet
+        return False

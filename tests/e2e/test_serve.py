@@ -1,0 +1,201 @@
+"""The life of `winnow serve`, seen from outside."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e.winnow_process import WinnowServe, winnow
+from winnow.local import Winnow
+from winnow.request import SamplingParams
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+
+PROMPT = "the quick brown fox jumps over the lazy dog " * 20
+FREE_PORTS = ("--port", "0", "--grpc-port", "0")
+PRUNING = ("--pruning", "select_tokens=128", "--pruning", "kv_budget=64")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models: dict[str, Path]) -> Path:
+    return tiny_models["qwen2"]
+
+
+@pytest.fixture(scope="module")
+def service(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WinnowServe]:
+    arguments = ["--model", str(model), *FREE_PORTS, *PRUNING, "--kv-memory-bytes", "64MiB"]
+    service = WinnowServe(tmp_path_factory.mktemp("serve"), arguments)
+    yield service
+    service.kill()
+
+
+@pytest.fixture(scope="module")
+def url(service: WinnowServe) -> str:
+    return service.wait_until_ready()
+
+
+def metric(url: str, sample: str) -> float:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return next((float(line.split()[-1]) for line in lines if line.startswith(sample)), 0.0)
+
+
+def until(condition: str, check: object, timeout_s: float = 20) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not check():  # type: ignore[operator]
+        assert time.monotonic() < deadline_s, f"never came: {condition}"
+        time.sleep(0.05)
+
+
+def test_answers_as_one_process_does(url: str, model: Path) -> None:
+    body = {"model": model.name, "prompt": PROMPT, "max_tokens": 20, "temperature": 0}
+    response = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+    alone = Winnow.load(model, kv_memory_bytes=1 << 26, select_tokens=128, kv_budget=64)
+    expected = alone.generate(PROMPT, SamplingParams(max_tokens=20, temperature=0))
+    assert response["choices"][0]["text"] == expected.text
+    done = response["usage"]["winnow"]
+    assert done["selection_layer"] == expected.report.selection_layer
+    assert done["kv_bytes_kept"] == expected.report.kv_bytes_kept < done["kv_bytes_full"]
+
+
+def test_streams_tokens(url: str, model: Path) -> None:
+    body = {"model": model.name, "prompt": PROMPT, "max_tokens": 5, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
+
+
+def prefill_metrics(service: WinnowServe) -> str:
+    """Where the prefill worker says that it serves its metrics."""
+    found = re.search(r"prefill worker's metrics are on port (\d+)", service.stderr.read_text())
+    assert found
+    return f"http://127.0.0.1:{found.group(1)}"
+
+
+def test_a_client_that_leaves_cancels_decode_and_prefill(
+    service: WinnowServe, url: str, model: Path
+) -> None:
+    sample = 'winnow_requests_finished_total{reason="cancelled"}'
+    before = metric(url, sample)
+    body = {"model": model.name, "prompt": PROMPT, "max_tokens": 4000, "ignore_eos": True}
+    stream = httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True})
+    with stream as response:
+        next(response.iter_lines())
+    until("cancelled while decoding", lambda: metric(url, sample) == before + 1)
+    long = body | {"prompt": [5] * 8000, "max_tokens": 100}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/completions", json=long, timeout=0.2)
+    until("cancelled while prefilling", lambda: metric(url, sample) == before + 2)
+    assert metric(url, "winnow_requests_running") == 0
+    stopped = 'winnow_prefill_failures_total{code="cancelled"}'
+    until("prefill stopped", lambda: metric(prefill_metrics(service), stopped) == 1)
+
+
+def test_idles_quietly_and_within_its_memory(service: WinnowServe, url: str) -> None:
+    processes = service.processes()
+    assert sum(process.memory_full_info().pss for process in processes) < 5e9
+    before_s = {process: sum(process.cpu_times()[:2]) for process in processes}
+    time.sleep(4)
+    used_s = sum(sum(process.cpu_times()[:2]) - before_s[process] for process in processes)
+    assert used_s / 4 < 0.3  # of one core
+
+
+def test_workers_know_no_tensor_noise_on_the_terminal(service: WinnowServe, url: str) -> None:
+    text = service.stderr.read_text()
+    assert "Traceback" not in text
+    assert "Loading weights" not in text
+    assert "winnow: starting workers" in text
+
+
+def test_ctrl_c_drains_and_leaves_no_process_behind(service: WinnowServe, url: str) -> None:
+    assert service.press_ctrl_c() == 0
+    assert service.left() == []
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
+    assert "Traceback" not in service.stderr.read_text()
+
+
+def test_a_signal_while_it_starts_leaves_no_process_behind(model: Path, tmp_path: Path) -> None:
+    service = WinnowServe(tmp_path, ["--model", str(model), *FREE_PORTS])
+    until("workers start", lambda: "starting workers" in service.stderr.read_text(), 60)
+    service.processes()
+    os.kill(service.process.pid, signal.SIGTERM)
+    assert service.process.wait(60) == 0
+    assert service.left() == []
+    service.kill()
+
+
+def test_a_missing_model_is_one_clear_line() -> None:
+    done = winnow("serve", "--model", "/does/not/exist", *FREE_PORTS)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "winnow: model folder /does/not/exist does not exist"
+    assert "Traceback" not in done.stderr
+
+
+def test_broken_weights_are_one_clear_line(model: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(model, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    before = set(psutil.pids())
+    done = winnow("serve", "--model", str(broken), *FREE_PORTS)
+    assert done.returncode == 2
+    assert str(broken) in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    left = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and _is_ours(p)]
+    assert left == []
+
+
+def _is_ours(process: psutil.Process) -> bool:
+    return any("ray::" in part for part in process.info["cmdline"] or [])
+
+
+def test_a_taken_port_is_one_clear_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = winnow("serve", "--port", str(port), "--grpc-port", "0")
+    assert done.returncode == 2
+    assert (
+        done.stderr == f"winnow: port {port} on 127.0.0.1 cannot be used: Address already in use\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "complaint"),
+    [
+        (("--max-n", "0"), {}, "setting max_n is '0': Input should be greater than or equal to 1"),
+        ((), {"WINNOW_MAXN": "3"}, "WINNOW_MAXN is not a setting of Winnow"),
+        (("--pruning", "kv_budget"), {}, "--pruning kv_budget: it must be NAME=VALUE"),
+    ],
+)
+def test_bad_settings_are_one_clear_line(
+    arguments: tuple[str, ...], variables: dict[str, str], complaint: str
+) -> None:
+    done = winnow("serve", *arguments, **variables)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"winnow: {complaint}")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_decode_outside_of_ray_asks_for_redis(model: Path) -> None:
+    done = winnow("decode", "--model", str(model))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("set WINNOW_REDIS_URL")
+
+
+def test_generate_answers_without_a_server(model: Path, tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(PROMPT)
+    arguments = ("--model", str(model), "--max-tokens", "5", "--kv-memory-bytes", "64MiB")
+    done = winnow("generate", "--prompt-file", str(prompt), *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert "5 tokens generated" in done.stderr

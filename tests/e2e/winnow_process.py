@@ -1,0 +1,84 @@
+"""`winnow serve` as a user starts it: a process of its own, in another working directory."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+STOP_TIMEOUT_S = 60
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """The developer's own settings do not count; Winnow need not be installed."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("WINNOW_", "RAY_"))}
+    return kept | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"} | variables
+
+
+def winnow(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """Runs a command to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "services.cli", *arguments],
+        env=environment(**variables),
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+class WinnowServe:
+    """A service in the foreground of a session of its own, as in a terminal."""
+
+    def __init__(self, folder: Path, arguments: Sequence[str], **variables: str) -> None:
+        self.stderr = folder / "stderr.txt"
+        with self.stderr.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "services.cli", "serve", *arguments],
+                env=environment(**variables),
+                cwd="/",
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+            )
+        self._seen: set[psutil.Process] = set()
+
+    def wait_until_ready(self) -> str:
+        """The URL of the ready message."""
+        assert self.process.stdout is not None
+        message = self.process.stdout.readline()
+        found = re.search(r"http://[\d.]+:\d+", message)
+        assert found, f"no ready message but {message!r}\n{self.stderr.read_text()}"
+        return found.group()
+
+    def processes(self) -> set[psutil.Process]:
+        """All processes of the service seen so far."""
+        own = psutil.Process(self.process.pid)
+        self._seen |= {own, *own.children(recursive=True)}
+        return self._seen
+
+    def press_ctrl_c(self) -> int:
+        """What a terminal does: SIGINT to the whole group. Returns the exit code."""
+        self.processes()
+        os.killpg(self.process.pid, signal.SIGINT)
+        return self.process.wait(STOP_TIMEOUT_S)
+
+    def left(self) -> list[psutil.Process]:
+        """Processes of the service that still run."""
+        _, alive = psutil.wait_procs(self._seen, timeout=10)
+        return alive
+
+    def kill(self) -> None:
+        """For a test that failed before it stopped the service."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(STOP_TIMEOUT_S)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
