@@ -55,7 +55,7 @@ def our_step(model: DecoderModel, batch: int, context: int, steps: int) -> Calla
 
 
 def their_step(path: Path, shape: ModelShape, batch: int, context: int) -> Callable[[], object]:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)  # in eval mode
     cache = DynamicCache(config=model.config)
     size = (batch, shape.num_kv_heads, context, shape.head_dim)
     for layer_idx in range(shape.num_layers):
@@ -124,7 +124,7 @@ def main() -> None:
     options = arguments("Decode throughput against batch and context.").parse_args()
     batches, steps = ([1, 8], 4) if options.quick else ([1, 2, 4, 8, 16], 8)
     contexts = [512] if options.quick else [512, 2048]
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in ("0.5b", "tiny"):
             rows += compare(name, model_path(name, Path(folder)), batches, contexts, steps)

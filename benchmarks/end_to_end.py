@@ -83,7 +83,7 @@ async def split_ttft(
 
 def _ttft_row(num_tokens: int, name: str, answers: list[Answer], slowest: float) -> dict[str, Any]:
     def part(field: str) -> float:
-        return median(answer.usage["winnow"][field] for answer in answers) * 1e3
+        return float(median(answer.usage["winnow"][field] for answer in answers)) * 1e3
 
     ttft = median(answer.ttft_s for answer in answers) * 1e3
     queue, prefill, exposed = part("queue_s"), part("prefill_s"), part("exposed_transfer_s")

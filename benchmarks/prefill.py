@@ -49,7 +49,7 @@ def settings_for(contestant: str, num_layers: int, num_tokens: int) -> PruningSe
 
 
 def transformers_prefill(path: Path) -> Callable[[list[int]], float]:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)  # in eval mode
 
     @torch.inference_mode()
     def prefill(token_ids: list[int]) -> float:
@@ -163,7 +163,7 @@ def main() -> None:
     rounds = 1 if options.quick else 3
     half_billion = options.lengths or ([2048] if options.quick else [2048, 8192, 16000])
     plan = [("0.5b", 24, half_billion), ("tiny", 12, [1024] if options.quick else [1024, 4096])]
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name, num_layers, lengths in plan:
             path = model_path(name, Path(folder))

@@ -1,14 +1,15 @@
 """Random models in the shape of real ones, written to disk once per run as users load theirs."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from winnow.local import DEFAULT_MODEL
 
 # Qwen2.5-0.5B's sizes; the vocabulary is cut, since the LM head is not what is measured.
-HALF_BILLION = {
+HALF_BILLION: dict[str, Any] = {
     "vocab_size": 32_000,
     "hidden_size": 896,
     "intermediate_size": 4864,
@@ -28,6 +29,6 @@ def model_path(name: str, folder: Path) -> Path:
     path = folder / name
     if not path.exists():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(Qwen2Config(**HALF_BILLION), dtype=torch.bfloat16)
+        model = Qwen2ForCausalLM(Qwen2Config(**HALF_BILLION)).to(torch.bfloat16)
         model.save_pretrained(path)
     return path

@@ -222,7 +222,6 @@ def test_kv_that_is_not_finite_does_not_outlive_its_request(tiny_models: dict[st
     model = load_model(tiny_models["llama"])
     engine = make_engine(model, rows=1, memory=1 << 20)
     token_ids = prompt(20)
-    layers, result = prefill_all(model, token_ids, UNPRUNED)
     whole_pool = engine.reserve(spec("nan", 900, GREEDY))
     for layer_idx in range(4):
         nan = torch.full((2 * 900, 16), float("nan"))
