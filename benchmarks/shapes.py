@@ -29,6 +29,6 @@ def model_path(name: str, folder: Path) -> Path:
     path = folder / name
     if not path.exists():
         torch.manual_seed(0)
-        model = Qwen2ForCausalLM(Qwen2Config(**HALF_BILLION)).to(torch.bfloat16)
-        model.save_pretrained(path)
+        model: Any = Qwen2ForCausalLM(Qwen2Config(**HALF_BILLION))
+        model.to(torch.bfloat16).save_pretrained(path)
     return path
