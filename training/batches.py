@@ -1,0 +1,91 @@
+"""Batches: samples padded to one length, with positions that reach far beyond it."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from training.curriculum import Stage, make_sample
+from training.samples import SHORT, Sample, SampleMaker
+from training.tokenizer import MAX_POSITIONS
+
+TOKENS_PER_BATCH = 2048
+GAP_SHARE = 0.5
+MAX_GAPS = 3
+ZERO_START_SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tokens, positions: [B, T] int64.  weights: [B, T] float32.
+
+    answers: [B, T] int64, an index into `kinds`, or -1.
+    """
+
+    length: int
+    tokens: Tensor
+    positions: Tensor
+    weights: Tensor
+    answers: Tensor
+    kinds: tuple[str, ...]
+
+
+def make_batch(rng: random.Random, maker: SampleMaker, stage: Stage, length: int) -> Batch:
+    """A batch of sequences of at most `length` tokens."""
+    num_samples = max(1, TOKENS_PER_BATCH // length)
+    samples = [make_sample(rng, maker, stage, length) for _ in range(num_samples)]
+    ends = maker.sentence_ends
+    positions = [draw_positions(rng, _gap_places(sample, ends), length) for sample in samples]
+    return collate(samples, positions, length)
+
+
+def _gap_places(sample: Sample, sentence_ends: frozenset[int]) -> list[int]:
+    """Where a gap breaks no sentence; none in sequences too short to need one."""
+    if len(sample.tokens) <= SHORT:
+        return []
+    return [i + 1 for i, token in enumerate(sample.tokens) if token in sentence_ends]
+
+
+def draw_positions(rng: random.Random, gap_places: Sequence[int], length: int) -> list[int]:
+    """Ascending positions below `MAX_POSITIONS`, from a random start, half of them with gaps.
+
+    Gaps teach long distances at the price of short sequences (PoSE, arXiv 2309.10400).
+    """
+    spare = MAX_POSITIONS - length
+    position = 0 if rng.random() < ZERO_START_SHARE else rng.randrange(spare)
+    spare -= position
+    num_gaps = rng.randint(1, MAX_GAPS) if rng.random() < GAP_SHARE else 0
+    places = set(rng.sample(gap_places, min(num_gaps, len(gap_places))))
+    positions = []
+    for index in range(length):
+        if index in places:
+            jump = rng.randint(0, spare)
+            spare -= jump
+            position += jump
+        positions.append(position)
+        position += 1
+    return positions
+
+
+def collate(samples: Sequence[Sample], positions: Sequence[Sequence[int]], length: int) -> Batch:
+    """Samples cut or padded to `length`; answers numbered through the batch."""
+    kinds: list[str] = []
+    tokens, weights, answers = [], [], []
+    for sample in samples:
+        padding = length - len(sample.tokens)
+        offset = len(kinds)
+        tokens.append((sample.tokens + [0] * padding)[:length])
+        weights.append((sample.weights + [0.0] * padding)[:length])
+        answers.append([a + offset if a >= 0 else -1 for a in sample.answers + [-1] * padding])
+        answers[-1] = answers[-1][:length]
+        kinds += sample.kinds
+    return Batch(
+        length,
+        torch.tensor(tokens),
+        torch.tensor(positions),
+        torch.tensor(weights),
+        torch.tensor(answers),
+        tuple(kinds),
+    )

@@ -1,0 +1,70 @@
+"""The tokenizer: byte-level BPE of 1,024 tokens, one token per digit, five special tokens.
+
+The chat template is here too, because training renders its conversations with the same tokens.
+"""
+
+import random
+from collections.abc import Iterator
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from training.prose import pick_style
+from training.tasks import KINDS, KeySource, make_fact
+
+VOCAB_SIZE = 1024
+MAX_POSITIONS = 8192
+
+END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def _corpus(seed: int, num_texts: int) -> Iterator[str]:
+    rng = random.Random(f"tokenizer-{seed}")
+    for _ in range(num_texts):
+        make_sentence, keys = pick_style(rng), KeySource(rng)
+        fact = make_fact(rng.choice(KINDS), rng, keys)
+        wordings = (wording for question in fact.questions for wording in question.wordings)
+        filler = (make_sentence(rng) for _ in range(8))
+        yield " ".join((*filler, *fact.statements, "\nQuestion:", *wordings, "\nAnswer:"))
+
+
+def train_tokenizer(seed: int, num_texts: int = 20_000) -> PreTrainedTokenizerFast:
+    """A tokenizer trained on `num_texts` generated texts; every byte has a token of its own."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_corpus(seed, num_texts), trainer)
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=bpe,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=[SYSTEM, USER, ASSISTANT, END],
+        model_max_length=MAX_POSITIONS,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
