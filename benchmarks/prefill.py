@@ -154,13 +154,14 @@ def compare(
 def main() -> None:
     parser = arguments("Prefill time and peak memory beside transformers.")
     parser.add_argument("--child", nargs=4, metavar=("PATH", "NAME", "TOKENS", "ROUNDS"))
-    parser.add_argument("--lengths", type=int, nargs="+", help="prompt lengths in tokens")
+    parser.add_argument("--lengths", type=int, nargs="+", help="prompt lengths of the 0.5b model")
+    parser.add_argument("--rounds", type=int, help="processes per contestant (default: 3)")
     options = parser.parse_args()
     if options.child:
         path, contestant, num_tokens, rounds = options.child
         print(json.dumps(measure(Path(path), contestant, int(num_tokens), int(rounds))))
         return
-    rounds = 1 if options.quick else 3
+    rounds = options.rounds or (1 if options.quick else 3)
     half_billion = options.lengths or ([2048] if options.quick else [2048, 8192, 16000])
     plan = [("0.5b", 24, half_billion), ("tiny", 12, [1024] if options.quick else [1024, 4096])]
     rows: list[dict[str, Any]] = []

@@ -21,9 +21,12 @@ class Channels:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._connections: dict[str, _Connection] = {}
+        # gRPC's own threads give channels back; closing one there can wait for itself.
+        self._retired: list[grpc.Channel] = []
 
     def borrow(self, address: str) -> grpc.Channel:
         """A channel to `address`; give it back when the call on it has ended."""
+        self._close_retired()
         with self._lock:
             connection = self._connections.get(address)
             if connection is None:
@@ -38,14 +41,18 @@ class Channels:
             connection = self._connections[address]
             connection.users -= 1
             connection.lost = connection.lost or lost
-            if not connection.lost or connection.users:
-                return
-            del self._connections[address]
-        connection.channel.close()
+            if connection.lost and not connection.users:
+                del self._connections[address]
+                self._retired.append(connection.channel)
 
     def close(self) -> None:
         """Close all; calls that still run are cancelled."""
         with self._lock:
-            connections = list(self._connections.values())
-        for connection in connections:
-            connection.channel.close()
+            self._retired += [connection.channel for connection in self._connections.values()]
+        self._close_retired()
+
+    def _close_retired(self) -> None:
+        with self._lock:
+            retired, self._retired = self._retired, []
+        for channel in retired:
+            channel.close()

@@ -47,6 +47,7 @@ class _Work:
     started_s: float = 0.0
     computed_s: float = 0.0
     blocked_s: float = 0.0
+    failed: bool = False
     result: PrefillResult | None = None
 
     @property
@@ -185,8 +186,7 @@ class PrefillQueue:
     def _deliver(self, work: _Work, end: Delivered | WinnowError) -> None:
         """Runs in gRPC's thread when the push is over."""
         if isinstance(end, WinnowError):
-            if work.computed_s:  # before, the engine thread meets the error itself
-                self._fail(work, end)
+            self._fail(work, end)
             return
         assert work.result is not None
         timings = PrefillTimings(
@@ -201,7 +201,9 @@ class PrefillQueue:
         work.settle(outcome)
 
     def _fail(self, work: _Work, error: WinnowError) -> None:
-        self._metrics.failures.labels(error.code).inc()
+        if not work.failed:  # the engine thread and the push may both report the end
+            self._metrics.failures.labels(error.code).inc()
+        work.failed = True
         work.settle(error)
 
 

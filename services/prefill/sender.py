@@ -20,7 +20,6 @@ from winnow.errors import (
     DeadlineExceeded,
     ModelMismatch,
     PrefillFailed,
-    RequestCancelled,
     TransferRefused,
     WinnowError,
 )
@@ -34,7 +33,7 @@ logger = logging.getLogger(__name__)
 LAYERS_AHEAD = 2
 STALL_TIMEOUT_S = 15.0
 _PUSH_METHOD = "/winnow.v1.KvTransfer/Push"
-_FORGIVEN = (TransferRefused, ModelMismatch, DeadlineExceeded)
+_PASSED_ON = (TransferRefused, ModelMismatch, DeadlineExceeded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +64,8 @@ class Push:
         self._waiting: deque[LayerKV | PrefillResult] = deque()
         self._error: WinnowError | None = None
         self._ended = False
+        self._num_layers = 0  # handed over
+        self._complete = False  # all has been handed over
         self._wire_bytes = 0
         self._call: grpc.Future | None = None
 
@@ -89,9 +90,11 @@ class Push:
                 lambda: self._ended or len(self._waiting) < LAYERS_AHEAD, self._stall_timeout_s
             )
             if self._ended:
-                raise self._error or RequestCancelled("the transfer has ended")
+                assert self._error is not None  # there is no receipt before `finish`
+                raise self._error
             if has_room:
                 self._waiting.append(layer)
+                self._num_layers += 1
                 self._changed.notify_all()
                 return
         self.abort(self._stalled())
@@ -101,6 +104,7 @@ class Push:
         """Hands over what comes last and returns; `on_end` tells when it has arrived."""
         with self._changed:
             self._waiting.append(result)
+            self._complete = True
             self._changed.notify_all()
 
     def abort(self, error: WinnowError) -> None:
@@ -150,22 +154,28 @@ class Push:
     def _finish(self, call: grpc.Future, channels: Channels) -> None:
         """Runs in gRPC's thread when the call is over, however it ended."""
         now = time.monotonic()
-        lost = not call.cancelled() and call.code() is grpc.StatusCode.UNAVAILABLE
-        channels.give_back(self._job.kv_address, lost=lost)
-        error = self._error or _call_error(call, self._job.kv_address)
+        error = self._error or self._failure(call)
         self._error = error
         self._end()
+        lost = not call.cancelled() and call.code() is grpc.StatusCode.UNAVAILABLE
+        channels.give_back(self._job.kv_address, lost=lost)
         self._on_end(error or Delivered(now - self._started_s, now, self._wire_bytes))
 
-
-def _call_error(call: grpc.Future, address: str) -> WinnowError | None:
-    """Why the call failed; None if it did not.  Our own cancelling has left its error before."""
-    if call.cancelled():
-        return PrefillFailed(f"the transfer to decode worker {address} was cut off")
-    failure = call.exception()
-    if failure is None:
+    def _failure(self, call: grpc.Future) -> WinnowError | None:
+        """Why the call is no success; None if it is.  Our own `abort` leaves its error itself."""
+        address = self._job.kv_address
+        if call.cancelled():
+            return PrefillFailed(f"the transfer to decode worker {address} was cut off")
+        failure = call.exception()
+        if failure is not None:
+            return _error_of(failure, address)
+        if not self._complete or call.result().num_layers != self._num_layers:
+            return PrefillFailed(f"decode worker {address} took a part of the KV for all")
         return None
+
+
+def _error_of(failure: grpc.RpcError, address: str) -> WinnowError:
     error = error_from_rpc(failure)
-    if isinstance(error, _FORGIVEN):
+    if isinstance(error, _PASSED_ON):
         return error
     return PrefillFailed(f"KV could not be delivered to decode worker {address}: {error.message}")

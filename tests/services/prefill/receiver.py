@@ -28,8 +28,8 @@ class Receiver:
         self.layers: list[LayerKV] = []
         self.trailers: list[Trailer] = []
         self.before_layer: Callable[[int], None] = lambda layer_idx: None
+        self.stop_after_layer: int | None = None  # answer as if this were the last one
         self.call_ended = threading.Event()
-        self.layer_arrived = threading.Event()
         self._server = grpc.server(ThreadPoolExecutor(4), options=server_options())
         handler = grpc.stream_unary_rpc_method_handler(
             self._push,
@@ -50,7 +50,9 @@ class Receiver:
         decoder = TransferDecoder(self.expected)
         try:
             for frame in frames:
-                self._keep(decoder.feed(frame))
+                self._keep(event := decoder.feed(frame))
+                if isinstance(event, LayerKV) and event.layer_idx == self.stop_after_layer:
+                    break
         except WinnowError as error:
             abort(context, error)
         return pb.PushReceipt(num_layers=decoder.num_layers, payload_bytes=decoder.payload_bytes)
@@ -63,7 +65,6 @@ class Receiver:
         elif event is not None:
             self.before_layer(event.layer_idx)
             self.layers.append(_owned(event))
-            self.layer_arrived.set()
 
 
 def _owned(layer: LayerKV) -> LayerKV:

@@ -199,3 +199,11 @@ def test_stopping_fails_what_waits_and_what_runs(
     with pytest.raises(PrefillFailed, match="stops"):
         queue.submit(make_job("late"))
     assert not queue.alive
+
+
+def test_a_worker_that_answers_too_early_is_a_failed_prefill(
+    queue: PrefillQueue, receiver: Receiver, make_job: MakeJob
+) -> None:
+    receiver.stop_after_layer = 0
+    with pytest.raises(PrefillFailed):
+        queue.submit(make_job()).result(TIMEOUT_S)
