@@ -1,26 +1,48 @@
 """The same application on a Ray cluster that is already there: two nodes on this machine."""
 
-import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-import ray
-from ray import serve
-from ray.cluster_utils import Cluster
 
-from tests.e2e.winnow_process import ROOT, WinnowServe, environment, winnow
+from tests.e2e.winnow_process import WinnowServe, environment, winnow
 from winnow.local import Winnow
 from winnow.request import SamplingParams
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 PROMPT = "the quick brown fox " * 10
+# Without a token, which a machine's first `ray.init` would have to make.
+OPEN = {"RAY_AUTH_MODE": "disabled"}
+
+
+@dataclass
+class RayCluster:
+    """address: of its control store, for RAY_ADDRESS. dashboard: URL of its REST API."""
+
+    address: str
+    dashboard: str
+
+    def get(self, path: str) -> Any:
+        response = httpx.get(self.dashboard + path, timeout=20)
+        assert response.is_success, response.text
+        return response.json()
+
+    def applications(self) -> dict[str, Any]:
+        applications: dict[str, Any] = self.get("/api/serve/applications/")["applications"]
+        return applications
+
+    def live_actors(self, namespace: str) -> list[str]:
+        actors = self.get("/api/v0/actors?detail=true")["data"]["result"]["result"]
+        alive = [actor for actor in actors if actor["state"] == "ALIVE"]
+        return [actor["name"] for actor in alive if actor["ray_namespace"] == namespace]
 
 
 def free_port() -> int:
@@ -30,23 +52,24 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def dashboard() -> Iterator[str]:
-    """The address of a cluster whose nodes have room for one worker each."""
-    before = dict(os.environ)
-    os.environ.update(environment())
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     port = free_port()
-    cluster = Cluster()
-    common = {"num_cpus": 1, "object_store_memory": 80 << 20}
-    cluster.add_node(**common, include_dashboard=True, dashboard_port=port)
-    cluster.add_node(**common)
-    cluster.wait_for_nodes()
-    ray.init(address=cluster.address, namespace="serve", log_to_driver=False)
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
-    ray.shutdown()
-    cluster.shutdown()
-    os.environ.clear()
-    os.environ.update(before)
+    log = tmp_path_factory.mktemp("cluster") / "stderr.txt"
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.e2e.two_nodes", str(port)],
+            env=environment(**OPEN),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        assert address, log.read_text()
+        yield RayCluster(address, f"http://127.0.0.1:{port}")
 
 
 @pytest.fixture
@@ -59,10 +82,10 @@ def flags(model: Path, port: int) -> list[str]:
     return ["--model", str(model), *numbers]
 
 
-def wait_until_ready(url: str) -> None:
+def wait_until_ready(url: str, cluster: RayCluster) -> None:
     deadline_s = time.monotonic() + 150
     while not is_ready(url):
-        assert time.monotonic() < deadline_s, serve.status()
+        assert time.monotonic() < deadline_s, cluster.applications()
         time.sleep(0.3)
 
 
@@ -73,13 +96,6 @@ def is_ready(url: str) -> bool:
         return False
 
 
-def nodes_of_replicas() -> dict[str, str]:
-    """Deployment → node, one replica each."""
-    details = serve.context._get_global_client().get_serve_details()
-    deployments = details["applications"]["winnow"]["deployments"]
-    return {name: found["replicas"][0]["node_id"] for name, found in deployments.items()}
-
-
 def answer(url: str, model: Path) -> str:
     body = {"model": model.name, "prompt": PROMPT, "max_tokens": 10, "temperature": 0}
     response = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
@@ -87,34 +103,38 @@ def answer(url: str, model: Path) -> str:
     return str(response.json()["choices"][0]["text"])
 
 
+def serve_command(*arguments: str) -> None:
+    """Ray Serve's own command."""
+    command = [sys.executable, "-m", "ray.serve.scripts", *arguments]
+    subprocess.run(command, check=True, timeout=90, env=environment(**OPEN), cwd="/")
+
+
 def test_serve_deploy_places_prefill_and_decode_on_different_nodes(
-    dashboard: str, model: Path, tmp_path: Path
+    cluster: RayCluster, model: Path, tmp_path: Path
 ) -> None:
     port = free_port()
     config = tmp_path / "winnow.yaml"
     config.write_text(winnow("serve", "--print-config", *flags(model, port)).stdout)
-    command = [sys.executable, "-m", "ray.serve.scripts", "deploy", str(config), "-a", dashboard]
-    subprocess.run(command, check=True, timeout=60, env=environment(), cwd=ROOT)
+    serve_command("deploy", str(config), "-a", cluster.dashboard)
     url = f"http://127.0.0.1:{port}"
-    wait_until_ready(url)
-    nodes = nodes_of_replicas()
-    assert nodes["Prefill"] != nodes["Decode"]
+    wait_until_ready(url, cluster)
+    deployments = cluster.applications()["winnow"]["deployments"]
+    (prefill,), (decode,) = (deployments[name]["replicas"] for name in ("Prefill", "Decode"))
+    assert prefill["node_id"] != decode["node_id"]
     alone = Winnow.load(model, kv_memory_bytes=1 << 26)
     expected = alone.generate(PROMPT, SamplingParams(max_tokens=10, temperature=0)).text
     assert answer(url, model) == expected
+    serve_command("shutdown", "-y", "-a", cluster.dashboard)
 
 
 def test_winnow_serve_joins_a_cluster_and_takes_only_itself_off(
-    dashboard: str, model: Path, tmp_path: Path
+    cluster: RayCluster, model: Path, tmp_path: Path
 ) -> None:
-    serve.shutdown()
-    address = ray.get_runtime_context().gcs_address
     arguments = flags(model, free_port())
-    service = WinnowServe(tmp_path, arguments, RAY_ADDRESS=address)
+    service = WinnowServe(tmp_path, arguments, RAY_ADDRESS=cluster.address, **OPEN)
     answer(service.wait_until_ready(), model)
     assert service.press_ctrl_c() == 0
     service.kill()
-    assert serve.status().applications == {}
-    assert len([node for node in ray.nodes() if node["Alive"]]) == 2
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    assert not [actor for actor in actors if actor["namespace"] == "winnow"]
+    assert cluster.applications() == {}
+    assert cluster.live_actors("winnow") == []
+    assert "SERVE_CONTROLLER_ACTOR" in cluster.live_actors("serve")
