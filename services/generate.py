@@ -37,11 +37,14 @@ def generate(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def _prompt(args: argparse.Namespace) -> str:
-    """The text of --prompt or --prompt-file; raises InvalidRequest if it cannot be read."""
+    """The text of --prompt or --prompt-file, less the file's last line break.
+
+    Raises InvalidRequest if it cannot be read.
+    """
     if args.prompt is not None:
         return str(args.prompt)
     try:
-        return _read(args.prompt_file).decode()
+        return _read(args.prompt_file).decode().removesuffix("\n")
     except OSError as error:
         raise InvalidRequest(
             f"prompt file {args.prompt_file} cannot be read: {error.strerror}"
