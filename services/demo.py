@@ -4,8 +4,8 @@ The service is `winnow serve` as a user would start it, the client an ordinary H
 """
 
 import json
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 
 PROMPT_FILE = Path(__file__).resolve().parent.parent / "examples" / "long_prompt.txt"
-READY_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 60
 
 console = Console(highlight=False)
@@ -39,40 +38,24 @@ class Answer:
 @contextmanager
 def running_service() -> Iterator[str]:
     """The base URL of a service started for this demo; stopped as Ctrl-C would."""
-    port, grpc_port = _free_port(), _free_port()
     command = [sys.executable, "-m", "services.cli", "serve", "--log-level", "warning"]
-    process = subprocess.Popen([*command, "--port", str(port), "--grpc-port", str(grpc_port)])
-    try:
-        _wait_until_ready(process, f"http://127.0.0.1:{port}")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-        process.wait(STOP_TIMEOUT_S)
+    ports = ["--port", "0", "--grpc-port", "0"]
+    with subprocess.Popen([*command, *ports], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield _read_url(process)
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+            process.wait(STOP_TIMEOUT_S)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            sys.exit(f"the service ended with exit code {process.returncode} before it was ready")
-        if _is_ready(url):
-            return
-        time.sleep(0.3)
-    sys.exit(f"the service was not ready within {READY_TIMEOUT_S} seconds")
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/ready", timeout=5).is_success
-    except httpx.TransportError:  # it does not listen yet
-        return False
+def _read_url(process: "subprocess.Popen[str]") -> str:
+    """The URL of the ready message, which is the first line that the service writes."""
+    assert process.stdout is not None
+    found = re.search(r"http://[^\s,;]+:\d+", process.stdout.readline())
+    if found is None:
+        sys.exit(f"the service ended with exit code {process.wait()} before it was ready")
+    return found.group()
 
 
 def ask(url: str, prompt: str) -> Answer:
