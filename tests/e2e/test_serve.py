@@ -1,5 +1,6 @@
 """The life of `winnow serve`, seen from outside."""
 
+import itertools
 import json
 import os
 import re
@@ -91,13 +92,17 @@ def test_a_client_that_leaves_cancels_decode_and_prefill(
     with stream as response:
         next(response.iter_lines())
     until("cancelled while decoding", lambda: metric(url, sample) == before + 1)
-    long = body | {"prompt": [5] * 8000, "max_tokens": 100}
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{url}/v1/completions", json=long, timeout=0.2)
-    until("cancelled while prefilling", lambda: metric(url, sample) == before + 2)
-    assert metric(url, "winnow_requests_running") == 0
     stopped = 'winnow_prefill_failures_total{code="cancelled"}'
-    until("prefill stopped", lambda: metric(prefill_metrics(service), stopped) == 1)
+    patience_s = itertools.cycle((0.05, 0.1, 0.15, 0.2, 0.3))  # one of them ends in mid-prefill
+    num_left = 1
+    while metric(prefill_metrics(service), stopped) == 0:
+        assert num_left < 60, "prefill was never stopped"
+        with pytest.raises(httpx.ReadTimeout):
+            long = body | {"prompt": [5] * 4000}
+            httpx.post(f"{url}/v1/completions", json=long, timeout=next(patience_s))
+        num_left += 1
+    until("all are cancelled", lambda: metric(url, sample) == before + num_left)
+    until("nothing runs", lambda: metric(url, "winnow_requests_running") == 0)
 
 
 def test_idles_quietly_and_within_its_memory(service: WinnowServe, url: str) -> None:
