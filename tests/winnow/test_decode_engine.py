@@ -181,6 +181,30 @@ def test_release_frees_pages_at_every_stage(tiny_models: dict[str, Path]) -> Non
     assert_empty(engine)
 
 
+def test_a_release_between_the_start_and_the_batch_is_not_lost(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sequences exist, but the engine has not been told; it steps meanwhile."""
+    model = load_model(tiny_models["llama"])
+    engine = make_engine(model)
+    reservation = engine.reserve(spec("race", 20, GREEDY))
+    layers, result = prefill_all(model, prompt(20), UNPRUNED)
+    for layer in layers:
+        reservation.write_layer(layer)
+    begin = reservation.begin
+
+    def begin_then_release(hidden: torch.Tensor) -> object:
+        sequences = begin(hidden)
+        engine.release(reservation)
+        engine.step()
+        return sequences
+
+    monkeypatch.setattr(reservation, "begin", begin_then_release)
+    engine.start(reservation, result.final_hidden)
+    assert engine.step() == []
+    assert_empty(engine)
+
+
 def test_reset_lets_another_attempt_write_again(tiny_models: dict[str, Path]) -> None:
     model = load_model(tiny_models["llama"])
     engine = make_engine(model)

@@ -58,7 +58,6 @@ class DecodeEngine:
         self.pool = KVPool(model.shape, pool_config, max_batch_size, model.device)
         self._running: list[Sequence] = []
         self._arrived: list[Sequence] = []
-        self._cancelled: set[Reservation] = set()
         self._reserved: set[Reservation] = set()
         self._changed = threading.Condition()
 
@@ -95,15 +94,13 @@ class DecodeEngine:
         with self._changed:
             self._reserved.discard(reservation)
             if not freed:
-                self._cancelled.add(reservation)
+                reservation.cancelled = True
                 self._changed.notify_all()
 
     def wait_for_work(self, timeout_s: float) -> bool:
         """Blocks until there is something for `step` to do; False if the time passed first."""
         with self._changed:
-            return self._changed.wait_for(
-                lambda: bool(self._running or self._arrived or self._cancelled), timeout_s
-            )
+            return self._changed.wait_for(lambda: bool(self._running or self._arrived), timeout_s)
 
     def stats(self) -> EngineStats:
         with self._changed:
@@ -133,15 +130,14 @@ class DecodeEngine:
     def _join(self) -> None:
         """Lets arrived sequences into the batch and cancelled ones out."""
         with self._changed:
-            cancelled, self._cancelled = self._cancelled, set()
             arrived, self._arrived = self._arrived, []
             everyone = self._running + arrived
-            self._running = [seq for seq in everyone if seq.reservation not in cancelled]
-        for seq in everyone:
-            if seq.reservation in cancelled:
-                self.pool.release(seq.row)
+            leaving = [seq for seq in everyone if seq.reservation.cancelled]
+            self._running = [seq for seq in everyone if seq not in leaving]
+        for seq in leaving:
+            self.pool.release(seq.row)
         for seq in arrived:
-            if seq.reservation not in cancelled:
+            if seq not in leaving:
                 self._shrink_promise(seq)
 
     def _shrink_promise(self, seq: Sequence) -> None:

@@ -67,6 +67,7 @@ class Reservation:
         self.rows = pool.reserve(spec.num_sequences, pages_per_row)
         self.num_pages = pages_per_row * spec.num_sequences
         self.recompressed_entries = 0  # over all its sequences
+        self.cancelled = False  # released after it had started: the engine frees it
         self._pool = pool
         self._ring: QueryRing | None = None
         self._state = _State.RESERVED
