@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from winnow.errors import InvalidRequest, UnusableModel
+from winnow.model_files import first_line
 from winnow.token_bytes import byte_reader
 
 
@@ -88,7 +89,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             path, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        reason = first_line(error)
         raise UnusableModel(f"model folder {path} has no usable tokenizer: {reason}") from error
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise UnusableModel(f"model folder {path} has no tokenizer.json")

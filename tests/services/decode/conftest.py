@@ -4,11 +4,9 @@ One worker serves all tests of a module; after each test it must hold nothing.
 """
 
 import asyncio
-import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-import pytest
 import pytest_asyncio
 
 from services.common.registry import RedisRegistry
@@ -17,23 +15,6 @@ from services.decode.worker import DecodeWorker
 from tests.services.decode.client import Client
 
 StartWorker = Callable[..., Awaitable[DecodeWorker]]
-
-
-@pytest.fixture(scope="session")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    socket = tmp_path_factory.mktemp("redis") / "redis.sock"
-    server = subprocess.Popen(
-        ["redis-server", "--port", "0", "--unixsocket", str(socket), "--save", ""],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert server.stdout is not None
-    for line in server.stdout:
-        if "ready to accept connections" in line.lower():
-            break
-    yield f"unix://{socket}"
-    server.terminate()
-    server.communicate()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -1,18 +1,12 @@
 """One service per test module, and a factory for services with other settings."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
-from tests.services.gateway.service import TestService, running_redis, running_service
-
-
-@pytest.fixture(scope="session")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with running_redis(tmp_path_factory.mktemp("redis")) as url:
-        yield url
+from tests.services.gateway.service import TestService, running_service
 
 
 @pytest.fixture(scope="session")
