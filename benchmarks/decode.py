@@ -49,7 +49,7 @@ def our_step(model: DecoderModel, batch: int, context: int, steps: int) -> Calla
         reservation = engine.reserve(request)
         for layer_idx in range(model.shape.num_layers):
             reservation.write_layer(random_layer(model.shape, layer_idx, context))
-        engine.start(reservation, torch.randn(model.shape.hidden_size))
+        engine.start(reservation, torch.randn(model.shape.hidden_size), context)
     engine.step()  # the first token comes from prefill's hidden state
     return engine.step
 

@@ -21,7 +21,7 @@ import httpx
 from benchmarks.report import arguments, show, write_json
 from services.demo import running_service
 
-UNPRUNED = {"selection": "none", "compression": "none"}
+UNPRUNED = {"method": "full"}
 WORDS = ["river", "stone", "lantern", "garden", "window", "harbor", "market", "winter", "copper"]
 
 

@@ -1,7 +1,7 @@
 """Prefill: time and peak memory against prompt length, beside transformers' own.
 
 Contestants: `transformers` (its forward with a KV cache, logits of the last token, as `generate`
-prefills), and our layer loop with selection `none`, `fixed` and `asl`, all selecting at half depth
+prefills), and our layer loop with methods `full`, `fastkv` and `asl`, which select at half depth
 (ASL by `latest_layer`, so that the cost of watching the ranks is in its time). Each contestant runs
 in a process of its own, in turn, so that one's memory is not the other's.
 
@@ -31,7 +31,7 @@ from winnow.engine.prefill import run_prefill
 from winnow.models import load_model
 from winnow.request import PruningSettings
 
-CONTESTANTS = ("transformers", "none", "fixed", "asl")
+CONTESTANTS = ("transformers", "full", "fastkv", "asl")
 SELECT_SHARE = 8  # one of eight tokens goes on
 
 
@@ -40,12 +40,12 @@ def settings_for(contestant: str, num_layers: int, num_tokens: int) -> PruningSe
     budget = max(64, num_tokens // SELECT_SHARE)
     half = num_layers // 2 - 1
     base = scaled_defaults(num_layers)
-    if contestant == "none":
-        return replace(base, selection="none", compression="none", kv_budget=None)
+    if contestant == "full":
+        return replace(base, method="full")
     pruned = replace(base, select_tokens=budget, kv_budget=budget)
-    if contestant == "fixed":
-        return replace(pruned, selection="fixed", fixed_layer=half)
-    return replace(pruned, selection="asl", threshold=0.0, latest_layer=half)
+    if contestant == "fastkv":
+        return replace(pruned, method="fastkv", fixed_layer=half)
+    return replace(pruned, method="asl", threshold=0.0, latest_layer=half)
 
 
 def transformers_prefill(path: Path) -> Callable[[list[int]], float]:

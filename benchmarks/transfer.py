@@ -34,7 +34,7 @@ from winnow.wire import Expected, ReceiveBuffer, TransferDecoder, TransferEncode
 NUM_ENTRIES = 16_384  # per KV head
 SHAPE = ModelShape(24, 14, 2, 64, 896, torch.bfloat16)  # a 0.5B model's
 FRAME_MIB = (1, 2, 4)
-REPORT = PrefillReport(NUM_ENTRIES, NUM_ENTRIES, None, "off", (), 1.0, 0, 0, ())
+REPORT = PrefillReport(NUM_ENTRIES, NUM_ENTRIES, NUM_ENTRIES, None, "off", (), 1.0, 0, 0, ())
 PUSH = "/winnow.v1.KvTransfer/Push"
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from services.common.settings import Settings
+from winnow.completion import CompletionStream
 from winnow.errors import InvalidRequest
-from winnow.local import CompletionStream, Winnow
+from winnow.local import Winnow
 from winnow.request import SamplingParams
 
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = [
     path
-    for top in ("winnow", "services")
+    for top in ("winnow", "services", "evals")
     for path in sorted((ROOT / top).rglob("*.py"))
     if "v1" not in path.parts
 ]
@@ -34,8 +34,10 @@ DOORS = {
     ),
 }
 # What each part may import of ours.
+OURS = ("winnow", "services", "evals")
 BELOW = {
     "winnow": ("winnow",),
+    "evals": ("winnow", "evals"),
     "services.common": ("winnow", "services.common"),
     "services.prefill": ("winnow", "services.common", "services.prefill"),
     "services.decode": ("winnow", "services.common", "services.decode"),
@@ -66,7 +68,7 @@ def test_imports_point_down(path: Path) -> None:
     part = next((top for top in BELOW if starts_with(module_of(path), top)), None)
     if part is None:
         return
-    ours = {name for name in imports(path) if name.split(".")[0] in ("winnow", "services")}
+    ours = {name for name in imports(path) if name.split(".")[0] in OURS}
     wrong = {name for name in ours if not any(starts_with(name, ok) for ok in BELOW[part])}
     assert wrong <= {"services"}, f"{module_of(path)} imports {sorted(wrong)}"
 

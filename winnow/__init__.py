@@ -7,13 +7,21 @@ from winnow.errors import WinnowError
 from winnow.request import PruningSettings, SamplingParams
 
 if TYPE_CHECKING:
-    from winnow.local import Completion, Winnow
+    from winnow.batch import BatchJob
+    from winnow.completion import Completion
+    from winnow.local import Winnow
 
-__all__ = ["Completion", "PruningSettings", "SamplingParams", "Winnow", "WinnowError"]
+__all__ = ["BatchJob", "Completion", "PruningSettings", "SamplingParams", "Winnow", "WinnowError"]
+
+# What loads torch and transformers is imported when it is used.
+_LAZY = {
+    "BatchJob": "winnow.batch",
+    "Completion": "winnow.completion",
+    "Winnow": "winnow.local",
+}
 
 
 def __getattr__(name: str) -> object:
-    """`Winnow` and `Completion` load torch and transformers, so they are imported when used."""
-    if name in ("Completion", "Winnow"):
-        return getattr(import_module("winnow.local"), name)
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'winnow' has no attribute {name!r}")

@@ -43,23 +43,25 @@ AttentionInterface.register(ATTENTION_NAME, _dispatch)
 class PrefillAttention:
     """Causal attention within one prompt that keeps what scoring and the KV cache need.
 
-    After the layer ran: `keys`, `values` [num_kv_heads, num_tokens, head_dim], `window_queries`
-    [num_heads, min(window_size, num_tokens), head_dim], and `scaling` of the logits.
+    After the layer ran: `keys`, `values` [num_kv_heads, num_tokens, head_dim], `queries`
+    [num_heads, min(num_queries, num_tokens), head_dim] of the last tokens (`num_queries` None: of
+    all), and `scaling` of the logits.
     """
 
     keys: Tensor
     values: Tensor
-    window_queries: Tensor
+    queries: Tensor
     scaling: float
 
-    def __init__(self, window_size: int) -> None:
-        self._window_size = window_size
+    def __init__(self, num_queries: int | None) -> None:
+        self._num_queries = num_queries
 
     def __call__(
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
         self.keys, self.values, self.scaling = key[0], value[0], scaling
-        self.window_queries = query[0, :, -self._window_size :].contiguous()
+        last = slice(None) if self._num_queries is None else slice(-self._num_queries, None)
+        self.queries = query[0, :, last].contiguous()
         return causal_attention(query, key, value, scaling)
 
 

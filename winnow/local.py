@@ -1,57 +1,22 @@
 """Winnow in one process: the same engines as the service, no server."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from winnow import defaults
-from winnow.engine.decode import DecodeEngine, StepOutput
+from winnow.batch import BatchJob, BatchResult, BatchRun
+from winnow.completion import Completion, CompletionStream, generation_spec, prefill_into
+from winnow.engine.decode import DecodeEngine
 from winnow.engine.kv_pool import KVPoolConfig
-from winnow.engine.prefill import PrefillResult, require_prompt, run_prefill
-from winnow.engine.sequence import GenerationSpec, Reservation
+from winnow.engine.prefill import require_prompt
+from winnow.engine.sequence import Reservation
 from winnow.models import DecoderModel, load_model
-from winnow.request import FinishReason, PrefillReport, PruningSettings, SamplingParams
+from winnow.request import PruningSettings, SamplingParams
 from winnow.tokenizer import TextStream, Tokenizer, load_tokenizer
 
 DEFAULT_MODEL = Path(__file__).parent.parent / "models" / "winnow-tiny"
 DEFAULT_SAMPLING = SamplingParams(max_tokens=256, temperature=0)
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """One answer, with what was done to its prompt."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    report: PrefillReport
-
-
-class CompletionStream:
-    """Iterates over pieces of text while they are generated; the fields fill up meanwhile."""
-
-    def __init__(self, report: PrefillReport, pieces: Iterator[str]) -> None:
-        self.report = report
-        self.token_ids: list[int] = []
-        self.finish_reason: FinishReason | None = None
-        self.recompressed_entries = 0
-        self.kv_bytes = 0
-        self._pieces = pieces
-
-    def __iter__(self) -> Iterator[str]:
-        return self._pieces
-
-    def take(self, output: StepOutput, text: TextStream) -> str:
-        """Notes what a decode step gave and returns the text that it completed."""
-        if output.error is not None:
-            raise output.error
-        (token,) = output.tokens
-        self.token_ids.append(token.token_id)
-        self.recompressed_entries, self.kv_bytes = output.recompressed_entries, output.kv_bytes
-        piece = text.feed(token.token_id)
-        self.finish_reason = FinishReason.STOP if text.stopped else token.finish_reason
-        return piece
 
 
 class Winnow:
@@ -63,11 +28,12 @@ class Winnow:
         tokenizer: Tokenizer,
         pruning: PruningSettings,
         pool_config: KVPoolConfig,
+        max_batch_size: int = 1,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.pruning = pruning
-        self._engine = DecodeEngine(model, pool_config=pool_config, max_batch_size=1)
+        self._engine = DecodeEngine(model, pool_config=pool_config, max_batch_size=max_batch_size)
 
     @classmethod
     def load(
@@ -77,9 +43,12 @@ class Winnow:
         device: str = "cpu",
         dtype: str = "auto",
         kv_memory_bytes: int = 1 << 30,
+        max_batch_size: int = 1,
         **pruning: Any,  # noqa: ANN401 - checked by defaults.override
     ) -> "Winnow":
         """A model folder or hub model; `pruning` overrides the model's own PruningSettings.
+
+        max_batch_size: sequences that `generate_many` decodes together.
 
         Raises UnusableModel, or InvalidSetting for a setting that does not exist or cannot work.
         """
@@ -88,7 +57,8 @@ class Winnow:
         settings = defaults.pruning_defaults(path, decoder.shape.num_layers)
         settings = defaults.override(settings, pruning)
         settings.require_fits(decoder.shape.num_layers)
-        return cls(decoder, load_tokenizer(path), settings, KVPoolConfig(kv_memory_bytes))
+        pool_config = KVPoolConfig(kv_memory_bytes)
+        return cls(decoder, load_tokenizer(path), settings, pool_config, max_batch_size)
 
     def generate(
         self,
@@ -106,6 +76,25 @@ class Winnow:
         assert stream.finish_reason is not None
         return Completion(text, tuple(stream.token_ids), stream.finish_reason, stream.report)
 
+    def generate_many(self, jobs: Iterable[BatchJob]) -> Iterator[BatchResult]:
+        """The answers to many prompts, in the order in which they are complete.
+
+        Jobs are asked for as places become free, so they may be made meanwhile. Nothing else may
+        run until the iterator has come to its end or is closed.
+        Raises as `generate` when it comes to a job that can never run; see `require_fits`.
+        """
+        return BatchRun(self._engine, self.tokenizer).run(jobs)
+
+    def require_fits(
+        self, num_prompt_tokens: int, pruning: PruningSettings, sampling: SamplingParams
+    ) -> None:
+        """Raise what a prompt of that length would be refused with."""
+        token_ids = [0] * num_prompt_tokens
+        require_prompt(self.model, token_ids)
+        pruning.require_fits(self.model.shape.num_layers)
+        spec = generation_spec("local", self.model, token_ids, pruning, sampling)
+        self._engine.release(self._engine.reserve(spec))
+
     def stream(
         self,
         prompt: str | Sequence[int],
@@ -119,37 +108,17 @@ class Winnow:
         """
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         require_prompt(self.model, token_ids)
-        reservation = self._engine.reserve(self._spec(token_ids, sampling))
+        spec = generation_spec("local", self.model, token_ids, self.pruning, sampling)
+        reservation = self._engine.reserve(spec)
         try:
-            result = self._prefill(reservation, token_ids)
+            result = prefill_into(reservation, self.model, token_ids, self.pruning)
         except BaseException:
             self._engine.release(reservation)
             raise
-        self._engine.start(reservation, result.final_hidden)
+        self._engine.start(reservation, result.final_hidden, result.report.next_position)
         stream = CompletionStream(result.report, iter(()))
         stream._pieces = self._decode(reservation, stream, stop)
         return stream
-
-    def _spec(self, token_ids: list[int], sampling: SamplingParams) -> GenerationSpec:
-        return GenerationSpec(
-            request_id="local",
-            num_prompt_tokens=len(token_ids),
-            max_prompt_entries=self.pruning.max_prompt_entries(len(token_ids)),
-            sampling=sampling,
-            decode_budget=self.pruning.decode_budget,
-            recompress_interval=self.pruning.recompress_interval,
-            window_size=self.pruning.window_size,
-            kernel_size=self.pruning.kernel_size,
-            prompt_token_ids=tuple(token_ids) if sampling.needs_prompt else (),
-        )
-
-    def _prefill(self, reservation: Reservation, token_ids: list[int]) -> PrefillResult:
-        layers = run_prefill(self.model, token_ids, self.pruning)
-        while True:
-            try:
-                reservation.write_layer(next(layers))
-            except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]
 
     def _decode(
         self, reservation: Reservation, stream: CompletionStream, stop: tuple[str, ...]

@@ -4,18 +4,19 @@ All dataclasses are frozen and checked when they are made: a value out of range 
 InvalidSetting that names the number and the limit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 
 from winnow.errors import InvalidSetting
+from winnow.methods import METHODS, method_class
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_STRINGS = 16
-SELECTIONS = ("asl", "fixed", "none")
-COMPRESSIONS = ("snapkv", "top_p", "none")
+COMPRESSIONS = ("snapkv", "top_p", "adakv", "none")
+RECOMPRESSIONS = ("snapkv", "rkv")
 
 
 class FinishReason(StrEnum):
@@ -86,21 +87,28 @@ class SamplingParams:
 class PruningSettings:
     """How prompt and cache are pruned. Defaults are the paper's for 28 to 48 layers.
 
-    selection        asl: the layer is chosen per prompt; fixed: at `fixed_layer`; none.
+    method           one of winnow.methods.METHODS: which tokens go on, which KV is kept.
     select_tokens    prompt tokens (window included) that go on above the selection layer.
     window_size      last prompt tokens whose queries observe all others (w).
     kernel_size      pooling width over positions, odd (S).
     observed_layers  layers over which rank variance is taken (L_obs).
     min_layer        first layer at which ASL may select, counted from 0 (L_min).
     threshold        select when relative rank variance falls below it (tau).
-    latest_layer     select here at the latest; None: a threshold never met selects nothing.
-    compression      snapkv: `kv_budget` entries per KV head; top_p: the smallest set per KV head
-                     with attention mass `kv_top_p`; none: every computed entry is kept.
+    latest_layer     select here at the latest; None: with a threshold never met, asl selects
+                     nothing, asl-2pass at the last layer.
+    fixed_layer      where fastkv and gemfilter select.
+    compression      snapkv: `kv_budget` entries per KV head; adakv: `kv_budget` on average, shared
+                     out over a layer's heads; top_p: the smallest set per KV head with attention
+                     mass `kv_top_p`; none: every computed entry is kept. For snapkv, fastkv, asl;
+                     the other methods have rules of their own.
+    full_kv_below    fastkv and asl: layers up to the selection layer keep all their KV.
     decode_budget    entries per KV head that decode keeps while it generates; None: all.
     recompress_interval  entries over decode_budget that may gather before decode cuts back.
+    recompression    how decode cuts back: snapkv, or rkv, which weighs redundant keys down.
+    redundancy_weight  rkv: weight of the attention against redundancy, 0 to 1 (lambda).
     """
 
-    selection: str = "asl"
+    method: str = "asl"
     select_tokens: int = 2048
     window_size: int = 32
     kernel_size: int = 7
@@ -112,12 +120,17 @@ class PruningSettings:
     compression: str = "snapkv"
     kv_budget: int | None = 2048
     kv_top_p: float = 0.95
+    full_kv_below: bool = False
     decode_budget: int | None = None
     recompress_interval: int = 128
+    recompression: str = "snapkv"
+    redundancy_weight: float = 0.1
 
     def __post_init__(self) -> None:
-        _require_choice("selection", self.selection, SELECTIONS)
+        _require_choice("method", self.method, METHODS)
         _require_choice("compression", self.compression, COMPRESSIONS)
+        _require_choice("recompression", self.recompression, RECOMPRESSIONS)
+        _require_choice("full_kv_below", self.full_kv_below, (False, True))
         require_range("window_size", self.window_size, 1, 1024)
         require_range("kernel_size", self.kernel_size, 1, 1023)
         if self.kernel_size % 2 == 0:
@@ -128,7 +141,9 @@ class PruningSettings:
         require_range("threshold", self.threshold, 0, 1e6)
         require_range("kv_top_p", self.kv_top_p, 0, 1, low_open=True)
         require_range("recompress_interval", self.recompress_interval, 1, 2**20)
+        require_range("redundancy_weight", self.redundancy_weight, 0, 1)
         require_range("fixed_layer", self.fixed_layer, 0, 1023)
+        require_range("select_tokens", self.select_tokens, 1, 2**31 - 1)
         self._require_above_window("select_tokens", self.select_tokens)
         self._require_above_window("kv_budget", self.kv_budget)
         self._require_above_window("decode_budget", self.decode_budget)
@@ -151,27 +166,19 @@ class PruningSettings:
                 f"{name} is {value}; it must be above window_size, {self.window_size}", param=name
             )
 
-    def max_prompt_entries(self, num_prompt_tokens: int) -> int:
+    def max_prompt_entries(self, num_prompt_tokens: int, num_kv_heads: int) -> int:
         """KV entries per (layer, KV head) that a prompt can leave behind at most."""
-        if self.compression != "snapkv" or self.kv_budget is None:
-            return num_prompt_tokens
-        return min(self.kv_budget, num_prompt_tokens)
+        return method_class(self.method).max_entries(self, num_prompt_tokens, num_kv_heads)
 
     def require_fits(self, num_layers: int) -> None:
         """Raise InvalidSetting for a layer that a model of `num_layers` does not have."""
-        layers = {
-            "min_layer": self.min_layer if self.selection == "asl" else None,
-            "latest_layer": self.latest_layer if self.selection == "asl" else None,
-            "fixed_layer": self.fixed_layer if self.selection == "fixed" else None,
-        }
-        for name, layer in layers.items():
-            if layer is not None:
-                require_range(name, layer, 0, num_layers - 1)
+        method_class(self.method).require_fits(self, num_layers)
 
 
-def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def _require_choice(name: str, value: object, choices: Iterable[object]) -> None:
     if value not in choices:
-        raise InvalidSetting(f"{name} is {value!r}; known are {', '.join(choices)}", param=name)
+        known = ", ".join(map(str, choices))
+        raise InvalidSetting(f"{name} is {value!r}; known are {known}", param=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,16 +201,21 @@ class PrefillJob:
 class PrefillReport:
     """What prefill did with one prompt.
 
-    selection_layer: layer after which only `num_selected_tokens` tokens went on, or None with
-    `no_selection_reason` (`off`, `short_prompt`, `threshold_not_met`).
+    selection_layer: layer after which fewer tokens went on (the first, where there are several),
+    or None with `no_selection_reason` (`off`, `short_prompt`, `threshold_not_met`).
+    num_selected_tokens: tokens that the last layer computed.
+    next_position: at which decoding goes on: num_prompt_tokens, or num_selected_tokens where the
+    selected tokens were computed again from position 0.
     rho: (layer, relative rank variance) for each layer at which ASL looked.
-    computed_share: layer-tokens computed / (num_layers * num_prompt_tokens), 0 to 1.
+    computed_share: layer-tokens computed / (num_layers * num_prompt_tokens), up to 1; of a method
+    that computes twice the sum of both passes, up to 2.
     kv_bytes_full, kv_bytes_kept: keys and values of every token, and of the kept entries.
     layer_entries: kept KV entries per layer, summed over KV heads.
     """
 
     num_prompt_tokens: int
     num_selected_tokens: int
+    next_position: int
     selection_layer: int | None
     no_selection_reason: str | None
     rho: tuple[tuple[int, float], ...]

@@ -7,14 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_QUERY_BLOCK = 256
 
-def observed_attention(window_queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+
+def observed_attention(
+    window_queries: Tensor, keys: Tensor, scaling: float, row_weights: Tensor | None = None
+) -> Tensor:
     """Attention that each token receives from the window, summed over the window's rows.
 
     window_queries: [num_heads, w, head_dim], of the last w tokens, after RoPE.
     keys: [num_kv_heads, N, head_dim], after RoPE.
-    Returns [num_heads, N] float32; each head's row sums to w. Held at a time: one KV head's
-    [group, w, N].
+    row_weights: [w] float32 that the rows count with; None: each counts 1.
+    Returns [num_heads, N] float32; each head's row sums to that of the weights, w without. Held at
+    a time: one KV head's [group, w, N].
     """
     num_heads, window, head_dim = window_queries.shape
     num_kv_heads, num_tokens, _ = keys.shape
@@ -25,7 +30,26 @@ def observed_attention(window_queries: Tensor, keys: Tensor, scaling: float) -> 
         logits = (queries[head] @ keys[head].T).float().mul_(scaling)  # [group * w, N]
         logits = logits.view(-1, window, num_tokens)
         logits[:, :, -window:].masked_fill_(future, -torch.inf)
-        torch.sum(logits.softmax(-1), dim=1, out=out)
+        attention = logits.softmax(-1)
+        if row_weights is not None:
+            attention *= row_weights[:, None]
+        torch.sum(attention, dim=1, out=out)
+    return mass
+
+
+def accumulated_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """Attention that each token receives from itself and all tokens after it.
+
+    queries: [num_heads, N, head_dim] and keys: [num_kv_heads, N, head_dim], after RoPE.
+    Returns [num_heads, N] float32; each head's row sums to N. Held at a time: one KV head's
+    [group, _QUERY_BLOCK, N].
+    """
+    num_heads, num_tokens, _ = queries.shape
+    mass = torch.zeros(num_heads, num_tokens, dtype=torch.float32, device=keys.device)
+    for start in range(0, num_tokens, _QUERY_BLOCK):
+        end = min(start + _QUERY_BLOCK, num_tokens)
+        block = queries[:, start:end].contiguous()
+        mass[:, :end] += observed_attention(block, keys[:, :end], scaling)
     return mass
 
 

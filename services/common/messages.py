@@ -71,6 +71,8 @@ def recompression_to_proto(pruning: PruningSettings) -> pb.Recompression:
     return pb.Recompression(
         decode_budget=pruning.decode_budget,
         recompress_interval=pruning.recompress_interval,
+        method=pruning.recompression,
+        redundancy_weight=pruning.redundancy_weight,
         window_size=pruning.window_size,
         kernel_size=pruning.kernel_size,
     )
@@ -82,12 +84,14 @@ def recompression_from_proto(message: pb.Recompression) -> PruningSettings:
     Raises InvalidSetting for a value out of range.
     """
     return PruningSettings(
-        selection="none",
+        method="full",
         compression="none",
         kv_budget=None,
         select_tokens=message.window_size + 1,
         decode_budget=message.decode_budget if message.HasField("decode_budget") else None,
         recompress_interval=message.recompress_interval,
+        recompression=message.method or "snapkv",
+        redundancy_weight=message.redundancy_weight,
         window_size=message.window_size,
         kernel_size=message.kernel_size,
     )

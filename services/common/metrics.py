@@ -126,8 +126,8 @@ class PrefillMetrics(_Metrics):
         )
         self.computed_ratio = self._histogram(
             "winnow_computed_ratio",
-            "Layer-tokens computed of all, 0 to 1",
-            tuple(i / 20 for i in range(1, 21)),
+            "Layer-tokens computed of all, 0 to 1; to 2 where a method computes twice",
+            (*(i / 20 for i in range(1, 21)), 1.25, 1.5, 1.75, 2),
         )
         self.failures = self._counter(
             "winnow_prefill_failures", "Prefills begun and not delivered, by error code", ["code"]

@@ -80,7 +80,7 @@ class ActiveRequest:
             self._arrived = True
             self._cancel_transfer = None
         self.post(KVArrived(attempt, trailer.report))  # before any step can post
-        self._engine.start(self.reservation, trailer.final_hidden)
+        self._engine.start(self.reservation, trailer.final_hidden, trailer.report.next_position)
 
     def drop_attempt(self, attempt: int) -> None:
         """A transfer failed; its pages are free for the next attempt. No-op for an older one."""

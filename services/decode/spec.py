@@ -31,6 +31,8 @@ def spec_from_request(request: pb.GenerateRequest, vocab_size: int) -> Generatio
         num_sequences=request.num_sequences,
         decode_budget=recompression.decode_budget,
         recompress_interval=recompression.recompress_interval,
+        recompression=recompression.recompression,
+        redundancy_weight=recompression.redundancy_weight,
         window_size=recompression.window_size,
         kernel_size=recompression.kernel_size,
         prompt_token_ids=tuple(request.prompt_token_ids),

@@ -45,10 +45,10 @@ class Gateway:
         self.model = ServedModel.load(settings)
         self.limits = Limits(settings, self.model)
         self.metrics = GatewayMetrics()
-        fingerprint = self.model.description.fingerprint
-        self._router = Router(registry, fingerprint)
+        description = self.model.description
+        self._router = Router(registry, description.fingerprint)
         self._prefiller = prefiller
-        self._service = Service(self._router, prefiller, fingerprint, settings.prefill_attempts)
+        self._service = Service(self._router, prefiller, description, settings.prefill_attempts)
 
     @asynccontextmanager
     async def open(self, ask: Ask) -> AsyncIterator[Completion]:

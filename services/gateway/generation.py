@@ -16,6 +16,7 @@ from winnow.errors import (
     RequestCancelled,
     WinnowError,
 )
+from winnow.model_files import ModelDescription
 from winnow.request import PruningSettings, SamplingParams
 from winnow.v1 import decode_pb2 as pb
 
@@ -66,7 +67,7 @@ class Generation:
 
 
 async def open_generation(
-    router: Router, request: PromptRequest, fingerprint: str, deadline_s: float
+    router: Router, request: PromptRequest, model: ModelDescription, deadline_s: float
 ) -> Generation:
     """The prompt admitted by the best worker that has room for it.
 
@@ -74,7 +75,7 @@ async def open_generation(
     Raises Overloaded if the workers have no room now, NoDecodeWorker if there is none that
     answers, InvalidSetting if the prompt can never fit.
     """
-    message = _to_proto(request, fingerprint)
+    message = _to_proto(request, model)
     refusals: list[WinnowError] = []
     for worker in await router.candidates():
         try:
@@ -122,14 +123,14 @@ async def _read_admitted(call: grpc.aio.UnaryStreamCall) -> pb.Admitted:
     return admitted
 
 
-def _to_proto(request: PromptRequest, fingerprint: str) -> pb.GenerateRequest:
-    num_tokens = len(request.token_ids)
+def _to_proto(request: PromptRequest, model: ModelDescription) -> pb.GenerateRequest:
+    num_tokens, num_kv_heads = len(request.token_ids), model.shape.num_kv_heads
     return pb.GenerateRequest(
         request_id=request.request_id,
-        model_fingerprint=fingerprint,
+        model_fingerprint=model.fingerprint,
         num_prompt_tokens=num_tokens,
         num_sequences=request.num_sequences,
-        max_prompt_entries=request.pruning.max_prompt_entries(num_tokens),
+        max_prompt_entries=request.pruning.max_prompt_entries(num_tokens, num_kv_heads),
         sampling=sampling_to_proto(request.sampling),
         recompression=recompression_to_proto(request.pruning),
         prompt_token_ids=request.token_ids if request.sampling.needs_prompt else (),

@@ -24,6 +24,7 @@ from winnow.errors import (
     UnknownReservation,
     WinnowError,
 )
+from winnow.model_files import ModelDescription
 from winnow.request import PrefillJob, PrefillOutcome, PrefillReport, PrefillTimings, Token
 from winnow.v1 import decode_pb2 as pb
 
@@ -74,7 +75,7 @@ class Service:
 
     router: Router
     prefiller: Prefiller
-    fingerprint: str
+    model: ModelDescription
     prefill_attempts: int
 
 
@@ -117,7 +118,7 @@ class PromptRun:
     async def admit(self) -> None:
         """Reserve KV memory for the prompt; raises as `open_generation`."""
         self._generation = await open_generation(
-            self._service.router, self.request, self._service.fingerprint, self._left_s()
+            self._service.router, self.request, self._service.model, self._left_s()
         )
         self._enter(State.ADMITTED)
 

@@ -30,7 +30,7 @@ class WinnowOptions(_Body):
     An absent field keeps the service's setting; null means none where that is possible.
     """
 
-    selection: str = ""
+    method: str = ""
     select_tokens: Integer = 0
     window_size: Integer = 0
     kernel_size: Integer = 0
@@ -44,6 +44,9 @@ class WinnowOptions(_Body):
     kv_top_p: float = 0
     decode_budget: Integer | None = None
     recompress_interval: Integer = 0
+    full_kv_below: bool = False
+    recompression: str = ""
+    redundancy_weight: float = 0
 
     def changes(self) -> dict[str, Any]:
         """The fields that the request set."""

@@ -6,6 +6,8 @@ from typing import Any
 from services.common.settings import Settings
 from winnow import defaults
 from winnow.errors import InvalidSetting
+from winnow.methods import method_class
+from winnow.methods.base import Bound
 from winnow.request import PruningSettings
 
 
@@ -32,29 +34,24 @@ def require_within_caps(settings: Settings, pruning: PruningSettings) -> None:
 
     To select or compress nothing is to ask for everything, which is over any cap.
     """
-    selects, compresses = pruning.selection != "none", pruning.compression == "snapkv"
-    select_tokens = pruning.select_tokens if selects else None
-    kv_budget = pruning.kv_budget if compresses else None
-    _require_cap(
-        "select_tokens",
-        select_tokens,
-        settings.max_select_tokens,
-        param="select_tokens" if selects else "selection",
-    )
-    _require_cap(
-        "kv_budget",
-        kv_budget,
-        settings.max_kv_budget,
-        param="kv_budget" if compresses else "compression",
-    )
-    _require_cap(
-        "decode_budget", pruning.decode_budget, settings.max_decode_budget, param="decode_budget"
-    )
+    method = method_class(pruning.method)
+    bounds = {
+        "select_tokens": method.token_bound(pruning),
+        "kv_budget": method.entry_bound(pruning),
+        "decode_budget": Bound(pruning.decode_budget, "decode_budget"),
+    }
+    for name, bound in bounds.items():
+        cap = getattr(settings, f"max_{name}")
+        if cap is not None and (bound.limit is None or bound.limit > cap):
+            raise InvalidSetting(
+                f"{_shown(name, bound, pruning)}; the operator's cap max_{name} is {cap:,}",
+                param=bound.setting,
+            )
 
 
-def _require_cap(name: str, value: int | None, cap: int | None, *, param: str) -> None:
-    if cap is not None and (value is None or value > cap):
-        shown = "unlimited" if value is None else f"{value:,}"
-        raise InvalidSetting(
-            f"{name} is {shown}; the operator's cap max_{name} is {cap:,}", param=param
-        )
+def _shown(name: str, bound: Bound, pruning: PruningSettings) -> str:
+    """`kv_budget is 2,048`, or `kv_budget is unlimited with compression none`."""
+    amount = "unlimited" if bound.limit is None else f"{bound.limit:,}"
+    if bound.setting == name:
+        return f"{name} is {amount}"
+    return f"{name} is {amount} with {bound.setting} {getattr(pruning, bound.setting)}"

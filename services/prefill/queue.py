@@ -162,14 +162,16 @@ class PrefillQueue:
         work.computed_s = time.monotonic()
         push.finish(work.result)
 
-    def _layers(self, work: _Work) -> Generator[LayerKV, None, None]:
+    def _layers(self, work: _Work) -> Generator[LayerKV | None, None, None]:
         work.result = yield from run_prefill(self._model, work.job.token_ids, work.job.pruning)
 
-    def _hand_over(self, work: _Work, push: Push, layer: LayerKV) -> None:
+    def _hand_over(self, work: _Work, push: Push, layer: LayerKV | None) -> None:
         if work.outcome.cancelled():
             raise _cancelled()
         if self._stopping:
             raise _stopped()
+        if layer is None:
+            return
         before_s = time.monotonic()
         push.send(layer)
         work.blocked_s += time.monotonic() - before_s

@@ -10,7 +10,7 @@ from winnow.kv import LayerKV
 from winnow.models import DecoderModel
 from winnow.request import PruningSettings, SamplingParams, Token
 
-UNPRUNED = PruningSettings(selection="none", compression="none", window_size=8, kernel_size=3)
+UNPRUNED = PruningSettings(method="full", window_size=8, kernel_size=3)
 
 
 def prefill_all(
@@ -20,9 +20,11 @@ def prefill_all(
     run = run_prefill(model, token_ids, settings)
     while True:
         try:
-            layers.append(next(run))
+            layer = next(run)
         except StopIteration as end:
             return layers, end.value
+        if layer is not None:
+            layers.append(layer)
 
 
 def make_engine(model: DecoderModel, *, rows: int = 32, memory: int = 64 << 20) -> DecodeEngine:
@@ -49,7 +51,7 @@ def admit(
     layers, result = prefill_all(engine.model, token_ids, settings)
     for layer in layers:
         reservation.write_layer(layer)
-    engine.start(reservation, result.final_hidden)
+    engine.start(reservation, result.final_hidden, result.report.next_position)
     return reservation
 
 

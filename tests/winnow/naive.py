@@ -79,6 +79,15 @@ def top_p(mass: list[list[float]], num_kv_heads: int, window: int, p: float) -> 
     return kept
 
 
+def gemfilter(raw: list[list[float]], select_tokens: int) -> list[int]:
+    """The tokens that are prefilled again.  raw: q·k of the last query, one row per head."""
+    scores = pool([sum(column) for column in zip(*raw, strict=True)], 5)
+    best, last = by_score(scores)[:select_tokens], len(scores) - 1
+    if last not in best:
+        best[-1] = last
+    return sorted(best)
+
+
 class Asl:
     """selection_layer, kept tokens and rho for one prompt's observed attention, layer by layer."""
 

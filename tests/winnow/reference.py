@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
 def load(path: Path, attention: str = "sdpa") -> PreTrainedModel:
@@ -35,3 +37,18 @@ def attention_masses(model: PreTrainedModel, token_ids: Sequence[int], window: i
     """
     outputs = model(torch.tensor([token_ids]), output_attentions=True)
     return [layer[0, :, -window:].sum(1) for layer in outputs.attentions]
+
+
+@torch.no_grad()
+def last_query_scores(path: Path, token_ids: Sequence[int]) -> list[Tensor]:
+    """Each layer's q·k of the last query, before scaling and softmax: [num_heads, num_tokens]."""
+    scores = []
+
+    def record(module: Any, query: Tensor, key: Tensor, *rest: Any, **more: Any) -> Any:
+        keys = key[0].repeat_interleave(query.shape[1] // key.shape[1], 0)
+        scores.append((query[0, :, -1:] @ keys.mT)[:, 0])
+        return sdpa_attention_forward(module, query, key, *rest, **more)
+
+    AttentionInterface.register("recording", record)
+    load(path, "recording")(torch.tensor([token_ids]))
+    return scores

@@ -21,7 +21,7 @@ from tests.winnow.test_prefill import ASL, prompt
 from winnow.errors import InvalidSetting, Overloaded
 from winnow.kv import LayerKV
 from winnow.models import load_model
-from winnow.request import FinishReason, SamplingParams
+from winnow.request import RECOMPRESSIONS, FinishReason, SamplingParams
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
 LENGTHS = (1, 2, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 100, 150, 300)
@@ -94,12 +94,20 @@ def test_decodes_from_pruned_ragged_caches_alike_alone_and_in_a_batch(
     assert_empty(engine)
 
 
+@pytest.mark.parametrize("recompression", RECOMPRESSIONS)
 def test_memory_stays_flat_over_2000_tokens_at_a_decode_budget_of_256(
-    tiny_models: dict[str, Path],
+    tiny_models: dict[str, Path], recompression: str
 ) -> None:
     engine = make_engine(load_model(tiny_models["qwen2"]))
     sampling = SamplingParams(max_tokens=2000, temperature=0, ignore_eos=True)
-    request = spec("long", 400, sampling, decode_budget=256, recompress_interval=32)
+    request = spec(
+        "long",
+        400,
+        sampling,
+        decode_budget=256,
+        recompress_interval=32,
+        recompression=recompression,
+    )
     reservation = admit(engine, request, prompt(400))
     pages, longest, dropped = [], [], 0
     while engine.stats().running_sequences:
@@ -115,6 +123,23 @@ def test_memory_stays_flat_over_2000_tokens_at_a_decode_budget_of_256(
     assert max(pages[1:]) <= heads * -(-(256 + 33) // 16)
     assert dropped == heads * (400 + 1999 - longest[-1] - 1)
     assert_empty(engine)
+
+
+def test_recompression_keeps_what_its_method_and_weight_say(tiny_models: dict[str, Path]) -> None:
+    engine = make_engine(load_model(tiny_models["llama"]))
+    forms = [("snapkv", 0.1), ("rkv", 0.0), ("rkv", 1.0)]
+    kept = set()
+    for method, weight in forms:
+        more = {"recompression": method, "redundancy_weight": weight}
+        request = spec("r", 100, GREEDY, decode_budget=40, recompress_interval=1, **more)
+        reservation = admit(engine, request, prompt(100))
+        for _ in range(3):
+            engine.step()
+        layer = engine.pool.read_layer(reservation.rows[0], 0, torch.empty(0))
+        assert layer.head_lengths in ((40, 40), (41, 41))
+        kept.add(tuple(layer.positions.tolist()))
+        engine.release(reservation)
+    assert len(kept) == len(forms)
 
 
 def test_a_decode_budget_above_the_length_changes_nothing(tiny_models: dict[str, Path]) -> None:
@@ -170,7 +195,7 @@ def test_release_frees_pages_at_every_stage(tiny_models: dict[str, Path]) -> Non
     partly.write_layer(layers[0])
     engine.release(partly)
     partly.write_layer(layers[1])  # a late frame takes nothing
-    engine.start(partly, result.final_hidden)
+    engine.start(partly, result.final_hidden, result.report.next_position)
     assert_empty(engine)
 
     running = admit(engine, spec("running", 64, GREEDY), token_ids)
@@ -193,14 +218,14 @@ def test_a_release_between_the_start_and_the_batch_is_not_lost(
         reservation.write_layer(layer)
     begin = reservation.begin
 
-    def begin_then_release(hidden: torch.Tensor) -> object:
-        sequences = begin(hidden)
+    def begin_then_release(hidden: torch.Tensor, next_position: int) -> object:
+        sequences = begin(hidden, next_position)
         engine.release(reservation)
         engine.step()
         return sequences
 
     monkeypatch.setattr(reservation, "begin", begin_then_release)
-    engine.start(reservation, result.final_hidden)
+    engine.start(reservation, result.final_hidden, result.report.next_position)
     assert engine.step() == []
     assert_empty(engine)
 
@@ -217,7 +242,7 @@ def test_reset_lets_another_attempt_write_again(tiny_models: dict[str, Path]) ->
     layers, result = prefill_all(model, token_ids, UNPRUNED)
     for layer in layers:
         reservation.write_layer(layer)
-    engine.start(reservation, result.final_hidden)
+    engine.start(reservation, result.final_hidden, result.report.next_position)
     network = reference.load(tiny_models["llama"])
     assert ids(decode_all(engine)["again"]) == reference.greedy(network, token_ids, 16)
 
@@ -232,7 +257,7 @@ def test_kv_that_is_not_finite_ends_in_an_error_and_frees_its_pages(
     layers, result = prefill_all(model, token_ids, UNPRUNED)
     for layer in layers:
         reservation.write_layer(layer)
-    engine.start(reservation, result.final_hidden * float("nan"))
+    engine.start(reservation, result.final_hidden * float("nan"), len(token_ids))
     admit(engine, spec("healthy", 20, GREEDY), token_ids)
     broken, healthy = sorted(engine.step(), key=lambda output: output.error is None)
     assert (broken.request_id, broken.finished, broken.tokens) == ("nan", True, ())

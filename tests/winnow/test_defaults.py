@@ -42,7 +42,7 @@ def test_a_broken_settings_file_is_refused(tmp_path: Path, text: str, message: s
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"selection": "magic"}, "selection is 'magic'; known are asl, fixed, none"),
+        ({"method": "magic"}, "method is 'magic'; known are full, snapkv, fastkv, "),
         ({"compression": "zip"}, "compression is 'zip'"),
         ({"min_layer": 6}, "min_layer is 6; with observed_layers 8 it must be at least 7"),
         ({"latest_layer": 9}, "latest_layer is 9; it must be at least min_layer, 10"),
@@ -51,6 +51,10 @@ def test_a_broken_settings_file_is_refused(tmp_path: Path, text: str, message: s
         ({"select_tokens": 32}, "select_tokens is 32; it must be above window_size, 32"),
         ({"kv_top_p": 0}, r"kv_top_p is 0; the allowed range is \(0, 1\]"),
         ({"kv_budget": "many"}, "wrong type"),
+        ({"select_tokens": None}, "wrong type"),
+        ({"full_kv_below": "no"}, "full_kv_below is 'no'; known are False, True"),
+        ({"recompression": "zip"}, "recompression is 'zip'; known are snapkv, rkv"),
+        ({"redundancy_weight": 1.5}, r"redundancy_weight is 1.5; the allowed range is \[0, 1\]"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes: dict[str, object], message: str) -> None:

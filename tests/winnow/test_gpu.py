@@ -1,5 +1,6 @@
 """The same engines on a CUDA device. Left out where there is none."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tests.winnow import reference
 from tests.winnow.drive import admit, assert_empty, decode_all, ids, make_engine, prefill_all, spec
 from tests.winnow.test_decode_engine import GREEDY, LENGTHS
 from tests.winnow.test_prefill import ASL, prompt
+from winnow.methods import METHODS
 from winnow.models import load_model
 
 pytestmark = pytest.mark.gpu
@@ -29,10 +31,14 @@ def test_a_batch_on_the_gpu_gets_the_tokens_of_generate(
     assert_empty(engine)
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_gpu_selects_what_the_cpu_selects(tiny_models: dict[str, Path], family: str) -> None:
-    on_cpu, cpu = prefill_all(load_model(tiny_models[family]), prompt(60), ASL)
-    on_gpu, gpu = prefill_all(load_model(tiny_models[family], device="cuda"), prompt(60), ASL)
+def test_the_gpu_selects_what_the_cpu_selects(
+    tiny_models: dict[str, Path], family: str, method: str
+) -> None:
+    settings = replace(ASL, method=method, fixed_layer=1)
+    on_cpu, cpu = prefill_all(load_model(tiny_models[family]), prompt(60), settings)
+    on_gpu, gpu = prefill_all(load_model(tiny_models[family], device="cuda"), prompt(60), settings)
     assert gpu.report.selection_layer == cpu.report.selection_layer
     for one, other in zip(on_cpu, on_gpu, strict=True):
         assert one.positions.tolist() == other.positions.tolist()

@@ -13,7 +13,7 @@ TEXT = "the quick brown fox jumps over the lazy dog " * 12
 
 @pytest.fixture
 def winnow(tiny_models: dict[str, Path]) -> Winnow:
-    return Winnow.load(tiny_models["llama"], selection="none", compression="none")
+    return Winnow.load(tiny_models["llama"], method="full")
 
 
 def test_answers_as_transformers_does(winnow: Winnow, tiny_models: dict[str, Path]) -> None:
@@ -49,7 +49,7 @@ def test_a_stream_closed_early_frees_its_memory(winnow: Winnow) -> None:
 
 def test_prunes_as_told_and_reports_it(tiny_models: dict[str, Path]) -> None:
     winnow = Winnow.load(
-        tiny_models["qwen2"], selection="fixed", fixed_layer=1, select_tokens=64, kv_budget=48
+        tiny_models["qwen2"], method="fastkv", fixed_layer=1, select_tokens=64, kv_budget=48
     )
     report = winnow.generate(TEXT, SamplingParams(max_tokens=4)).report
     assert (report.selection_layer, report.num_selected_tokens) == (1, 64)
@@ -64,5 +64,5 @@ def test_refuses_bad_settings_and_empty_prompts(
     with pytest.raises(InvalidSetting, match="kv_bugdet is not a pruning setting"):
         Winnow.load(tiny_models["llama"], kv_bugdet=3)
     with pytest.raises(InvalidSetting, match="fixed_layer is 7"):
-        Winnow.load(tiny_models["llama"], selection="fixed", fixed_layer=7)
+        Winnow.load(tiny_models["llama"], method="fastkv", fixed_layer=7)
     assert_empty(winnow._engine)

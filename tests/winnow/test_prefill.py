@@ -75,9 +75,43 @@ def test_asl_and_snapkv_choose_what_the_formulas_choose_on_transformers_attentio
         assert set(layer.positions.tolist()) <= set(expected.kept)
 
 
+@pytest.mark.parametrize("method", ["snapkv", "fastkv"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_snapkv_and_fastkv_choose_what_the_formulas_choose_on_transformers_attention(
+    tiny_models: dict[str, Path], family: str, method: str
+) -> None:
+    token_ids, last = prompt(60), 2
+    masses = reference.attention_masses(
+        reference.load(tiny_models[family], "eager"), token_ids, ASL.window_size
+    )
+    settings = replace(ASL, method=method, fixed_layer=last)
+    layers, result = prefill_all(load_model(tiny_models[family]), token_ids, settings)
+    num_whole = 4 if method == "snapkv" else last + 1
+    for layer, mass in zip(layers[:num_whole], masses, strict=False):
+        kept = naive.snapkv(naive.as_lists(mass), 2, 8, 3, 20)
+        assert layer.positions.tolist() == kept[0] + kept[1]
+    if method == "snapkv":
+        assert (result.report.no_selection_reason, result.report.computed_share) == ("off", 1.0)
+        return
+    chosen = naive.Asl(
+        [naive.as_lists(masses[last])],
+        window=8,
+        kernel_size=3,
+        select_tokens=24,
+        observed_layers=1,
+        min_layer=0,
+        threshold=2.0,
+    ).kept
+    assert chosen is not None
+    above = prefill_all(
+        load_model(tiny_models[family]), token_ids, replace(settings, compression="none")
+    )[0][last + 1]
+    assert above.positions.tolist() == chosen * 2
+
+
 def test_layers_above_the_selection_compute_only_kept_tokens(tiny_models: dict[str, Path]) -> None:
     model = load_model(tiny_models["llama"])
-    config = replace(ASL, selection="fixed", fixed_layer=1, compression="none")
+    config = replace(ASL, method="fastkv", fixed_layer=1, compression="none")
     layers, result = prefill_all(model, prompt(60), config)
     assert [layer.num_entries for layer in layers] == [120, 120, 48, 48]
     report = result.report
@@ -91,12 +125,12 @@ def test_layers_above_the_selection_compute_only_kept_tokens(tiny_models: dict[s
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 8, 9, 20, 24])
-@pytest.mark.parametrize("selection", ["asl", "fixed"])
+@pytest.mark.parametrize("method", ["asl", "fastkv"])
 def test_short_prompts_are_computed_as_if_nothing_were_pruned(
-    tiny_models: dict[str, Path], num_tokens: int, selection: str
+    tiny_models: dict[str, Path], num_tokens: int, method: str
 ) -> None:
     model = load_model(tiny_models["qwen2"])
-    config = replace(ASL, selection=selection, fixed_layer=2, kv_budget=24)
+    config = replace(ASL, method=method, fixed_layer=2, kv_budget=24)
     layers, pruned = prefill_all(model, prompt(num_tokens), config)
     plain_layers, plain = prefill_all(model, prompt(num_tokens), UNPRUNED)
     assert torch.equal(pruned.final_hidden, plain.final_hidden)
@@ -107,7 +141,7 @@ def test_short_prompts_are_computed_as_if_nothing_were_pruned(
 
 
 def test_top_p_gives_heads_of_different_length(tiny_models: dict[str, Path]) -> None:
-    config = replace(ASL, selection="none", compression="top_p", kv_top_p=0.5)
+    config = replace(ASL, method="snapkv", compression="top_p", kv_top_p=0.5)
     layers, _ = prefill_all(load_model(tiny_models["llama"]), prompt(80), config)
     assert any(len(set(layer.head_lengths)) > 1 for layer in layers)
     assert all(8 <= length < 80 for layer in layers for length in layer.head_lengths)
@@ -138,6 +172,6 @@ def test_refuses_prompts_that_cannot_be(
 
 
 def test_refuses_a_layer_the_model_does_not_have(tiny_models: dict[str, Path]) -> None:
-    config = replace(ASL, selection="fixed", fixed_layer=4)
+    config = replace(ASL, method="fastkv", fixed_layer=4)
     with pytest.raises(InvalidSetting, match=r"fixed_layer is 4; .* \[0, 3\]"):
         next(run_prefill(load_model(tiny_models["llama"]), prompt(60), config))

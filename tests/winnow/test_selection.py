@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.winnow import naive
-from winnow import selection
 from winnow.request import PruningSettings
-from winnow.selection import Selection
+from winnow.scoring import descending_order
+from winnow.selection import AdaptiveSelection, best_tokens, most_relevant, token_scores
 
 BASE = PruningSettings(
     select_tokens=12, window_size=4, kernel_size=3, observed_layers=2, min_layer=2, threshold=0.3
@@ -18,22 +18,22 @@ BASE = PruningSettings(
 UNIT = 105
 
 
-def run(
-    masses: list[Tensor], config: PruningSettings
-) -> tuple[int | None, Selection | None, tuple]:
-    selector = selection.create(config, masses[0].shape[1])
+def run(masses: list[Tensor], config: PruningSettings) -> tuple[int | None, Tensor | None, tuple]:
+    """The layer at which ASL selects, the tokens, and rho."""
+    selection = AdaptiveSelection(config, config.latest_layer)
     for layer_idx, mass in enumerate(masses):
-        if selector.needs_scores(layer_idx):
-            chosen = selector.observe(layer_idx, mass)
+        if selection.needs_scores(layer_idx):
+            chosen = selection.observe(layer_idx, mass)
             if chosen is not None:
-                return layer_idx, chosen, selector.rho
-    return None, None, selector.rho
+                return layer_idx, chosen, selection.rho
+    return None, None, selection.rho
 
 
 @st.composite
 def masses_and_settings(draw: st.DrawFn) -> tuple[list[Tensor], PruningSettings]:
     window = draw(st.integers(1, 4))
-    num_tokens = draw(st.integers(window + 1, 40))
+    select_tokens = draw(st.integers(window + 1, 39))
+    num_tokens = draw(st.integers(select_tokens + 1, 40))
     num_layers, num_heads = draw(st.integers(2, 7)), draw(st.integers(1, 3))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     largest = draw(st.sampled_from([2, 5, 1000]))  # few values: many ties
@@ -46,7 +46,7 @@ def masses_and_settings(draw: st.DrawFn) -> tuple[list[Tensor], PruningSettings]
     observed = draw(st.integers(1, num_layers))
     min_layer = draw(st.integers(observed - 1, num_layers - 1))
     config = PruningSettings(
-        select_tokens=draw(st.integers(window + 1, 41)),
+        select_tokens=select_tokens,
         window_size=window,
         kernel_size=draw(st.sampled_from([1, 3, 5, 7])),
         observed_layers=observed,
@@ -62,9 +62,6 @@ def masses_and_settings(draw: st.DrawFn) -> tuple[list[Tensor], PruningSettings]
 def test_asl_equals_the_formulas(case: tuple[list[Tensor], PruningSettings]) -> None:
     masses, config = case
     layer, chosen, rho = run(masses, config)
-    if masses[0].shape[1] <= config.select_tokens:
-        assert (layer, chosen, rho) == (None, None, ())
-        return
     expected = naive.Asl(
         [naive.as_lists(mass) for mass in masses],
         window=config.window_size,
@@ -76,7 +73,7 @@ def test_asl_equals_the_formulas(case: tuple[list[Tensor], PruningSettings]) -> 
         latest_layer=config.latest_layer,
     )
     assert layer == expected.selection_layer
-    assert (chosen.kept.tolist() if chosen else None) == expected.kept
+    assert (None if chosen is None else chosen.tolist()) == expected.kept
     assert [at for at, _ in rho] == [at for at, _ in expected.rho]
     assert [v for _, v in rho] == pytest.approx([v for _, v in expected.rho], rel=1e-9)
 
@@ -86,24 +83,14 @@ def random_masses(num_tokens: int, num_layers: int = 6) -> list[Tensor]:
     return [torch.rand(2, num_tokens) for _ in range(num_layers)]
 
 
-@pytest.mark.parametrize("num_tokens", [1, 4, 5, 12])
-@pytest.mark.parametrize("method", ["asl", "fixed"])
-def test_prompts_up_to_select_tokens_are_not_cut(num_tokens: int, method: str) -> None:
-    selector = selection.create(replace(BASE, selection=method, fixed_layer=1), num_tokens)
-    assert selector.no_selection_reason == "short_prompt"
-    assert not any(selector.needs_scores(layer) for layer in range(6))
-
-
 def test_a_threshold_never_met_selects_nothing() -> None:
-    config = replace(BASE, threshold=0.0)
-    assert run(random_masses(30), config)[:2] == (None, None)
-    assert selection.create(config, 30).no_selection_reason == "threshold_not_met"
+    assert run(random_masses(30), replace(BASE, threshold=0.0))[:2] == (None, None)
 
 
 def test_latest_layer_selects_when_the_threshold_was_not_met() -> None:
     layer, chosen, _ = run(random_masses(30), replace(BASE, threshold=0.0, latest_layer=4))
     assert layer == 4
-    assert chosen is not None and len(chosen.kept) == BASE.select_tokens
+    assert chosen is not None and len(chosen) == BASE.select_tokens
 
 
 def test_ranks_that_had_settled_before_min_layer_select_right_after_it() -> None:
@@ -112,11 +99,11 @@ def test_ranks_that_had_settled_before_min_layer_select_right_after_it() -> None
     assert (layer, rho) == (3, ((2, 1.0), (3, 0.0)))
 
 
-def test_fixed_selects_the_best_of_its_layer_and_the_window() -> None:
-    masses = random_masses(30)
-    layer, chosen, _ = run(masses, replace(BASE, selection="fixed", fixed_layer=3))
+def test_the_best_tokens_of_one_layer_and_the_window_are_the_formulas() -> None:
+    mass = random_masses(30)[3]
+    chosen = best_tokens(descending_order(token_scores(mass, BASE)), BASE)
     expected = naive.Asl(
-        [naive.as_lists(masses[3])],
+        [naive.as_lists(mass)],
         window=4,
         kernel_size=3,
         select_tokens=12,
@@ -124,11 +111,26 @@ def test_fixed_selects_the_best_of_its_layer_and_the_window() -> None:
         min_layer=0,
         threshold=2.0,
     )
-    assert layer == 3
-    assert chosen is not None and chosen.kept.tolist() == expected.kept
+    assert chosen.tolist() == expected.kept
 
 
-def test_off_selects_nothing() -> None:
-    selector = selection.create(replace(BASE, selection="none"), 1000)
-    assert selector.no_selection_reason == "off"
-    assert not selector.needs_scores(3)
+@settings(max_examples=200, deadline=None)
+@given(
+    num_tokens=st.integers(2, 40),
+    num_kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    largest=st.sampled_from([1, 3, 50]),  # few values: many ties
+    seed=st.integers(0, 2**32),
+    data=st.data(),
+)
+def test_gemfilters_choice_equals_the_formula(
+    num_tokens: int, num_kv_heads: int, group: int, largest: int, seed: int, data: st.DataObject
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    size = (num_kv_heads, num_tokens, 2)
+    keys = 5 * torch.randint(-largest, largest + 1, size, generator=generator).float()
+    query = torch.randint(-3, 4, (num_kv_heads * group, 2), generator=generator).float()
+    select_tokens = data.draw(st.integers(1, num_tokens - 1))
+    raw = torch.einsum("hd,hnd->hn", query, keys.repeat_interleave(group, 0))
+    expected = naive.gemfilter(naive.as_lists(raw), select_tokens)
+    assert most_relevant(query, keys, select_tokens).tolist() == expected

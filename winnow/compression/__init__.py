@@ -7,11 +7,29 @@ To add a method: write its file, add its line to `kept_entries`, and its name to
 import torch
 from torch import Tensor
 
+from winnow.compression import adakv
 from winnow.compression.snapkv import keep_best
 from winnow.compression.top_p import keep_mass
 from winnow.request import PruningSettings
 
-__all__ = ["keeps_all", "kept_entries"]
+__all__ = ["follows_budget", "keeps_all", "kept_entries", "max_entries"]
+
+
+def follows_budget(settings: PruningSettings) -> bool:
+    """Whether `kv_budget` says how many entries survive."""
+    return settings.compression not in ("top_p", "none")
+
+
+def max_entries(settings: PruningSettings, num_tokens: int, num_kv_heads: int) -> int:
+    """KV entries that one KV head of a layer of `num_tokens` tokens can keep at most."""
+    if keeps_all(settings, num_tokens) or not follows_budget(settings):
+        return num_tokens
+    assert settings.kv_budget is not None
+    if settings.compression == "adakv":
+        return adakv.most_entries(
+            num_tokens, num_kv_heads, settings.window_size, settings.kv_budget
+        )
+    return settings.kv_budget
 
 
 def keeps_all(settings: PruningSettings, num_tokens: int) -> bool:
@@ -34,6 +52,5 @@ def kept_entries(mass: Tensor, num_kv_heads: int, settings: PruningSettings) -> 
     if settings.compression == "top_p":
         return keep_mass(mass, num_kv_heads, settings.window_size, settings.kv_top_p)
     assert settings.kv_budget is not None
-    return keep_best(
-        mass, num_kv_heads, settings.window_size, settings.kernel_size, settings.kv_budget
-    )
+    keep = adakv.keep_shared if settings.compression == "adakv" else keep_best
+    return keep(mass, num_kv_heads, settings.window_size, settings.kernel_size, settings.kv_budget)

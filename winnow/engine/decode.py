@@ -78,10 +78,14 @@ class DecodeEngine:
             self._reserved.add(reservation)
         return reservation
 
-    def start(self, reservation: Reservation, final_hidden: Tensor) -> None:
-        """Lets a request whose layers are all written join the batch.  final_hidden: [hidden]."""
+    def start(self, reservation: Reservation, final_hidden: Tensor, next_position: int) -> None:
+        """Lets a request whose layers are all written join the batch.
+
+        final_hidden: [hidden_size], the last prompt token's.  next_position: at which decoding
+        goes on, from the prefill's report.
+        """
         hidden = final_hidden.to(device=self.model.device, dtype=self.model.shape.dtype)
-        sequences = reservation.begin(hidden)
+        sequences = reservation.begin(hidden, next_position)
         with self._changed:
             self._reserved.discard(reservation)
             if sequences is not None:
@@ -157,7 +161,7 @@ class DecodeEngine:
         """Feeds each sequence's last token through all layers: [B, hidden_size]."""
         device = self.model.device
         tokens = torch.tensor([[seq.history.generated[-1]] for seq in going], device=device)
-        positions = torch.tensor([seq.num_tokens - 1 for seq in going], device=device)
+        positions = torch.tensor([seq.next_position - 1 for seq in going], device=device)
         plan = self.pool.plan_step([seq.row for seq in going], positions)
         attention = PagedAttention(self.pool, plan)
         hidden, rope = self.model.embed(tokens), self.model.rope(positions[:, None])
@@ -186,7 +190,14 @@ class DecodeEngine:
         dropped = 0
         for layer_idx in range(self.model.shape.num_layers):
             before = self.pool.read_layer(seq.row, layer_idx, seq.ring.ordered(layer_idx))
-            after = recompress_layer(before, scaling, seq.spec.kernel_size, seq.spec.decode_budget)
+            after = recompress_layer(
+                before,
+                scaling,
+                seq.spec.kernel_size,
+                seq.spec.decode_budget,
+                method=seq.spec.recompression,
+                redundancy_weight=seq.spec.redundancy_weight,
+            )
             self.pool.write_layer(seq.row, after)
             dropped += before.num_entries - after.num_entries
         return dropped

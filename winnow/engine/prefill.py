@@ -1,4 +1,4 @@
-"""One prompt through the model, layer by layer: score, maybe select, compress, hand over.
+"""One prompt through the model, layer by layer: score, maybe cut, compress, hand over.
 
 `run_prefill` is a generator, so whoever drives it decides when the next layer is computed, and may
 close it to cancel. At any time it holds the hidden states of one layer and one layer's KV.
@@ -10,14 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from winnow import compression, selection
+from winnow import methods
 from winnow.attention import PrefillAttention
 from winnow.errors import InvalidRequest, PromptTooLong
 from winnow.kv import LayerKV, pack_layer
+from winnow.methods.base import Cut, LayerView
 from winnow.models import DecoderModel
 from winnow.request import PrefillReport, PruningSettings
-from winnow.scoring import observed_attention
-from winnow.selection import Selection
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,8 +29,10 @@ class PrefillResult:
 
 def run_prefill(
     model: DecoderModel, token_ids: Sequence[int], settings: PruningSettings
-) -> Generator[LayerKV, None, PrefillResult]:
+) -> Generator[LayerKV | None, None, PrefillResult]:
     """Yields each layer's kept KV as soon as it is final; returns the result after the last.
+
+    Layers of a first pass, of which nothing is kept, yield None.
 
     Raises InvalidRequest for an empty prompt or a token outside the vocabulary, PromptTooLong, and
     InvalidSetting for a layer that the model does not have.
@@ -39,8 +40,8 @@ def run_prefill(
     require_prompt(model, token_ids)
     settings.require_fits(model.shape.num_layers)
     run = _PrefillRun(model, token_ids, settings)
-    for layer_idx in range(model.shape.num_layers):
-        yield run.compute_layer(layer_idx)
+    while not run.finished:
+        yield run.compute_layer()
     return run.result()
 
 
@@ -69,72 +70,85 @@ class _PrefillRun:
     ) -> None:
         self._model = model
         self._settings = settings
-        self._num_tokens = len(token_ids)
-        self._positions = torch.arange(self._num_tokens, device=model.device)
-        self._hidden = model.embed(torch.tensor([token_ids], device=model.device))
-        self._rope = model.rope(self._positions[None])
-        self._selector = selection.create(settings, self._num_tokens)
-        self._selection_layer: int | None = None
+        self._num_prompt_tokens = len(token_ids)
+        self._method = methods.create(settings, len(token_ids), model.shape)
+        self._restarted = False
         self._computed_layer_tokens = 0
         self._layer_entries: list[int] = []
+        self._start(torch.tensor(token_ids, device=model.device))
+
+    def _start(self, token_ids: Tensor) -> None:
+        """Begins at layer 0 with the tokens [num_tokens] at positions 0 to num_tokens - 1."""
+        self._token_ids = token_ids
+        self._layer_idx = 0
+        self._positions = torch.arange(len(token_ids), device=self._model.device)
+        self._hidden = self._model.embed(token_ids[None])
+        self._rope = self._model.rope(self._positions[None])
+
+    @property
+    def finished(self) -> bool:
+        return self._layer_idx == self._model.shape.num_layers
 
     @torch.inference_mode()
-    def compute_layer(self, layer_idx: int) -> LayerKV:
-        attention = PrefillAttention(self._settings.window_size)
-        self._hidden = self._model.layer(layer_idx, self._hidden, self._rope, attention)
+    def compute_layer(self) -> LayerKV | None:
+        """The next layer's KV, or None where nothing of it is kept."""
+        wanted_queries = None if self._method.needs_all_queries else self._settings.window_size
+        attention = PrefillAttention(wanted_queries)
+        self._hidden = self._model.layer(self._layer_idx, self._hidden, self._rope, attention)
         self._computed_layer_tokens += len(self._positions)
-        mass = self._observe(layer_idx, attention)
-        layer = self._compress(layer_idx, attention, mass)
-        if mass is not None and self._selection_layer is None:
-            self._select(layer_idx, self._selector.observe(layer_idx, mass))
-        self._layer_entries.append(layer.num_entries)
+        layer, cut = self._prune(attention)
+        self._layer_idx += 1
+        if layer is not None:
+            self._layer_entries.append(layer.num_entries)
+        if cut is not None:
+            self._apply(cut)
         return layer
 
-    def _observe(self, layer_idx: int, attention: PrefillAttention) -> Tensor | None:
-        """Observed attention [num_heads, num_tokens] if selection or compression wants it."""
-        selecting = self._selection_layer is None and self._selector.needs_scores(layer_idx)
-        if not selecting and compression.keeps_all(self._settings, len(self._positions)):
-            return None
-        return observed_attention(attention.window_queries, attention.keys, attention.scaling)
-
-    def _compress(
-        self, layer_idx: int, attention: PrefillAttention, mass: Tensor | None
-    ) -> LayerKV:
-        num_kv_heads = self._model.shape.num_kv_heads
-        if mass is None:
-            kept = [torch.arange(len(self._positions), device=self._model.device)] * num_kv_heads
-        else:
-            kept = compression.kept_entries(mass, num_kv_heads, self._settings)
-        return pack_layer(
-            layer_idx,
+    def _prune(self, attention: PrefillAttention) -> tuple[LayerKV | None, Cut | None]:
+        """What the layer leaves to decoding, and whether fewer tokens go on."""
+        view = LayerView(
+            self._layer_idx,
             attention.keys,
-            attention.values,
-            self._positions,
-            kept,
-            attention.window_queries,
+            attention.queries,
+            attention.scaling,
+            self._settings.window_size,
+        )
+        if self._restarted:
+            return self._pack(view, attention.values, None), None
+        cut = self._method.observe(view)
+        if self._method.runs_twice and not self._method.short_prompt:
+            return None, cut
+        return self._pack(view, attention.values, self._method.kept_entries(view)), cut
+
+    def _pack(self, view: LayerView, values: Tensor, kept: list[Tensor] | None) -> LayerKV:
+        if kept is None:
+            kept = [torch.arange(view.num_tokens, device=values.device)] * view.num_kv_heads
+        return pack_layer(
+            view.layer_idx, view.keys, values, self._positions, kept, view.window_queries
         )
 
-    def _select(self, layer_idx: int, selected: Selection | None) -> None:
-        if selected is None:
+    def _apply(self, cut: Cut) -> None:
+        if cut.restart:
+            self._restarted = True
+            self._start(self._token_ids[cut.kept])
             return
-        self._selection_layer = layer_idx
-        self._hidden = self._hidden[:, selected.kept]
-        self._positions = self._positions[selected.kept]
+        self._hidden = self._hidden[:, cut.kept]
+        self._positions = self._positions[cut.kept]
         cos, sin = self._rope
-        self._rope = cos[:, selected.kept], sin[:, selected.kept]
+        self._rope = cos[:, cut.kept], sin[:, cut.kept]
 
     def result(self) -> PrefillResult:
         shape = self._model.shape
-        full_entries = shape.num_layers * shape.num_kv_heads * self._num_tokens
-        selected = self._selection_layer is not None
+        full_layer_tokens = shape.num_layers * self._num_prompt_tokens
         report = PrefillReport(
-            num_prompt_tokens=self._num_tokens,
+            num_prompt_tokens=self._num_prompt_tokens,
             num_selected_tokens=len(self._positions),
-            selection_layer=self._selection_layer,
-            no_selection_reason=None if selected else self._selector.no_selection_reason,
-            rho=self._selector.rho,
-            computed_share=self._computed_layer_tokens / (shape.num_layers * self._num_tokens),
-            kv_bytes_full=shape.kv_bytes(full_entries),
+            next_position=int(self._positions[-1]) + 1,
+            selection_layer=self._method.selection_layer,
+            no_selection_reason=self._method.no_selection_reason,
+            rho=self._method.rho,
+            computed_share=self._computed_layer_tokens / full_layer_tokens,
+            kv_bytes_full=shape.kv_bytes(full_layer_tokens * shape.num_kv_heads),
             kv_bytes_kept=shape.kv_bytes(sum(self._layer_entries)),
             layer_entries=tuple(self._layer_entries),
         )

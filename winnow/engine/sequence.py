@@ -20,7 +20,7 @@ class GenerationSpec:
     """What is to be generated from one prompt.
 
     max_prompt_entries: KV entries per (layer, KV head) that prefill will send at most.
-    decode_budget, recompress_interval, window_size, kernel_size: as in PruningSettings.
+    decode_budget to redundancy_weight: as in PruningSettings.
     prompt_token_ids: only needed if `sampling.needs_prompt`.
     Sequence i of `num_sequences` samples with seed + i.
     """
@@ -32,6 +32,8 @@ class GenerationSpec:
     num_sequences: int = 1
     decode_budget: int | None = None
     recompress_interval: int = 128
+    recompression: str = "snapkv"
+    redundancy_weight: float = 0.1
     window_size: int = 32
     kernel_size: int = 7
     prompt_token_ids: tuple[int, ...] = ()
@@ -96,8 +98,11 @@ class Reservation:
             if self._state is _State.RESERVED:
                 self._pool.clear(self.rows[0])
 
-    def begin(self, final_hidden: Tensor) -> list["Sequence"] | None:
-        """The sequences that start from the KV in place; None if it was released meanwhile."""
+    def begin(self, final_hidden: Tensor, next_position: int) -> list["Sequence"] | None:
+        """The sequences that start from the KV in place; None if it was released meanwhile.
+
+        final_hidden, next_position: as in DecodeEngine.start.
+        """
         with self._lock:
             if self._state is not _State.RESERVED:
                 return None
@@ -105,9 +110,12 @@ class Reservation:
         for row in self.rows[1:]:
             self._copy_row(row)
         return [
-            Sequence(self, row, idx, final_hidden, self._ring.copy() if self._ring else None)
+            Sequence(self, row, idx, final_hidden, next_position, self._copied_ring())
             for idx, row in enumerate(self.rows)
         ]
+
+    def _copied_ring(self) -> QueryRing | None:
+        return self._ring.copy() if self._ring else None
 
     def _copy_row(self, row: int) -> None:
         no_queries = torch.empty(0)
@@ -126,7 +134,11 @@ class Reservation:
 
 
 class Sequence:
-    """One running sequence. `num_tokens` counts the prompt and what was generated."""
+    """One running sequence.
+
+    num_tokens counts the prompt and what was generated; next_position is the next token's to the
+    model, which is less where prefill computed selected tokens at positions of their own.
+    """
 
     def __init__(
         self,
@@ -134,6 +146,7 @@ class Sequence:
         row: int,
         sequence_idx: int,
         final_hidden: Tensor,
+        next_position: int,
         ring: QueryRing | None,
     ) -> None:
         spec = reservation.spec
@@ -144,6 +157,7 @@ class Sequence:
         self.final_hidden: Tensor | None = final_hidden  # until the first token is sampled
         self.ring = ring
         self.num_tokens = spec.num_prompt_tokens
+        self.next_position = next_position
         self.history = TokenHistory(prompt=spec.prompt_token_ids)
 
     @property
@@ -162,6 +176,7 @@ class Sequence:
         )
         self.history.generated.append(token_id)
         self.num_tokens += 1
+        self.next_position += 1
         logprobs = (
             None
             if sampling.num_logprobs is None

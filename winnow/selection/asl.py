@@ -7,8 +7,7 @@ from torch import Tensor
 
 from winnow.request import PruningSettings
 from winnow.scoring import descending_order, ranks_from_order
-from winnow.selection.base import Selection
-from winnow.selection.fixed import select_best, token_scores
+from winnow.selection.window_scores import best_tokens, token_scores
 
 
 class AdaptiveSelection:
@@ -16,24 +15,27 @@ class AdaptiveSelection:
 
     The variance is taken over the last `observed_layers` layers and over the tokens that at least
     one of them ranks among the k best, and is relative to the variance at `min_layer`.
+    latest_layer: where it selects even if the variance is not; None: then it does not.
     """
 
-    no_selection_reason = "threshold_not_met"
-
-    def __init__(self, settings: PruningSettings) -> None:
+    def __init__(self, settings: PruningSettings, latest_layer: int | None) -> None:
         self._settings = settings
+        self._latest_layer = latest_layer
         self._ranks: deque[Tensor] = deque(maxlen=settings.observed_layers)  # each [n]
         self._first_variance: float | None = None
         self._rho: list[tuple[int, float]] = []
 
     @property
     def rho(self) -> tuple[tuple[int, float], ...]:
+        """(layer, relative rank variance) for each layer from `min_layer` on."""
         return tuple(self._rho)
 
     def needs_scores(self, layer_idx: int) -> bool:
+        """Whether `observe` wants this layer's attention."""
         return layer_idx > self._settings.min_layer - self._settings.observed_layers
 
-    def observe(self, layer_idx: int, mass: Tensor) -> Selection | None:
+    def observe(self, layer_idx: int, mass: Tensor) -> Tensor | None:
+        """Looks at a layer's observed attention [num_heads, N]; the chosen tokens, ascending."""
         settings = self._settings
         order = descending_order(token_scores(mass, settings))
         self._ranks.append(ranks_from_order(order))
@@ -41,8 +43,8 @@ class AdaptiveSelection:
             return None
         rho = self._relative(self._variance())
         self._rho.append((layer_idx, rho))
-        if rho < settings.threshold or layer_idx == settings.latest_layer:
-            return select_best(order, settings)
+        if rho < settings.threshold or layer_idx == self._latest_layer:
+            return best_tokens(order, settings)
         return None
 
     def _variance(self) -> float:

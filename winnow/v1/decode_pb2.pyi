@@ -90,16 +90,20 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., num_logprobs: _Optional[int] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
 
 class Recompression(_message.Message):
-    __slots__ = ("decode_budget", "recompress_interval", "window_size", "kernel_size")
+    __slots__ = ("decode_budget", "recompress_interval", "window_size", "kernel_size", "method", "redundancy_weight")
     DECODE_BUDGET_FIELD_NUMBER: _ClassVar[int]
     RECOMPRESS_INTERVAL_FIELD_NUMBER: _ClassVar[int]
     WINDOW_SIZE_FIELD_NUMBER: _ClassVar[int]
     KERNEL_SIZE_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    REDUNDANCY_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     decode_budget: int
     recompress_interval: int
     window_size: int
     kernel_size: int
-    def __init__(self, decode_budget: _Optional[int] = ..., recompress_interval: _Optional[int] = ..., window_size: _Optional[int] = ..., kernel_size: _Optional[int] = ...) -> None: ...
+    method: str
+    redundancy_weight: float
+    def __init__(self, decode_budget: _Optional[int] = ..., recompress_interval: _Optional[int] = ..., window_size: _Optional[int] = ..., kernel_size: _Optional[int] = ..., method: _Optional[str] = ..., redundancy_weight: _Optional[float] = ...) -> None: ...
 
 class GenerateEvent(_message.Message):
     __slots__ = ("admitted", "prefilled", "tokens")
@@ -278,7 +282,7 @@ class TransferTrailer(_message.Message):
     def __init__(self, final_hidden: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., report: _Optional[_Union[PrefillReport, _Mapping]] = ...) -> None: ...
 
 class PrefillReport(_message.Message):
-    __slots__ = ("num_prompt_tokens", "num_selected_tokens", "selection_layer", "no_selection_reason", "rho", "computed_share", "kv_bytes_full", "kv_bytes_kept", "layer_entries")
+    __slots__ = ("num_prompt_tokens", "num_selected_tokens", "selection_layer", "no_selection_reason", "rho", "computed_share", "kv_bytes_full", "kv_bytes_kept", "layer_entries", "next_position")
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_SELECTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SELECTION_LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -288,6 +292,7 @@ class PrefillReport(_message.Message):
     KV_BYTES_FULL_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_KEPT_FIELD_NUMBER: _ClassVar[int]
     LAYER_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    NEXT_POSITION_FIELD_NUMBER: _ClassVar[int]
     num_prompt_tokens: int
     num_selected_tokens: int
     selection_layer: int
@@ -297,7 +302,8 @@ class PrefillReport(_message.Message):
     kv_bytes_full: int
     kv_bytes_kept: int
     layer_entries: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_selected_tokens: _Optional[int] = ..., selection_layer: _Optional[int] = ..., no_selection_reason: _Optional[str] = ..., rho: _Optional[_Iterable[_Union[RankVariance, _Mapping]]] = ..., computed_share: _Optional[float] = ..., kv_bytes_full: _Optional[int] = ..., kv_bytes_kept: _Optional[int] = ..., layer_entries: _Optional[_Iterable[int]] = ...) -> None: ...
+    next_position: int
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_selected_tokens: _Optional[int] = ..., selection_layer: _Optional[int] = ..., no_selection_reason: _Optional[str] = ..., rho: _Optional[_Iterable[_Union[RankVariance, _Mapping]]] = ..., computed_share: _Optional[float] = ..., kv_bytes_full: _Optional[int] = ..., kv_bytes_kept: _Optional[int] = ..., layer_entries: _Optional[_Iterable[int]] = ..., next_position: _Optional[int] = ...) -> None: ...
 
 class RankVariance(_message.Message):
     __slots__ = ("layer_idx", "value")

@@ -78,8 +78,8 @@ class ChatMessage(_message.Message):
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
 
 class WinnowOptions(_message.Message):
-    __slots__ = ("selection", "select_tokens", "window_size", "kernel_size", "observed_layers", "min_layer", "threshold", "latest_layer", "fixed_layer", "compression", "kv_budget", "kv_top_p", "decode_budget", "recompress_interval")
-    SELECTION_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("method", "select_tokens", "window_size", "kernel_size", "observed_layers", "min_layer", "threshold", "latest_layer", "fixed_layer", "compression", "kv_budget", "kv_top_p", "decode_budget", "recompress_interval", "full_kv_below", "recompression", "redundancy_weight")
+    METHOD_FIELD_NUMBER: _ClassVar[int]
     SELECT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     WINDOW_SIZE_FIELD_NUMBER: _ClassVar[int]
     KERNEL_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -93,7 +93,10 @@ class WinnowOptions(_message.Message):
     KV_TOP_P_FIELD_NUMBER: _ClassVar[int]
     DECODE_BUDGET_FIELD_NUMBER: _ClassVar[int]
     RECOMPRESS_INTERVAL_FIELD_NUMBER: _ClassVar[int]
-    selection: str
+    FULL_KV_BELOW_FIELD_NUMBER: _ClassVar[int]
+    RECOMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    REDUNDANCY_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    method: str
     select_tokens: int
     window_size: int
     kernel_size: int
@@ -107,7 +110,10 @@ class WinnowOptions(_message.Message):
     kv_top_p: float
     decode_budget: int
     recompress_interval: int
-    def __init__(self, selection: _Optional[str] = ..., select_tokens: _Optional[int] = ..., window_size: _Optional[int] = ..., kernel_size: _Optional[int] = ..., observed_layers: _Optional[int] = ..., min_layer: _Optional[int] = ..., threshold: _Optional[float] = ..., latest_layer: _Optional[int] = ..., fixed_layer: _Optional[int] = ..., compression: _Optional[str] = ..., kv_budget: _Optional[int] = ..., kv_top_p: _Optional[float] = ..., decode_budget: _Optional[int] = ..., recompress_interval: _Optional[int] = ...) -> None: ...
+    full_kv_below: bool
+    recompression: str
+    redundancy_weight: float
+    def __init__(self, method: _Optional[str] = ..., select_tokens: _Optional[int] = ..., window_size: _Optional[int] = ..., kernel_size: _Optional[int] = ..., observed_layers: _Optional[int] = ..., min_layer: _Optional[int] = ..., threshold: _Optional[float] = ..., latest_layer: _Optional[int] = ..., fixed_layer: _Optional[int] = ..., compression: _Optional[str] = ..., kv_budget: _Optional[int] = ..., kv_top_p: _Optional[float] = ..., decode_budget: _Optional[int] = ..., recompress_interval: _Optional[int] = ..., full_kv_below: _Optional[bool] = ..., recompression: _Optional[str] = ..., redundancy_weight: _Optional[float] = ...) -> None: ...
 
 class CompleteResponse(_message.Message):
     __slots__ = ("id", "choices", "usage")

@@ -164,6 +164,11 @@ class TransferDecoder:
             raise TransferMalformed(f"final hidden state has {len(trailer.final_hidden)} bytes")
         if self._digest.finish(trailer.final_hidden) != trailer.digest:
             raise TransferDamaged("digest of the transfer does not match")
+        if not 1 <= trailer.report.next_position <= self._expected.num_prompt_tokens:
+            raise TransferMalformed(
+                f"decoding is to go on at position {trailer.report.next_position} after "
+                f"{self._expected.num_prompt_tokens} prompt tokens"
+            )
         hidden = torch.frombuffer(bytearray(trailer.final_hidden), dtype=shape.dtype)
         self.complete = True
         return Trailer(hidden, report_from_proto(trailer.report))

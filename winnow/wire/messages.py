@@ -14,7 +14,7 @@ from winnow.request import PrefillReport
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire.framing import Field, split_frame
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 MAX_HEADER_BYTES = 4096
 MAX_REQUEST_ID_CHARS = 128
 
@@ -128,6 +128,7 @@ def report_to_proto(report: PrefillReport) -> pb.PrefillReport:
     return pb.PrefillReport(
         num_prompt_tokens=report.num_prompt_tokens,
         num_selected_tokens=report.num_selected_tokens,
+        next_position=report.next_position,
         selection_layer=report.selection_layer,
         no_selection_reason=report.no_selection_reason or "",
         rho=[pb.RankVariance(layer_idx=layer, value=value) for layer, value in report.rho],
@@ -143,6 +144,7 @@ def report_from_proto(report: pb.PrefillReport) -> PrefillReport:
     return PrefillReport(
         num_prompt_tokens=report.num_prompt_tokens,
         num_selected_tokens=report.num_selected_tokens,
+        next_position=report.next_position,
         selection_layer=report.selection_layer if selected else None,
         no_selection_reason=report.no_selection_reason or None,
         rho=tuple((point.layer_idx, point.value) for point in report.rho),

@@ -53,10 +53,22 @@ def test_sampling_out_of_range_is_refused() -> None:
 @pytest.mark.parametrize("decode_budget", [None, 256])
 def test_recompression_comes_back_as_it_was(decode_budget: int | None) -> None:
     asked = PruningSettings(
-        decode_budget=decode_budget, recompress_interval=64, window_size=16, kernel_size=5
+        decode_budget=decode_budget,
+        recompress_interval=64,
+        recompression="rkv",
+        redundancy_weight=0.25,
+        window_size=16,
+        kernel_size=5,
     )
     got = recompression_from_proto(recompression_to_proto(asked))
-    names = ("decode_budget", "recompress_interval", "window_size", "kernel_size")
+    names = (
+        "decode_budget",
+        "recompress_interval",
+        "recompression",
+        "redundancy_weight",
+        "window_size",
+        "kernel_size",
+    )
     assert [getattr(got, name) for name in names] == [getattr(asked, name) for name in names]
 
 

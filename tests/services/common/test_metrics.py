@@ -39,7 +39,8 @@ def test_known_reasons_show_from_the_start() -> None:
 
 def test_counts_what_prefill_did() -> None:
     metrics = PrefillMetrics()
-    report = PrefillReport(4096, 2048, 3, None, ((2, 1.0), (3, 0.2)), 0.6, 1 << 20, 1 << 18, (1,))
+    rho = ((2, 1.0), (3, 0.2))
+    report = PrefillReport(4096, 2048, 4096, 3, None, rho, 0.6, 1 << 20, 1 << 18, (1,))
     metrics.observe(PrefillOutcome(report, PrefillTimings(0.1, 2.0, 1.9, 0.05, 1000)))
     text = render(metrics.registry).decode()
     assert 'winnow_selection_layer_bucket{le="2.0"} 0.0' in text

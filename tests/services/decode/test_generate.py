@@ -85,8 +85,7 @@ async def test_sixteen_requests_at_once_each_get_their_own_tokens(client: Client
 
 async def test_recompression_is_counted(client: Client) -> None:
     pruning = PruningSettings(
-        selection="none",
-        compression="none",
+        method="full",
         window_size=8,
         kernel_size=3,
         decode_budget=16,
@@ -231,7 +230,7 @@ async def test_status_tells_what_is_held(client: Client) -> None:
     status = await client.status()
     assert status.worker_id == client.worker.worker_id
     assert status.model_fingerprint == client.worker.engine.model.fingerprint
-    assert list(status.wire_versions) == [1]
+    assert list(status.wire_versions) == [2]
     assert (status.reserved_requests, status.running_sequences) == (1, 0)
     assert status.pages_total > status.pages_reserved > status.pages_used == 0
     assert status.page_size == 16

@@ -57,7 +57,7 @@ def announce_more(frames: list[bytes]) -> list[bytes]:
 
 def other_wire_version(frames: list[bytes]) -> list[bytes]:
     header = pb.PushFrame.FromString(frames[0])
-    header.header.wire_version = 2
+    header.header.wire_version = 1
     return [header.SerializeToString(), *frames[1:]]
 
 

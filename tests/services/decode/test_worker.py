@@ -48,7 +48,7 @@ async def test_registers_itself(worker: DecodeWorker, registry: RedisRegistry) -
     assert (record.address, record.kv_address) == (worker.address, worker.kv_address)
     assert record.fingerprint == worker.engine.model.fingerprint
     assert record.model_name == "llama"
-    assert record.wire_versions == (1,)
+    assert record.wire_versions == (2,)
     assert record.pages_free == record.pages_total == worker.engine.stats().pool.pages_total
     assert not record.draining
 

@@ -150,7 +150,7 @@ def _settings(model: Path, redis_url: str, changes: dict[str, object]) -> Settin
         "namespace": f"gateway-{id(changes):x}",
         "num_threads": 1,
         "kv_memory_bytes": 32 << 20,
-        "pruning": {"selection": "none", "compression": "none", "window_size": 8},
+        "pruning": {"method": "full", "window_size": 8},
     }
     return Settings(**(values | changes))
 

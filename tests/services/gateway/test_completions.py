@@ -97,7 +97,7 @@ async def test_usage_of_several_prompts_sums_up_and_lists_them(service: TestServ
 
 async def test_a_request_sets_its_pruning(service: TestService) -> None:
     options = {
-        "selection": "fixed",
+        "method": "fastkv",
         "fixed_layer": 1,
         "select_tokens": 32,
         "kv_budget": 24,

@@ -41,9 +41,9 @@ REQUEST = PromptRequest(
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def parts(service: TestService) -> AsyncIterator[Service]:
-    fingerprint = service.gateway.model.description.fingerprint
-    router = Router(service.registry, fingerprint)
-    yield Service(router, service.prefiller, fingerprint, prefill_attempts=2)
+    model = service.gateway.model.description
+    router = Router(service.registry, model.fingerprint)
+    yield Service(router, service.prefiller, model, prefill_attempts=2)
     await router.close()
     service.prefiller.failures.clear()
     service.prefiller.hold.set()
@@ -162,7 +162,9 @@ async def test_without_any_worker_there_is_no_decode_worker(
 ) -> None:
     registry = RedisRegistry(redis_url, "nobody")
     router = Router(registry, "f")
-    error = await failure(make_run(Service(router, service.prefiller, "f", 1)))
+    error = await failure(
+        make_run(Service(router, service.prefiller, service.gateway.model.description, 1))
+    )
     assert isinstance(error, NoDecodeWorker)
     assert "no decode worker for this model is registered" in str(error)
     await registry.close()
@@ -177,7 +179,7 @@ async def test_a_worker_that_is_gone_is_passed_over(redis_url: str, service: Tes
         await registry.put(one, 30)
     router = Router(registry, record.fingerprint)
     assert (await router.candidates())[0].worker_id == "dead"
-    parts = Service(router, service.prefiller, record.fingerprint, 1)
+    parts = Service(router, service.prefiller, service.gateway.model.description, 1)
     assert len(await complete(make_run(parts))) == 4
     assert (await router.candidates())[-1].worker_id == "dead"
     await router.close()
@@ -189,9 +191,9 @@ async def test_a_full_worker_passes_a_prompt_on_and_all_full_is_overloaded(
 ) -> None:
     memory = {"kv_memory_bytes": 1 << 20, "num_workers": 2}
     async with running_service(model_path, redis_url, **memory) as service:
-        fingerprint = service.gateway.model.description.fingerprint
-        router = Router(service.registry, fingerprint)
-        parts = Service(router, service.prefiller, fingerprint, 1)
+        model = service.gateway.model.description
+        router = Router(service.registry, model.fingerprint)
+        parts = Service(router, service.prefiller, model, 1)
         large = replace(REQUEST, sampling=replace(REQUEST.sampling, max_tokens=600))
         runs = [make_run(parts, replace(large, request_id=f"p{i}")) for i in range(3)]
         async with runs[0], runs[1]:
@@ -207,9 +209,9 @@ async def test_a_full_worker_passes_a_prompt_on_and_all_full_is_overloaded(
 
 async def test_kv_that_never_comes_is_a_lease_expired(model_path: Path, redis_url: str) -> None:
     async with running_service(model_path, redis_url, kv_lease_s=0.3) as service:
-        fingerprint = service.gateway.model.description.fingerprint
-        router = Router(service.registry, fingerprint)
+        model = service.gateway.model.description
+        router = Router(service.registry, model.fingerprint)
         service.prefiller.hold_jobs()
-        error = await failure(make_run(Service(router, service.prefiller, fingerprint, 1)))
+        error = await failure(make_run(Service(router, service.prefiller, model, 1)))
         assert isinstance(error, LeaseExpired)
         await router.close()

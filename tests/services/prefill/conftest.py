@@ -13,7 +13,7 @@ from winnow.request import PrefillJob, PruningSettings
 
 NUM_TOKENS = 300
 PRUNING = PruningSettings(
-    selection="fixed", fixed_layer=1, select_tokens=128, kv_budget=64, window_size=16
+    method="fastkv", fixed_layer=1, select_tokens=128, kv_budget=64, window_size=16
 )
 
 MakeJob = Callable[..., PrefillJob]

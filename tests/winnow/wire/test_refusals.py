@@ -122,6 +122,13 @@ def test_a_final_hidden_state_of_another_size_is_refused() -> None:
         feed_all(frames)
 
 
+@pytest.mark.parametrize("position", [0, 41])
+def test_a_next_position_outside_the_prompt_is_refused(position: int) -> None:
+    frames = with_change(TRAILER, lambda f: setattr(f.trailer.report, "next_position", position))
+    with pytest.raises(TransferMalformed, match=f"position {position} after 40 prompt tokens"):
+        feed_all(frames)
+
+
 def test_a_transfer_without_trailer_is_refused() -> None:
     decoder = feed_all(FRAMES[:-1])
     with pytest.raises(TransferDamaged, match="2 of 2 layers, without its trailer"):
@@ -131,7 +138,7 @@ def test_a_transfer_without_trailer_is_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"wire_version": 2}, "wire version of the transfer is 2; this worker has 1"),
+        ({"wire_version": 1}, "wire version of the transfer is 1; this worker has 2"),
         ({"model_fingerprint": "xyz"}, "fingerprint of the transfer is xyz; this worker has abc"),
         ({"num_layers": 3}, "shape"),
         ({"dtype": pb.DTYPE_BFLOAT16}, "shape"),

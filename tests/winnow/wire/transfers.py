@@ -15,6 +15,7 @@ NUM_PROMPT_TOKENS = 40
 REPORT = PrefillReport(
     num_prompt_tokens=NUM_PROMPT_TOKENS,
     num_selected_tokens=20,
+    next_position=20,
     selection_layer=1,
     no_selection_reason=None,
     rho=((0, 1.0), (1, 0.25)),

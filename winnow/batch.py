@@ -1,0 +1,131 @@
+"""Many prompts in one process: prefilled one after the other, decoded together."""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from winnow.completion import Completion, CompletionStream, generation_spec, prefill_into
+from winnow.engine.decode import DecodeEngine, StepOutput
+from winnow.engine.prefill import PrefillResult, require_prompt
+from winnow.engine.sequence import Reservation
+from winnow.errors import Overloaded
+from winnow.request import PruningSettings, SamplingParams
+from winnow.tokenizer import TextStream, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class BatchJob:
+    """One prompt, with its own pruning and sampling; the answer ends before a `stop` string."""
+
+    token_ids: Sequence[int]
+    pruning: PruningSettings
+    sampling: SamplingParams
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """A job's answer.
+
+    job_idx: its place among the jobs.  prefill_s: of its own prompt alone.
+    seconds: from the beginning of its prefill to its last token, the others' work included.
+    """
+
+    job_idx: int
+    completion: Completion
+    prefill_s: float
+    seconds: float
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    job_idx: int
+    reservation: Reservation
+    stream: CompletionStream
+    text: TextStream
+    pieces: list[str]
+    started_s: float
+    prefill_s: float
+
+
+class BatchRun:
+    """Keeps a decode engine that nobody else uses filled with jobs until all are answered."""
+
+    def __init__(self, engine: DecodeEngine, tokenizer: Tokenizer) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._running: dict[str, _Running] = {}
+
+    def run(self, jobs: Iterable[BatchJob]) -> Iterator[BatchResult]:
+        """Each job's answer when it is complete; jobs are asked for as places become free.
+
+        Raises as `Winnow.generate` when it comes to a job that can never run.
+        """
+        numbered = enumerate(jobs)
+        waiting = next(numbered, None)
+        try:
+            while waiting is not None or self._running:
+                while waiting is not None and self._admit(*waiting):
+                    waiting = next(numbered, None)
+                for output in self._engine.step():
+                    yield from self._take(output)
+        finally:
+            self._release_all()
+
+    def _admit(self, job_idx: int, job: BatchJob) -> bool:
+        """Prefills a job and lets it join the batch; False if there is no room for it now."""
+        model = self._engine.model
+        require_prompt(model, job.token_ids)
+        spec = generation_spec(str(job_idx), model, job.token_ids, job.pruning, job.sampling)
+        try:
+            reservation = self._engine.reserve(spec)
+        except Overloaded:
+            if not self._engine.stats().running_sequences:
+                raise
+            return False
+        started_s = time.perf_counter()
+        result = self._prefill(reservation, job)
+        prefill_s = time.perf_counter() - started_s
+        self._running[spec.request_id] = _Running(
+            job_idx,
+            reservation,
+            CompletionStream(result.report, iter(())),
+            TextStream(self._tokenizer, job.stop),
+            [],
+            started_s,
+            prefill_s,
+        )
+        return True
+
+    def _prefill(self, reservation: Reservation, job: BatchJob) -> PrefillResult:
+        try:
+            result = prefill_into(reservation, self._engine.model, job.token_ids, job.pruning)
+        except BaseException:
+            self._engine.release(reservation)
+            raise
+        self._engine.start(reservation, result.final_hidden, result.report.next_position)
+        return result
+
+    def _take(self, output: StepOutput) -> Iterator[BatchResult]:
+        """Notes one job's token; its result if that was the last one."""
+        running = self._running[output.request_id]
+        stream = running.stream
+        running.pieces.append(stream.take(output, running.text))
+        if stream.finish_reason is None:
+            return
+        del self._running[output.request_id]
+        self._engine.release(running.reservation)
+        text = "".join(running.pieces) + running.text.finish()
+        yield BatchResult(
+            running.job_idx,
+            Completion(text, tuple(stream.token_ids), stream.finish_reason, stream.report),
+            running.prefill_s,
+            time.perf_counter() - running.started_s,
+        )
+
+    def _release_all(self) -> None:
+        """Gives back what jobs hold that were not answered to their end."""
+        for running in self._running.values():
+            self._engine.release(running.reservation)
+        self._running.clear()
+        self._engine.step()  # frees the pages of what was released

@@ -1,0 +1,88 @@
+"""One answer: what the engines are asked for it, and what came of it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from winnow.engine.decode import StepOutput
+from winnow.engine.prefill import PrefillResult, run_prefill
+from winnow.engine.sequence import GenerationSpec, Reservation
+from winnow.models import DecoderModel
+from winnow.request import FinishReason, PrefillReport, PruningSettings, SamplingParams
+from winnow.tokenizer import TextStream
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer, with what was done to its prompt."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    report: PrefillReport
+
+
+class CompletionStream:
+    """Iterates over pieces of text while they are generated; the fields fill up meanwhile."""
+
+    def __init__(self, report: PrefillReport, pieces: Iterator[str]) -> None:
+        self.report = report
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.recompressed_entries = 0
+        self.kv_bytes = 0
+        self._pieces = pieces
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def take(self, output: StepOutput, text: TextStream) -> str:
+        """Notes what a decode step gave and returns the text that it completed."""
+        if output.error is not None:
+            raise output.error
+        (token,) = output.tokens
+        self.token_ids.append(token.token_id)
+        self.recompressed_entries, self.kv_bytes = output.recompressed_entries, output.kv_bytes
+        piece = text.feed(token.token_id)
+        self.finish_reason = FinishReason.STOP if text.stopped else token.finish_reason
+        return piece
+
+
+def generation_spec(
+    request_id: str,
+    model: DecoderModel,
+    token_ids: Sequence[int],
+    pruning: PruningSettings,
+    sampling: SamplingParams,
+) -> GenerationSpec:
+    """What decode has to know of one prompt that is pruned and sampled so."""
+    num_tokens = len(token_ids)
+    return GenerationSpec(
+        request_id=request_id,
+        num_prompt_tokens=num_tokens,
+        max_prompt_entries=pruning.max_prompt_entries(num_tokens, model.shape.num_kv_heads),
+        sampling=sampling,
+        decode_budget=pruning.decode_budget,
+        recompress_interval=pruning.recompress_interval,
+        recompression=pruning.recompression,
+        redundancy_weight=pruning.redundancy_weight,
+        window_size=pruning.window_size,
+        kernel_size=pruning.kernel_size,
+        prompt_token_ids=tuple(token_ids) if sampling.needs_prompt else (),
+    )
+
+
+def prefill_into(
+    reservation: Reservation,
+    model: DecoderModel,
+    token_ids: Sequence[int],
+    pruning: PruningSettings,
+) -> PrefillResult:
+    """Computes a prompt and writes what is kept of its KV into the reservation."""
+    layers = run_prefill(model, token_ids, pruning)
+    while True:
+        try:
+            layer = next(layers)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        if layer is not None:
+            reservation.write_layer(layer)

@@ -1,0 +1,49 @@
+"""A layer's budget shared out over its KV heads by their scores (AdaKV, arXiv 2407.11550)."""
+
+from torch import Tensor
+
+from winnow.scoring import descending_order, pooled_scores, sum_head_groups, with_window
+
+# The safeguard alpha is 1 / 5: that share of the budget each head has for certain.
+_ALPHA_PARTS = 5
+
+
+def keep_shared(
+    mass: Tensor, num_kv_heads: int, window_size: int, kernel_size: int, kv_budget: int
+) -> list[Tensor]:
+    """Per KV head, as many of its best entries as it was given, and the window, ascending.
+
+    mass: [num_heads, num_tokens] observed attention, num_tokens > kv_budget > window_size.
+    Returns num_kv_heads tensors int64 of different lengths that sum to num_kv_heads * kv_budget.
+    """
+    scores = sum_head_groups(pooled_scores(mass, window_size, kernel_size), num_kv_heads)
+    budgets = _head_budgets(scores, kv_budget - window_size)
+    order = descending_order(scores)
+    return [
+        with_window(head[:budget], mass.shape[1], window_size)
+        for head, budget in zip(order, budgets, strict=True)
+    ]
+
+
+def most_entries(num_tokens: int, num_kv_heads: int, window_size: int, kv_budget: int) -> int:
+    """Entries that one head keeps at most: those it gets if it has all of the layer's best."""
+    budget = kv_budget - window_size
+    fifths = (_ALPHA_PARTS - 1) * min(num_kv_heads * budget, num_tokens - window_size) + budget
+    return window_size - -fifths // _ALPHA_PARTS
+
+
+def _head_budgets(scores: Tensor, budget: int) -> list[int]:
+    """(1 - alpha) B_i + alpha B: B_i of the best entries of the layer are head i's, B is `budget`.
+
+    scores: [num_kv_heads, n], budget < n.  What rounding down leaves goes to the heads that lost
+    most by it, so that the sum is num_kv_heads * budget.
+    """
+    num_kv_heads, num_entries = scores.shape
+    total = num_kv_heads * budget
+    best = descending_order(scores.flatten())[:total]
+    counts = (best // num_entries).bincount(minlength=num_kv_heads)  # B_i
+    fifths = (_ALPHA_PARTS - 1) * counts + budget
+    budgets = fifths // _ALPHA_PARTS
+    left = total - int(budgets.sum())
+    budgets[descending_order(fifths % _ALPHA_PARTS)[:left]] += 1
+    return [int(head) for head in budgets]

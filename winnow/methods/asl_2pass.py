@@ -1,0 +1,33 @@
+"""Two-pass ASL (arXiv 2601.07667): ASL picks layer and tokens, which are prefilled on their own."""
+
+from winnow.kv import ModelShape
+from winnow.methods.asl import Asl
+from winnow.methods.base import Cut, LayerView
+from winnow.methods.gemfilter import GemFilter
+from winnow.request import PruningSettings
+from winnow.selection import AdaptiveSelection
+
+
+class AslTwoPass(GemFilter):
+    """As GemFilter, with ASL's layer and tokens; at the last layer if tau is never met."""
+
+    def __init__(self, settings: PruningSettings, num_tokens: int, shape: ModelShape) -> None:
+        super().__init__(settings, num_tokens, shape)
+        latest = settings.latest_layer
+        self._selection = AdaptiveSelection(
+            settings, shape.num_layers - 1 if latest is None else latest
+        )
+
+    @classmethod
+    def require_fits(cls, settings: PruningSettings, num_layers: int) -> None:
+        Asl.require_fits(settings, num_layers)
+
+    @property
+    def rho(self) -> tuple[tuple[int, float], ...]:
+        return self._selection.rho
+
+    def cut(self, view: LayerView) -> Cut | None:
+        if not self._selection.needs_scores(view.layer_idx):
+            return None
+        kept = self._selection.observe(view.layer_idx, view.window_mass)
+        return None if kept is None else Cut(kept, restart=True)

@@ -1,0 +1,48 @@
+"""FastKV (arXiv 2502.01068): tokens chosen once, at a layer given in advance; KV compressed."""
+
+from torch import Tensor
+
+from winnow.methods.base import Bound, Cut, LayerView
+from winnow.methods.snapkv import SnapKV
+from winnow.request import PruningSettings, require_range
+from winnow.scoring import descending_order
+from winnow.selection import best_tokens, token_scores
+
+
+class FastKV(SnapKV):
+    """Goes on with the best-scored tokens of layer `fixed_layer` and the window."""
+
+    @classmethod
+    def token_bound(cls, settings: PruningSettings) -> Bound:
+        return Bound(settings.select_tokens, "select_tokens")
+
+    @classmethod
+    def entry_bound(cls, settings: PruningSettings) -> Bound:
+        if settings.full_kv_below:
+            return Bound(None, "full_kv_below")
+        return super().entry_bound(settings)
+
+    @classmethod
+    def max_entries(cls, settings: PruningSettings, num_tokens: int, num_kv_heads: int) -> int:
+        if settings.full_kv_below:
+            return num_tokens
+        return super().max_entries(settings, num_tokens, num_kv_heads)
+
+    @classmethod
+    def require_fits(cls, settings: PruningSettings, num_layers: int) -> None:
+        require_range("fixed_layer", settings.fixed_layer, 0, num_layers - 1)
+
+    def cut(self, view: LayerView) -> Cut | None:
+        chosen = None if self.selection_layer is not None else self.choose(view)
+        return None if chosen is None else Cut(chosen)
+
+    def choose(self, view: LayerView) -> Tensor | None:
+        """The tokens that go on, ascending, if this is the layer; not asked after that."""
+        if view.layer_idx != self.settings.fixed_layer:
+            return None
+        scores = token_scores(view.window_mass, self.settings)
+        return best_tokens(descending_order(scores), self.settings)
+
+    def kept_entries(self, view: LayerView) -> list[Tensor] | None:
+        below = self.selection_layer is None or view.layer_idx <= self.selection_layer
+        return None if self.settings.full_kv_below and below else super().kept_entries(view)

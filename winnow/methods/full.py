@@ -1,0 +1,7 @@
+"""Nothing is pruned."""
+
+from winnow.methods.base import Method
+
+
+class Full(Method):
+    """Every layer computes every token and keeps its KV."""

@@ -1,0 +1,95 @@
+"""PyramidInfer (arXiv 2405.12532): fewer tokens go on after each layer."""
+
+import math
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from winnow.kv import ModelShape
+from winnow.methods.base import Bound, Cut, LayerView, Method
+from winnow.request import PruningSettings
+from winnow.scoring import descending_order, observed_attention, with_window
+
+# Those of the authors' code; the paper has no numbers for them.
+_LAST_ROW_WEIGHT = 1.2  # of the window's last token, the first one's is 1
+_MIN_CONTEXT = 64
+
+
+class PyramidInfer(Method):
+    """Each layer keeps, of the tokens it computed, those most attended to, and the window.
+
+    The context is what stands before the window (the paper's recent sequence). Its length falls
+    along `context_lengths`, so that a layer keeps `kv_budget` tokens on average.
+    """
+
+    def __init__(self, settings: PruningSettings, num_tokens: int, shape: ModelShape) -> None:
+        super().__init__(settings, num_tokens, shape)
+        self._kept: Tensor | None = None  # of the layer that was last looked at
+        self._lengths: list[int] = []
+        if settings.kv_budget is not None and not self.short_prompt:
+            window = settings.window_size
+            self._lengths = context_lengths(
+                num_tokens - window, settings.kv_budget - window, shape.num_layers
+            )
+
+    @classmethod
+    def token_bound(cls, settings: PruningSettings) -> Bound:
+        return Bound(settings.kv_budget, "kv_budget")
+
+    @classmethod
+    def entry_bound(cls, settings: PruningSettings) -> Bound:
+        return Bound(settings.kv_budget, "kv_budget")
+
+    @classmethod
+    def max_entries(cls, settings: PruningSettings, num_tokens: int, num_kv_heads: int) -> int:
+        return num_tokens  # the first layers may keep nearly all
+
+    def cut(self, view: LayerView) -> Cut | None:
+        self._kept = None
+        if not self._lengths:
+            return None
+        window = self.settings.window_size
+        num_context, length = view.num_tokens - window, self._lengths[view.layer_idx]
+        if length == num_context:
+            return None
+        order = descending_order(context_scores(view)[:num_context])
+        self._kept = with_window(order[:length], view.num_tokens, window)
+        return Cut(self._kept)
+
+    def kept_entries(self, view: LayerView) -> list[Tensor] | None:
+        return None if self._kept is None else [self._kept] * view.num_kv_heads
+
+
+def context_scores(view: LayerView) -> Tensor:
+    """Attention from the window, later rows weighing more, averaged over heads: [N] float32."""
+    weights = torch.linspace(1.0, _LAST_ROW_WEIGHT, view.window_size, device=view.keys.device)
+    mass = observed_attention(view.window_queries, view.keys, view.scaling, weights)
+    return mass.mean(0)
+
+
+def context_lengths(num_context: int, budget: int, num_layers: int) -> list[int]:
+    """The context that each layer keeps of `num_context` tokens; the mean is `budget`.
+
+    Layer l, counted from 1 to L, keeps of the context before it the share
+    exp(-g (1 - cos(pi l / L)) / 2), but never less than 64 tokens or half the budget. To first
+    order in g that is the cosine schedule of the authors' code with decay ratio 1 - g; g is solved
+    for.  budget < num_context.
+    """
+    falls = [(1 - math.cos(math.pi * layer / num_layers)) / 2 for layer in range(1, num_layers + 1)]
+    depths = list(accumulate(falls))
+    shortest = min(_MIN_CONTEXT, budget // 2)
+
+    def lengths(decay: float) -> list[float]:
+        return [max(num_context * math.exp(-decay * depth), shortest) for depth in depths]
+
+    total = budget * num_layers
+    low, high = 0.0, 1.0
+    while sum(lengths(high)) > total:
+        low, high = high, 2 * high
+    for _ in range(64):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(lengths(middle)) > total else (low, middle)
+    whole = [int(length) for length in lengths(high)]
+    missing = total - sum(whole)  # fewer than there are layers: what rounding took
+    return [length + (idx < missing) for idx, length in enumerate(whole)]
