@@ -6,11 +6,12 @@ words and punctuation are seen without a download.
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import repeat
 from pydoc_data import topics
 
-from training.words import ADJECTIVES, ADVERBS, NOUNS, PREPOSITIONS, VERBS, made_up_word
+from evals.words import ADJECTIVES, ADVERBS, NOUNS, PREPOSITIONS, VERBS, made_up_word
 
 _NOISE = (
     "The grass is green.",
@@ -86,6 +87,17 @@ _STYLES: tuple[tuple[Callable[[random.Random], str], ...], ...] = (
     (template_sentence, _documentation, _noise, _made_up, _characters),
 )
 _STYLE_WEIGHTS = (35, 25, 15, 10, 15)
+
+
+def noise() -> Iterator[str]:
+    """RULER's noise, without end."""
+    return repeat(" ".join(_NOISE))
+
+
+def essay(rng: random.Random) -> Iterator[str]:
+    """Prose without end: documentation and template sentences, in place of RULER's essays."""
+    while True:
+        yield rng.choice((template_sentence, _documentation))(rng)
 
 
 def pick_style(rng: random.Random) -> Callable[[random.Random], str]:

@@ -12,9 +12,11 @@ from services import flags
 from services.common.logs import configure_logging
 from services.common.settings import Settings, load_settings
 from services.deploy import deploy_config
+from services.eval import add_eval_flags, run_eval
 from winnow.errors import InvalidSetting, WinnowError
 
 EXIT_REFUSED = 2
+EXIT_INTERRUPTED = 130
 
 _SETTINGS_HELP = (
     "Every setting can also be given as a variable (--max-n is WINNOW_MAX_N) or in a YAML file "
@@ -46,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(_add_command(commands, "serve", "run the service in the foreground"))
     _add_decode(_add_command(commands, "decode", "run a decode worker that joins through Redis"))
     _add_generate(_add_command(commands, "generate", "answer one prompt in this process"))
+    _add_eval(_add_command(commands, "eval", "measure how well pruned prompts are answered"))
     return parser
 
 
@@ -100,6 +103,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_generate, config=None)
 
 
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    add_eval_flags(parser)
+    model = ("model", "device", "dtype", "pruning")
+    flags.add_settings_flags(parser, {"Model": model, "Memory": ("num_threads", "kv_memory_bytes")})
+    parser.set_defaults(run=_eval, config=None)
+
+
 def _settings(args: argparse.Namespace) -> Settings:
     try:
         given = flags.settings_from_flags(args)
@@ -132,6 +142,14 @@ def _generate(args: argparse.Namespace) -> None:
     from services.generate import generate  # noqa: PLC0415 - loads transformers
 
     generate(args, _settings(args))
+
+
+def _eval(args: argparse.Namespace) -> None:
+    try:
+        run_eval(args, _settings(args))
+    except KeyboardInterrupt:
+        print(f"winnow: stopped; the same command goes on in {args.output}", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def _ready_message(settings: Settings) -> str:

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from training.curriculum import Stage, make_sample
-from training.samples import SHORT, Sample, SampleMaker
+from training.samples import SHORT, Sample, SampleMaker, Trail
 from training.tokenizer import MAX_POSITIONS
 
 TOKENS_PER_BATCH = 2048
 GAP_SHARE = 0.5
 MAX_GAPS = 3
+FIND_TOKENS = 5  # tokens of what a look-up finds: a variable's five letters
+NO_TARGET = -100
 ZERO_START_SHARE = 0.3
 
 
@@ -21,7 +23,9 @@ ZERO_START_SHARE = 0.3
 class Batch:
     """tokens, positions: [B, T] int64.  weights: [B, T] float32.
 
-    answers: [B, T] int64, an index into `kinds`, or -1.
+    answers: [B, T] int64, an index into `kinds`, or -1.  hops: [B, T] int64, 0 outside answers.
+    trail_rows, trail_places: [R] int64, where R trails are read.
+    finds: [R, longest trail, FIND_TOKENS] int64, NO_TARGET where there is none.
     """
 
     length: int
@@ -30,6 +34,10 @@ class Batch:
     weights: Tensor
     answers: Tensor
     kinds: tuple[str, ...]
+    hops: Tensor
+    trail_rows: Tensor
+    trail_places: Tensor
+    finds: Tensor
 
 
 def make_batch(rng: random.Random, maker: SampleMaker, stage: Stage, length: int) -> Batch:
@@ -72,20 +80,41 @@ def draw_positions(rng: random.Random, gap_places: Sequence[int], length: int) -
 def collate(samples: Sequence[Sample], positions: Sequence[Sequence[int]], length: int) -> Batch:
     """Samples cut or padded to `length`; answers numbered through the batch."""
     kinds: list[str] = []
-    tokens, weights, answers = [], [], []
+    answers, hops = [], []
     for sample in samples:
-        padding = length - len(sample.tokens)
         offset = len(kinds)
-        tokens.append((sample.tokens + [0] * padding)[:length])
-        weights.append((sample.weights + [0.0] * padding)[:length])
-        answers.append([a + offset if a >= 0 else -1 for a in sample.answers + [-1] * padding])
-        answers[-1] = answers[-1][:length]
+        answers.append([a + offset if a >= 0 else -1 for a in sample.answers])
+        hops.append([sample.hops[a] if a >= 0 else 0 for a in sample.answers])
         kinds += sample.kinds
+    trails = [
+        (row, trail)
+        for row, sample in enumerate(samples)
+        for trail in sample.trails
+        if trail.place < length
+    ]
     return Batch(
         length,
-        torch.tensor(tokens),
+        _padded([sample.tokens for sample in samples], length, 0),
         torch.tensor(positions),
-        torch.tensor(weights),
-        torch.tensor(answers),
+        _padded([sample.weights for sample in samples], length, 0.0),
+        _padded(answers, length, -1),
         tuple(kinds),
+        _padded(hops, length, 0),
+        torch.tensor([row for row, _ in trails], dtype=torch.long),
+        torch.tensor([trail.place for _, trail in trails], dtype=torch.long),
+        _finds([trail for _, trail in trails]),
     )
+
+
+def _padded(rows: Sequence[Sequence[float]], length: int, padding: float) -> Tensor:
+    return torch.tensor([(list(row) + [padding] * (length - len(row)))[:length] for row in rows])
+
+
+def _finds(trails: Sequence[Trail]) -> Tensor:
+    longest = max((len(trail.finds) for trail in trails), default=0)
+    finds = torch.full((len(trails), longest, FIND_TOKENS), NO_TARGET)
+    for row, trail in enumerate(trails):
+        for find_idx, tokens in enumerate(trail.finds):
+            known = tokens[:FIND_TOKENS]
+            finds[row, find_idx, : len(known)] = torch.tensor(known)
+    return finds

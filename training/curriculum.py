@@ -4,9 +4,13 @@ import random
 from dataclasses import dataclass
 
 from training.samples import Sample, SampleMaker
+from training.tasks import MAX_HOPS
 
-_SIMPLE_KINDS = ("needle", "needle", "needle", "json", "passkey", "chain1", "chain2")
-_ALL_KINDS = (*_SIMPLE_KINDS, "chain3")
+MAX_QUESTIONS = 60
+_LOOKUPS = ("needle", "needle", "needle", "json", "json", "passkey", "number_string")
+_LONG_KEYS = ("needle_uuid", "needle_uuid_key", "json_uuid", "json_uuid")
+_SINGLE = ("passkey", "number_string")  # one of each in a context
+_SEVERAL = ("multivalue", "multiquery", "vt", "vt")
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,9 @@ class Stage:
     batches_per_step: each of about TOKENS_PER_BATCH tokens, whatever their length.
     max_tokens: the stage ends after these, or
     target_accuracy: when the moving average of exact answers at the longest length reaches this.
-    variety: the share of sequences with prefaces and many wordings of a question.
+    max_hops: the longest chains.
+    has_all: with long keys, several answers and listed variables too.
+    variety: the share of sequences with the benchmarks' openings and many wordings of a question.
     learning_rate, final_learning_rate: from the first to the second, linearly in tokens.
     """
 
@@ -29,30 +35,43 @@ class Stage:
     final_learning_rate: float
     batches_per_step: int = 2
     target_accuracy: float = 1.01
+    max_hops: int = MAX_HOPS
+    has_all: bool = True
     is_basic: bool = False
     variety: float = 0.8
 
 
-_TO_1024 = (128, 256, 512, 1024)
-
 CURRICULUM = (
-    Stage("basics", (64,), (1,), 4_000_000, 2e-3, 2e-3, target_accuracy=0.8, is_basic=True),
-    Stage("128", (64, 128), (0.2, 0.8), 2_000_000, 2e-3, 1.5e-3, 2, 0.8, variety=0.0),
-    Stage("256", (64, 128, 256), (0.1, 0.3, 0.6), 1_200_000, 1.5e-3, 1.2e-3, 2, 0.85, variety=0.5),
-    Stage("512", _TO_1024, (0.1, 0.3, 0.45, 0.15), 4_000_000, 1.2e-3, 4e-4, 2, 0.9),
-    Stage("1024", (128, 512, 1024), (0.1, 0.3, 0.6), 2_000_000, 6e-4, 4e-4, 4, 0.92),
-    Stage("2048", (256, 1024, 2048), (0.1, 0.3, 0.6), 1_400_000, 5e-4, 4e-4, 4, 0.92),
-    Stage("4096", (256, 1024, 2048, 4096), (0.1, 0.15, 0.25, 0.5), 1_800_000, 4e-4, 5e-5, 2),
+    Stage("basics", (64,), (1,), 500_000, 1e-3, 1e-3, target_accuracy=0.85, is_basic=True),
+    Stage("128", (64, 128), (0.2, 0.8), 1_000_000, 1e-3, 1e-3, 2, 0.85, 2, False, variety=0.0),
+    Stage("256", (64, 128, 256), (0.1, 0.3, 0.6), 2_500_000, 1e-3, 8e-4, 2, 0.8, 3, variety=0.4),
+    Stage("512", (128, 256, 512), (0.1, 0.3, 0.6), 3_000_000, 8e-4, 7e-4, 2, 0.85, 4),
+    Stage("1024", (128, 512, 1024), (0.1, 0.3, 0.6), 4_000_000, 7e-4, 6e-4, 2, 0.9),
+    Stage("2048", (256, 1024, 2048), (0.1, 0.3, 0.6), 6_000_000, 6e-4, 4e-4, 2, 0.96),
+    Stage("4096", (512, 1024, 2048, 4096), (0.1, 0.2, 0.5, 0.2), 3_000_000, 4e-4, 2e-5, 2),
 )
 
 
 def make_sample(rng: random.Random, maker: SampleMaker, stage: Stage, length: int) -> Sample:
     """One sequence of at most `length` tokens for this stage."""
     if stage.is_basic or rng.random() < _basic_share(length):
-        return maker.copying(rng, length) if rng.random() < 0.3 else maker.pairs(rng, length)
-    known = _ALL_KINDS if stage.variety else _SIMPLE_KINDS
-    kinds = known if rng.random() < 0.5 else (rng.choice(known),)
-    return maker.retrieval(rng, length, kinds, 24, is_varied=rng.random() < stage.variety)
+        return maker.copying(rng, length) if rng.random() < 0.2 else maker.pairs(rng, length)
+    known = _kinds(rng, stage, length)
+    alone = rng.choice(known)
+    kinds = known if rng.random() < 0.4 or alone in _SINGLE else (alone,)
+    return maker.retrieval(
+        rng, length, kinds, MAX_QUESTIONS, is_varied=rng.random() < stage.variety
+    )
+
+
+def _kinds(rng: random.Random, stage: Stage, length: int) -> tuple[str, ...]:
+    """Kinds to draw from; of chains, one length in each order, drawn anew for each sequence."""
+    hops = rng.randint(1, min(stage.max_hops, max(2, length // 64)))
+    chains = (f"chain_ordered_{hops}", f"chain_shuffled_{hops}")
+    known = (*_LOOKUPS, *chains, *chains)
+    if not stage.has_all:
+        return known
+    return (*known, *_SEVERAL, *(_LONG_KEYS if length > 256 else ()))
 
 
 def _basic_share(length: int) -> float:

@@ -10,25 +10,40 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerFast
 
-from training.prose import pick_style
-from training.tasks import Fact, KeySource, Question, make_fact, random_number
+from evals.prose import pick_style
+from evals.words import NOUNS, made_up_word
+from training.tasks import (
+    Fact,
+    KeySource,
+    Question,
+    hexadecimal,
+    make_fact,
+    random_number,
+    variable,
+)
 from training.tokenizer import ASSISTANT, END, END_OF_TEXT, SYSTEM, USER
-from training.words import NOUNS, made_up_word
 
 CONTEXT_WEIGHT = 0.2
 CONTEXT_SHARE = 0.1
 SHORT = 128  # sequences up to here have little room for anything but facts and questions
 
-_PREFACES = (
-    "",
-    "",
-    "Read the text and answer the question.",
-    "Some facts are hidden in the following text. Remember them.",
-    "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
-    "I will quiz you about the numbers afterwards.",
-)
 _SYSTEM_MESSAGES = ("You are a helpful assistant.", "Answer with the number only.")
 _SUFFIXES = ("", "", "", " Answer with the number only.", " Reply with just the number.")
+_BENCHMARK_SHARE = 0.5
+MAX_MISSES = 4  # facts too long for what room is left, before the sequence counts as full
+DECIDING_TOKENS, FOLLOWING_WEIGHT = 4, 0.3  # an answer's first tokens say which it is
+
+
+@dataclass(frozen=True)
+class Trail:
+    """The look-ups behind an answer.
+
+    place: index of the token that must follow them, the last before the answer.
+    finds: token ids of what each look-up but the last finds.
+    """
+
+    place: int
+    finds: tuple[tuple[int, ...], ...]
 
 
 @dataclass
@@ -37,12 +52,15 @@ class Sample:
 
     weights[i]: how much predicting token i counts.
     answers[i]: the index in `kinds` of the answer token i belongs to, or -1.
+    hops[k]: look-ups that answer k needs.
     """
 
     tokens: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
+    hops: list[int] = field(default_factory=list)
+    trails: list[Trail] = field(default_factory=list)
 
     def add_context(self, tokens: Sequence[int], rng: random.Random) -> None:
         """Appends tokens of which few are scored, and those lightly."""
@@ -50,76 +68,74 @@ class Sample:
         self.weights += [CONTEXT_WEIGHT * (rng.random() < CONTEXT_SHARE) for _ in tokens]
         self.answers += [-1] * len(tokens)
 
-    def add_answer(self, tokens: Sequence[int], kind: str) -> None:
-        """Appends an answer, its end token included, every token fully scored."""
+    def add_answer(
+        self,
+        tokens: Sequence[int],
+        kind: str,
+        hops: int = 1,
+        trail: tuple[tuple[int, ...], ...] = (),
+    ) -> None:
+        """Appends an answer, its end token included, the first tokens fully scored."""
+        if trail:
+            self.trails.append(Trail(len(self.tokens) - 1, trail))
         self.tokens += tokens
-        self.weights += [1.0] * len(tokens)
+        num_following = max(0, len(tokens) - DECIDING_TOKENS)
+        self.weights += [1.0] * (len(tokens) - num_following) + [FOLLOWING_WEIGHT] * num_following
         self.answers += [len(self.kinds)] * len(tokens)
         self.kinds.append(kind)
+        self.hops.append(hops)
 
 
 @dataclass(frozen=True)
 class Form:
     """How a prompt is written.
 
-    opening: the text before the context.
-    first_gap, next_gap: what separates the first and each later question from what is before it.
-    ask, answer: the text of a question, and of its answer with the end token.
+    before: the text before the opening.
+    next_gap: what separates a later question from the answer before it.
+    ask: the text of a question.
+    end: the token after an answer.
     """
 
-    opening: str
-    first_gap: str
+    before: str
     next_gap: str
     ask: Callable[[Question], str]
-    answer: Callable[[Question], str]
+    end: str
 
 
 def _wording(rng: random.Random, question: Question, is_varied: bool) -> str:
     if not is_varied:
         return question.wordings[0]
-    return rng.choice(question.wordings) + rng.choice(_SUFFIXES)
+    suffix = rng.choice(_SUFFIXES) if question.kind in ("needle", "passkey", "json") else ""
+    return rng.choice(question.wordings) + suffix
 
 
 def raw_form(rng: random.Random, is_varied: bool = True) -> Form:
     """A prompt for plain completion; the answer follows a space and ends with <|endoftext|>."""
-    preface = rng.choice(_PREFACES) if is_varied else ""
     gap = rng.choice(("\n", "\n", "\n\n", " ")) if is_varied else "\n"
-    template = "Question: {question}\nAnswer:"
-    if is_varied and rng.random() < 0.7:
-        template = rng.choice(
-            (
-                "Question: {question} Answer:",
-                "Q: {question}\nA:",
-                "{question} {lead}",
-                "{question}\nAnswer:",
-            )
-        )
+    templates = ("Question: {} Answer:", "Q: {}\nA:", "Question: {}\nAnswer:", "{}\nAnswer:")
+    template = rng.choice(templates) if is_varied else "Question: {}\nAnswer:"
+    is_benchmark = is_varied and rng.random() < _BENCHMARK_SHARE
 
     def ask(question: Question) -> str:
-        wording = _wording(rng, question, is_varied)
-        return template.format(question=wording, lead=question.lead)
+        if is_benchmark:
+            return f"{question.asked}{question.lead}"
+        return gap + template.format(_wording(rng, question, is_varied))
 
-    opening = f"{preface}\n" if preface else ""
-    return Form(opening, gap, gap, ask, lambda q: f" {q.answer}{END_OF_TEXT}")
+    return Form("", "", ask, END_OF_TEXT)
 
 
 def chat_form(rng: random.Random, is_varied: bool = True) -> Form:
     """A conversation as the chat template renders it: context and question in the user's turn."""
-    preface = rng.choice(_PREFACES) if is_varied else ""
-    system = (
-        f"{SYSTEM}{rng.choice(_SYSTEM_MESSAGES)}{END}" if is_varied and rng.random() < 0.2 else ""
-    )
+    has_system = is_varied and rng.random() < 0.2
+    system = f"{SYSTEM}{rng.choice(_SYSTEM_MESSAGES)}{END}" if has_system else ""
     gap = rng.choice(("\n", "\n", "\n\n", " ")) if is_varied else "\n"
-    template = "{}"
-    if is_varied and rng.random() < 0.5:
-        template = rng.choice(("Question: {}", "Question: {}\nAnswer:"))
+    is_benchmark = is_varied and rng.random() < _BENCHMARK_SHARE
 
     def ask(question: Question) -> str:
-        wording = _wording(rng, question, is_varied)
-        return f"{template.format(wording)}{END}{ASSISTANT}"
+        text = question.asked if is_benchmark else gap + _wording(rng, question, is_varied)
+        return f"{text}{END}{ASSISTANT}"
 
-    opening = f"{system}{USER}{preface}\n" if preface else f"{system}{USER}"
-    return Form(opening, gap, USER, ask, lambda q: f"{q.answer}{END}")
+    return Form(f"{system}{USER}", USER, ask, END)
 
 
 FORMS = {"raw": raw_form, "chat": chat_form}
@@ -127,9 +143,20 @@ FORMS = {"raw": raw_form, "chat": chat_form}
 
 @dataclass(frozen=True)
 class _Turn:
-    kind: str
-    question: str
+    question: Question
+    text: str
     answer: str
+
+    @property
+    def has_lead(self) -> bool:
+        """Whether the text ends with the beginning of the answer."""
+        return self.text.endswith(self.question.lead)
+
+
+def _turn(form: Form, question: Question) -> _Turn:
+    text = form.ask(question)
+    gap = "" if text.endswith((" ", ASSISTANT)) else " "
+    return _Turn(question, text, f"{gap}{question.answer}{form.end}")
 
 
 @dataclass
@@ -139,7 +166,6 @@ class _Plan:
     facts: list[Fact] = field(default_factory=list)
     turns: list[_Turn] = field(default_factory=list)
     cost: int = 0
-    has_passkey: bool = False
 
 
 class SampleMaker:
@@ -163,59 +189,67 @@ class SampleMaker:
     ) -> Sample:
         """Facts of `kinds` in filler and questions about them, at most `length` tokens.
 
-        is_varied: with prefaces and many wordings, rather than the simplest form of question.
+        is_varied: with many wordings, rather than the simplest form of question.
         """
-        form = FORMS[rng.choice(sorted(FORMS))](rng, is_varied)
+        form = FORMS[rng.choice(("raw", "raw", "chat"))](rng, is_varied)
         plan = self._plan(rng, form, length, kinds, max_questions)
-        return self._assemble(rng, form, plan, length)
+        opening = rng.choice(plan.turns).question.opening if plan.turns else ""
+        opening = opening if is_varied and rng.random() < 0.7 else ""
+        return self._assemble(rng, form, form.before + opening, plan, length)
 
     def _plan(
         self, rng: random.Random, form: Form, length: int, kinds: Sequence[str], max_questions: int
     ) -> _Plan:
         """Facts and questions, added while they fit in a random share of the sequence."""
-        keys, plan = KeySource(rng), _Plan()
-        room = length - len(self.encode(form.opening)) - 4
-        dense_room = room * rng.uniform(0.3 if length > 2 * SHORT else 0.8, 1.0)
-        asked_share = rng.choice((1.0, 1.0, 0.5))
+        keys, plan, singles = KeySource(rng), _Plan(), set[str]()
+        room = length - 48 if length > SHORT else length - 8
+        dense_room = room * rng.uniform(0.5 if length > 2 * SHORT else 0.9, 1.0)
+        asked_share = rng.choice((1.0, 1.0, 1.0, 0.6))
+        misses = 0
         for _ in range(length // 4):
             kind = rng.choice(kinds)
-            if kind == "passkey" and plan.has_passkey:
+            if kind in singles:
                 continue
-            fact = make_fact(kind, rng, keys, num_pairs=_num_pairs(rng, length))
+            fact = make_fact(kind, rng, keys, _size(rng, length))
             is_asked = not plan.turns or rng.random() < asked_share
             max_turns = max_questions - len(plan.turns) if is_asked else 0
             turns = _ask_some(rng, form, fact, max_turns)
             cost = self._cost(fact, turns)
             if plan.cost + cost > (dense_room if plan.turns else room):
-                if plan.turns:
+                misses += bool(plan.turns)
+                if misses > MAX_MISSES:
                     break
                 continue
             plan.facts.append(fact)
             plan.turns += turns
             plan.cost += cost
-            plan.has_passkey |= kind == "passkey"
+            if kind in ("passkey", "number_string"):
+                singles.add(kind)
         rng.shuffle(plan.turns)
         return plan
 
     def _cost(self, fact: Fact, turns: Sequence[_Turn]) -> int:
         texts = [f" {statement}" for statement in fact.statements]
-        texts += [f"\n{turn.question}{turn.answer}" for turn in turns]
+        texts += [f"{turn.text}{turn.answer}" for turn in turns]
         return sum(len(self.encode(text)) + 1 for text in texts)
 
-    def _assemble(self, rng: random.Random, form: Form, plan: _Plan, length: int) -> Sample:
-        gaps = [form.first_gap] + [form.next_gap] * len(plan.turns)
+    def _assemble(
+        self, rng: random.Random, form: Form, opening: str, plan: _Plan, length: int
+    ) -> Sample:
+        gaps = [""] + [form.next_gap] * len(plan.turns)
         turns = [
-            (turn.kind, self.encode(gap + turn.question), self.encode(turn.answer))
+            (turn.question, self.encode(gap + turn.text), self.encode(turn.answer), turn.has_lead)
             for gap, turn in zip(gaps, plan.turns, strict=False)
         ]
-        opening = self.encode(form.opening)
-        taken = len(opening) + sum(len(question) + len(answer) for _, question, answer in turns)
+        start = self.encode(opening)
+        taken = len(start) + sum(len(text) + len(answer) for _, text, answer, _ in turns)
         sample = Sample()
-        sample.add_context(opening, rng)
+        sample.add_context(start, rng)
         sample.add_context(self.encode(self.context(rng, plan.facts, length - taken)), rng)
-        for kind, question, answer in turns:
-            sample.add_context(question, rng)
-            sample.add_answer(answer, kind)
+        for question, text, answer, has_lead in turns:
+            sample.add_context(text, rng)
+            finds = tuple(tuple(self.encode(name)) for name in question.trail)
+            sample.add_answer(answer, question.kind, question.hops, finds if has_lead else ())
         return sample
 
     def context(self, rng: random.Random, facts: Sequence[Fact], budget: int) -> str:
@@ -244,12 +278,13 @@ class SampleMaker:
         return sample
 
     def pairs(self, rng: random.Random, length: int) -> Sample:
-        """Lines `word = number`, then some of them again in another order."""
+        """Lines `key = number`, then all of them again in another order."""
         sample = Sample()
         lines: dict[str, str] = {}
         room = length
+        make_key = rng.choice((_noun, _noun, variable, _short_hexadecimal))
         while True:
-            word = made_up_word(rng) if rng.random() < 0.2 else rng.choice(NOUNS)
+            word = make_key(rng)
             number = random_number(rng)
             room -= 2 * len(self.encode(f"{word} = {number}\n"))
             if room < 0:
@@ -262,24 +297,36 @@ class SampleMaker:
         return sample
 
 
+def _noun(rng: random.Random) -> str:
+    return made_up_word(rng) if rng.random() < 0.2 else rng.choice(NOUNS)
+
+
+def _short_hexadecimal(rng: random.Random) -> str:
+    return hexadecimal(rng, 1)[: rng.randint(4, 8)]
+
+
 def _ask_some(rng: random.Random, form: Form, fact: Fact, max_turns: int) -> list[_Turn]:
-    """Turns about up to a quarter of the fact's questions, at least one if any are allowed."""
-    most = min(max_turns, rng.randint(1, max(1, len(fact.questions) // 4)))
-    questions = rng.sample(fact.questions, most)
-    return [_Turn(q.kind, form.ask(q), form.answer(q)) for q in questions]
+    """Turns about up to half of the fact's questions, at least one if any are allowed."""
+    most = min(max_turns, rng.randint(1, max(1, len(fact.questions) // 2)))
+    return [_turn(form, question) for question in rng.sample(fact.questions, most)]
 
 
-def _num_pairs(rng: random.Random, length: int) -> int:
-    """Pairs of a JSON object: from two to what fills three quarters of the sequence."""
-    most = max(2, length * 3 // 4 // 18)
-    return round(2 * math.pow(most / 2, rng.random()))
+def _size(rng: random.Random, length: int) -> float:
+    """How large a fact is, 0 to 1: from the smallest to what fills most of the sequence."""
+    most = min(1.0, length / 2048)
+    return 0.05 * math.pow(most / 0.05, rng.random())
 
 
 def _interleave(rng: random.Random, facts: Sequence[Fact]) -> list[str]:
-    """All statements in random order, except that each fact's own stay in their order."""
+    """All statements in random order, except that ordered facts' own stay in their order."""
     order = [index for index, fact in enumerate(facts) for _ in fact.statements]
     rng.shuffle(order)
-    waiting = [iter(fact.statements) for fact in facts]
+    waiting = []
+    for fact in facts:
+        statements = list(fact.statements)
+        if fact.is_shuffled:
+            rng.shuffle(statements)
+        waiting.append(iter(statements))
     return [next(waiting[index]) for index in order]
 
 

@@ -1,4 +1,4 @@
-"""Facts to hide in a text and the questions about them: needles, JSON keys, passkeys, chains.
+"""Facts to hide in a text and the questions about them, in the formats of `evals/templates.py`.
 
 Knows text only: neither tokens nor where in a context a fact ends up.
 """
@@ -8,32 +8,58 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from training.words import ADJECTIVES, NOUNS, made_up_word
+from evals import templates
+from evals.templates import Template
+from evals.words import ADJECTIVES, NOUNS, made_up_word
 
-KINDS = ("needle", "json", "passkey", "chain2", "chain3")
+MAX_HOPS = 6
+CHAINS = tuple(
+    f"chain_{order}_{hops}" for order in ("ordered", "shuffled") for hops in range(1, MAX_HOPS + 1)
+)
+KINDS = (
+    "needle",
+    "needle_uuid",
+    "needle_uuid_key",
+    "multivalue",
+    "multiquery",
+    "passkey",
+    "number_string",
+    "json",
+    "json_uuid",
+    "vt",
+    *CHAINS,
+)
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question in several wordings.
+    """One question, in the benchmark's form and in plainer wordings.
 
-    wordings: complete questions, any of which may be asked.
-    lead: the beginning of a sentence that the answer completes.
+    opening: the benchmark's text before the context.
+    asked, lead: its question after the context, and the beginning of the answer.
+    wordings: the same question as a person would put it.
     answer: the exact text expected, without the space before it.
+    hops: look-ups that follow from each other before the answer is known.
+    trail: what each look-up but the last finds, in order.
     """
 
     kind: str
-    wordings: tuple[str, ...]
+    opening: str
+    asked: str
     lead: str
+    wordings: tuple[str, ...]
     answer: str
+    hops: int = 1
+    trail: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Fact:
-    """Sentences to hide, in this order, and what may be asked about them."""
+    """Sentences to hide, in this order unless `is_shuffled`, and what may be asked about them."""
 
     statements: tuple[str, ...]
     questions: tuple[Question, ...]
+    is_shuffled: bool = False
 
 
 class KeySource:
@@ -43,114 +69,230 @@ class KeySource:
         self._rng = rng
         self._used: set[str] = set()
 
-    def _distinct(self, make: Callable[[], str]) -> str:
-        while (key := make()) in self._used:
+    def distinct(self, make: Callable[[random.Random], str]) -> str:
+        """What `make` gives, made again until it is new."""
+        while (key := make(self._rng)) in self._used:
             pass
         self._used.add(key)
         return key
 
-    def pair(self) -> str:
-        """A key of two words, such as quick-fox; one in six is made up."""
-        return self._distinct(self._pair)
 
-    def _pair(self) -> str:
-        if self._rng.random() < 1 / 6:
-            return f"{made_up_word(self._rng)}-{made_up_word(self._rng)}"
-        return f"{self._rng.choice(ADJECTIVES)}-{self._rng.choice(NOUNS)}"
+def word_key(rng: random.Random) -> str:
+    """Two words, such as quick-fox; one in six is made up."""
+    if rng.random() < 1 / 6:
+        return f"{made_up_word(rng)}-{made_up_word(rng)}"
+    return f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
 
-    def variable(self) -> str:
-        """A variable name of three capital letters."""
-        return self._distinct(lambda: "".join(self._rng.choices(string.ascii_uppercase, k=3)))
+
+def variable(rng: random.Random) -> str:
+    """A variable name of five capital letters."""
+    return "".join(rng.choices(string.ascii_uppercase, k=5))
 
 
 def random_number(rng: random.Random) -> str:
-    """Four to seven digits, the first of them not zero."""
-    num_digits = rng.randint(4, 7)
+    """Seven digits in half of the cases, else four to six; the first is not zero."""
+    num_digits = 7 if rng.random() < 0.5 else rng.randint(4, 6)
     return str(rng.randint(10 ** (num_digits - 1), 10**num_digits - 1))
 
 
-def make_needle(rng: random.Random, keys: KeySource) -> Fact:
-    """The magic number of one key."""
-    key, number = keys.pair(), random_number(rng)
-    question = Question(
-        "needle",
-        (
-            f"What is the special magic number for {key}?",
-            f"What is the special magic number for {key} mentioned in the provided text?",
-            f"What is the magic number for {key}?",
-            f"Tell me the special magic number for {key}.",
-        ),
-        f"The special magic number for {key} mentioned in the provided text is",
-        number,
+def five_digits(rng: random.Random) -> str:
+    """Five digits, the first of which may be zero."""
+    return "".join(rng.choices(string.digits, k=5))
+
+
+def hexadecimal(rng: random.Random, num_groups: int) -> str:
+    """The first groups of a random UUID: 8, 4, 4, 4 and 12 hexadecimal digits."""
+    digits = f"{rng.getrandbits(128):032x}"
+    groups = (digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:])
+    return "-".join(groups[:num_groups])
+
+
+def make_needles(
+    kind: str,
+    rng: random.Random,
+    keys: KeySource,
+    num_groups: int = 5,
+    num_keys: int = 1,
+    num_values: int = 1,
+) -> Fact:
+    """`num_values` magic values of each of `num_keys` keys, all asked for in one question."""
+    is_number = kind in ("needle", "multivalue", "multiquery")
+    noun = "number" if is_number else "uuid"
+
+    def hex_text(source: random.Random) -> str:
+        return hexadecimal(source, num_groups)
+
+    make_key = hex_text if kind == "needle_uuid_key" else word_key
+    make_value = random_number if is_number else hex_text
+    facts = {
+        keys.distinct(make_key): [keys.distinct(make_value) for _ in range(num_values)]
+        for _ in range(num_keys)
+    }
+    statements = tuple(
+        templates.NEEDLE.format(noun=f"{noun}s", key=key, value=value)
+        for key, values in facts.items()
+        for value in values
     )
-    return Fact((f"One of the special magic numbers for {key} is: {number}.",), (question,))
+    asked_keys = rng.sample(sorted(facts), num_keys)
+    answer = _listed([value for key in asked_keys for value in facts[key]])
+    query = _listed(asked_keys)
+    if num_keys * num_values == 1:
+        question = _question(kind, templates.NEEDLE_ONE, answer, noun=noun, query=query)
+        wordings: tuple[str, ...] = (
+            f"What is the special magic {noun} for {query}?",
+            f"What is the magic {noun} for {query}?",
+            f"Tell me the special magic {noun} for {query}.",
+        )
+    else:
+        question = _question(kind, templates.NEEDLE_MANY, answer, noun=f"{noun}s", query=query)
+        wordings = (f"What are the special magic {noun}s for {query}?",)
+    return Fact(statements, (question(wordings),))
 
 
-def make_json(rng: random.Random, keys: KeySource, num_pairs: int) -> Fact:
-    """A JSON object of `num_pairs` keys with numbers as strings."""
-    pairs = [(keys.pair(), random_number(rng)) for _ in range(num_pairs)]
-    gap = rng.choice((" ", "\n"))
-    body = f",{gap}".join(f'"{key}": "{number}"' for key, number in pairs)
+def make_json(kind: str, rng: random.Random, keys: KeySource, num_pairs: int) -> Fact:
+    """A JSON object of `num_pairs` keys: words to numbers, or UUIDs to UUIDs (`json_uuid`)."""
+
+    def uuid(source: random.Random) -> str:
+        return hexadecimal(source, 5)
+
+    make_key, make_value = (uuid, uuid) if kind == "json_uuid" else (word_key, random_number)
+    pairs = [(keys.distinct(make_key), make_value(rng)) for _ in range(num_pairs)]
+    gap = rng.choice((" ", " ", "\n"))
+    body = f",{gap}".join(f'"{key}": "{value}"' for key, value in pairs)
     questions = tuple(
-        Question(
-            "json",
+        _question(kind, templates.KEY_VALUE, value, query=key)(
             (
                 f'What is the value of the key "{key}"?',
                 f'What is the value of "{key}" in the JSON object?',
                 f'Extract the value of "{key}" from the JSON object.',
-            ),
-            f'The value of "{key}" is',
-            number,
+            )
         )
-        for key, number in pairs
+        for key, value in pairs
     )
     return Fact((f"{{{body}}}",), questions)
 
 
-def make_passkey(rng: random.Random, keys: KeySource) -> Fact:
+def make_passkey(rng: random.Random) -> Fact:
     """The one pass key of a context."""
-    number = random_number(rng)
-    question = Question(
-        "passkey",
-        (
-            "What is the pass key?",
-            "What is the pass key mentioned in the text?",
-            "Tell me the pass key.",
-        ),
-        "The pass key is",
-        number,
+    number = five_digits(rng) if rng.random() < 0.6 else random_number(rng)
+    wordings = (
+        "What is the pass key?",
+        "What is the pass key mentioned in the text?",
+        "Tell me the pass key.",
     )
-    return Fact((f"The pass key is {number}. Remember it. {number} is the pass key.",), (question,))
+    question = _question("passkey", templates.PASSKEY, number)(wordings)
+    return Fact((templates.PASSKEY_NEEDLE.format(value=number),), (question,))
 
 
-def make_chain(rng: random.Random, keys: KeySource, num_hops: int) -> Fact:
-    """Variables assigned in order, the first from a number, each other one from the one before."""
-    names, number = [keys.variable() for _ in range(num_hops)], random_number(rng)
+def make_number_string(rng: random.Random) -> Fact:
+    """Ten digits: five random ones, of which five times one is doubled (InfiniteBench)."""
+    digits = five_digits(rng)
+    while len(digits) < 10:
+        place = rng.randrange(len(digits))
+        digits = digits[:place] + digits[place] + digits[place:]
+    question = _question("number_string", templates.NUMBER_STRING, digits)(
+        ("What is the sequence of digits?",)
+    )
+    return Fact((templates.NUMBER_STRING_NEEDLE.format(value=digits),), (question,))
+
+
+def make_chain(kind: str, rng: random.Random, keys: KeySource, num_hops: int) -> Fact:
+    """Variables, the first assigned a number, each other one the one before; any may be asked."""
+    names = [keys.distinct(variable) for _ in range(num_hops)]
+    number = keys.distinct(five_digits)
     values = [number, *(f"VAR {name}" for name in names[:-1])]
-    name = names[-1]
-    question = Question(
-        f"chain{num_hops}",
-        (
-            f"What is the value of VAR {name}?",
-            f"What number is assigned to VAR {name}?",
-            f"Tell me the value of VAR {name}.",
-        ),
-        f"The value of VAR {name} is",
-        number,
+    end = rng.choice((" ", ".", "."))
+    statements = tuple(
+        f"VAR {name} = {value}{end}".strip() for name, value in zip(names, values, strict=True)
     )
-    statements = tuple(f"VAR {name} = {value}." for name, value in zip(names, values, strict=True))
-    return Fact(statements, (question,))
+    is_shuffled = "shuffled" in kind
+    questions = tuple(
+        _question(
+            f"{kind.rsplit('_', 1)[0]}_{hops}",
+            templates.CHAIN,
+            number,
+            hops,
+            tuple(reversed(names[: hops - 1])),
+            query=name,
+        )((f"What is the value of VAR {name}?", f"What number is assigned to VAR {name}?"))
+        for hops, name in enumerate(names, start=1)
+    )
+    return Fact(statements, questions, is_shuffled)
 
 
-def make_fact(kind: str, rng: random.Random, keys: KeySource, num_pairs: int = 6) -> Fact:
-    """A fact of one of `KINDS` (or chain1, a variable assigned directly)."""
-    match kind:
-        case "needle":
-            return make_needle(rng, keys)
-        case "json":
-            return make_json(rng, keys, num_pairs)
-        case "passkey":
-            return make_passkey(rng, keys)
-        case "chain1" | "chain2" | "chain3":
-            return make_chain(rng, keys, int(kind[-1]))
-    raise ValueError(f"unknown kind of fact: {kind}; known are {', '.join(KINDS)}")
+def make_variables(rng: random.Random, keys: KeySource, num_hops: int) -> Fact:
+    """A chain in order, of which all variables are asked for (RULER's variable tracking)."""
+    chain = make_chain("chain_ordered", rng, keys, num_hops)
+    names = [statement.split()[1] for statement in chain.statements]
+    number = chain.questions[0].answer
+    question = _question(
+        "vt", templates.VARIABLES, " ".join(names), query=number, count=str(len(names))
+    )
+    wordings = (f"Which variables are assigned the value {number}?",)
+    return Fact(chain.statements, (question(wordings),))
+
+
+def _question(
+    kind: str,
+    template: Template,
+    answer: str,
+    hops: int = 1,
+    trail: tuple[str, ...] = (),
+    **fields: str,
+) -> Callable[[tuple[str, ...]], Question]:
+    """A question in the benchmark's form; call it with the plainer wordings."""
+    return lambda wordings: Question(
+        kind,
+        template.opening.format(**fields),
+        template.question.format(**fields),
+        template.lead.format(**fields),
+        wordings,
+        answer,
+        hops,
+        trail,
+    )
+
+
+def _listed(items: list[str]) -> str:
+    """`a`, or `a, b, and c` as RULER lists its keys."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])}, and {items[-1]}"
+
+
+def make_fact(kind: str, rng: random.Random, keys: KeySource, size: float = 1.0) -> Fact:
+    """A fact of one of `KINDS`; `size` (0 to 1) scales what may be long: objects, UUIDs, lists."""
+    if kind in CHAINS:
+        return make_chain(kind, rng, keys, int(kind[-1]))
+    if kind not in _MAKERS:
+        raise ValueError(f"unknown kind of fact: {kind}; known are {', '.join(KINDS)}")
+    return _MAKERS[kind](kind, rng, keys, size)
+
+
+def _needle(kind: str, rng: random.Random, keys: KeySource, size: float) -> Fact:
+    return make_needles(kind, rng, keys, num_groups=max(1, round(5 * size)))
+
+
+def _json(kind: str, rng: random.Random, keys: KeySource, size: float) -> Fact:
+    most = 27 if kind == "json_uuid" else 80  # what fills 2,048 tokens
+    return make_json(kind, rng, keys, max(2, round(most * size)))
+
+
+def _variables(kind: str, rng: random.Random, keys: KeySource, size: float) -> Fact:
+    return make_variables(rng, keys, rng.randint(2, round(5 * max(size, 0.4))))
+
+
+_MAKERS: dict[str, Callable[[str, random.Random, KeySource, float], Fact]] = {
+    "needle": _needle,
+    "needle_uuid": _needle,
+    "needle_uuid_key": _needle,
+    "multivalue": lambda kind, rng, keys, _: make_needles(
+        kind, rng, keys, num_values=rng.randint(2, 4)
+    ),
+    "multiquery": lambda kind, rng, keys, _: make_needles(
+        kind, rng, keys, num_keys=rng.randint(2, 4)
+    ),
+    "passkey": lambda kind, rng, keys, size: make_passkey(rng),
+    "number_string": lambda kind, rng, keys, size: make_number_string(rng),
+    "json": _json,
+    "json_uuid": _json,
+    "vt": _variables,
+}

@@ -6,11 +6,11 @@ The chat template is here too, because training renders its conversations with t
 import random
 from collections.abc import Iterator
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from training.prose import pick_style
-from training.tasks import KINDS, KeySource, make_fact
+from evals.prose import pick_style
+from training.tasks import CHAINS, KINDS, KeySource, make_fact
 
 VOCAB_SIZE = 1024
 MAX_POSITIONS = 8192
@@ -32,13 +32,16 @@ CHAT_TEMPLATE = (
 
 
 def _corpus(seed: int, num_texts: int) -> Iterator[str]:
+    """Texts without variables, so that each letter of a variable's name keeps its own token."""
     rng = random.Random(f"tokenizer-{seed}")
+    kinds = [kind for kind in KINDS if kind not in ("vt", *CHAINS)]
     for _ in range(num_texts):
         make_sentence, keys = pick_style(rng), KeySource(rng)
-        fact = make_fact(rng.choice(KINDS), rng, keys)
-        wordings = (wording for question in fact.questions for wording in question.wordings)
+        fact = make_fact(rng.choice(kinds), rng, keys, size=0.1)
+        question = rng.choice(fact.questions)
         filler = (make_sentence(rng) for _ in range(8))
-        yield " ".join((*filler, *fact.statements, "\nQuestion:", *wordings, "\nAnswer:"))
+        texts = (*filler, *fact.statements, question.asked, question.lead, *question.wordings)
+        yield " ".join((*texts, "\nQuestion:", "VAR = VAR", "\nAnswer:"))
 
 
 def train_tokenizer(seed: int, num_texts: int = 20_000) -> PreTrainedTokenizerFast:
@@ -47,6 +50,8 @@ def train_tokenizer(seed: int, num_texts: int = 20_000) -> PreTrainedTokenizerFa
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
+            # Each letter of a variable's name is a token, with a space before it or without.
+            pre_tokenizers.Split(Regex("VAR|(?<=[A-Z])[A-Z]|[A-Z](?=[A-Z])"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )

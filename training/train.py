@@ -17,15 +17,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn import functional
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from training import attention
 from training.batches import Batch, make_batch
 from training.curriculum import CURRICULUM, Stage
 from training.export import export_model
 from training.model import make_model
+from training.readout import TrailReader, measure
 from training.samples import SampleMaker
 from training.tokenizer import train_tokenizer
 
@@ -61,7 +61,7 @@ class Result:
 
     loss: float
     hits: dict[str, list[float]]
-    gradients: tuple[Tensor, ...]
+    gradients: tuple[Tensor | None, ...]
 
 
 class Trainer:
@@ -76,10 +76,12 @@ class Trainer:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._tokenizer = self._load_tokenizer()
         self._maker = SampleMaker(self._tokenizer)
-        self._model = make_model(seed)
+        (assigns,) = self._maker.encode(" =")
+        self._model = make_model(seed, assigns)
         attention.register()
         self._model.set_attn_implementation(attention.NAME)
-        self._optimizer = make_optimizer(self._model)
+        self._reader = TrailReader(self._model.config.hidden_size)
+        self._optimizer = make_optimizer((self._model, self._reader))
         torch.set_num_threads(1)
         self._pool = ThreadPoolExecutor(
             NUM_THREADS, initializer=torch.set_num_threads, initargs=(1,)
@@ -121,12 +123,14 @@ class Trainer:
         batches = [
             make_batch(rng, self._maker, stage, length) for _ in range(stage.batches_per_step)
         ]
-        results = list(self._pool.map(self._differentiate, batches))
+        seeds = [rng.random() for _ in batches]
+        results = list(self._pool.map(self._differentiate, batches, seeds))
         for parameter, *gradients in zip(
-            self._model.parameters(), *(result.gradients for result in results), strict=True
+            self._parameters, *(result.gradients for result in results), strict=True
         ):
-            parameter.grad = torch.stack(gradients).mean(0)
-        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+            known = [gradient for gradient in gradients if gradient is not None]
+            parameter.grad = torch.stack(known).mean(0) if known else None
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()
         self._progress.step += 1
         num_tokens = sum(batch.tokens.numel() for batch in batches)
@@ -141,10 +145,14 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
 
-    def _differentiate(self, batch: Batch) -> "Result":
-        loss, hits = forward(self._model, batch)
-        gradients = torch.autograd.grad(loss, list(self._model.parameters()))
-        return Result(loss.item(), hits, gradients)
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        return [*self._model.parameters(), *self._reader.parameters()]
+
+    def _differentiate(self, batch: Batch, seed: float) -> "Result":
+        measured = measure(self._model, self._reader, batch, random.Random(seed))
+        gradients = torch.autograd.grad(measured.loss, self._parameters, allow_unused=True)
+        return Result(measured.loss.item(), measured.hits, gradients)
 
     def _count(
         self, length: int, num_tokens: int, results: Sequence["Result"], took_s: float
@@ -192,6 +200,7 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         state = {
             "model": self._model.state_dict(),
+            "reader": self._reader.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "progress": asdict(self._progress),
         }
@@ -205,41 +214,19 @@ class Trainer:
             return
         state = torch.load(self._checkpoint, weights_only=True)
         self._model.load_state_dict(state["model"])
+        self._reader.load_state_dict(state["reader"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._progress = Progress(**state["progress"])
         logger.info("resuming at step %d", self._progress.step)
 
 
-def make_optimizer(model: Qwen2ForCausalLM) -> torch.optim.AdamW:
+def make_optimizer(modules: Sequence[nn.Module]) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
+    parameters = [p for module in modules for p in module.parameters()]
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
-
-
-def forward(model: Qwen2ForCausalLM, batch: Batch) -> tuple[Tensor, dict[str, list[float]]]:
-    """The weighted loss, and per kind of answer whether each was right in every token."""
-    scored = (batch.weights[:, 1:] > 0).nonzero(as_tuple=True)
-    targets = batch.tokens[:, 1:][scored]
-    weights = batch.weights[:, 1:][scored]
-    with torch.autocast("cpu", torch.bfloat16):
-        output = model.model(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False)
-        logits = model.lm_head(output.last_hidden_state[:, :-1][scored])  # [scored, vocab]
-    logits = logits.float()
-    losses = functional.cross_entropy(logits, targets, reduction="none")
-    loss = (losses * weights).sum() / weights.sum()
-    return loss, _hits(logits.argmax(-1) == targets, batch.answers[:, 1:][scored], batch.kinds)
-
-
-def _hits(right: Tensor, answers: Tensor, kinds: tuple[str, ...]) -> dict[str, list[float]]:
-    wrong = torch.zeros(len(kinds) + 1)
-    places = answers.where(answers >= 0, len(kinds))  # context tokens count in the last place
-    wrong.index_add_(0, places, (~right).float())
-    hits: defaultdict[str, list[float]] = defaultdict(list)
-    for kind, num_wrong in zip(kinds, wrong.tolist(), strict=False):
-        hits[kind].append(float(num_wrong == 0))
-    return dict(hits)
 
 
 def main() -> None:

@@ -1,0 +1,155 @@
+"""Answers in this process: one prompt after the other is prefilled, all are decoded together."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from evals.model import Answer, Ask
+from evals.tasks.base import Example
+from evals.variants import Variant
+from winnow import BatchJob, PruningSettings, SamplingParams, Winnow
+from winnow.defaults import override, pruning_defaults
+from winnow.errors import InvalidSetting
+from winnow.model_files import describe_model
+from winnow.tokenizer import load_tokenizer
+
+
+class LocalModel:
+    """A model folder or hub model, whose weights are loaded when everything else was checked.
+
+    pruning: settings over the model's own, under what a variant asks for.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        device: str,
+        dtype: str,
+        kv_memory_bytes: int,
+        max_batch_size: int,
+        pruning: dict[str, Any],
+        chat: bool,
+    ) -> None:
+        """Raises UnusableModel, InvalidSetting, or InvalidRequest for a missing chat template."""
+        self._name = Path(model).name
+        self._description = describe_model(model, device=device, dtype=dtype)
+        path, num_layers = self._description.path, self._description.shape.num_layers
+        self._pruning = override(pruning_defaults(path, num_layers), pruning)
+        self._tokenizer = load_tokenizer(path)
+        self._chat = chat
+        self._frame_tokens = len(self._frame(""))
+        self._load = partial(
+            Winnow.load,
+            path,
+            device=device,
+            dtype=dtype,
+            kv_memory_bytes=kv_memory_bytes,
+            max_batch_size=max_batch_size,
+        )
+
+    @cached_property
+    def _winnow(self) -> Winnow:
+        return self._load()
+
+    @property
+    def max_positions(self) -> int:
+        return self._description.max_positions
+
+    @property
+    def frame_tokens(self) -> int:
+        return self._frame_tokens
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "model": self._name,
+            "fingerprint": self._description.fingerprint,
+            "pruning": asdict(self._pruning),
+        }
+
+    def count(self, text: str) -> int:
+        return len(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def threshold(self, variant: Variant) -> float | None:
+        return self._settings(variant).threshold
+
+    def require_runs(
+        self, variants: Sequence[Variant], num_prompt_tokens: int, max_new_tokens: int
+    ) -> None:
+        for variant in variants:
+            self._settings(variant).require_fits(self._description.shape.num_layers)
+        for variant in variants:
+            self._require_memory(variant, num_prompt_tokens, max_new_tokens)
+
+    def _require_memory(
+        self, variant: Variant, num_prompt_tokens: int, max_new_tokens: int
+    ) -> None:
+        pruning, sampling = self._settings(variant), _greedy(max_new_tokens)
+        try:
+            self._winnow.require_fits(num_prompt_tokens, pruning, sampling)
+        except InvalidSetting as error:
+            raise InvalidSetting(
+                f"{variant}, {num_prompt_tokens:,} prompt tokens: {error.message} "
+                "(--kv-memory-bytes)"
+            ) from error
+
+    def answers(self, asks: Iterable[Ask]) -> Iterator[tuple[Ask, Answer]]:
+        taken: dict[int, Ask] = {}
+
+        def jobs() -> Iterator[BatchJob]:
+            for job_idx, ask in enumerate(asks):
+                taken[job_idx] = ask
+                yield self._job(ask)
+
+        for result in self._winnow.generate_many(jobs()):
+            completion, report = result.completion, result.completion.report
+            answer = Answer(
+                text=completion.text,
+                num_prompt_tokens=report.num_prompt_tokens,
+                num_answer_tokens=len(completion.token_ids),
+                selection_layer=report.selection_layer,
+                no_selection_reason=report.no_selection_reason,
+                rho=report.rho,
+                computed_share=report.computed_share,
+                kv_bytes_full=report.kv_bytes_full,
+                kv_bytes_kept=report.kv_bytes_kept,
+                prefill_s=result.prefill_s,
+                seconds=result.seconds,
+            )
+            yield taken.pop(result.job_idx), answer
+
+    def _job(self, ask: Ask) -> BatchJob:
+        return BatchJob(
+            self._token_ids(ask.example),
+            self._settings(ask.variant),
+            _greedy(ask.example.max_new_tokens),
+        )
+
+    def _token_ids(self, example: Example) -> list[int]:
+        if not self._chat:
+            return self._frame(example.prompt())
+        lead = self._tokenizer.encode(example.lead, add_special_tokens=False)
+        return self._frame(example.user_message()) + lead
+
+    def _frame(self, text: str) -> list[int]:
+        """The text as a prompt of its own."""
+        if self._chat:
+            return self._tokenizer.render_chat([{"role": "user", "content": text}])
+        return self._tokenizer.encode(text)
+
+    def _settings(self, variant: Variant) -> PruningSettings:
+        """Raises InvalidSetting for what cannot work."""
+        own = {"method": variant.spec.method} | dict(variant.spec.options)
+        window_size = override(self._pruning, own).window_size
+        if variant.budget is not None and variant.budget <= window_size:
+            raise InvalidSetting(
+                f"--budget {variant.budget}: it must be above window_size, {window_size}",
+                param="budget",
+            )
+        return override(self._pruning, variant.changes)
+
+
+def _greedy(max_new_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=max_new_tokens, temperature=0)

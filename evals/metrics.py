@@ -1,0 +1,39 @@
+"""The benchmarks' scores of one answer, 0 to 1."""
+
+import re
+from collections.abc import Sequence
+
+_INTEGER = re.compile(r"[0-9]+")
+_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
+_KEY_VALUE_BREAKS = str.maketrans(dict.fromkeys("\n:\"'.,?!{}", " "))
+
+
+def string_match_all(answer: str, references: Sequence[str]) -> float:
+    """Share of the references that the answer contains, in any case (RULER)."""
+    return sum(_contains(answer, reference) for reference in references) / len(references)
+
+
+def string_match_part(answer: str, references: Sequence[str]) -> float:
+    """1 if the answer contains any of the references, in any case (RULER's questions)."""
+    return float(any(_contains(answer, reference) for reference in references))
+
+
+def first_integer(answer: str, references: Sequence[str]) -> float:
+    """1 if the first run of digits is the reference (InfiniteBench's pass keys and strings)."""
+    found = _INTEGER.search(answer)
+    return float(found is not None and found[0] == references[0])
+
+
+def first_number(answer: str, references: Sequence[str]) -> float:
+    """1 if the first number equals the reference (InfiniteBench's math_find)."""
+    found = _NUMBER.search(answer)
+    return float(found is not None and float(found[0]) == float(references[0]))
+
+
+def exact_value(answer: str, references: Sequence[str]) -> float:
+    """1 if the reference is a word of the answer, punctuation aside (kv_retrieval)."""
+    return float(references[0] in answer.translate(_KEY_VALUE_BREAKS).split())
+
+
+def _contains(answer: str, reference: str) -> bool:
+    return reference.lower() in answer.lower()

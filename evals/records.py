@@ -1,0 +1,174 @@
+"""A run's folder: settings.json says what was asked, samples.jsonl holds one answer per line.
+
+A run that was killed goes on in its folder: whole lines count, a torn last one is dropped.
+"""
+
+import fcntl
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from winnow.errors import InvalidSetting
+
+SETTINGS_FILE = "settings.json"
+SAMPLES_FILE = "samples.jsonl"
+
+# Task, length, index, method, budget: one answer is asked for each.
+Key = tuple[str, int, int, str, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One answer and its score (0 to 1).
+
+    method, budget: the variant as it was asked for; no budget for `full`.
+    depth: of the needle, 0 (beginning) to 1 (end), where the task varies it.
+    rho: (layer, relative rank variance).  The other figures are those of evals.model.Answer.
+    """
+
+    task: str
+    length: int
+    index: int
+    method: str
+    budget: int | None
+    depth: float | None
+    answer: str
+    references: tuple[str, ...]
+    score: float
+    num_prompt_tokens: int
+    num_answer_tokens: int
+    selection_layer: int | None
+    no_selection_reason: str | None
+    rho: tuple[tuple[int, float], ...]
+    computed_share: float
+    kv_bytes_full: int
+    kv_bytes_kept: int
+    prefill_s: float
+    seconds: float
+
+    @property
+    def key(self) -> Key:
+        return (self.task, self.length, self.index, self.method, self.budget)
+
+
+_NAMES = {field.name for field in fields(Record)}
+
+
+class RunFolder:
+    """The records of one run, open for more; a context manager that lets nobody else write."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        """Raises InvalidSetting if the folder is another run's, is in use or cannot be written."""
+        self.folder = folder
+        self.records: list[Record] = []
+        try:
+            self._begin(settings)
+        except OSError as error:
+            raise InvalidSetting(
+                f"output folder {folder} cannot be used: {error.strerror}", param="output"
+            ) from error
+
+    def _begin(self, settings: Mapping[str, Any]) -> None:
+        new = not (self.folder / SETTINGS_FILE).exists()
+        if new:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _require_no_samples(self.folder)
+            write_json(self.folder / SETTINGS_FILE, settings)
+        else:
+            _require_same(self.folder, settings)
+        self._file = (self.folder / SAMPLES_FILE).open("a+b")
+        try:
+            _lock(self._file, self.folder)
+            self.records = _read(self._file)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, record: Record) -> None:
+        """Adds an answer, at once on disk."""
+        self.records.append(record)
+        self._file.write(json.dumps(asdict(record), ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Writes the file whole or not at all."""
+    written = file.with_name(file.name + ".new")
+    written.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    written.replace(file)
+
+
+def _require_no_samples(folder: Path) -> None:
+    if (folder / SAMPLES_FILE).exists():
+        raise InvalidSetting(
+            f"output folder {folder} has {SAMPLES_FILE} but no {SETTINGS_FILE}", param="output"
+        )
+
+
+def _require_same(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raise InvalidSetting, naming what differs, unless the folder's run has these settings."""
+    try:
+        found = json.loads((folder / SETTINGS_FILE).read_text())
+        asked = json.loads(json.dumps(settings))
+        differing = [name for name in sorted(found | asked) if found.get(name) != asked.get(name)]
+    except (ValueError, TypeError) as error:
+        raise InvalidSetting(
+            f"{folder / SETTINGS_FILE} is not what a run writes", param="output"
+        ) from error
+    if differing:
+        name = differing[0]
+        raise InvalidSetting(
+            f"output folder {folder} holds a run with other settings: {name} is "
+            f"{_shown(found.get(name))} there, {_shown(asked.get(name))} here",
+            param="output",
+        )
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _lock(file: IO[bytes], folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InvalidSetting(
+            f"output folder {folder} is being written by another run", param="output"
+        ) from error
+
+
+def _read(file: IO[bytes]) -> list[Record]:
+    """The records of all whole lines; a torn last line is cut off the file."""
+    file.seek(0)
+    content = file.read()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        file.truncate(whole)
+    lines = content[:whole].splitlines()
+    return [_parse(line, number, file.name) for number, line in enumerate(lines, 1)]
+
+
+def _parse(line: bytes, number: int, name: str) -> Record:
+    try:
+        values = json.loads(line)
+        if values.keys() != _NAMES:
+            raise ValueError("other fields")
+        values["references"] = tuple(values["references"])
+        values["rho"] = tuple((layer_idx, rho) for layer_idx, rho in values["rho"])
+        return Record(**values)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InvalidSetting(f"{name}, line {number}, is not a record", param="output") from error

@@ -1,0 +1,96 @@
+"""A service's REST API: its errors raised as they are, tried again where it is busy."""
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from winnow.errors import InvalidSetting, WinnowError, error_class
+
+_TIMEOUT_S = 600.0
+_PATIENCE_S = 120.0
+_PAUSE_S = 1.0
+_TRY_AGAIN = frozenset({429, 502, 503, 504})
+
+
+class RestClient:
+    """Usable from `num_parallel` threads at a time."""
+
+    def __init__(self, url: str, num_parallel: int) -> None:
+        """Raises InvalidSetting for what is not a URL; a context manager that closes it."""
+        self.num_parallel = num_parallel
+        self.url = url.rstrip("/").removesuffix("/v1")
+        limits = httpx.Limits(max_connections=num_parallel)
+        try:
+            self._http = httpx.Client(base_url=self.url, timeout=_TIMEOUT_S, limits=limits)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise InvalidSetting(
+                f"--endpoint {url!r} is not a URL: {error}", param="endpoint"
+            ) from error
+
+    def __enter__(self) -> "RestClient":
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._http.close()
+
+    def model_card(self, name: str | None) -> dict[str, Any]:
+        """The served model of that name, or the first one."""
+        try:
+            response = self._http.get("/v1/models")
+            cards = {card["id"]: card for card in response.raise_for_status().json()["data"]}
+            card: dict[str, Any] = cards[name] if name in cards else next(iter(cards.values()))
+            int(card["max_model_len"])
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise InvalidSetting(
+                f"--endpoint {self.url}: no service answers there: {error}", param="endpoint"
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+            raise InvalidSetting(
+                f"--endpoint {self.url} is not a Winnow service", param="endpoint"
+            ) from error
+        if name is not None and card["id"] != name:
+            raise InvalidSetting(
+                f"--endpoint {self.url} does not serve {name!r}; it serves {', '.join(cards)}",
+                param="model",
+            )
+        return card
+
+    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer's body; waits and tries again where the service is busy or away.
+
+        Raises the service's own error, after a while also that of being busy.
+        """
+        give_up_s = time.monotonic() + _PATIENCE_S
+        while True:
+            pause_s = _PAUSE_S
+            try:
+                response = self._http.post(path, json=body)
+            except httpx.TransportError as error:
+                if time.monotonic() > give_up_s:
+                    raise WinnowError(f"{self.url} does not answer: {error!r}") from error
+            else:
+                if response.status_code not in _TRY_AGAIN or time.monotonic() > give_up_s:
+                    return self._body(response)
+                pause_s = float(response.headers.get("retry-after", _PAUSE_S))
+            time.sleep(pause_s)
+
+    def _body(self, response: httpx.Response) -> dict[str, Any]:
+        try:
+            body = response.json()
+            if response.is_success:
+                return dict(body)
+            error = body["error"]
+            refusal = error_class(error["code"])(error["message"], param=error["param"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise WinnowError(
+                f"{self.url} answered {response.status_code} with what is no answer of Winnow's"
+            ) from error
+        raise refusal

@@ -1,0 +1,139 @@
+"""An evaluation from its plan to records, summary, table and pictures."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from evals.model import Answer, Ask, Model
+from evals.pictures import draw_pictures
+from evals.plan import Plan
+from evals.records import Key, Record, RunFolder, write_json
+from evals.summary import summarize
+from evals.table import print_summary
+from evals.tasks.base import Example, Task
+from winnow.errors import InvalidSetting
+
+SUMMARY_FILE = "summary.json"
+
+
+def evaluate(plan: Plan, model: Model, folder: Path, *, progress: Console, result: Console) -> None:
+    """Runs what `folder` does not hold yet, then writes and prints what came out.
+
+    Raises WinnowError, before anything is written, for what cannot run.
+    """
+    with progress.status("checking that everything asked for can run"):
+        _require_runs(plan, model)
+    with RunFolder(folder, _settings(plan, model)) as run:
+        _answer(plan, model, run, progress)
+        summary = summarize(run.records, plan.setups(), [task.name for task in plan.tasks])
+        write_json(folder / SUMMARY_FILE, {"settings": _settings(plan, model)} | summary.to_json())
+        pictures = draw_pictures(folder, run.records, summary, _thresholds(plan, model))
+    print_summary(summary, result)
+    files = ", ".join(file.name for file in [folder / SUMMARY_FILE, *pictures])
+    result.print(f"\n{folder}: {files}", highlight=False, soft_wrap=True)
+
+
+def _settings(plan: Plan, model: Model) -> dict[str, Any]:
+    return plan.to_json() | model.identity()
+
+
+def _thresholds(plan: Plan, model: Model) -> dict[str, float]:
+    known = {variant.method: model.threshold(variant) for variant in plan.variants}
+    return {method: value for method, value in known.items() if value is not None}
+
+
+def _require_runs(plan: Plan, model: Model) -> None:
+    """Raise what any prompt, or the longest one under any variant, would be refused with."""
+    for length in plan.lengths:
+        if length > model.max_positions:
+            raise InvalidSetting(
+                f"--length {length:,}: the model has {model.max_positions:,} positions",
+                param="length",
+            )
+    for index, task in product(range(plan.num_samples), plan.tasks):
+        _example(plan, model, task, min(plan.lengths), index)  # the hardest length to hold it
+    max_new_tokens = max(task.max_new_tokens for task in plan.tasks)
+    num_prompt_tokens = min(max(plan.lengths), model.max_positions - max_new_tokens)
+    model.require_runs(plan.variants, num_prompt_tokens, max_new_tokens)
+
+
+def _example(plan: Plan, model: Model, task: Task, length: int, index: int) -> Example:
+    """An example whose whole prompt has at most `length` tokens and leaves room for its answer."""
+    room = min(length, model.max_positions - task.max_new_tokens) - model.frame_tokens
+    return task.example(index, plan.seed, room, model.count)
+
+
+def _answer(plan: Plan, model: Model, run: RunFolder, console: Console) -> None:
+    """Adds the records that the run lacks."""
+    done = {record.key for record in run.records}
+    if len(done) == plan.num_asks:
+        return
+    with _progress(console, plan.num_asks, len(done)) as (progress, bar):
+        for ask, answer in model.answers(_asks(plan, model, done)):
+            run.append(_record(plan, ask, answer))
+            progress.advance(bar)
+
+
+def _asks(plan: Plan, model: Model, done: set[Key]) -> Iterator[Ask]:
+    for index, length, task in plan.places():
+        missing = [
+            variant
+            for variant in plan.variants
+            if (task.name, length, index, variant.method, variant.budget) not in done
+        ]
+        if missing:
+            example = _example(plan, model, task, length, index)
+            yield from (Ask(example, length, variant) for variant in missing)
+
+
+@contextmanager
+def _progress(console: Console, total: int, completed: int) -> Iterator[tuple[Progress, TaskID]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield progress, progress.add_task("answers", total=total, completed=completed)
+
+
+def _record(plan: Plan, ask: Ask, answer: Answer) -> Record:
+    example = ask.example
+    task = next(task for task in plan.tasks if task.name == example.task)
+    return Record(
+        task=example.task,
+        length=ask.length,
+        index=example.index,
+        method=ask.variant.method,
+        budget=ask.variant.budget,
+        depth=example.depth,
+        answer=answer.text,
+        references=example.answers,
+        score=task.metric(answer.text, example.answers),
+        num_prompt_tokens=answer.num_prompt_tokens,
+        num_answer_tokens=answer.num_answer_tokens,
+        selection_layer=answer.selection_layer,
+        no_selection_reason=answer.no_selection_reason,
+        rho=answer.rho,
+        computed_share=answer.computed_share,
+        kv_bytes_full=answer.kv_bytes_full,
+        kv_bytes_kept=answer.kv_bytes_kept,
+        prefill_s=answer.prefill_s,
+        seconds=answer.seconds,
+    )

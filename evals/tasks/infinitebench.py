@@ -1,0 +1,149 @@
+"""InfiniteBench's synthetic tasks (arXiv 2402.13718): retrieval and the extremes of a list."""
+
+import statistics
+import string
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from random import Random
+
+from evals import templates
+from evals.metrics import exact_value, first_integer, first_number
+from evals.prose import noise
+from evals.tasks.base import Asked, CountTokens, Example, Metric, rng_of
+from evals.tasks.fill import Supply, hide, most_that_fit
+from evals.tasks.needles import uuid
+from evals.templates import Template
+
+_MAX_NUMBER = 99
+
+
+def passkey(rng: Random) -> str:
+    """Five digits."""
+    return "".join(rng.choices(string.digits, k=5))
+
+
+def digit_string(rng: Random) -> str:
+    """Ten digits: five random ones, then five times one of them is doubled where it stands."""
+    digits = rng.choices(string.digits, k=5)
+    for _ in range(5):
+        place = rng.randrange(len(digits))
+        digits.insert(place, digits[place])
+    return "".join(digits)
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenNumberTask:
+    """A number said twice in one place in noise."""
+
+    name: str
+    template: Template
+    statement: str
+    make_value: Callable[[Random], str]
+    max_new_tokens: int
+    group: str = "infinitebench"
+    metric: Metric = first_integer
+
+    def example(self, index: int, seed: int, length: int, count: CountTokens) -> Example:
+        rng = rng_of(self.name, index, seed, length)
+        value = self.make_value(rng)
+        asked = Asked(self.template, {}, (value,))
+        statements, depths = [self.statement.format(value=value)], [rng.random()]
+        filler = Supply(noise())
+
+        def make(num_pieces: int) -> Example:
+            pieces = hide(statements, depths, filler.first(num_pieces))
+            return asked.around(self, index, "\n".join(pieces))
+
+        return most_that_fit(make, length, count)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValueTask:
+    """A JSON object from UUIDs to UUIDs, as large as fits, and one of its keys."""
+
+    name: str = "kv_retrieval"
+    group: str = "infinitebench"
+    max_new_tokens: int = 50
+    metric: Metric = exact_value
+
+    def example(self, index: int, seed: int, length: int, count: CountTokens) -> Example:
+        rng = rng_of(self.name, index, seed, length)
+        key, value = uuid(rng), uuid(rng)
+        asked = Asked(templates.KEY_VALUE, {"query": key}, (value,))
+        depth = rng.random()
+        others = Supply(_pairs(rng))
+
+        def make(num_pieces: int) -> Example:
+            pairs = hide([_pair(key, value)], [depth], others.first(num_pieces))
+            return asked.around(self, index, f"{{{', '.join(pairs)}}}")
+
+        return most_that_fit(make, length, count)
+
+
+def _pairs(rng: Random) -> Iterator[str]:
+    while True:
+        yield _pair(uuid(rng), uuid(rng))
+
+
+def _pair(key: str, value: str) -> str:
+    return f'"{key}": "{value}"'
+
+
+# What may be asked about a list, by the name that the question gives it.
+STATISTICS: dict[str, Callable[[list[int]], float]] = {
+    "largest": max,
+    "second largest": lambda numbers: sorted(set(numbers))[-2],
+    "third largest": lambda numbers: sorted(set(numbers))[-3],
+    "smallest": min,
+    "second smallest": lambda numbers: sorted(set(numbers))[1],
+    "third smallest": lambda numbers: sorted(set(numbers))[2],
+    "median": statistics.median,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MathFindTask:
+    """A list of integers, and which is the largest, the second smallest, the median, and so on.
+
+    As in the benchmark they go from 0 to 99, but one end, drawn anew, lies up to 20 further in.
+    """
+
+    name: str = "math_find"
+    group: str = "infinitebench"
+    max_new_tokens: int = 6  # the benchmark's 3 cut a median such as 49.5 short
+    metric: Metric = first_number
+
+    def example(self, index: int, seed: int, length: int, count: CountTokens) -> Example:
+        rng = rng_of(self.name, index, seed, length)
+        what = rng.choice(list(STATISTICS))
+        numbers = Supply(_integers(rng, *_range(rng, what)))
+
+        def make(num_pieces: int) -> Example:
+            listed = numbers.first(num_pieces)
+            answer = f"{STATISTICS[what]([int(number) for number in listed]):g}"
+            asked = Asked(templates.MATH_FIND, {"what": what}, (answer,))
+            return asked.around(self, index, f"[{', '.join(listed)}]")
+
+        return most_that_fit(make, length, count, fewest=20)
+
+
+def _range(rng: Random, what: str) -> tuple[int, int]:
+    """The least and the greatest integer; the end that is asked for cannot be guessed."""
+    margin = rng.randint(0, 20)
+    is_upper = "largest" in what or (what == "median" and rng.random() < 0.5)
+    return (0, _MAX_NUMBER - margin) if is_upper else (margin, _MAX_NUMBER)
+
+
+def _integers(rng: Random, least: int, greatest: int) -> Iterator[str]:
+    while True:
+        yield str(rng.randint(least, greatest))
+
+
+INFINITEBENCH_TASKS = (
+    HiddenNumberTask("passkey", templates.PASSKEY, templates.PASSKEY_NEEDLE, passkey, 6),
+    HiddenNumberTask(
+        "number_string", templates.NUMBER_STRING, templates.NUMBER_STRING_NEEDLE, digit_string, 12
+    ),
+    KeyValueTask(),
+    MathFindTask(),
+)

@@ -1,0 +1,130 @@
+"""Variables assigned from each other: RULER's tracking, and chains to follow to their value."""
+
+import string
+from dataclasses import dataclass
+from random import Random
+
+from evals import templates
+from evals.metrics import string_match_all
+from evals.prose import noise
+from evals.tasks.base import Asked, CountTokens, Example, Metric, rng_of
+from evals.tasks.fill import Supply, hide, most_that_fit
+
+NUM_CHAINS = 4
+MAX_HOPS = 6
+WORKED_EXAMPLE_TOKENS = 500
+
+
+def variables(rng: Random, num_names: int, num_letters: int = 5) -> list[str]:
+    """Distinct names of capital letters."""
+    names: dict[str, None] = {}
+    while len(names) < num_names:
+        names["".join(rng.choices(string.ascii_uppercase, k=num_letters))] = None
+    return list(names)
+
+
+def value(rng: Random) -> str:
+    """Five digits."""
+    return str(rng.randint(10_000, 99_999))
+
+
+def chain(names: list[str], number: str) -> list[str]:
+    """Assignments in order: the first a number, each other one the name before."""
+    values = [number, *(f"VAR {name}" for name in names[:-1])]
+    return [f"VAR {name} = {value}" for name, value in zip(names, values, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class TrackingTask:
+    """All variables of one chain of four hops, in noise (vt).
+
+    has_worked_example: the benchmark's own prompt begins with an answered question about a short
+    text; `vt` is without.
+    """
+
+    name: str = "vt"
+    has_worked_example: bool = False
+    group: str = "ruler"
+    num_hops: int = 4
+    max_new_tokens: int = 30
+    metric: Metric = string_match_all
+
+    def example(self, index: int, seed: int, length: int, count: CountTokens) -> Example:
+        rng = rng_of(self.name, index, seed, length)
+        preface = self._worked_example(rng, index, count) if self.has_worked_example else ""
+        return self._tracked(rng, index, length, count, 5, preface)
+
+    def _worked_example(self, rng: Random, index: int, count: CountTokens) -> str:
+        example = self._tracked(rng, index, WORKED_EXAMPLE_TOKENS, count, 3, "")
+        return f"{example.prompt()} {' '.join(example.answers)}\n\n"
+
+    def _tracked(
+        self,
+        rng: Random,
+        index: int,
+        length: int,
+        count: CountTokens,
+        num_letters: int,
+        preface: str,
+    ) -> Example:
+        names, number = variables(rng, self.num_hops + 1, num_letters), value(rng)
+        fields = {"query": number, "count": str(len(names))}
+        asked = Asked(templates.VARIABLES, fields, tuple(names), preface=preface)
+        depths = sorted(rng.random() for _ in names)
+        filler = Supply(noise())
+
+        def make(num_pieces: int) -> Example:
+            pieces = hide(chain(names, number), depths, filler.first(num_pieces))
+            return asked.around(self, index, "\n".join(pieces))
+
+        return most_that_fit(make, length, count)
+
+
+@dataclass(frozen=True, slots=True)
+class ChainTask:
+    """The value of the last variable of one of several chains, links in order or shuffled."""
+
+    num_hops: int
+    is_shuffled: bool
+    group: str = "chains"
+    max_new_tokens: int = 16
+    metric: Metric = string_match_all
+
+    @property
+    def name(self) -> str:
+        return f"chain_{'shuffled' if self.is_shuffled else 'ordered'}_{self.num_hops}"
+
+    def example(self, index: int, seed: int, length: int, count: CountTokens) -> Example:
+        rng = rng_of(self.name, index, seed, length)
+        names = variables(rng, NUM_CHAINS * self.num_hops)
+        chains = [names[i::NUM_CHAINS] for i in range(NUM_CHAINS)]
+        numbers = [value(rng) for _ in chains]
+        statements = self._mixed(rng, [chain(*pair) for pair in zip(chains, numbers, strict=True)])
+        asked = Asked(templates.CHAIN, {"query": chains[0][-1]}, (numbers[0],))
+        depths = sorted(rng.random() for _ in statements)
+        filler = Supply(noise())
+
+        def make(num_pieces: int) -> Example:
+            pieces = hide(statements, depths, filler.first(num_pieces))
+            return asked.around(self, index, "\n".join(pieces))
+
+        return most_that_fit(make, length, count)
+
+    def _mixed(self, rng: Random, chains: list[list[str]]) -> list[str]:
+        """All links in one random order, in which each chain keeps its own unless shuffled."""
+        if self.is_shuffled:
+            for links in chains:
+                rng.shuffle(links)
+        order = [chain_idx for chain_idx, links in enumerate(chains) for _ in links]
+        rng.shuffle(order)
+        waiting = [iter(links) for links in chains]
+        return [f"{next(waiting[chain_idx])}." for chain_idx in order]
+
+
+VARIABLE_TASKS = (TrackingTask(),)
+ONE_SHOT_TASKS = (TrackingTask("vt_one_shot", has_worked_example=True, group="one_shot"),)
+CHAIN_TASKS = tuple(
+    ChainTask(num_hops, is_shuffled)
+    for is_shuffled in (False, True)
+    for num_hops in range(1, MAX_HOPS + 1)
+)

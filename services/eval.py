@@ -1,0 +1,128 @@
+"""`winnow eval`: flags into a plan, and the model or the service that it asks."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from evals import plan as plans
+from evals.model import Model
+from evals.pictures import require_matplotlib
+from evals.tasks import make_tasks
+from evals.variants import make_variants, parse_methods
+from services.common.settings import Settings
+from winnow.errors import InvalidSetting
+
+_METHODS = "full,snapkv,fastkv,gemfilter,asl"
+_TASKS = "ruler,infinitebench,niah"
+
+
+def add_eval_flags(parser: argparse.ArgumentParser) -> None:
+    """What is asked and of whom; the model's own flags are settings."""
+    asked = parser.add_argument_group("What is asked")
+    asked.add_argument(
+        "--methods",
+        metavar="LIST",
+        default=_METHODS,
+        help="methods with options, like full,fastkv:fixed_layer=5,asl:threshold=0.4 "
+        f"(default: {_METHODS})",
+    )
+    asked.add_argument(
+        "--tasks",
+        metavar="LIST",
+        default=_TASKS,
+        help="groups (ruler, infinitebench, niah, chains, one_shot), tasks, or patterns like 'chain_*' "
+        f"(default: {_TASKS})",
+    )
+    asked.add_argument(
+        "--length", metavar="LIST", default="2k", help="prompt tokens, like 1k,2048 (default: 2k)"
+    )
+    asked.add_argument(
+        "--budget",
+        metavar="LIST",
+        default="128,256",
+        help="select_tokens and kv_budget of every method but full (default: 128,256)",
+    )
+    asked.add_argument(
+        "--samples", type=int, default=20, metavar="N", help="per task and length (default: 20)"
+    )
+    asked.add_argument("--seed", type=int, default=0, metavar="N", help="of the tasks (default: 0)")
+    asked.add_argument(
+        "--depths", type=int, default=11, metavar="N", help="needle depths of niah (default: 11)"
+    )
+    asked.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="take the benchmarks' own data from there"
+    )
+    asked.add_argument("--chat", action="store_true", help="use the model's chat template")
+    run = parser.add_argument_group("How")
+    run.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("winnow-eval"),
+        metavar="DIR",
+        help="records, summary and pictures; a run that was stopped there goes on "
+        "(default: winnow-eval)",
+    )
+    run.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="answers at a time (default: 16)"
+    )
+    run.add_argument("--endpoint", metavar="URL", help="ask a running service instead of a model")
+
+
+def run_eval(args: argparse.Namespace, settings: Settings) -> None:
+    """Raises WinnowError, before anything is written, for what cannot be done as asked."""
+    require_matplotlib()
+    plan = _plan(args)
+    if args.batch_size < 1:
+        raise InvalidSetting(f"--batch-size is {args.batch_size}; it must be at least 1")
+    from evals.run import evaluate  # noqa: PLC0415 - after the cheap checks
+
+    with _model(args, settings) as model:
+        evaluate(plan, model, args.output, progress=Console(stderr=True), result=Console())
+
+
+def _plan(args: argparse.Namespace) -> plans.Plan:
+    return plans.Plan(
+        tasks=plans.choose_tasks(args.tasks, make_tasks(args.depths, args.data_dir)),
+        lengths=plans.parse_lengths(args.length),
+        variants=make_variants(parse_methods(args.methods), plans.parse_budgets(args.budget)),
+        num_samples=args.samples,
+        seed=args.seed,
+        chat=args.chat,
+        depths=args.depths,
+        data_dir=args.data_dir,
+    )
+
+
+@contextmanager
+def _model(args: argparse.Namespace, settings: Settings) -> Iterator[Model]:
+    if args.endpoint is None:
+        yield _local_model(args, settings)
+        return
+    from evals.endpoint import EndpointModel  # noqa: PLC0415 - one of two
+    from evals.rest_client import RestClient  # noqa: PLC0415 - one of two
+
+    with RestClient(args.endpoint, args.batch_size) as client:
+        name = getattr(args, "model", None)
+        yield EndpointModel(client, model=name, chat=args.chat, pruning=settings.pruning)
+
+
+def _local_model(args: argparse.Namespace, settings: Settings) -> Model:
+    import torch  # noqa: PLC0415 - slow to load
+
+    from evals.local_model import LocalModel  # noqa: PLC0415 - loads transformers
+
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    return LocalModel(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        kv_memory_bytes=settings.kv_memory_bytes,
+        max_batch_size=args.batch_size,
+        pruning=settings.pruning,
+        chat=args.chat,
+    )

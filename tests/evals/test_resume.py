@@ -1,0 +1,72 @@
+"""A run that was killed goes on where it stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from evals.records import SAMPLES_FILE, Record
+from tests.e2e.winnow_process import ROOT, environment
+from tests.evals.test_run import outcomes, records_in
+
+ASKED = (
+    *("eval", "--methods", "full,snapkv,asl", "--tasks", "passkey,number_string"),
+    *("--length", "768", "--budget", "64", "--samples", "40", "--batch-size", "2"),
+    *("--num-threads", "1"),
+)
+NUM_ANSWERS = 3 * 2 * 40
+
+
+def start(model: Path, folder: Path) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "services.cli", *ASKED, "--model", str(model), "-o", str(folder)],
+        cwd=ROOT,
+        env=environment(HF_HUB_OFFLINE="1"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def wait_for_lines(file: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while not file.exists() or file.read_bytes().count(b"\n") < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def finish(model: Path, folder: Path) -> list[Record]:
+    process = start(model, folder)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors.decode()
+    return records_in(folder)
+
+
+def test_a_killed_run_ends_as_one_that_was_not(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    model, folder = tiny_models["llama"], tmp_path / "killed"
+    process = start(model, folder)
+    wait_for_lines(folder / SAMPLES_FILE, 5)
+    process.kill()
+    process.communicate()
+    begun = (folder / SAMPLES_FILE).read_bytes()
+    assert 5 <= begun.count(b"\n") < NUM_ANSWERS
+    with (folder / SAMPLES_FILE).open("ab") as file:
+        file.write(begun[:50])  # what a kill in the middle of a write leaves
+    resumed = finish(model, folder)
+    whole = begun[: begun.rfind(b"\n") + 1]
+    assert (folder / SAMPLES_FILE).read_bytes().startswith(whole)
+    assert len(resumed) == NUM_ANSWERS
+    assert outcomes(resumed) == outcomes(finish(model, tmp_path / "whole"))
+
+
+def test_ctrl_c_says_how_to_go_on(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    process = start(tiny_models["llama"], tmp_path / "run")
+    wait_for_lines(tmp_path / "run" / SAMPLES_FILE, 1)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"stopped; the same command goes on in {tmp_path / 'run'}" in errors.decode()
+    assert "Traceback" not in errors.decode()
