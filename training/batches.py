@@ -14,7 +14,7 @@ from training.tokenizer import MAX_POSITIONS
 TOKENS_PER_BATCH = 2048
 GAP_SHARE = 0.5
 MAX_GAPS = 3
-FIND_TOKENS = 5  # tokens of what a look-up finds: a variable's five letters
+FIND_TOKENS = 4  # of a variable's name, the letters that the pointer's digest holds
 NO_TARGET = -100
 ZERO_START_SHARE = 0.3
 
@@ -115,6 +115,6 @@ def _finds(trails: Sequence[Trail]) -> Tensor:
     finds = torch.full((len(trails), longest, FIND_TOKENS), NO_TARGET)
     for row, trail in enumerate(trails):
         for find_idx, tokens in enumerate(trail.finds):
-            known = tokens[:FIND_TOKENS]
+            known = tokens[-FIND_TOKENS:]
             finds[row, find_idx, : len(known)] = torch.tensor(known)
     return finds

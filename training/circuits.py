@@ -36,6 +36,7 @@ COPY_GAIN, COPY_OUTPUT = 2.0, 0.15
 FOLLOW_GAIN, FOLLOW_OUTPUT = 3.5, 0.8
 GATE, MOVE = 4.0, 0.09  # at a hidden state of rms 0.6, GATE · MOVE / rms² = 1
 CONSTANT = 1.0
+READER_GAIN = 3.0
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,7 @@ class _Circuits:
         self._model, self._assigns = model, assigns
         self._layers = model.model.layers
         self._repeated = self._layers[repeated_layer]
-        generator = torch.Generator().manual_seed(1)
-        square = torch.randn(OWN.size, OWN.size, generator=generator)
-        self._contents = torch.linalg.qr(square).Q.view(-1, HEAD_DIM, OWN.size)
-        # How the name of a token at distance j enters a digest: [DIGEST, BEFORE] each.
-        self._turns = [
-            torch.linalg.qr(torch.randn(DIGEST, DIGEST, generator=generator)).Q[:, :BEFORE]
-            for _ in range(NUM_BEFORE + 1)
-        ]
+        self._contents, self._turns = _maps()
 
     def write(self) -> None:
         embedding = self._model.model.embed_tokens.weight
@@ -202,6 +196,33 @@ class _Circuits:
         rows = _rows(kv_head * GROUP)
         attention.o_proj.weight[:, rows] = 0
         attention.o_proj.weight[OWN.dims, rows] = COPY_OUTPUT * self._contents[kv_head].T
+
+
+def pointer_readers(num_tokens: int) -> Tensor:
+    """What the pointer says of the `num_tokens` tokens before ` =`: [num_tokens, HIDDEN, HIDDEN].
+
+    Each maps a hidden state to something like the embedding of its token, the earliest first.
+    """
+    contents, turns = _maps()
+    readers = torch.zeros(num_tokens, HIDDEN, HIDDEN)
+    for token, turn in enumerate(reversed(turns[1 : num_tokens + 1])):
+        readers[token, OWN.dims, POINTER.dims] = READER_GAIN * contents[0][:BEFORE].T @ turn.T
+    return readers
+
+
+def _maps() -> tuple[Tensor, list[Tensor]]:
+    """contents: orthogonal maps of a token's own content to heads, [3, HEAD_DIM, OWN].
+
+    turns: how the name of a token at distance j enters a digest, [DIGEST, BEFORE] each.
+    """
+    generator = torch.Generator().manual_seed(1)
+    square = torch.randn(OWN.size, OWN.size, generator=generator)
+    contents = torch.linalg.qr(square).Q.view(-1, HEAD_DIM, OWN.size)
+    turns = [
+        torch.linalg.qr(torch.randn(DIGEST, DIGEST, generator=generator)).Q[:, :BEFORE]
+        for _ in range(NUM_BEFORE + 1)
+    ]
+    return contents, turns
 
 
 def _rows(head: int) -> slice:

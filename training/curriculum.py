@@ -37,12 +37,12 @@ class Stage:
     target_accuracy: float = 1.01
     max_hops: int = MAX_HOPS
     has_all: bool = True
-    is_basic: bool = False
+    is_basic: bool = False  # pairs and copies, and chains from the first step on
     variety: float = 0.8
 
 
 CURRICULUM = (
-    Stage("basics", (64,), (1,), 500_000, 1e-3, 1e-3, target_accuracy=0.85, is_basic=True),
+    Stage("basics", (64, 256), (0.5, 0.5), 1_000_000, 1e-3, 1e-3, max_hops=3, is_basic=True),
     Stage("128", (64, 128), (0.2, 0.8), 1_000_000, 1e-3, 1e-3, 2, 0.85, 2, False, variety=0.0),
     Stage("256", (64, 128, 256), (0.1, 0.3, 0.6), 2_500_000, 1e-3, 8e-4, 2, 0.8, 3, variety=0.4),
     Stage("512", (128, 256, 512), (0.1, 0.3, 0.6), 3_000_000, 8e-4, 7e-4, 2, 0.85, 4),
@@ -54,7 +54,9 @@ CURRICULUM = (
 
 def make_sample(rng: random.Random, maker: SampleMaker, stage: Stage, length: int) -> Sample:
     """One sequence of at most `length` tokens for this stage."""
-    if stage.is_basic or rng.random() < _basic_share(length):
+    if stage.is_basic and length > 64:
+        return maker.retrieval(rng, length, _chains(rng, stage, length), MAX_QUESTIONS)
+    if rng.random() < _basic_share(length):
         return maker.copying(rng, length) if rng.random() < 0.2 else maker.pairs(rng, length)
     known = _kinds(rng, stage, length)
     alone = rng.choice(known)
@@ -65,13 +67,16 @@ def make_sample(rng: random.Random, maker: SampleMaker, stage: Stage, length: in
 
 
 def _kinds(rng: random.Random, stage: Stage, length: int) -> tuple[str, ...]:
-    """Kinds to draw from; of chains, one length in each order, drawn anew for each sequence."""
-    hops = rng.randint(1, min(stage.max_hops, max(2, length // 64)))
-    chains = (f"chain_ordered_{hops}", f"chain_shuffled_{hops}")
-    known = (*_LOOKUPS, *chains, *chains)
+    """Kinds to draw from; of chains, one number of hops, drawn anew for each sequence."""
+    known = (*_LOOKUPS, *_chains(rng, stage, length) * 2)
     if not stage.has_all:
         return known
     return (*known, *_SEVERAL, *(_LONG_KEYS if length > 256 else ()))
+
+
+def _chains(rng: random.Random, stage: Stage, length: int) -> tuple[str, ...]:
+    hops = rng.randint(1, min(stage.max_hops, max(2, length // 64)))
+    return f"chain_ordered_{hops}", f"chain_shuffled_{hops}"
 
 
 def _basic_share(length: int) -> float:

@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import Qwen2ForCausalLM
 
 from training.batches import FIND_TOKENS, NO_TARGET, Batch
+from training.circuits import HIDDEN, pointer_readers
 from training.model import NUM_FREE_LAYERS, NUM_LAYERS
 
 EARLY_WEIGHT = 0.4
@@ -24,11 +25,15 @@ NUM_REPETITIONS = NUM_LAYERS - NUM_FREE_LAYERS
 
 
 class TrailReader(nn.Module):
-    """Reads a find, `FIND_TOKENS` tokens at once, from one token's hidden state."""
+    """Reads a find, its last `FIND_TOKENS` tokens at once, from one token's hidden state.
 
-    def __init__(self, hidden_size: int) -> None:
+    It starts out reading the pointer of training/circuits.py.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self.project = nn.Linear(hidden_size, FIND_TOKENS * hidden_size, bias=False)
+        self.project = nn.Linear(HIDDEN, FIND_TOKENS * HIDDEN, bias=False)
+        self.project.weight.data.copy_(pointer_readers(FIND_TOKENS).flatten(0, 1))
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         """hidden: [R, hidden_size], normalised.  Returns logits [R, FIND_TOKENS, vocab]."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from evals.prose import pick_style
 from evals.words import NOUNS, made_up_word
 from training.tasks import (
+    CHAINS,
     Fact,
     KeySource,
     Question,
@@ -117,7 +118,7 @@ def raw_form(rng: random.Random, is_varied: bool = True) -> Form:
     is_benchmark = is_varied and rng.random() < _BENCHMARK_SHARE
 
     def ask(question: Question) -> str:
-        if is_benchmark:
+        if is_benchmark or question.kind in CHAINS:
             return f"{question.asked}{question.lead}"
         return gap + template.format(_wording(rng, question, is_varied))
 
@@ -306,8 +307,10 @@ def _short_hexadecimal(rng: random.Random) -> str:
 
 
 def _ask_some(rng: random.Random, form: Form, fact: Fact, max_turns: int) -> list[_Turn]:
-    """Turns about up to half of the fact's questions, at least one if any are allowed."""
-    most = min(max_turns, rng.randint(1, max(1, len(fact.questions) // 2)))
+    """Turns about up to half of the fact's questions (of a chain, all), at least one if any."""
+    num_known = len(fact.questions)
+    is_chain = fact.questions[0].kind in CHAINS
+    most = min(max_turns, rng.randint(1, num_known if is_chain else max(1, num_known // 2)))
     return [_turn(form, question) for question in rng.sample(fact.questions, most)]
 
 

@@ -80,7 +80,7 @@ class Trainer:
         self._model = make_model(seed, assigns)
         attention.register()
         self._model.set_attn_implementation(attention.NAME)
-        self._reader = TrailReader(self._model.config.hidden_size)
+        self._reader = TrailReader()
         self._optimizer = make_optimizer((self._model, self._reader))
         torch.set_num_threads(1)
         self._pool = ThreadPoolExecutor(
