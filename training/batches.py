@@ -14,7 +14,6 @@ from training.tokenizer import MAX_POSITIONS
 TOKENS_PER_BATCH = 2048
 GAP_SHARE = 0.5
 MAX_GAPS = 3
-FIND_TOKENS = 4  # of a variable's name, the letters that the pointer's digest holds
 NO_TARGET = -100
 ZERO_START_SHARE = 0.3
 
@@ -24,8 +23,8 @@ class Batch:
     """tokens, positions: [B, T] int64.  weights: [B, T] float32.
 
     answers: [B, T] int64, an index into `kinds`, or -1.  hops: [B, T] int64, 0 outside answers.
-    trail_rows, trail_places: [R] int64, where R trails are read.
-    finds: [R, longest trail, FIND_TOKENS] int64, NO_TARGET where there is none.
+    trail_rows, trail_places: [R] int64, the tokens that follow R trails.
+    trail_ends: [R, longest trail] int64, where each of their links ends; NO_TARGET after the last.
     """
 
     length: int
@@ -37,7 +36,7 @@ class Batch:
     hops: Tensor
     trail_rows: Tensor
     trail_places: Tensor
-    finds: Tensor
+    trail_ends: Tensor
 
 
 def make_batch(rng: random.Random, maker: SampleMaker, stage: Stage, length: int) -> Batch:
@@ -102,7 +101,7 @@ def collate(samples: Sequence[Sample], positions: Sequence[Sequence[int]], lengt
         _padded(hops, length, 0),
         torch.tensor([row for row, _ in trails], dtype=torch.long),
         torch.tensor([trail.place for _, trail in trails], dtype=torch.long),
-        _finds([trail for _, trail in trails]),
+        _ends([trail for _, trail in trails]),
     )
 
 
@@ -110,11 +109,9 @@ def _padded(rows: Sequence[Sequence[float]], length: int, padding: float) -> Ten
     return torch.tensor([(list(row) + [padding] * (length - len(row)))[:length] for row in rows])
 
 
-def _finds(trails: Sequence[Trail]) -> Tensor:
-    longest = max((len(trail.finds) for trail in trails), default=0)
-    finds = torch.full((len(trails), longest, FIND_TOKENS), NO_TARGET)
+def _ends(trails: Sequence[Trail]) -> Tensor:
+    longest = max((len(trail.ends) for trail in trails), default=0)
+    ends = torch.full((len(trails), longest), NO_TARGET)
     for row, trail in enumerate(trails):
-        for find_idx, tokens in enumerate(trail.finds):
-            known = tokens[-FIND_TOKENS:]
-            finds[row, find_idx, : len(known)] = torch.tensor(known)
-    return finds
+        ends[row, : len(trail.ends)] = torch.tensor(trail.ends)
+    return ends

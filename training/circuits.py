@@ -36,7 +36,8 @@ COPY_GAIN, COPY_OUTPUT = 2.0, 0.15
 FOLLOW_GAIN, FOLLOW_OUTPUT = 3.5, 0.8
 GATE, MOVE = 4.0, 0.09  # at a hidden state of rms 0.6, GATE · MOVE / rms² = 1
 CONSTANT = 1.0
-READER_GAIN = 3.0
+FOLLOWING_KV_HEAD = 3
+FOLLOWING_HEAD = FOLLOWING_KV_HEAD * GROUP
 
 
 @dataclass(frozen=True)
@@ -146,17 +147,17 @@ class _Circuits:
         """Head 4 reads what follows the pointer's name; head 6 follows the link from it."""
         pointer = torch.zeros(HEAD_DIM, HIDDEN)
         pointer[_slow(), POINTER.dims] = FOLLOW_GAIN * torch.eye(DIGEST)
-        for kv_head, block in ((2, READ), (3, LINK)):
+        for kv_head, block in ((2, READ), (FOLLOWING_KV_HEAD, LINK)):
             key = torch.zeros(HEAD_DIM, HIDDEN)
             key[_slow(), block.dims] = FOLLOW_GAIN * torch.eye(DIGEST)
             self._write_head(kv_head, pointer, key)
         self._copy_out(2)
         attention = self._repeated.self_attn
-        attention.v_proj.weight[_rows(3)] = 0
-        attention.v_proj.weight[_rows(3)][:DIGEST] = self._digest_of_assigned()
-        attention.o_proj.weight[:, _rows(3 * GROUP)] = 0
+        attention.v_proj.weight[_rows(FOLLOWING_KV_HEAD)] = 0
+        attention.v_proj.weight[_rows(FOLLOWING_KV_HEAD)][:DIGEST] = self._digest_of_assigned()
+        attention.o_proj.weight[:, _rows(FOLLOWING_HEAD)] = 0
         out = FOLLOW_OUTPUT * torch.eye(DIGEST, HEAD_DIM)
-        attention.o_proj.weight[NEXT.dims, _rows(3 * GROUP)] = out
+        attention.o_proj.weight[NEXT.dims, _rows(FOLLOWING_HEAD)] = out
         self._write_move()
 
     def _digest_of_assigned(self) -> Tensor:
@@ -196,18 +197,6 @@ class _Circuits:
         rows = _rows(kv_head * GROUP)
         attention.o_proj.weight[:, rows] = 0
         attention.o_proj.weight[OWN.dims, rows] = COPY_OUTPUT * self._contents[kv_head].T
-
-
-def pointer_readers(num_tokens: int) -> Tensor:
-    """What the pointer says of the `num_tokens` tokens before ` =`: [num_tokens, HIDDEN, HIDDEN].
-
-    Each maps a hidden state to something like the embedding of its token, the earliest first.
-    """
-    contents, turns = _maps()
-    readers = torch.zeros(num_tokens, HIDDEN, HIDDEN)
-    for token, turn in enumerate(reversed(turns[1 : num_tokens + 1])):
-        readers[token, OWN.dims, POINTER.dims] = READER_GAIN * contents[0][:BEFORE].T @ turn.T
-    return readers
 
 
 def _maps() -> tuple[Tensor, list[Tensor]]:

@@ -31,20 +31,21 @@ SHORT = 128  # sequences up to here have little room for anything but facts and 
 _SYSTEM_MESSAGES = ("You are a helpful assistant.", "Answer with the number only.")
 _SUFFIXES = ("", "", "", " Answer with the number only.", " Reply with just the number.")
 _BENCHMARK_SHARE = 0.5
+CHAIN_ASKED_SHARE = 0.5  # the other chains only distract
 MAX_MISSES = 4  # facts too long for what room is left, before the sequence counts as full
 DECIDING_TOKENS, FOLLOWING_WEIGHT = 4, 0.3  # an answer's first tokens say which it is
 
 
 @dataclass(frozen=True)
 class Trail:
-    """The look-ups behind an answer.
+    """The links behind an answer.
 
     place: index of the token that must follow them, the last before the answer.
-    finds: token ids of what each look-up but the last finds.
+    ends: indices of the tokens with which the links' statements end, in the order of following.
     """
 
     place: int
-    finds: tuple[tuple[int, ...], ...]
+    ends: tuple[int, ...]
 
 
 @dataclass
@@ -74,11 +75,16 @@ class Sample:
         tokens: Sequence[int],
         kind: str,
         hops: int = 1,
-        trail: tuple[tuple[int, ...], ...] = (),
+        links: Sequence[Sequence[int]] = (),
     ) -> None:
-        """Appends an answer, its end token included, the first tokens fully scored."""
-        if trail:
-            self.trails.append(Trail(len(self.tokens) - 1, trail))
+        """Appends an answer, its end token included, the first tokens fully scored.
+
+        links: the tokens of the statements that lead to it.
+        """
+        ends = [_end_of(link, self.tokens) for link in links]
+        if ends and None not in ends:
+            known = tuple(end for end in ends if end is not None)
+            self.trails.append(Trail(len(self.tokens) - 1, known))
         self.tokens += tokens
         num_following = max(0, len(tokens) - DECIDING_TOKENS)
         self.weights += [1.0] * (len(tokens) - num_following) + [FOLLOWING_WEIGHT] * num_following
@@ -212,7 +218,8 @@ class SampleMaker:
             if kind in singles:
                 continue
             fact = make_fact(kind, rng, keys, _size(rng, length))
-            is_asked = not plan.turns or rng.random() < asked_share
+            share = asked_share * (CHAIN_ASKED_SHARE if kind in CHAINS else 1)
+            is_asked = not plan.turns or rng.random() < share
             max_turns = max_questions - len(plan.turns) if is_asked else 0
             turns = _ask_some(rng, form, fact, max_turns)
             cost = self._cost(fact, turns)
@@ -249,8 +256,8 @@ class SampleMaker:
         sample.add_context(self.encode(self.context(rng, plan.facts, length - taken)), rng)
         for question, text, answer, has_lead in turns:
             sample.add_context(text, rng)
-            finds = tuple(tuple(self.encode(name)) for name in question.trail)
-            sample.add_answer(answer, question.kind, question.hops, finds if has_lead else ())
+            links = [self.encode(link) for link in question.trail] if has_lead else []
+            sample.add_answer(answer, question.kind, question.hops, links)
         return sample
 
     def context(self, rng: random.Random, facts: Sequence[Fact], budget: int) -> str:
@@ -304,6 +311,14 @@ def _noun(rng: random.Random) -> str:
 
 def _short_hexadecimal(rng: random.Random) -> str:
     return hexadecimal(rng, 1)[: rng.randint(4, 8)]
+
+
+def _end_of(part: Sequence[int], tokens: Sequence[int]) -> int | None:
+    """Index of the last token of `part`'s first occurrence in `tokens`."""
+    for start in range(len(tokens) - len(part) + 1):
+        if tokens[start] == part[0] and tokens[start : start + len(part)] == list(part):
+            return start + len(part) - 1
+    return None
 
 
 def _ask_some(rng: random.Random, form: Form, fact: Fact, max_turns: int) -> list[_Turn]:

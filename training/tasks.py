@@ -40,7 +40,7 @@ class Question:
     wordings: the same question as a person would put it.
     answer: the exact text expected, without the space before it.
     hops: look-ups that follow from each other before the answer is known.
-    trail: what each look-up but the last finds, in order.
+    trail: the links that lead from what is asked to the last look-up, in order.
     """
 
     kind: str
@@ -206,13 +206,14 @@ def make_chain(kind: str, rng: random.Random, keys: KeySource, num_hops: int) ->
         f"VAR {name} = {value}{end}".strip() for name, value in zip(names, values, strict=True)
     )
     is_shuffled = "shuffled" in kind
+    links = [f"{name} = {value}" for name, value in zip(names[1:], values[1:], strict=True)]
     questions = tuple(
         _question(
             f"{kind.rsplit('_', 1)[0]}_{hops}",
             templates.CHAIN,
             number,
             hops,
-            tuple(reversed(names[: hops - 1])),
+            tuple(reversed(links[: hops - 1])),
             query=name,
         )((f"What is the value of VAR {name}?", f"What number is assigned to VAR {name}?"))
         for hops, name in enumerate(names, start=1)

@@ -25,7 +25,7 @@ from training.batches import Batch, make_batch
 from training.curriculum import CURRICULUM, Stage
 from training.export import export_model
 from training.model import make_model
-from training.readout import TrailReader, measure
+from training.readout import measure
 from training.samples import SampleMaker
 from training.tokenizer import train_tokenizer
 
@@ -80,8 +80,7 @@ class Trainer:
         self._model = make_model(seed, assigns)
         attention.register()
         self._model.set_attn_implementation(attention.NAME)
-        self._reader = TrailReader()
-        self._optimizer = make_optimizer((self._model, self._reader))
+        self._optimizer = make_optimizer(self._model)
         torch.set_num_threads(1)
         self._pool = ThreadPoolExecutor(
             NUM_THREADS, initializer=torch.set_num_threads, initargs=(1,)
@@ -147,10 +146,10 @@ class Trainer:
 
     @property
     def _parameters(self) -> list[nn.Parameter]:
-        return [*self._model.parameters(), *self._reader.parameters()]
+        return list(self._model.parameters())
 
     def _differentiate(self, batch: Batch, seed: float) -> "Result":
-        measured = measure(self._model, self._reader, batch, random.Random(seed))
+        measured = measure(self._model, batch, random.Random(seed))
         gradients = torch.autograd.grad(measured.loss, self._parameters, allow_unused=True)
         return Result(measured.loss.item(), measured.hits, gradients)
 
@@ -200,7 +199,6 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         state = {
             "model": self._model.state_dict(),
-            "reader": self._reader.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "progress": asdict(self._progress),
         }
@@ -214,17 +212,15 @@ class Trainer:
             return
         state = torch.load(self._checkpoint, weights_only=True)
         self._model.load_state_dict(state["model"])
-        self._reader.load_state_dict(state["reader"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._progress = Progress(**state["progress"])
         logger.info("resuming at step %d", self._progress.step)
 
 
-def make_optimizer(modules: Sequence[nn.Module]) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only."""
-    parameters = [p for module in modules for p in module.parameters()]
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim == 1]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
 
