@@ -70,9 +70,9 @@ class RulerFile:
     def example(self, index: int, seed: int, length: int, count: CountTokens) -> Example:
         """Line `index`; `seed` has no say."""
         row = _row(self.path, index, ("input", "outputs"))
-        prefix = str(row.get("answer_prefix", ""))
+        prefix = str(row.get("answer_prefix") or "")
         text = str(row["input"]).removesuffix(prefix)
-        answers = tuple(str(output) for output in row["outputs"])
+        answers = _answers(self.path, index, row["outputs"])
         return _fitting(
             Example(self.name, index, "", text, "", prefix, answers, self.max_new_tokens),
             length,
@@ -100,7 +100,6 @@ class InfiniteBenchFile:
         """Line `index`; `seed` has no say."""
         row = _row(self.path, index, ("context", "input", "answer"))
         question = str(row["input"])
-        answer = row["answer"][0] if isinstance(row["answer"], list) else row["answer"]
         asked_for = _ASKED_FOR.search(question)
         return _fitting(
             Example(
@@ -110,7 +109,7 @@ class InfiniteBenchFile:
                 str(row["context"]),
                 f"\n\n{question}",
                 self.lead,
-                (str(answer),),
+                _answers(self.path, index, row["answer"]),
                 self.max_new_tokens,
             ),
             length,
@@ -148,6 +147,17 @@ def _row(path: Path, index: int, fields: Sequence[str]) -> dict[str, Any]:
     if missing:
         raise InvalidSetting(f"{path}, example {index + 1:,}, lacks {', '.join(missing)}")
     return row
+
+
+def _answers(path: Path, index: int, found: object) -> tuple[str, ...]:
+    """One text or number, or a list of them."""
+    answers = found if isinstance(found, list) else [found]
+    wrong = [
+        answer for answer in answers if answer == "" or not isinstance(answer, str | int | float)
+    ]
+    if wrong:
+        raise InvalidSetting(f"{path}, example {index + 1:,}, has {wrong[0]!r} for an answer")
+    return tuple(map(str, answers))
 
 
 @cache

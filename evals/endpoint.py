@@ -10,7 +10,6 @@ from evals.model import Answer, Ask
 from evals.rest_client import RestClient
 from evals.tasks.base import Example
 from evals.variants import Variant
-from winnow.errors import InvalidSetting
 
 
 class EndpointModel:
@@ -92,10 +91,7 @@ class EndpointModel:
         try:
             return _read_answer(answer, seconds)
         except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
-            raise InvalidSetting(
-                f"--endpoint {self._client.url} is not a Winnow service: {error!r} in its answer",
-                param="endpoint",
-            ) from error
+            raise self._client.no_winnow_service(error) from error
 
     def _changes(self, variant: Variant) -> dict[str, Any]:
         return self._pruning | variant.changes
@@ -113,8 +109,11 @@ class EndpointModel:
         return self._tokenize(prompt=text)
 
     def _tokenize(self, **body: object) -> list[int]:
-        tokens: list[int] = self._client.post("/tokenize", body)["tokens"]
-        return tokens
+        answer = self._client.post("/tokenize", body)
+        try:
+            return list(answer["tokens"])
+        except (KeyError, TypeError) as error:
+            raise self._client.no_winnow_service(error) from error
 
 
 def _read_answer(body: Mapping[str, Any], seconds: float) -> Answer:

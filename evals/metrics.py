@@ -25,9 +25,11 @@ def first_integer(answer: str, references: Sequence[str]) -> float:
 
 
 def first_number(answer: str, references: Sequence[str]) -> float:
-    """1 if the first number equals the reference (InfiniteBench's math_find)."""
-    found = _NUMBER.search(answer)
-    return float(found is not None and float(found[0]) == float(references[0]))
+    """1 if the first number is the reference's (InfiniteBench's math_find)."""
+    found, expected = _NUMBER.search(answer), _NUMBER.search(references[0])
+    if found is None or expected is None:
+        return 0.0
+    return float(float(found[0]) == float(expected[0]))
 
 
 def exact_value(answer: str, references: Sequence[str]) -> float:

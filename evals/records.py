@@ -67,18 +67,12 @@ class RunFolder:
         try:
             self._begin(settings)
         except OSError as error:
-            raise InvalidSetting(
-                f"output folder {folder} cannot be used: {error.strerror}", param="output"
-            ) from error
+            raise _unusable(folder, error) from error
 
     def _begin(self, settings: Mapping[str, Any]) -> None:
-        new = not (self.folder / SETTINGS_FILE).exists()
-        if new:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _require_no_samples(self.folder)
-            write_json(self.folder / SETTINGS_FILE, settings)
-        else:
-            _require_same(self.folder, settings)
+        require_same_run(self.folder, settings)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / SETTINGS_FILE, settings)
         self._file = (self.folder / SAMPLES_FILE).open("a+b")
         try:
             _lock(self._file, self.folder)
@@ -108,21 +102,33 @@ class RunFolder:
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Writes the file whole or not at all."""
     written = file.with_name(file.name + ".new")
-    written.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    written.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     written.replace(file)
 
 
-def _require_no_samples(folder: Path) -> None:
-    if (folder / SAMPLES_FILE).exists():
-        raise InvalidSetting(
-            f"output folder {folder} has {SAMPLES_FILE} but no {SETTINGS_FILE}", param="output"
-        )
+def require_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raise InvalidSetting if the folder holds another run than one with these settings."""
+    try:
+        if (folder / SETTINGS_FILE).exists():
+            _require_same(folder, settings)
+        elif (folder / SAMPLES_FILE).exists():
+            raise InvalidSetting(
+                f"output folder {folder} has {SAMPLES_FILE} but no {SETTINGS_FILE}", param="output"
+            )
+    except OSError as error:
+        raise _unusable(folder, error) from error
+
+
+def _unusable(folder: Path, error: OSError) -> InvalidSetting:
+    return InvalidSetting(
+        f"output folder {folder} cannot be used: {error.strerror}", param="output"
+    )
 
 
 def _require_same(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raise InvalidSetting, naming what differs, unless the folder's run has these settings."""
     try:
-        found = json.loads((folder / SETTINGS_FILE).read_text())
+        found = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
         asked = json.loads(json.dumps(settings))
         differing = [name for name in sorted(found | asked) if found.get(name) != asked.get(name)]
     except (ValueError, TypeError) as error:

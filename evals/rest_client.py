@@ -1,5 +1,6 @@
 """A service's REST API: its errors raised as they are, tried again where it is busy."""
 
+import re
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -13,6 +14,7 @@ _TIMEOUT_S = 600.0
 _PATIENCE_S = 120.0
 _PAUSE_S = 1.0
 _TRY_AGAIN = frozenset({429, 502, 503, 504})
+_SECONDS = re.compile(r"[0-9]{1,4}")
 
 
 class RestClient:
@@ -53,9 +55,7 @@ class RestClient:
                 f"--endpoint {self.url}: no service answers there: {error}", param="endpoint"
             ) from error
         except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-            raise InvalidSetting(
-                f"--endpoint {self.url} is not a Winnow service", param="endpoint"
-            ) from error
+            raise self.no_winnow_service(error) from error
         if name is not None and card["id"] != name:
             raise InvalidSetting(
                 f"--endpoint {self.url} does not serve {name!r}; it serves {', '.join(cards)}",
@@ -73,14 +73,21 @@ class RestClient:
             pause_s = _PAUSE_S
             try:
                 response = self._http.post(path, json=body)
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 if time.monotonic() > give_up_s:
                     raise WinnowError(f"{self.url} does not answer: {error!r}") from error
             else:
                 if response.status_code not in _TRY_AGAIN or time.monotonic() > give_up_s:
                     return self._body(response)
-                pause_s = float(response.headers.get("retry-after", _PAUSE_S))
+                pause_s = _pause_s(response)
             time.sleep(pause_s)
+
+    def no_winnow_service(self, error: Exception) -> InvalidSetting:
+        """What to raise for an answer in which `error` is wrong."""
+        return InvalidSetting(
+            f"--endpoint {self.url} is not a Winnow service: {error!r} in its answer",
+            param="endpoint",
+        )
 
     def _body(self, response: httpx.Response) -> dict[str, Any]:
         try:
@@ -94,3 +101,9 @@ class RestClient:
                 f"{self.url} answered {response.status_code} with what is no answer of Winnow's"
             ) from error
         raise refusal
+
+
+def _pause_s(response: httpx.Response) -> float:
+    """As Retry-After says, if it says seconds."""
+    told = response.headers.get("retry-after", "")
+    return float(told) if _SECONDS.fullmatch(told) else _PAUSE_S

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,7 +19,7 @@ from rich.progress import (
 from evals.model import Answer, Ask, Model
 from evals.pictures import draw_pictures
 from evals.plan import Plan
-from evals.records import Key, Record, RunFolder, write_json
+from evals.records import Key, Record, RunFolder, require_same_run, write_json
 from evals.summary import summarize
 from evals.table import print_summary
 from evals.tasks.base import Example, Task
@@ -34,20 +33,18 @@ def evaluate(plan: Plan, model: Model, folder: Path, *, progress: Console, resul
 
     Raises WinnowError, before anything is written, for what cannot run.
     """
+    settings = plan.to_json() | model.identity()
+    require_same_run(folder, settings)
     with progress.status("checking that everything asked for can run"):
         _require_runs(plan, model)
-    with RunFolder(folder, _settings(plan, model)) as run:
+    with RunFolder(folder, settings) as run:
         _answer(plan, model, run, progress)
         summary = summarize(run.records, plan.setups(), [task.name for task in plan.tasks])
-        write_json(folder / SUMMARY_FILE, {"settings": _settings(plan, model)} | summary.to_json())
+        write_json(folder / SUMMARY_FILE, {"settings": settings} | summary.to_json())
         pictures = draw_pictures(folder, run.records, summary, _thresholds(plan, model))
     print_summary(summary, result)
     files = ", ".join(file.name for file in [folder / SUMMARY_FILE, *pictures])
     result.print(f"\n{folder}: {files}", highlight=False, soft_wrap=True)
-
-
-def _settings(plan: Plan, model: Model) -> dict[str, Any]:
-    return plan.to_json() | model.identity()
 
 
 def _thresholds(plan: Plan, model: Model) -> dict[str, float]:
@@ -63,11 +60,14 @@ def _require_runs(plan: Plan, model: Model) -> None:
                 f"--length {length:,}: the model has {model.max_positions:,} positions",
                 param="length",
             )
-    for index, task in product(range(plan.num_samples), plan.tasks):
-        _example(plan, model, task, min(plan.lengths), index)  # the hardest length to hold it
+    shortest = min(plan.lengths)  # the hardest to hold an example
+    for task in plan.tasks:
+        _example(plan, model, task, shortest, 0)
     max_new_tokens = max(task.max_new_tokens for task in plan.tasks)
     num_prompt_tokens = min(max(plan.lengths), model.max_positions - max_new_tokens)
     model.require_runs(plan.variants, num_prompt_tokens, max_new_tokens)
+    for index, task in product(range(1, plan.num_samples), plan.tasks):
+        _example(plan, model, task, shortest, index)  # last, since there may be thousands
 
 
 def _example(plan: Plan, model: Model, task: Task, length: int, index: int) -> Example:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evals.summary import Cell, Overall, Summary
+from evals.variants import in_lines
 
 _GAP = 2  # characters between columns
 
@@ -20,7 +21,7 @@ class _Column:
 
     @property
     def width(self) -> int:
-        lines = [*self.header.split("\n"), *self.cells]
+        lines = [line for text in (self.header, *self.cells) for line in text.split("\n")]
         return max(len(line) for line in lines) + _GAP
 
 
@@ -37,13 +38,14 @@ def print_summary(summary: Summary, console: Console) -> None:
 def _samples(cells: Sequence[Cell]) -> str:
     counts = [cell.count for cell in cells]
     fewest, most = min(counts), max(counts)
-    return f"{fewest} samples a task" if fewest == most else f"{fewest} to {most} samples a task"
+    shown = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    return f"{shown} sample{'' if most == 1 else 's'} a task"
 
 
 def _tables(rows: Sequence[Overall], cells: Sequence[Cell], width: int) -> Iterator[Table]:
     """Tables that fit into `width`, each with as many columns as possible."""
     names = [
-        _Column("method", [row.method for row in rows]),
+        _Column("method", [in_lines(row.method) for row in rows]),
         _Column("budget", [_number(row.budget) for row in rows]),
     ]
     room = width - sum(column.width for column in names) - _GAP

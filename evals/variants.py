@@ -1,17 +1,18 @@
 """Methods and budgets as they are asked for on the command line: `asl:threshold=0.4`, `64,128`."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
-import yaml
-
+from winnow.defaults import parse_change
 from winnow.errors import InvalidSetting
 from winnow.methods import METHODS
 from winnow.request import PruningSettings
 
 UNPRUNED = "full"
+_LINE_CHARS = 24
 _OPTIONS = sorted({field.name for field in fields(PruningSettings)} - {"method"})
 
 
@@ -74,6 +75,16 @@ def parse_list(name: str, text: str) -> list[str]:
     return parts
 
 
+def in_lines(method: str) -> str:
+    """A method as it was asked for, with a line break before the options that do not fit a line."""
+    lines = [""]
+    for part in re.split("(?=:)", method):
+        if lines[-1] and len(lines[-1] + part) > _LINE_CHARS:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
 def _parse_method(text: str) -> MethodSpec:
     method, *assignments = text.split(":")
     if method not in METHODS:
@@ -85,16 +96,13 @@ def _parse_method(text: str) -> MethodSpec:
 
 
 def _parse_option(method: str, assignment: str) -> tuple[str, Any]:
-    name, equals, value = assignment.partition("=")
-    if not equals or name not in _OPTIONS:
+    try:
+        name, value = parse_change(assignment)
+    except InvalidSetting as error:
+        raise InvalidSetting(f"method {method!r}: {error.message}", param="methods") from error
+    if name not in _OPTIONS:
         raise InvalidSetting(
-            f"method {method!r}: {assignment!r} is not OPTION=VALUE; "
-            f"options are {', '.join(_OPTIONS)}",
+            f"method {method!r}: {name} is not an option; options are {', '.join(_OPTIONS)}",
             param="methods",
         )
-    try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise InvalidSetting(
-            f"method {method!r}: {value!r} is not a value", param="methods"
-        ) from error
+    return name, value

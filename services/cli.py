@@ -13,7 +13,7 @@ from services.common.logs import configure_logging
 from services.common.settings import Settings, load_settings
 from services.deploy import deploy_config
 from services.eval import add_eval_flags, run_eval
-from winnow.errors import InvalidSetting, WinnowError
+from winnow.errors import WinnowError
 
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(_add_command(commands, "serve", "run the service in the foreground"))
     _add_decode(_add_command(commands, "decode", "run a decode worker that joins through Redis"))
     _add_generate(_add_command(commands, "generate", "answer one prompt in this process"))
+    _add_explain(_add_command(commands, "explain", "show on a page what was kept of one prompt"))
     _add_eval(_add_command(commands, "eval", "measure how well pruned prompts are answered"))
     return parser
 
@@ -86,7 +87,7 @@ def _add_config_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_generate(parser: argparse.ArgumentParser) -> None:
+def _add_prompt(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt")
     prompt.add_argument("--prompt-file", metavar="FILE", help="read it from a file; - is stdin")
@@ -94,6 +95,19 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     flags.add_settings_flags(
         parser, {"Model": flags.SERVE_GROUPS["Model"], "Memory": ("num_threads", "kv_memory_bytes")}
     )
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    _add_prompt(parser)
+    parser.add_argument("--max-tokens", type=int, default=64, help="of the answers (default: 64)")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="the page"
+    )
+    parser.set_defaults(run=_explain, config=None)
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    _add_prompt(parser)
     sampling = parser.add_argument_group("Sampling")
     sampling.add_argument("--max-tokens", type=int, default=256, help="(default: 256)")
     sampling.add_argument("--temperature", type=float, default=0, help="0 is greedy (default)")
@@ -111,11 +125,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    try:
-        given = flags.settings_from_flags(args)
-    except ValueError as error:
-        raise InvalidSetting(str(error)) from error
-    return load_settings(given, args.config)
+    return load_settings(flags.settings_from_flags(args), args.config)
 
 
 def _serve(args: argparse.Namespace) -> None:
@@ -142,6 +152,12 @@ def _generate(args: argparse.Namespace) -> None:
     from services.generate import generate  # noqa: PLC0415 - loads transformers
 
     generate(args, _settings(args))
+
+
+def _explain(args: argparse.Namespace) -> None:
+    from services.explain.command import run_explain  # noqa: PLC0415 - loads transformers
+
+    run_explain(args, _settings(args))
 
 
 def _eval(args: argparse.Namespace) -> None:

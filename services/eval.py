@@ -33,8 +33,8 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         metavar="LIST",
         default=_TASKS,
-        help="groups (ruler, infinitebench, niah, chains, one_shot), tasks, or patterns like 'chain_*' "
-        f"(default: {_TASKS})",
+        help="groups (ruler, infinitebench, niah, chains, one_shot), tasks, or patterns like "
+        f"'chain_*' (default: {_TASKS})",
     )
     asked.add_argument(
         "--length", metavar="LIST", default="2k", help="prompt tokens, like 1k,2048 (default: 2k)"

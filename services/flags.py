@@ -4,9 +4,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from services.common.settings import Settings
+from winnow.defaults import parse_change
 
 _WORKER = {
     "Model": ("model", "model_name", "device", "dtype"),
@@ -107,17 +106,10 @@ def _metavar(name: str) -> str:
 def settings_from_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given on the command line, for `load_settings`.
 
-    Raises ValueError for a --pruning that is not NAME=VALUE.
+    Raises InvalidSetting for a --pruning that is not NAME=VALUE.
     """
     given = {name: value for name, value in vars(args).items() if name in Settings.model_fields}
     flags = {name: None if value == "null" else value for name, value in given.items()}
     if "pruning" in flags:
-        flags["pruning"] = dict(_assignment(text) for text in given["pruning"])
+        flags["pruning"] = dict(parse_change(text) for text in given["pruning"])
     return flags
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"--pruning {text}: it must be NAME=VALUE")
-    return name.replace("-", "_"), yaml.safe_load(value)

@@ -18,17 +18,9 @@ def generate(args: argparse.Namespace, settings: Settings) -> None:
 
     Raises WinnowError for a model or a prompt that cannot be used.
     """
-    prompt = _prompt(args)
-    if settings.num_threads is not None:
-        torch.set_num_threads(settings.num_threads)
-    winnow = Winnow.load(
-        settings.model,
-        device=settings.device,
-        dtype=settings.dtype,
-        kv_memory_bytes=settings.kv_memory_bytes,
-        **settings.pruning,
-    )
-    token_ids = _token_ids(winnow, prompt, chat=args.chat)
+    prompt = read_prompt(args)
+    winnow = load_winnow(settings)
+    token_ids = token_ids_of(winnow, prompt, chat=args.chat)
     stream = winnow.stream(token_ids, _sampling(args), tuple(args.stop))
     for piece in stream:
         sys.stdout.write(piece)
@@ -37,7 +29,20 @@ def generate(args: argparse.Namespace, settings: Settings) -> None:
     sys.stderr.write(f"winnow: {_summary(stream)}\n")
 
 
-def _prompt(args: argparse.Namespace) -> str:
+def load_winnow(settings: Settings) -> Winnow:
+    """The model and the engines that a command of one process works with."""
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    return Winnow.load(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        kv_memory_bytes=settings.kv_memory_bytes,
+        **settings.pruning,
+    )
+
+
+def read_prompt(args: argparse.Namespace) -> str:
     """The text of --prompt or --prompt-file, less the file's last line break.
 
     Raises InvalidRequest if it cannot be read.
@@ -58,7 +63,8 @@ def _read(file: str) -> bytes:
     return sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
 
 
-def _token_ids(winnow: Winnow, prompt: str, *, chat: bool) -> list[int]:
+def token_ids_of(winnow: Winnow, prompt: str, *, chat: bool) -> list[int]:
+    """A prompt's token ids, as it is or as the user's turn of a chat."""
     if chat:
         return winnow.tokenizer.render_chat([{"role": "user", "content": prompt}])
     return winnow.tokenizer.encode(prompt)

@@ -5,6 +5,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from winnow.errors import InvalidSetting, UnusableModel
 from winnow.request import PruningSettings
 
@@ -50,7 +52,21 @@ def override(settings: PruningSettings, changes: dict[str, Any]) -> PruningSetti
             raise InvalidSetting(
                 f"{name} is not a pruning setting; known are {', '.join(sorted(known))}", param=name
             )
+    return replace(settings, **changes)
+
+
+def parse_change(text: str) -> tuple[str, Any]:
+    """`threshold=0.4` as a name and its value for `override`; values are written as in YAML.
+
+    Raises InvalidSetting for what is not NAME=VALUE.
+    """
+    name, equals, written = text.partition("=")
+    if not equals:
+        raise InvalidSetting(f"{text}: a pruning setting must be NAME=VALUE")
     try:
-        return replace(settings, **changes)
-    except TypeError as error:
-        raise InvalidSetting(f"a pruning setting has the wrong type: {error}") from error
+        value = yaml.safe_load(written)
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
+        value = ...
+    if not isinstance(value, str | int | float | None):
+        raise InvalidSetting(f"{written!r} is not a value for {name}")
+    return name.replace("-", "_"), value

@@ -139,7 +139,10 @@ def _load_network(description: ModelDescription, device: str) -> Any:  # noqa: A
             trust_remote_code=False,
         )
         return network.eval().requires_grad_(False).to(device)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+    except (
+        *(OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError),
+        AssertionError,  # torch was built without the device
+    ) as error:
         raise UnusableModel(
             f"model folder {description.path} cannot be loaded: {first_line(error)}"
         ) from error

@@ -5,9 +5,10 @@ InvalidSetting that names the number and the limit.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from types import MappingProxyType
+from typing import Any
 
 from winnow.errors import InvalidSetting
 from winnow.methods import METHODS, method_class
@@ -17,6 +18,7 @@ MAX_LOGIT_BIAS = 1024
 MAX_STOP_STRINGS = 16
 COMPRESSIONS = ("snapkv", "top_p", "adakv", "none")
 RECOMPRESSIONS = ("snapkv", "rkv")
+_MAX_COUNT = 2**31 - 1
 
 
 class FinishReason(StrEnum):
@@ -31,7 +33,8 @@ def require_range(
     if not (low < value if low_open else low <= value) or not value <= high:
         bracket = "(" if low_open else "["
         raise InvalidSetting(
-            f"{name} is {value:g}; the allowed range is {bracket}{low:g}, {high:g}]", param=name
+            f"{name} is {value:.12g}; the allowed range is {bracket}{low:g}, {high:.12g}]",
+            param=name,
         )
 
 
@@ -57,10 +60,10 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        require_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        require_range("max_tokens", self.max_tokens, 1, _MAX_COUNT)
         require_range("temperature", self.temperature, 0, 2)
         require_range("top_p", self.top_p, 0, 1, low_open=True)
-        require_range("top_k", self.top_k, 0, 2**31 - 1)
+        require_range("top_k", self.top_k, 0, _MAX_COUNT)
         require_range("min_p", self.min_p, 0, 1)
         require_range("seed", self.seed, 0, 2**63 - 1)
         require_range("presence_penalty", self.presence_penalty, -2, 2)
@@ -127,10 +130,11 @@ class PruningSettings:
     redundancy_weight: float = 0.1
 
     def __post_init__(self) -> None:
+        for setting in fields(self):
+            _require_type(setting.name, getattr(self, setting.name), setting.type)
         _require_choice("method", self.method, METHODS)
         _require_choice("compression", self.compression, COMPRESSIONS)
         _require_choice("recompression", self.recompression, RECOMPRESSIONS)
-        _require_choice("full_kv_below", self.full_kv_below, (False, True))
         require_range("window_size", self.window_size, 1, 1024)
         require_range("kernel_size", self.kernel_size, 1, 1023)
         if self.kernel_size % 2 == 0:
@@ -143,7 +147,6 @@ class PruningSettings:
         require_range("recompress_interval", self.recompress_interval, 1, 2**20)
         require_range("redundancy_weight", self.redundancy_weight, 0, 1)
         require_range("fixed_layer", self.fixed_layer, 0, 1023)
-        require_range("select_tokens", self.select_tokens, 1, 2**31 - 1)
         self._require_above_window("select_tokens", self.select_tokens)
         self._require_above_window("kv_budget", self.kv_budget)
         self._require_above_window("decode_budget", self.decode_budget)
@@ -161,10 +164,13 @@ class PruningSettings:
             )
 
     def _require_above_window(self, name: str, value: int | None) -> None:
-        if value is not None and value <= self.window_size:
+        if value is None:
+            return
+        if value <= self.window_size:
             raise InvalidSetting(
                 f"{name} is {value}; it must be above window_size, {self.window_size}", param=name
             )
+        require_range(name, value, 1, _MAX_COUNT)
 
     def max_prompt_entries(self, num_prompt_tokens: int, num_kv_heads: int) -> int:
         """KV entries per (layer, KV head) that a prompt can leave behind at most."""
@@ -173,6 +179,23 @@ class PruningSettings:
     def require_fits(self, num_layers: int) -> None:
         """Raise InvalidSetting for a layer that a model of `num_layers` does not have."""
         method_class(self.method).require_fits(self, num_layers)
+
+
+_TYPE_NAMES: Mapping[object, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    int | None: "a whole number or null",
+    float: "a number",
+    str: "a word",
+}
+
+
+def _require_type(name: str, value: object, declared: Any) -> None:  # noqa: ANN401 - a field's type
+    """Whole numbers are numbers too; true and false are neither."""
+    accepted = int | float if declared is float else declared
+    is_bool = isinstance(value, bool)
+    if is_bool != (declared is bool) or not isinstance(value, accepted):
+        raise InvalidSetting(f"{name} is {value!r}; it must be {_TYPE_NAMES[declared]}", param=name)
 
 
 def _require_choice(name: str, value: object, choices: Iterable[object]) -> None:

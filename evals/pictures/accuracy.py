@@ -8,6 +8,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from evals.pictures import style
 from evals.summary import Overall, Summary
+from evals.variants import in_lines
 
 _PANEL = (4.2, 3.8)
 _LEGEND = 2.0  # inches
@@ -33,7 +34,7 @@ def against_budget(summary: Summary) -> Figure | None:
                 color=color,
                 marker=marker,
                 capsize=3,
-                label=method,
+                label=in_lines(method),
             )
         _budget_axis(panel, rows)
         panel.set_title(f"{length:,} tokens")
@@ -81,7 +82,13 @@ def _prefill_line(
     for idx, (share, score) in enumerate(zip(shares, scores, strict=True)):
         size = _MAX_POINT - (_MAX_POINT - _MIN_POINT) * (len(rows) - 1 - idx) / max(len(rows), 2)
         panel.plot(
-            share, score, color=color, marker=marker, markersize=size, linestyle="", label=method
+            share,
+            score,
+            color=color,
+            marker=marker,
+            markersize=size,
+            linestyle="",
+            label=in_lines(method),
         )
 
 

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from evals.pictures import style
 from evals.records import Record
+from evals.variants import in_lines
 
 
 def heat_maps(records: Sequence[Record]) -> dict[str, Figure]:
@@ -35,7 +36,9 @@ def _heat_map(task: str, method: str, budget: int | None, records: Sequence[Reco
     panel.grid(visible=False)
     panel.set_xlabel("prompt tokens")
     panel.set_ylabel("depth of the needle")
-    panel.set_title(f"{task}: {method}" + ("" if budget is None else f", budget {budget:,}"))
+    panel.set_title(
+        f"{task}: {in_lines(method)}" + ("" if budget is None else f", budget {budget:,}")
+    )
     for (row, column), score in np.ndenumerate(scores):
         if not np.isnan(score):
             color = "white" if score < 50 else "black"

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from evals.pictures import style
 from evals.records import Record
+from evals.variants import in_lines
 
 _NEVER = "never"
 
@@ -29,7 +30,7 @@ def selection_layers(records: Sequence[Record]) -> Figure | None:
     figure, axes = style.panels(len(by_method), *size)
     for panel, (method, own) in zip(axes, by_method.items(), strict=True):
         _layer_shares(panel, own, tasks, layers)
-        panel.set_title(f"{method}\n{_setting(own)}", fontsize=10)
+        panel.set_title(f"{in_lines(method)}\n{_setting(own)}", fontsize=10)
     return figure
 
 
@@ -66,7 +67,7 @@ def rho_by_layer(records: Sequence[Record], thresholds: Mapping[str, float]) -> 
                 linewidth=1.4,
                 label=f"threshold {thresholds[method]:g}",
             )
-        panel.set_title(f"{method}\n{_setting(own)}", fontsize=10)
+        panel.set_title(f"{in_lines(method)}\n{_setting(own)}", fontsize=10)
         panel.set_xlabel("layer")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_ylim(bottom=0)

@@ -178,7 +178,7 @@ def test_a_taken_port_is_one_clear_line() -> None:
     [
         (("--max-n", "0"), {}, "setting max_n is '0': Input should be greater than or equal to 1"),
         ((), {"WINNOW_MAXN": "3"}, "WINNOW_MAXN is not a setting of Winnow"),
-        (("--pruning", "kv_budget"), {}, "--pruning kv_budget: it must be NAME=VALUE"),
+        (("--pruning", "kv_budget"), {}, "kv_budget: a pruning setting must be NAME=VALUE"),
     ],
 )
 def test_bad_settings_are_one_clear_line(

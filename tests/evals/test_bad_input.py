@@ -9,8 +9,11 @@ from services.cli import main
 
 CASES = {
     "method": (["--methods", "asl,snapvk"], "method 'snapvk' is not known; known are full,"),
-    "option": (["--methods", "asl:tau=0.4"], "'tau=0.4' is not OPTION=VALUE"),
-    "option value": (["--methods", "asl:threshold=high"], "a pruning setting has the wrong type"),
+    "option": (["--methods", "asl:tau=0.4"], "tau is not an option; options are "),
+    "option value": (["--methods", "asl:threshold=high"], "threshold is 'high'; it must be a num"),
+    "option type": (["--methods", "asl:select_tokens=64.5"], "it must be a whole number"),
+    "no value": (["--methods", "asl:threshold={a"], "'{a' is not a value for threshold"),
+    "a date": (["--methods", "asl:threshold=2026-02-30"], "'2026-02-30' is not a value"),
     "layer": (["--methods", "fastkv:fixed_layer=9"], "fixed_layer is 9"),
     "task": (["--tasks", "passkey,niah_single_7"], "task 'niah_single_7' is not known; known are"),
     "length": (["--length", "2kb"], "--length '2kb' is not a number of tokens"),
@@ -24,6 +27,8 @@ CASES = {
     "memory": (["--kv-memory-bytes", "500000"], "--kv-memory-bytes"),
     "model": (["--model", "/nowhere/at-all"], "model folder /nowhere/at-all does not exist"),
     "pruning": (["--pruning", "kv_bugdet=3"], "'kv_bugdet' is not a pruning setting"),
+    "pruning value": (["--pruning", "threshold={a"], "'{a' is not a value for threshold"),
+    "device": (["--device", "xpu"], "cannot be loaded"),
     "endpoint": (["--endpoint", "http://127.0.0.1:9"], "no service answers there"),
     "no URL": (["--endpoint", "nonsense"], "--endpoint nonsense"),
 }
@@ -56,6 +61,17 @@ def test_a_data_folder_that_lacks_a_file(
     assert main(asked) == 2
     assert str(data / "passkey.jsonl") in capsys.readouterr().err
     assert not run.exists()
+
+
+def test_the_folder_of_another_run_is_named_before_anything_is_checked(
+    tiny_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "settings.json").write_text("{}")
+    model = ["--model", str(tiny_models["llama"])]
+    wrong_too = ["--tasks", "passkey", "--length", "100"]
+    assert main(["eval", *model, *wrong_too, "-o", str(tmp_path)]) == 2
+    assert "holds a run with other settings" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["settings.json"]
 
 
 def test_a_chat_with_a_model_that_has_no_template(

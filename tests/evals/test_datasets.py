@@ -51,6 +51,17 @@ def test_reads_a_ruler_file_with_the_answers_beginning_apart(tmp_path: Path) -> 
     assert example.prompt() == "Find it. What is it? The needle is"
 
 
+@pytest.mark.parametrize(("outputs", "answers"), [("abc", ("abc",)), (7, ("7",))])
+def test_one_answer_need_not_be_a_list(
+    tmp_path: Path, outputs: object, answers: tuple[str, ...]
+) -> None:
+    row = RULER_ROW | {"outputs": outputs, "answer_prefix": None}
+    write_lines(tmp_path / "vt/validation.jsonl", row)
+    example = task_over(tmp_path, "vt").example(0, 0, 100, count_words)
+    assert example.answers == answers
+    assert example.prompt() == RULER_ROW["input"]
+
+
 def test_reads_infinitebenchs_pass_keys(tmp_path: Path) -> None:
     context = "The sky is blue.\nThe pass key is 01234.\nThe sky is blue.\n"
     row = {"id": 0, "context": context, "input": "What is the pass key?", "answer": ["01234"]}
@@ -113,6 +124,8 @@ def test_names_the_file_that_is_missing(tmp_path: Path) -> None:
         ("[1]\n", "example 1, is not a JSON object"),
         ('{"context": "c", "input": "i"}\n', "example 1, lacks answer"),
         ('{"context": "c", "input": "i", "answer": []}\n', "example 1, lacks answer"),
+        ('{"context": "c", "input": "i", "answer": {"a": 1}}\n', "1, has {'a': 1} for an answer"),
+        ('{"context": "c", "input": "i", "answer": ["x", null]}\n', "1, has None for an answer"),
     ],
 )
 def test_names_file_and_line_that_are_wrong(tmp_path: Path, content: str, complaint: str) -> None:

@@ -60,6 +60,8 @@ def test_first_integer_compares_the_first_run_of_digits(answer: str, score: floa
         ("098", "98", 1.0),
         ("[0, 1]", "0", 1.0),
         ("the largest", "3", 0.0),
+        ("12", "none", 0.0),
+        ("12", "12th", 1.0),
     ],
 )
 def test_first_number_compares_by_value(answer: str, reference: str, score: float) -> None:

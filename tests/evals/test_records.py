@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from evals.records import SAMPLES_FILE, SETTINGS_FILE, Record, RunFolder
+from evals.records import SAMPLES_FILE, SETTINGS_FILE, Record, RunFolder, require_same_run
 from tests.evals.synthetic import make_records
 from winnow.errors import InvalidSetting
 
@@ -90,6 +90,9 @@ def test_refuses_a_folder_that_cannot_be_one(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidSetting, match="file cannot be used"):
         RunFolder(tmp_path / "file", SETTINGS)
+    (tmp_path / "taken" / SETTINGS_FILE).mkdir(parents=True)
+    with pytest.raises(InvalidSetting, match="taken cannot be used"):
+        require_same_run(tmp_path / "taken", SETTINGS)
     (tmp_path / SAMPLES_FILE).write_text("")
     with pytest.raises(InvalidSetting, match=r"has samples\.jsonl but no settings\.json"):
         RunFolder(tmp_path, SETTINGS)

@@ -49,6 +49,20 @@ def test_keeps_the_order_that_was_asked_for_and_leaves_out_what_has_no_records()
     assert [row.budget for row in summary.overall] == [64, 128]
 
 
+def test_a_long_method_takes_lines_instead_of_the_scores_room() -> None:
+    method = (
+        "snapkv:decode_budget=512:recompression=rkv:redundancy_weight=0.2:recompress_interval=64"
+    )
+    record = replace(RECORD, method=method, score=0.625)
+    console = Console(width=72, record=True, file=StringIO())
+    print_summary(summarize([record], [Setup(1024, method, 64)], ["vt"]), console)
+    text = console.export_text()
+    assert "1,024 tokens, 1 sample a task" in text
+    assert "…" not in text
+    assert all(option in text for option in method.split(":"))
+    assert text.split().count("62.5") == 2  # the task's and the mean
+
+
 @pytest.mark.parametrize("width", [72, 100, 200])
 def test_the_table_shows_every_score_at_any_width(width: int) -> None:
     setups = [Setup(length, *variant) for length in LENGTHS for variant in VARIANTS]

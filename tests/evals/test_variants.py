@@ -1,6 +1,6 @@
 import pytest
 
-from evals.variants import make_variants, parse_methods
+from evals.variants import in_lines, make_variants, parse_methods
 from winnow.errors import InvalidSetting
 from winnow.methods import METHODS
 
@@ -38,14 +38,24 @@ def test_every_method_can_be_asked_for() -> None:
     assert [spec.method for spec in parse_methods(",".join(METHODS))] == list(METHODS)
 
 
+def test_a_long_method_breaks_before_its_options() -> None:
+    assert in_lines("asl:threshold=0.4") == "asl:threshold=0.4"
+    text = "snapkv:decode_budget=512:recompression=rkv:redundancy_weight=0.2"
+    assert in_lines(text).split("\n") == [
+        "snapkv:decode_budget=512",
+        ":recompression=rkv",
+        ":redundancy_weight=0.2",
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("asl,snapvk", "method 'snapvk' is not known; known are full, snapkv"),
-        ("asl:tau=0.4", "'tau=0.4' is not OPTION=VALUE; options are .*threshold"),
-        ("asl:threshold", "'threshold' is not OPTION=VALUE"),
-        ("asl:method=full", "'method=full' is not OPTION=VALUE"),
-        ("asl:threshold=[", "'\\[' is not a value"),
+        ("asl:tau=0.4", "'asl:tau=0.4': tau is not an option; options are .*threshold"),
+        ("asl:threshold", "'asl:threshold': threshold: a pruning setting must be NAME=VALUE"),
+        ("asl:method=full", "method is not an option"),
+        ("asl:threshold=[", "'\\[' is not a value for threshold"),
         (" , ", "names nothing"),
     ],
 )

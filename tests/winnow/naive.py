@@ -125,10 +125,8 @@ class Asl:
             variance = sum(squares) / len(squares)
             if first is None:
                 first, rho = variance, 1.0
-            elif first == 0:
-                rho = 0.0 if variance == 0 else math.inf
             else:
-                rho = variance / first
+                rho = variance / (first or 1e-15)
             self.rho.append((layer, rho))
             if rho < threshold or layer == latest_layer:
                 self.selection_layer = layer

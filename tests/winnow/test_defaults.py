@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from winnow.defaults import override, pruning_defaults, scaled_defaults
+from winnow.defaults import override, parse_change, pruning_defaults, scaled_defaults
 from winnow.errors import InvalidSetting, UnusableModel
 from winnow.request import PruningSettings
 
@@ -50,9 +50,18 @@ def test_a_broken_settings_file_is_refused(tmp_path: Path, text: str, message: s
         ({"decode_budget": 5}, "decode_budget is 5; it must be above window_size, 32"),
         ({"select_tokens": 32}, "select_tokens is 32; it must be above window_size, 32"),
         ({"kv_top_p": 0}, r"kv_top_p is 0; the allowed range is \(0, 1\]"),
-        ({"kv_budget": "many"}, "wrong type"),
-        ({"select_tokens": None}, "wrong type"),
-        ({"full_kv_below": "no"}, "full_kv_below is 'no'; known are False, True"),
+        ({"kv_budget": "many"}, "kv_budget is 'many'; it must be a whole number or null"),
+        ({"kv_budget": 64.5}, "kv_budget is 64.5; it must be a whole number or null"),
+        ({"kv_budget": 2**31}, r"kv_budget is 2147483648; .* \[1, 2147483647\]"),
+        ({"decode_budget": 5 * 10**9}, r"decode_budget is 5000000000; .* \[1, 2147483647\]"),
+        ({"select_tokens": None}, "select_tokens is None; it must be a whole number"),
+        ({"window_size": 8.0}, "window_size is 8.0; it must be a whole number"),
+        ({"min_layer": True}, "min_layer is True; it must be a whole number"),
+        ({"threshold": "low"}, "threshold is 'low'; it must be a number"),
+        ({"threshold": False}, "threshold is False; it must be a number"),
+        ({"method": 3}, "method is 3; it must be a word"),
+        ({"full_kv_below": "no"}, "full_kv_below is 'no'; it must be true or false"),
+        ({"full_kv_below": 1}, "full_kv_below is 1; it must be true or false"),
         ({"recompression": "zip"}, "recompression is 'zip'; known are snapkv, rkv"),
         ({"redundancy_weight": 1.5}, r"redundancy_weight is 1.5; the allowed range is \[0, 1\]"),
     ],
@@ -60,3 +69,33 @@ def test_a_broken_settings_file_is_refused(tmp_path: Path, text: str, message: s
 def test_settings_that_cannot_work_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidSetting, match=message):
         override(PruningSettings(), changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "change"),
+    [
+        ("threshold=0.4", ("threshold", 0.4)),
+        ("kv-budget=64", ("kv_budget", 64)),
+        ("latest_layer=null", ("latest_layer", None)),
+        ("full_kv_below=true", ("full_kv_below", True)),
+        ("method=asl-2pass", ("method", "asl-2pass")),
+        ("threshold=", ("threshold", None)),
+    ],
+)
+def test_a_change_is_read_as_yaml(text: str, change: tuple[str, object]) -> None:
+    assert parse_change(text) == change
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("threshold", "threshold: a pruning setting must be NAME=VALUE"),
+        ("threshold={a", "'{a' is not a value for threshold"),
+        ("threshold=[1]", r"'\[1\]' is not a value for threshold"),
+        ("threshold=2026-02-30", "'2026-02-30' is not a value for threshold"),
+        ("threshold=2026-02-20", "'2026-02-20' is not a value for threshold"),
+    ],
+)
+def test_what_is_no_change_is_refused(text: str, message: str) -> None:
+    with pytest.raises(InvalidSetting, match=message):
+        parse_change(text)

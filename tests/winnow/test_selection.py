@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -97,6 +98,13 @@ def test_ranks_that_had_settled_before_min_layer_select_right_after_it() -> None
     masses = [random_masses(30)[0]] * 6
     layer, _, rho = run(masses, BASE)
     assert (layer, rho) == (3, ((2, 1.0), (3, 0.0)))
+
+
+def test_ranks_that_had_settled_and_move_again_select_nothing_at_a_rho_that_is_a_number() -> None:
+    settled, moved, _ = random_masses(30, 3)
+    layer, _, rho = run([settled, settled, settled, moved], BASE)
+    assert layer is None
+    assert 1e6 < rho[-1][1] < math.inf
 
 
 def test_the_best_tokens_of_one_layer_and_the_window_are_the_formulas() -> None:

@@ -1,6 +1,6 @@
 """As many entries in each KV head as its attention mass needs, so head lengths differ.
 
-The rule is nucleus sampling.s (arXiv 1904.09751) on the window.s mean attention.
+The rule is nucleus sampling's (arXiv 1904.09751) on the window's mean attention.
 """
 
 import torch

@@ -4,7 +4,7 @@
 close it to cancel. At any time it holds the hidden states of one layer and one layer's KV.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from winnow.methods.base import Cut, LayerView
 from winnow.models import DecoderModel
 from winnow.request import PrefillReport, PruningSettings
 
+Watch = Callable[[LayerView, Cut | None], None]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrefillResult:
@@ -28,18 +30,22 @@ class PrefillResult:
 
 
 def run_prefill(
-    model: DecoderModel, token_ids: Sequence[int], settings: PruningSettings
+    model: DecoderModel,
+    token_ids: Sequence[int],
+    settings: PruningSettings,
+    watch: Watch | None = None,
 ) -> Generator[LayerKV | None, None, PrefillResult]:
     """Yields each layer's kept KV as soon as it is final; returns the result after the last.
 
-    Layers of a first pass, of which nothing is kept, yield None.
+    Layers of a first pass, of which nothing is kept, yield None.  watch: called after each layer
+    that the method was shown, with its cut.
 
     Raises InvalidRequest for an empty prompt or a token outside the vocabulary, PromptTooLong, and
     InvalidSetting for a layer that the model does not have.
     """
     require_prompt(model, token_ids)
     settings.require_fits(model.shape.num_layers)
-    run = _PrefillRun(model, token_ids, settings)
+    run = _PrefillRun(model, token_ids, settings, watch)
     while not run.finished:
         yield run.compute_layer()
     return run.result()
@@ -66,9 +72,13 @@ class _PrefillRun:
     """The state of one prompt between two layers."""
 
     def __init__(
-        self, model: DecoderModel, token_ids: Sequence[int], settings: PruningSettings
+        self,
+        model: DecoderModel,
+        token_ids: Sequence[int],
+        settings: PruningSettings,
+        watch: Watch | None,
     ) -> None:
-        self._model = model
+        self._model, self._watch = model, watch
         self._settings = settings
         self._num_prompt_tokens = len(token_ids)
         self._method = methods.create(settings, len(token_ids), model.shape)
@@ -116,6 +126,8 @@ class _PrefillRun:
         if self._restarted:
             return self._pack(view, attention.values, None), None
         cut = self._method.observe(view)
+        if self._watch is not None:
+            self._watch(view, cut)
         if self._method.runs_twice and not self._method.short_prompt:
             return None, cut
         return self._pack(view, attention.values, self._method.kept_entries(view)), cut

@@ -109,9 +109,7 @@ class Method:
     @property
     def short_prompt(self) -> bool:
         """Whether the prompt has no more tokens than a cut would keep, so that none is made."""
-        return self._limit is not None and self._num_tokens <= max(
-            self._limit, self.settings.window_size
-        )
+        return self._limit is not None and self._num_tokens <= self._limit
 
     @property
     def rho(self) -> tuple[tuple[int, float], ...]:

@@ -9,6 +9,9 @@ from winnow.request import PruningSettings
 from winnow.scoring import descending_order, ranks_from_order
 from winnow.selection.window_scores import best_tokens, token_scores
 
+# In place of 0 where the ranks had settled before min_layer; rho stays finite, as JSON wants it.
+_NO_VARIANCE = 1e-15
+
 
 class AdaptiveSelection:
     """Selects at the first layer from `min_layer` on whose relative rank variance is below tau.
@@ -58,6 +61,4 @@ class AdaptiveSelection:
         if self._first_variance is None:
             self._first_variance = variance
             return 1.0
-        if self._first_variance == 0:  # the ranks had settled before min_layer
-            return 0.0 if variance == 0 else float("inf")
-        return variance / self._first_variance
+        return variance / (self._first_variance or _NO_VARIANCE)

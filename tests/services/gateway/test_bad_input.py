@@ -143,6 +143,20 @@ COMPLETION_CASES: list[tuple[dict[str, Any], int, str, str, str]] = [
         "",
     ),
     (
+        {"winnow": {"kv_budget": 2**31}},
+        400,
+        "kv_budget is 2147483648; the allowed range is [1, 2147483647]",
+        "winnow.kv_budget",
+        "",
+    ),
+    (
+        {"winnow": {"decode_budget": 5 * 10**9}},
+        400,
+        "decode_budget is 5000000000; the allowed range is [1, 2147483647]",
+        "winnow.decode_budget",
+        "",
+    ),
+    (
         {"winnow": {"decode_budget": 4}},
         400,
         "decode_budget is 4; it must be above window_size, 8",

@@ -2,6 +2,8 @@
 
 import threading
 from concurrent.futures import CancelledError
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +125,31 @@ def test_cancelling_stops_compute_and_transfer(
     with pytest.raises(CancelledError):
         outcome.result()
     assert len(receiver.trailers) == 1
+
+
+def test_cancelling_in_a_first_pass_ends_it_there(
+    queue: PrefillQueue, model: DecoderModel, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of a first pass is handed over, so no push could notice."""
+    run_layer, computed = model.layer, []
+    submitted = threading.Event()
+
+    def cancelling(layer_idx: int, *rest: Any) -> torch.Tensor:
+        computed.append(layer_idx)
+        assert submitted.wait(TIMEOUT_S)
+        if layer_idx == 1:
+            outcome.cancel()
+        return run_layer(layer_idx, *rest)
+
+    monkeypatch.setattr(model, "layer", cancelling)
+    outcome = queue.submit(
+        make_job(pruning=replace(PRUNING, method="gemfilter", fixed_layer=2, select_tokens=64))
+    )
+    submitted.set()
+    queue.submit(make_job("next")).result(TIMEOUT_S)
+    with pytest.raises(CancelledError):
+        outcome.result()
+    assert computed == [0, 1, 0, 1, 2, 3]
 
 
 def test_a_refusal_keeps_its_class(
