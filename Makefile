@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test redis check format bench train proto lock clean setup
+.PHONY: demo test packages check format bench train proto lock clean setup
 
 setup: $(STAMP)
 
@@ -21,15 +21,19 @@ $(STAMP): requirements.lock constraints.txt pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python -m services.demo
 
-test: $(STAMP) redis
+test: $(STAMP) packages
 	$(BIN)/python -m pytest
 
-# The tests talk to a real Redis.
-redis:
-	@command -v redis-server >/dev/null || { \
-		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || \
-			{ echo "redis-server is missing: install it with your package manager" >&2; exit 1; }; \
-		apt-get update -qq && apt-get install -y -qq redis-server >/dev/null; }
+# The tests talk to a real Redis and look at pages in a real browser.
+PROGRAMS := redis-server chromium
+packages:
+	@missing=""; for program in $(PROGRAMS); do \
+		command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	[ -z "$$missing" ] || { \
+		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || { \
+			echo "missing:$$missing; install with your package manager" >&2; exit 1; }; \
+		apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends $$missing >/dev/null; }
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

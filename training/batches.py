@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from training.curriculum import Stage, make_sample
-from training.samples import SHORT, Sample, SampleMaker, Trail
+from training.samples import SHORT, Sample, SampleMaker
 from training.tokenizer import MAX_POSITIONS
 
 TOKENS_PER_BATCH = 2048
 GAP_SHARE = 0.5
 MAX_GAPS = 3
-NO_TARGET = -100
 ZERO_START_SHARE = 0.3
 
 
@@ -23,8 +22,7 @@ class Batch:
     """tokens, positions: [B, T] int64.  weights: [B, T] float32.
 
     answers: [B, T] int64, an index into `kinds`, or -1.  hops: [B, T] int64, 0 outside answers.
-    trail_rows, trail_places: [R] int64, the tokens that follow R trails.
-    trail_ends: [R, longest trail] int64, where each of their links ends; NO_TARGET after the last.
+    looks: [R, 5] int64, where heads must look: row, place, target, head, repetition.
     """
 
     length: int
@@ -34,9 +32,7 @@ class Batch:
     answers: Tensor
     kinds: tuple[str, ...]
     hops: Tensor
-    trail_rows: Tensor
-    trail_places: Tensor
-    trail_ends: Tensor
+    looks: Tensor
 
 
 def make_batch(rng: random.Random, maker: SampleMaker, stage: Stage, length: int) -> Batch:
@@ -85,11 +81,11 @@ def collate(samples: Sequence[Sample], positions: Sequence[Sequence[int]], lengt
         answers.append([a + offset if a >= 0 else -1 for a in sample.answers])
         hops.append([sample.hops[a] if a >= 0 else 0 for a in sample.answers])
         kinds += sample.kinds
-    trails = [
-        (row, trail)
+    looks = [
+        (row, look.place, look.target, look.head, look.repetition)
         for row, sample in enumerate(samples)
-        for trail in sample.trails
-        if trail.place < length
+        for look in sample.looks
+        if look.place < length
     ]
     return Batch(
         length,
@@ -99,19 +95,9 @@ def collate(samples: Sequence[Sample], positions: Sequence[Sequence[int]], lengt
         _padded(answers, length, -1),
         tuple(kinds),
         _padded(hops, length, 0),
-        torch.tensor([row for row, _ in trails], dtype=torch.long),
-        torch.tensor([trail.place for _, trail in trails], dtype=torch.long),
-        _ends([trail for _, trail in trails]),
+        torch.tensor(looks, dtype=torch.long).view(-1, 5),
     )
 
 
 def _padded(rows: Sequence[Sequence[float]], length: int, padding: float) -> Tensor:
     return torch.tensor([(list(row) + [padding] * (length - len(row)))[:length] for row in rows])
-
-
-def _ends(trails: Sequence[Trail]) -> Tensor:
-    longest = max((len(trail.ends) for trail in trails), default=0)
-    ends = torch.full((len(trails), longest), NO_TARGET)
-    for row, trail in enumerate(trails):
-        ends[row, : len(trail.ends)] = torch.tensor(trail.ends)
-    return ends

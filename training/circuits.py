@@ -3,14 +3,16 @@
 The hidden state starts out in blocks (`Block`): what a token is, the four before it, digests of the
 five tokens that end 2 places back (where `ABCDE = 1` is read, `BCDE =`) and 8 places back (where
 `ABCDE = VAR FGHIJ` ends), and a pointer, at first the digest of the five tokens before the last.
-Four kinds of heads fill and use them:
+Five kinds of heads fill and use them:
 
 * look-back heads (layers 0 and 1): keys are constant, so that after RoPE the logit depends on the
   distance alone and peaks at one offset;
 * copying heads (the repeated layer): where the last tokens stood before, what came next;
 * a reading head (the repeated layer): what follows the name that the pointer holds;
 * a following head (the repeated layer): the name that the pointer's name is assigned from becomes
-  the pointer; the MLP puts it in the place of the old one.
+  the pointer; the MLP puts it in the place of the old one;
+* a fetching head (the repeated layer): writes where the following head does, but where it looks, at
+  the question's key, is learned.
 
 All of it is a start: every weight is trained. Contents are matched in the rotary pairs that hardly
 turn within the context.
@@ -36,8 +38,9 @@ COPY_GAIN, COPY_OUTPUT = 2.0, 0.15
 FOLLOW_GAIN, FOLLOW_OUTPUT = 3.5, 0.8
 GATE, MOVE = 4.0, 0.09  # at a hidden state of rms 0.6, GATE · MOVE / rms² = 1
 CONSTANT = 1.0
-FOLLOWING_KV_HEAD = 3
-FOLLOWING_HEAD = FOLLOWING_KV_HEAD * GROUP
+READING_KV_HEAD, FOLLOWING_KV_HEAD = 2, 3
+READING_HEAD, FOLLOWING_HEAD = READING_KV_HEAD * GROUP, FOLLOWING_KV_HEAD * GROUP
+FETCHING_HEAD = FOLLOWING_HEAD + 1
 
 
 @dataclass(frozen=True)
@@ -144,20 +147,21 @@ class _Circuits:
             self._copy_out(kv_head)
 
     def _write_following(self) -> None:
-        """Head 4 reads what follows the pointer's name; head 6 follows the link from it."""
+        """Head 4 reads what follows the pointer's name; 6 follows the link from it, 7 fetches."""
         pointer = torch.zeros(HEAD_DIM, HIDDEN)
         pointer[_slow(), POINTER.dims] = FOLLOW_GAIN * torch.eye(DIGEST)
-        for kv_head, block in ((2, READ), (FOLLOWING_KV_HEAD, LINK)):
+        for kv_head, block in ((READING_KV_HEAD, READ), (FOLLOWING_KV_HEAD, LINK)):
             key = torch.zeros(HEAD_DIM, HIDDEN)
             key[_slow(), block.dims] = FOLLOW_GAIN * torch.eye(DIGEST)
             self._write_head(kv_head, pointer, key)
-        self._copy_out(2)
+        self._copy_out(READING_KV_HEAD)
         attention = self._repeated.self_attn
         attention.v_proj.weight[_rows(FOLLOWING_KV_HEAD)] = 0
         attention.v_proj.weight[_rows(FOLLOWING_KV_HEAD)][:DIGEST] = self._digest_of_assigned()
-        attention.o_proj.weight[:, _rows(FOLLOWING_HEAD)] = 0
         out = FOLLOW_OUTPUT * torch.eye(DIGEST, HEAD_DIM)
-        attention.o_proj.weight[NEXT.dims, _rows(FOLLOWING_HEAD)] = out
+        for head in (FOLLOWING_HEAD, FETCHING_HEAD):
+            attention.o_proj.weight[:, _rows(head)] = 0
+            attention.o_proj.weight[NEXT.dims, _rows(head)] = out
         self._write_move()
 
     def _digest_of_assigned(self) -> Tensor:

@@ -3,6 +3,7 @@
 import random
 from dataclasses import dataclass
 
+from training.examples import example_sample
 from training.samples import Sample, SampleMaker
 from training.tasks import MAX_HOPS
 
@@ -10,7 +11,7 @@ MAX_QUESTIONS = 60
 _LOOKUPS = ("needle", "needle", "needle", "json", "json", "passkey", "number_string")
 _LONG_KEYS = ("needle_uuid", "needle_uuid_key", "json_uuid", "json_uuid")
 _SINGLE = ("passkey", "number_string")  # one of each in a context
-_SEVERAL = ("multivalue", "multiquery", "vt", "vt")
+_SEVERAL = ("multivalue", "multiquery")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Stage:
     max_hops: the longest chains.
     has_all: with long keys, several answers and listed variables too.
     variety: the share of sequences with the benchmarks' openings and many wordings of a question.
+    examples: the share of sequences that are one example of the evaluation's tasks.
     learning_rate, final_learning_rate: from the first to the second, linearly in tokens.
     """
 
@@ -39,6 +41,7 @@ class Stage:
     has_all: bool = True
     is_basic: bool = False  # pairs and copies, and chains from the first step on
     variety: float = 0.8
+    examples: float = 0.0
 
 
 CURRICULUM = (
@@ -47,8 +50,33 @@ CURRICULUM = (
     Stage("256", (64, 128, 256), (0.1, 0.3, 0.6), 2_500_000, 1e-3, 1e-3, 2, 0.8, 3, variety=0.4),
     Stage("512", (128, 256, 512), (0.1, 0.3, 0.6), 2_500_000, 1e-3, 8e-4, 2, 0.85, 4),
     Stage("1024", (128, 512, 1024), (0.1, 0.3, 0.6), 2_200_000, 8e-4, 6e-4, 2, 0.9),
-    Stage("2048", (256, 1024, 2048), (0.1, 0.3, 0.6), 4_200_000, 6e-4, 3e-4, 2, 0.98),
-    Stage("4096", (512, 1024, 2048, 4096), (0.1, 0.2, 0.5, 0.2), 1_200_000, 3e-4, 1e-5, 2),
+    Stage(
+        "mixed",
+        (256, 512, 1024, 2048),
+        (0.35, 0.3, 0.2, 0.15),
+        18_000_000,
+        8e-4,
+        5e-4,
+        examples=0.6,
+    ),
+    Stage(
+        "2048",
+        (256, 512, 1024, 2048),
+        (0.15, 0.2, 0.3, 0.35),
+        6_000_000,
+        5e-4,
+        1e-4,
+        examples=0.7,
+    ),
+    Stage(
+        "4096",
+        (512, 1024, 2048, 4096),
+        (0.1, 0.2, 0.5, 0.2),
+        1_200_000,
+        1e-4,
+        1e-5,
+        examples=0.8,
+    ),
 )
 
 
@@ -56,6 +84,8 @@ def make_sample(rng: random.Random, maker: SampleMaker, stage: Stage, length: in
     """One sequence of at most `length` tokens for this stage."""
     if stage.is_basic and length > 64:
         return maker.retrieval(rng, length, _chains(rng, stage, length), MAX_QUESTIONS)
+    if rng.random() < stage.examples:
+        return example_sample(rng, maker, length)
     if rng.random() < _basic_share(length):
         return maker.copying(rng, length) if rng.random() < 0.2 else maker.pairs(rng, length)
     known = _kinds(rng, stage, length)

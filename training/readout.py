@@ -1,8 +1,10 @@
-"""The loss: the answers read from the last layer, from earlier repetitions, and from the trail.
+"""The loss: the answers read from the last layer and from an earlier one, and where heads look.
 
 Deep supervision: an answer that needs h look-ups is read from any repetition after the h-th too,
-so that easy questions are settled early; and in repetition i the following head of the last
-prompt token must look at the end of the i-th link, so that links are followed one by one.
+and the last repetition is a random one, so that easy questions are settled early and nothing is
+lost while the others go on. Where an answer's look-ups are known, the head that makes each must
+look at the right token in the right repetition: in repetition i at the end of a chain's i-th link,
+or first at the question's key and then at that key's value.
 """
 
 import math
@@ -15,13 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Qwen2ForCausalLM
 
-from training.batches import NO_TARGET, Batch
-from training.circuits import FOLLOWING_HEAD, FOLLOWING_KV_HEAD, HEAD_DIM
+from training.batches import Batch
+from training.circuits import GROUP, HEAD_DIM
 from training.model import NUM_FREE_LAYERS, NUM_LAYERS
 
 EARLY_WEIGHT = 0.4
-TRAIL_WEIGHT = 0.5
+LOOK_WEIGHT = 0.5
 FIRST_READ = 2  # the first repetition that is read early
+LEAST_REPETITIONS = 5  # so many as the longest trail has links
+FULL_DEPTH_SHARE = 0.3
 NUM_REPETITIONS = NUM_LAYERS - NUM_FREE_LAYERS
 
 
@@ -39,24 +43,31 @@ def measure(model: Qwen2ForCausalLM, batch: Batch, rng: random.Random) -> Measur
     targets, weights = batch.tokens[:, 1:][scored], batch.weights[:, 1:][scored]
     hops = batch.hops[:, 1:][scored]
     with torch.autocast("cpu", torch.bfloat16):
-        states = _repetitions(model, batch)
+        states = _repetitions(model, batch, _draw_depth(rng))
         logits = _read(model, states[-1][:, :-1][scored])
-        loss = _mean_loss(logits, targets, weights)
-        repetition = rng.randint(FIRST_READ, NUM_REPETITIONS - 1)
+        loss = _mean_loss(logits, targets, weights * (hops < len(states) - 1))
+        repetition = rng.randint(FIRST_READ, len(states) - 2)
         early = _read(model, states[repetition][:, :-1][scored])
         loss = loss + EARLY_WEIGHT * _mean_loss(early, targets, weights * (hops < repetition))
-        if len(batch.trail_rows):
-            loss = loss + TRAIL_WEIGHT * _trail_loss(model, states, batch)
+        if len(batch.looks):
+            loss = loss + LOOK_WEIGHT * _look_loss(model, states, batch)
     hits = _hits(logits.argmax(-1) == targets, batch.answers[:, 1:][scored], batch.kinds)
     return Measured(loss, hits)
 
 
-def _repetitions(model: Qwen2ForCausalLM, batch: Batch) -> list[Tensor]:
-    """Hidden states [B, T, hidden_size] before the shared layer and after each repetition of it."""
+def _draw_depth(rng: random.Random) -> int:
+    """How often the shared layer runs: random depths are cheaper, and answers must not wait."""
+    if rng.random() < FULL_DEPTH_SHARE:
+        return NUM_REPETITIONS
+    return rng.randint(LEAST_REPETITIONS, NUM_REPETITIONS)
+
+
+def _repetitions(model: Qwen2ForCausalLM, batch: Batch, num: int) -> list[Tensor]:
+    """Hidden states [B, T, hidden_size] before the shared layer and after each of `num` runs."""
     hidden = model.model.embed_tokens(batch.tokens)
     rope = model.model.rotary_emb(hidden, batch.positions)
     states = []
-    for layer_idx, layer in enumerate(model.model.layers):
+    for layer_idx, layer in enumerate(model.model.layers[: NUM_FREE_LAYERS + num]):
         if layer_idx == NUM_FREE_LAYERS:
             states.append(hidden)
         hidden = layer(hidden, attention_mask=None, position_embeddings=rope)
@@ -74,30 +85,45 @@ def _mean_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     return (losses * weights).sum() / weights.sum().clamp_min(1)
 
 
-def _trail_loss(model: Qwen2ForCausalLM, states: list[Tensor], batch: Batch) -> Tensor:
-    """How far the following head is from looking at the i-th link in repetition i."""
-    layer, rows = model.model.layers[NUM_FREE_LAYERS], batch.trail_rows
+def _look_loss(model: Qwen2ForCausalLM, states: list[Tensor], batch: Batch) -> Tensor:
+    """How far heads are from looking where they should."""
     rope = model.model.rotary_emb(states[0], batch.positions)  # each [B, T, HEAD_DIM]
     losses = []
-    for link_idx in range(batch.trail_ends.shape[1]):
-        targets = batch.trail_ends[:, link_idx]
-        known = targets != NO_TARGET
-        hidden = layer.input_layernorm(states[link_idx])
-        keys = functional.linear(hidden, *_following(layer.self_attn.k_proj, FOLLOWING_KV_HEAD))
-        asking = hidden[rows, batch.trail_places]
-        queries = functional.linear(asking, *_following(layer.self_attn.q_proj, FOLLOWING_HEAD))
-        queries, keys = (
-            _rotated(queries.float(), *(table[rows, batch.trail_places] for table in rope)),
-            _rotated(keys.float(), *rope),
-        )
-        logits = torch.einsum("rd,rtd->rt", queries, keys[rows]) / math.sqrt(HEAD_DIM)
-        later = torch.arange(logits.shape[1]) > batch.trail_places[:, None]
-        logits = logits.masked_fill(later, -torch.inf)[known]
-        losses.append(functional.cross_entropy(logits, targets[known], reduction="sum"))
-    return torch.stack(losses).sum() / (batch.trail_ends != NO_TARGET).sum()
+    for head, repetition in sorted(set(map(tuple, batch.looks[:, 3:].tolist()))):
+        rows, places, targets = _looks_of(batch, head, repetition)
+        hidden = model.model.layers[NUM_FREE_LAYERS].input_layernorm(states[repetition])
+        logits = _attention_logits(model, hidden, rope, (rows, places), head)
+        losses.append(functional.cross_entropy(logits, targets, reduction="sum"))
+    return torch.stack(losses).sum() / len(batch.looks)
 
 
-def _following(projection: nn.Linear, head: int) -> tuple[Tensor, Tensor]:
+def _looks_of(batch: Batch, head: int, repetition: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, places and targets, each [R]."""
+    known = (batch.looks[:, 3] == head) & (batch.looks[:, 4] == repetition)
+    rows, places, targets = batch.looks[known, :3].unbind(-1)
+    return rows, places, targets
+
+
+def _attention_logits(
+    model: Qwen2ForCausalLM,
+    hidden: Tensor,
+    rope: tuple[Tensor, Tensor],
+    asking: tuple[Tensor, Tensor],
+    head: int,
+) -> Tensor:
+    """A head's attention from the tokens `asking` (rows, places) to all tokens: [R, T]."""
+    attention = model.model.layers[NUM_FREE_LAYERS].self_attn
+    rows, places = asking
+    keys = functional.linear(hidden, *_weights_of(attention.k_proj, head // GROUP))
+    queries = functional.linear(hidden[asking], *_weights_of(attention.q_proj, head))
+    keys = _rotated(keys.float(), *rope)
+    queries = _rotated(queries.float(), *(table[asking] for table in rope))
+    logits = torch.einsum("rd,rtd->rt", queries, keys[rows]) / math.sqrt(HEAD_DIM)
+    later = torch.arange(logits.shape[1]) > places[:, None]
+    return logits.masked_fill(later, -torch.inf)
+
+
+def _weights_of(projection: nn.Linear, head: int) -> tuple[Tensor, Tensor]:
     """Weight and bias of one head."""
     rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
     return projection.weight[rows], projection.bias[rows]

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from evals.prose import pick_style
 from evals.words import NOUNS, made_up_word
+from training.circuits import FOLLOWING_HEAD
 from training.tasks import (
     CHAINS,
     Fact,
@@ -37,15 +38,16 @@ DECIDING_TOKENS, FOLLOWING_WEIGHT = 4, 0.3  # an answer's first tokens say which
 
 
 @dataclass(frozen=True)
-class Trail:
-    """The links behind an answer.
+class Look:
+    """Where a head must look: from the token at `place` to the one at `target`.
 
-    place: index of the token that must follow them, the last before the answer.
-    ends: indices of the tokens with which the links' statements end, in the order of following.
+    repetition: of the shared layer, from 0.
     """
 
     place: int
-    ends: tuple[int, ...]
+    target: int
+    head: int
+    repetition: int
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Sample:
     answers: list[int] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     hops: list[int] = field(default_factory=list)
-    trails: list[Trail] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)
 
     def add_context(self, tokens: Sequence[int], rng: random.Random) -> None:
         """Appends tokens of which few are scored, and those lightly."""
@@ -79,12 +81,15 @@ class Sample:
     ) -> None:
         """Appends an answer, its end token included, the first tokens fully scored.
 
-        links: the tokens of the statements that lead to it.
+        links: the tokens of the statements that lead to it, which are followed one by one.
         """
         ends = [_end_of(link, self.tokens) for link in links]
-        if ends and None not in ends:
-            known = tuple(end for end in ends if end is not None)
-            self.trails.append(Trail(len(self.tokens) - 1, known))
+        if None not in ends:
+            place = len(self.tokens) - 1
+            known = [end for end in ends if end is not None]
+            self.looks += [
+                Look(place, end, FOLLOWING_HEAD, repetition) for repetition, end in enumerate(known)
+            ]
         self.tokens += tokens
         num_following = max(0, len(tokens) - DECIDING_TOKENS)
         self.weights += [1.0] * (len(tokens) - num_following) + [FOLLOWING_WEIGHT] * num_following
@@ -185,6 +190,15 @@ class SampleMaker:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, nothing added."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def spans(self, text: str) -> list[int]:
+        """Of each token of `text`, the character after its last."""
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return [end for _, end in encoded["offset_mapping"]]
+
+    def count(self, text: str) -> int:
+        """Tokens of `text`, nothing added."""
+        return len(self.encode(text))
 
     def retrieval(
         self,

@@ -51,6 +51,8 @@ def render(explanation: Explanation, model: str) -> str:
         report=report,
         settings=explanation.settings,
         model=model,
+        answer=_readable(explanation.answer.text),
+        full_answer=_readable(explanation.full_answer.text),
         why_not=_why_not(explanation),
         num_dropped=sum(last < max(explanation.last_layers) for last in explanation.last_layers),
         bars=_bars(explanation),
@@ -60,6 +62,11 @@ def render(explanation: Explanation, model: str) -> str:
         rho_top=_rho_top(explanation),
         data=_data(explanation),
     )
+
+
+def _readable(text: str) -> str:
+    """NUL, which HTML drops, as what stands for any unreadable character."""
+    return text.replace("\0", "\ufffd")
 
 
 def _why_not(explanation: Explanation) -> str:

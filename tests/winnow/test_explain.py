@@ -1,0 +1,84 @@
+"""What an explanation says agrees with what prefill did."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from tests.winnow.drive import prefill_all
+from winnow import SamplingParams, Winnow
+from winnow.errors import InvalidRequest
+from winnow.explain import Explanation, explain
+from winnow.methods import METHODS
+
+TEXT = "the quick brown fox jumps over the lazy dög – 漢字 " * 10
+SETTINGS = {
+    "full": {},
+    "fastkv": {"fixed_layer": 1},
+    "gemfilter": {"fixed_layer": 1},
+    "asl": {"min_layer": 1, "observed_layers": 2, "latest_layer": 2, "threshold": 0.9},
+    "asl-2pass": {"min_layer": 1, "observed_layers": 2, "latest_layer": 2, "threshold": 0.9},
+}
+BUDGETS = {"select_tokens": 48, "kv_budget": 32, "window_size": 8, "kernel_size": 3}
+SAMPLING = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+
+
+def _explained(folder: Path, method: str) -> tuple[Winnow, list[int], Explanation]:
+    winnow = Winnow.load(folder, method=method, **BUDGETS, **SETTINGS.get(method, {}))
+    token_ids = winnow.tokenizer.encode(TEXT)
+    return winnow, token_ids, explain(winnow, token_ids, SAMPLING)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_agrees_with_the_prefill_of_the_same_prompt(
+    method: str, tiny_models: dict[str, Path]
+) -> None:
+    winnow, token_ids, explanation = _explained(tiny_models["llama"], method)
+    _, result = prefill_all(winnow.model, token_ids, winnow.pruning)
+    assert explanation.report == result.report
+    assert "".join(explanation.pieces) == TEXT
+    assert len(explanation.pieces) == len(explanation.last_layers) == len(token_ids)
+    assert explanation.answer.token_ids == winnow.generate(TEXT, SAMPLING).token_ids
+    full = Winnow.load(tiny_models["llama"], method="full").generate(TEXT, SAMPLING)
+    assert explanation.full_answer.token_ids == full.token_ids
+    assert explanation.prefill_s > 0 < explanation.full_prefill_s
+
+
+@pytest.mark.parametrize("method", ["fastkv", "asl"])
+def test_tells_which_tokens_went_on(method: str, tiny_models: dict[str, Path]) -> None:
+    winnow, token_ids, explanation = _explained(tiny_models["llama"], method)
+    deeper = dataclasses.replace(winnow.pruning, kv_budget=1000)  # every selected token's KV kept
+    layers, result = prefill_all(winnow.model, token_ids, deeper)
+    layer = result.report.selection_layer
+    assert layer is not None
+    kept = [i for i, last in enumerate(explanation.last_layers) if last > layer]
+    assert kept == layers[layer + 1].positions[: len(kept)].tolist()
+    assert layers[layer + 1].head_lengths == (len(kept), len(kept))
+    assert set(explanation.last_layers) == {layer, len(layers) - 1}
+
+
+@pytest.mark.parametrize("method", ["fastkv", "asl"])
+def test_the_kept_are_the_first_in_the_order(method: str, tiny_models: dict[str, Path]) -> None:
+    winnow, token_ids, explanation = _explained(tiny_models["llama"], method)
+    layer, scores = explanation.report.selection_layer, explanation.layer_scores[-1]
+    assert scores.layer_idx == layer
+    num_ranked = len(token_ids) - winnow.pruning.window_size
+    assert sorted(scores.ranks) == [0] * winnow.pruning.window_size + [*range(1, num_ranked + 1)]
+    assert not any(scores.ranks[num_ranked:])  # the window is kept whatever its scores
+    kept = {i for i, last in enumerate(explanation.last_layers[:num_ranked]) if last > layer}
+    best = BUDGETS["select_tokens"] - winnow.pruning.window_size
+    assert kept == {i for i, rank in enumerate(scores.ranks[:num_ranked]) if 0 < rank <= best}
+
+
+def test_nothing_is_dropped_where_nothing_is_pruned(tiny_models: dict[str, Path]) -> None:
+    _, _, explanation = _explained(tiny_models["llama"], "full")
+    assert set(explanation.last_layers) == {3}
+    assert explanation.report.no_selection_reason == "off"
+
+
+def test_refuses_what_generate_refuses(tiny_models: dict[str, Path]) -> None:
+    winnow = Winnow.load(tiny_models["llama"])
+    with pytest.raises(InvalidRequest, match="0 tokens"):
+        explain(winnow, [], SAMPLING)
+    with pytest.raises(InvalidRequest, match="9,000"):
+        explain(winnow, [5] * 9000, SAMPLING)
