@@ -57,7 +57,7 @@ CURRICULUM = (
         18_000_000,
         8e-4,
         5e-4,
-        examples=0.6,
+        examples=0.8,
     ),
     Stage(
         "2048",
@@ -66,7 +66,7 @@ CURRICULUM = (
         6_000_000,
         5e-4,
         1e-4,
-        examples=0.7,
+        examples=0.8,
     ),
     Stage(
         "4096",
@@ -82,6 +82,12 @@ CURRICULUM = (
 
 def make_sample(rng: random.Random, maker: SampleMaker, stage: Stage, length: int) -> Sample:
     """One sequence of at most `length` tokens for this stage."""
+    while len((sample := _draw(rng, maker, stage, length)).tokens) > length:
+        pass  # a single question may be too long for a short sequence
+    return sample
+
+
+def _draw(rng: random.Random, maker: SampleMaker, stage: Stage, length: int) -> Sample:
     if stage.is_basic and length > 64:
         return maker.retrieval(rng, length, _chains(rng, stage, length), MAX_QUESTIONS)
     if rng.random() < stage.examples:

@@ -7,13 +7,12 @@ measured was never seen.
 import random
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
 
 from evals.tasks import make_tasks
 from evals.tasks.base import Example, Task
 from evals.tasks.needles import NeedleTask
 from evals.tasks.variables import TrackingTask
-from training.circuits import FETCHING_HEAD, READING_HEAD
+from training.circuits import FETCHING_HEAD, FOLLOWING_HEAD, READING_HEAD
 from training.samples import Look, Sample, SampleMaker
 from training.tasks import CHAINS
 from training.tokenizer import ASSISTANT, END, END_OF_TEXT, USER
@@ -66,38 +65,73 @@ def _sample(rng: random.Random, maker: SampleMaker, task: Task, example: Example
     answer = f"{gap}{_answer_text(task, example)}{END if is_chat else END_OF_TEXT}"
     sample = Sample()
     sample.add_context(maker.encode(text), rng)
-    links = [] if is_chat else _links(example)
-    sample.add_answer(
-        maker.encode(answer), task.name, _num_hops(task.name), [maker.encode(x) for x in links]
+    sample.add_answer(maker.encode(answer), task.name, _num_hops(task.name))
+    places = _Places(maker, text, answer)
+    sample.looks = (
+        _chain_looks(places, example) if task.name in CHAINS else _key_looks(places, example)
     )
-    sample.looks += _lookups(maker, text, answer, example)
     return sample
 
 
-def _lookups(maker: SampleMaker, text: str, answer: str, example: Example) -> list[Look]:
+class _Places:
+    """Where the tokens of a prompt and its answer are, by character."""
+
+    def __init__(self, maker: SampleMaker, text: str, answer: str) -> None:
+        self.text, self.answer = text, answer
+        self._ends, self._answer_ends = maker.spans(text), maker.spans(answer)
+
+    def token(self, char: int) -> int:
+        """Index of the token with this character of the prompt."""
+        return bisect_right(self._ends, char)
+
+    def before_answer(self, value: str) -> int:
+        """Index of the token after which `value` stands in the answer."""
+        start = bisect_right(self._answer_ends, self.answer.index(value))
+        return len(self._ends) - 1 + start
+
+
+def _key_looks(places: _Places, example: Example) -> list[Look]:
     """Of each value of a key: first at the key in the question, then at the value in the context.
 
     The fetching head takes a digest from beside the key, such that it is aligned with what the
     reading head compares it with (training/circuits.py).
     """
-    starts, ends = maker.spans(text), maker.spans(answer)
     looks = []
     for value in example.answers:
-        found = re.search(rf'(\S+) is: {value}\.|"(\S+)": "{value}"', text)
+        found = re.search(rf'(\S+) is: {value}\.|"(\S+)": "{value}"', places.text)
         if found is None:  # neither a needle nor a pair
             continue
         key, key_end = found.group(found.lastindex or 0), found.end(found.lastindex or 0)
-        first = _token_at(starts, text.index(value, key_end))
-        gap = first - _token_at(starts, key_end - 1)
-        place = len(starts) - 1 + _token_at(ends, answer.index(value))
-        fetched = _token_at(starts, text.rindex(key) + len(key) - 1) + gap - ALIGNED_GAP
-        looks += [Look(place, fetched, FETCHING_HEAD, 0), Look(place, first, READING_HEAD, 1)]
+        first = places.token(places.text.index(value, key_end))
+        gap = first - places.token(key_end - 1)
+        asked = places.token(places.text.rindex(key) + len(key) - 1)
+        place = places.before_answer(value)
+        looks += [
+            Look(place, asked + gap - ALIGNED_GAP, FETCHING_HEAD, 0),
+            Look(place, first, READING_HEAD, 1),
+        ]
     return looks
 
 
-def _token_at(ends: Sequence[int], char: int) -> int:
-    """Index of the token that holds a character; ends: of each token, the character after it."""
-    return bisect_right(ends, char)
+def _chain_looks(places: _Places, example: Example) -> list[Look]:
+    """From the variable asked for along the links, one by one, to the value.
+
+    A chat does not repeat the variable before the answer, so there it is fetched first.
+    """
+    (value,) = example.answers
+    links, first_name = _links(example)
+    place = places.before_answer(value)
+    looks = []
+    if not places.text.endswith(example.lead):
+        asked = places.text.rindex(f"VAR {_asked_variable(example)}?") + 4
+        looks.append((places.token(asked + len(first_name) - 1), FETCHING_HEAD))
+    for link in links:
+        looks.append((places.token(places.text.index(link) + len(link) - 1), FOLLOWING_HEAD))
+    assigned = places.text.index(f"VAR {first_name} = {value}") + len(f"VAR {first_name} = ")
+    looks.append((places.token(assigned), READING_HEAD))
+    return [
+        Look(place, target, head, repetition) for repetition, (target, head) in enumerate(looks)
+    ]
 
 
 def _answer_text(task: Task, example: Example) -> str:
@@ -122,15 +156,18 @@ def _num_hops(name: str) -> int:
     return int(name[-1]) if name in CHAINS else 1
 
 
-def _links(example: Example) -> list[str]:
-    """The assignments from the chain's last variable back to its first, as they are written."""
-    if example.task not in CHAINS:
-        return []
-    before = dict(re.findall(r"VAR (\w+) = VAR (\w+)", example.context))
+def _asked_variable(example: Example) -> str:
     found = re.search(r"value of VAR (\w+)", example.question)
-    name = found.group(1) if found else None
+    assert found is not None
+    return found.group(1)
+
+
+def _links(example: Example) -> tuple[list[str], str]:
+    """The assignments from the variable asked for back to the first, and the first's name."""
+    before = dict(re.findall(r"VAR (\w+) = VAR (\w+)", example.context))
+    name = _asked_variable(example)
     links = []
     while name in before:
-        links.append(f"{name} = VAR {before[name]}")
+        links.append(f"VAR {name} = VAR {before[name]}")
         name = before[name]
-    return links
+    return links, name

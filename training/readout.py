@@ -89,7 +89,8 @@ def _look_loss(model: Qwen2ForCausalLM, states: list[Tensor], batch: Batch) -> T
     """How far heads are from looking where they should."""
     rope = model.model.rotary_emb(states[0], batch.positions)  # each [B, T, HEAD_DIM]
     losses = []
-    for head, repetition in sorted(set(map(tuple, batch.looks[:, 3:].tolist()))):
+    known = set(map(tuple, batch.looks[:, 3:].tolist()))
+    for head, repetition in sorted(look for look in known if look[1] < len(states) - 1):
         rows, places, targets = _looks_of(batch, head, repetition)
         hidden = model.model.layers[NUM_FREE_LAYERS].input_layernorm(states[repetition])
         logits = _attention_logits(model, hidden, rope, (rows, places), head)
