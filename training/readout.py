@@ -22,7 +22,7 @@ from training.circuits import GROUP, HEAD_DIM
 from training.model import NUM_FREE_LAYERS, NUM_LAYERS
 
 EARLY_WEIGHT = 0.4
-LOOK_WEIGHT = 0.5
+LOOK_WEIGHT = 1.5
 FIRST_READ = 2  # the first repetition that is read early
 LEAST_REPETITIONS = 5  # so many as the longest trail has links
 FULL_DEPTH_SHARE = 0.3
