@@ -54,10 +54,10 @@ CURRICULUM = (
         "mixed",
         (256, 512, 1024, 2048),
         (0.35, 0.3, 0.2, 0.15),
-        17_600_000,
+        18_600_000,
         8e-4,
         6e-4,
-        examples=0.8,
+        examples=0.5,
     ),
     Stage(
         "2048",
@@ -66,7 +66,7 @@ CURRICULUM = (
         6_000_000,
         6e-4,
         1e-4,
-        examples=0.8,
+        examples=0.5,
     ),
     Stage(
         "4096",
@@ -75,7 +75,7 @@ CURRICULUM = (
         1_000_000,
         1e-4,
         1e-5,
-        examples=0.8,
+        examples=0.5,
     ),
 )
 

@@ -6,14 +6,13 @@ measured was never seen.
 
 import random
 import re
-from bisect import bisect_right
 
 from evals.tasks import make_tasks
 from evals.tasks.base import Example, Task
 from evals.tasks.needles import NeedleTask
 from evals.tasks.variables import TrackingTask
-from training.circuits import FETCHING_HEAD, FOLLOWING_HEAD, READING_HEAD
-from training.samples import Look, Sample, SampleMaker
+from training.looks import Asked, looks_for
+from training.samples import Sample, SampleMaker
 from training.tasks import CHAINS
 from training.tokenizer import ASSISTANT, END, END_OF_TEXT, USER
 from winnow.errors import InvalidSetting
@@ -21,8 +20,6 @@ from winnow.errors import InvalidSetting
 TRAINING_SEED = -1
 CHAT_SHARE = 0.25
 ANSWER_ROOM = 48  # tokens; the longest answer is a UUID, or four numbers
-
-ALIGNED_GAP = 3  # from a key's last token to its value's first; then the key itself is fetched
 
 # How often each task is drawn, relative to the others; a chain of each order and length once.
 SHARES = {
@@ -66,72 +63,11 @@ def _sample(rng: random.Random, maker: SampleMaker, task: Task, example: Example
     sample = Sample()
     sample.add_context(maker.encode(text), rng)
     sample.add_answer(maker.encode(answer), task.name, _num_hops(task.name))
-    places = _Places(maker, text, answer)
-    sample.looks = (
-        _chain_looks(places, example) if task.name in CHAINS else _key_looks(places, example)
-    )
+    ends = maker.spans(text) + [len(text) + end for end in maker.spans(answer)]
+    question = len(text) - len(text.split(example.context, 1)[1])
+    asked = Asked(text + answer, ends, question, len(text))
+    sample.looks = looks_for(asked, task.name, example.answers)
     return sample
-
-
-class _Places:
-    """Where the tokens of a prompt and its answer are, by character."""
-
-    def __init__(self, maker: SampleMaker, text: str, answer: str) -> None:
-        self.text, self.answer = text, answer
-        self._ends, self._answer_ends = maker.spans(text), maker.spans(answer)
-
-    def token(self, char: int) -> int:
-        """Index of the token with this character of the prompt."""
-        return bisect_right(self._ends, char)
-
-    def before_answer(self, value: str) -> int:
-        """Index of the token after which `value` stands in the answer."""
-        start = bisect_right(self._answer_ends, self.answer.index(value))
-        return len(self._ends) - 1 + start
-
-
-def _key_looks(places: _Places, example: Example) -> list[Look]:
-    """Of each value of a key: first at the key in the question, then at the value in the context.
-
-    The fetching head takes a digest from beside the key, such that it is aligned with what the
-    reading head compares it with (training/circuits.py).
-    """
-    looks = []
-    for value in example.answers:
-        found = re.search(rf'(\S+) is: {value}\.|"(\S+)": "{value}"', places.text)
-        if found is None:  # neither a needle nor a pair
-            continue
-        key, key_end = found.group(found.lastindex or 0), found.end(found.lastindex or 0)
-        first = places.token(places.text.index(value, key_end))
-        gap = first - places.token(key_end - 1)
-        asked = places.token(places.text.rindex(key) + len(key) - 1)
-        place = places.before_answer(value)
-        looks += [
-            Look(place, asked + gap - ALIGNED_GAP, FETCHING_HEAD, 0),
-            Look(place, first, READING_HEAD, 1),
-        ]
-    return looks
-
-
-def _chain_looks(places: _Places, example: Example) -> list[Look]:
-    """From the variable asked for along the links, one by one, to the value.
-
-    A chat does not repeat the variable before the answer, so there it is fetched first.
-    """
-    (value,) = example.answers
-    links, first_name = _links(example)
-    place = places.before_answer(value)
-    looks = []
-    if not places.text.endswith(example.lead):
-        asked = places.text.rindex(f"VAR {_asked_variable(example)}?") + 4
-        looks.append((places.token(asked + len(first_name) - 1), FETCHING_HEAD))
-    for link in links:
-        looks.append((places.token(places.text.index(link) + len(link) - 1), FOLLOWING_HEAD))
-    assigned = places.text.index(f"VAR {first_name} = {value}") + len(f"VAR {first_name} = ")
-    looks.append((places.token(assigned), READING_HEAD))
-    return [
-        Look(place, target, head, repetition) for repetition, (target, head) in enumerate(looks)
-    ]
 
 
 def _answer_text(task: Task, example: Example) -> str:
@@ -154,20 +90,3 @@ def _answer_text(task: Task, example: Example) -> str:
 
 def _num_hops(name: str) -> int:
     return int(name[-1]) if name in CHAINS else 1
-
-
-def _asked_variable(example: Example) -> str:
-    found = re.search(r"value of VAR (\w+)", example.question)
-    assert found is not None
-    return found.group(1)
-
-
-def _links(example: Example) -> tuple[list[str], str]:
-    """The assignments from the variable asked for back to the first, and the first's name."""
-    before = dict(re.findall(r"VAR (\w+) = VAR (\w+)", example.context))
-    name = _asked_variable(example)
-    links = []
-    while name in before:
-        links.append(f"VAR {name} = VAR {before[name]}")
-        name = before[name]
-    return links, name

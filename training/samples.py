@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from evals.prose import pick_style
 from evals.words import NOUNS, made_up_word
-from training.circuits import FOLLOWING_HEAD
+from training.looks import Asked, Look, looks_for
 from training.tasks import (
     CHAINS,
     Fact,
@@ -37,19 +37,6 @@ MAX_MISSES = 4  # facts too long for what room is left, before the sequence coun
 DECIDING_TOKENS, FOLLOWING_WEIGHT = 4, 0.3  # an answer's first tokens say which it is
 
 
-@dataclass(frozen=True)
-class Look:
-    """Where a head must look: from the token at `place` to the one at `target`.
-
-    repetition: of the shared layer, from 0.
-    """
-
-    place: int
-    target: int
-    head: int
-    repetition: int
-
-
 @dataclass
 class Sample:
     """One training sequence.
@@ -72,24 +59,8 @@ class Sample:
         self.weights += [CONTEXT_WEIGHT * (rng.random() < CONTEXT_SHARE) for _ in tokens]
         self.answers += [-1] * len(tokens)
 
-    def add_answer(
-        self,
-        tokens: Sequence[int],
-        kind: str,
-        hops: int = 1,
-        links: Sequence[Sequence[int]] = (),
-    ) -> None:
-        """Appends an answer, its end token included, the first tokens fully scored.
-
-        links: the tokens of the statements that lead to it, which are followed one by one.
-        """
-        ends = [_end_of(link, self.tokens) for link in links]
-        if None not in ends:
-            place = len(self.tokens) - 1
-            known = [end for end in ends if end is not None]
-            self.looks += [
-                Look(place, end, FOLLOWING_HEAD, repetition) for repetition, end in enumerate(known)
-            ]
+    def add_answer(self, tokens: Sequence[int], kind: str, hops: int = 1) -> None:
+        """Appends an answer, its end token included, the first tokens fully scored."""
         self.tokens += tokens
         num_following = max(0, len(tokens) - DECIDING_TOKENS)
         self.weights += [1.0] * (len(tokens) - num_following) + [FOLLOWING_WEIGHT] * num_following
@@ -158,11 +129,6 @@ class _Turn:
     question: Question
     text: str
     answer: str
-
-    @property
-    def has_lead(self) -> bool:
-        """Whether the text ends with the beginning of the answer."""
-        return self.text.endswith(self.question.lead)
 
 
 def _turn(form: Form, question: Question) -> _Turn:
@@ -259,20 +225,36 @@ class SampleMaker:
         self, rng: random.Random, form: Form, opening: str, plan: _Plan, length: int
     ) -> Sample:
         gaps = [""] + [form.next_gap] * len(plan.turns)
-        turns = [
-            (turn.question, self.encode(gap + turn.text), self.encode(turn.answer), turn.has_lead)
-            for gap, turn in zip(gaps, plan.turns, strict=False)
-        ]
+        texts = [gap + turn.text for gap, turn in zip(gaps, plan.turns, strict=False)]
+        asked = [self.encode(text) for text in texts]
+        answered = [self.encode(turn.answer) for turn in plan.turns]
         start = self.encode(opening)
-        taken = len(start) + sum(len(text) + len(answer) for _, text, answer, _ in turns)
+        taken = len(start) + sum(map(len, asked)) + sum(map(len, answered))
+        context = self.context(rng, plan.facts, length - taken)
         sample = Sample()
         sample.add_context(start, rng)
-        sample.add_context(self.encode(self.context(rng, plan.facts, length - taken)), rng)
-        for question, text, answer, has_lead in turns:
-            sample.add_context(text, rng)
-            links = [self.encode(link) for link in question.trail] if has_lead else []
-            sample.add_answer(answer, question.kind, question.hops, links)
+        sample.add_context(self.encode(context), rng)
+        for turn, question, answer in zip(plan.turns, asked, answered, strict=True):
+            sample.add_context(question, rng)
+            sample.add_answer(answer, turn.question.kind, turn.question.hops)
+        pieces = [opening, context]
+        for text, turn in zip(texts, plan.turns, strict=True):
+            pieces += [text, turn.answer]
+        sample.looks = self._looks(plan, pieces)
         return sample
+
+    def _looks(self, plan: _Plan, pieces: Sequence[str]) -> list[Look]:
+        """pieces: opening, context, then each question and answer, as they were encoded."""
+        text, ends, starts = "".join(pieces), list[int](), [0]
+        for piece in pieces:
+            ends += [starts[-1] + end for end in self.spans(piece)]
+            starts.append(starts[-1] + len(piece))
+        looks = []
+        for turn_idx, turn in enumerate(plan.turns):
+            question, answer = starts[2 + 2 * turn_idx : 4 + 2 * turn_idx]
+            asked = Asked(text, ends, question, answer)
+            looks += looks_for(asked, turn.question.kind, (turn.question.answer,))
+        return looks
 
     def context(self, rng: random.Random, facts: Sequence[Fact], budget: int) -> str:
         """The facts' statements at random places in filler, at most `budget` tokens."""
@@ -325,14 +307,6 @@ def _noun(rng: random.Random) -> str:
 
 def _short_hexadecimal(rng: random.Random) -> str:
     return hexadecimal(rng, 1)[: rng.randint(4, 8)]
-
-
-def _end_of(part: Sequence[int], tokens: Sequence[int]) -> int | None:
-    """Index of the last token of `part`'s first occurrence in `tokens`."""
-    for start in range(len(tokens) - len(part) + 1):
-        if tokens[start] == part[0] and tokens[start : start + len(part)] == list(part):
-            return start + len(part) - 1
-    return None
 
 
 def _ask_some(rng: random.Random, form: Form, fact: Fact, max_turns: int) -> list[_Turn]:

@@ -40,7 +40,6 @@ class Question:
     wordings: the same question as a person would put it.
     answer: the exact text expected, without the space before it.
     hops: look-ups that follow from each other before the answer is known.
-    trail: the links that lead from what is asked to the last look-up, in order.
     """
 
     kind: str
@@ -50,7 +49,6 @@ class Question:
     wordings: tuple[str, ...]
     answer: str
     hops: int = 1
-    trail: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -206,14 +204,12 @@ def make_chain(kind: str, rng: random.Random, keys: KeySource, num_hops: int) ->
         f"VAR {name} = {value}{end}".strip() for name, value in zip(names, values, strict=True)
     )
     is_shuffled = "shuffled" in kind
-    links = [f"{name} = {value}" for name, value in zip(names[1:], values[1:], strict=True)]
     questions = tuple(
         _question(
             f"{kind.rsplit('_', 1)[0]}_{hops}",
             templates.CHAIN,
             number,
             hops,
-            tuple(reversed(links[: hops - 1])),
             query=name,
         )((f"What is the value of VAR {name}?", f"What number is assigned to VAR {name}?"))
         for hops, name in enumerate(names, start=1)
@@ -238,7 +234,6 @@ def _question(
     template: Template,
     answer: str,
     hops: int = 1,
-    trail: tuple[str, ...] = (),
     **fields: str,
 ) -> Callable[[tuple[str, ...]], Question]:
     """A question in the benchmark's form; call it with the plainer wordings."""
@@ -250,7 +245,6 @@ def _question(
         wordings,
         answer,
         hops,
-        trail,
     )
 
 
