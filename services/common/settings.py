@@ -127,7 +127,9 @@ class Settings(BaseModel):
         30, description="a decode worker without heartbeat stays registered this long"
     )
     kv_lease_s: Seconds = Field(
-        120, description="reserved KV memory is freed when no KV came for this long"
+        120,
+        description="reserved KV memory is freed when no KV came for this long; "
+        "a two-pass method sends none before its second pass",
     )
     drain_timeout_s: Seconds = Field(30, description="running requests may end within this time")
 
