@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from training.circuits import FETCHING_HEAD, FOLLOWING_HEAD, READING_HEAD
 from training.tasks import CHAINS
 
+DECIDING_TOKENS = 4  # of a value: those before which others may begin alike
 ALIGNED_GAP = 3  # from a key's last token to its value's first; then the key itself is fetched
 
 
@@ -61,29 +62,45 @@ def looks_for(asked: Asked, kind: str, values: tuple[str, ...]) -> list[Look]:
 
 
 def key_looks(asked: Asked, values: tuple[str, ...]) -> list[Look]:
-    """Of each value: first at its key in the question, then at the value in the context.
+    """Of each value's first tokens: first at its key in the question, then at the token itself.
 
+    The first token alone is not enough: where many values begin alike, what was said so far does
+    not tell which of them to go on with.
     The fetching head takes a digest from beside the key, such that it is aligned with what the
     reading head compares it with. Nothing for values that are neither needles nor pairs.
     """
     looks = []
     for value in values:
-        found = re.search(
-            rf'(\S+) is: {re.escape(value)}\.|"(\S+)": "{re.escape(value)}"',
-            asked.text[: asked.question],
-        )
+        escaped, context = re.escape(value), asked.text[: asked.question]
+        found = re.search(rf'(\S+) is: {escaped}\.|"(\S+)": "{escaped}"', context)
         if found is None:
             continue
         key, key_end = found.group(found.lastindex or 0), found.end(found.lastindex or 0)
-        first = asked.token(asked.text.index(value, key_end))
-        gap = first - asked.token(key_end - 1)
-        mention = asked.question + asked.words.rindex(key) + len(key) - 1
-        place = asked.before(value)
-        looks += [
-            Look(place, asked.token(mention) + gap - ALIGNED_GAP, FETCHING_HEAD, 0),
-            Look(place, first, READING_HEAD, 1),
-        ]
+        gap = asked.token(context.index(value, key_end)) - asked.token(key_end - 1)
+        mention = asked.token(asked.question + asked.words.rindex(key) + len(key) - 1)
+        for i, (place, target) in enumerate(_copied(asked, context.index(value, key_end), value)):
+            beside = mention + gap + i - ALIGNED_GAP
+            looks += [
+                Look(place, beside, FETCHING_HEAD, 0),
+                Look(place, target, READING_HEAD, 1),
+            ]
     return looks
+
+
+def _copied(asked: Asked, start: int, value: str) -> list[tuple[int, int]]:
+    """Of the first tokens of `value` in the answer: the place before it, and it in the context.
+
+    start: where the value begins in the context.
+    """
+    said = asked.text.index(value, asked.answer)
+    pairs = []
+    for i in range(DECIDING_TOKENS):
+        target, place = asked.token(start) + i, asked.token(said) + i - 1
+        ends = (asked.ends[target] - start, asked.ends[place + 1] - said)
+        if ends[0] != ends[1] or ends[0] > len(value):
+            break
+        pairs.append((place, target))
+    return pairs
 
 
 def chain_looks(asked: Asked, value: str) -> list[Look]:
