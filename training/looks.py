@@ -13,6 +13,7 @@ from training.circuits import FETCHING_HEAD, FOLLOWING_HEAD, READING_HEAD
 from training.tasks import CHAINS
 
 DECIDING_TOKENS = 4  # of a value: those before which others may begin alike
+LATER_STRIDE = 3  # of the tokens after those, every third is enough
 ALIGNED_GAP = 3  # from a key's last token to its value's first; then the key itself is fetched
 
 
@@ -62,10 +63,10 @@ def looks_for(asked: Asked, kind: str, values: tuple[str, ...]) -> list[Look]:
 
 
 def key_looks(asked: Asked, values: tuple[str, ...]) -> list[Look]:
-    """Of each value's first tokens: first at its key in the question, then at the token itself.
+    """Of each value's tokens: first at its key in the question, then at the token itself.
 
     The first token alone is not enough: where many values begin alike, what was said so far does
-    not tell which of them to go on with.
+    not tell which of them to go on with. Later ones are found by the tokens before them.
     The fetching head takes a digest from beside the key, such that it is aligned with what the
     reading head compares it with. Nothing for values that are neither needles nor pairs.
     """
@@ -79,22 +80,25 @@ def key_looks(asked: Asked, values: tuple[str, ...]) -> list[Look]:
         gap = asked.token(context.index(value, key_end)) - asked.token(key_end - 1)
         mention = asked.token(asked.question + asked.words.rindex(key) + len(key) - 1)
         for i, (place, target) in enumerate(_copied(asked, context.index(value, key_end), value)):
-            beside = mention + gap + i - ALIGNED_GAP
-            looks += [
-                Look(place, beside, FETCHING_HEAD, 0),
-                Look(place, target, READING_HEAD, 1),
-            ]
+            if i < DECIDING_TOKENS:
+                beside = mention + gap + i - ALIGNED_GAP
+                looks += [
+                    Look(place, beside, FETCHING_HEAD, 0),
+                    Look(place, target, READING_HEAD, 1),
+                ]
+            elif i % LATER_STRIDE == 0:
+                looks.append(Look(place, target, READING_HEAD, 0))
     return looks
 
 
 def _copied(asked: Asked, start: int, value: str) -> list[tuple[int, int]]:
-    """Of the first tokens of `value` in the answer: the place before it, and it in the context.
+    """Of each token of `value` in the answer: the place before it, and it in the context.
 
     start: where the value begins in the context.
     """
     said = asked.text.index(value, asked.answer)
     pairs = []
-    for i in range(DECIDING_TOKENS):
+    for i in range(len(value)):
         target, place = asked.token(start) + i, asked.token(said) + i - 1
         ends = (asked.ends[target] - start, asked.ends[place + 1] - said)
         if ends[0] != ends[1] or ends[0] > len(value):
