@@ -19,9 +19,10 @@ ASKED = (
 NUM_ANSWERS = 3 * 2 * 40
 
 
-def start(model: Path, folder: Path) -> "subprocess.Popen[bytes]":
+def start(model: Path, folder: Path, *more: str) -> "subprocess.Popen[bytes]":
+    command = [*ASKED, *more, "--model", str(model), "-o", str(folder)]
     return subprocess.Popen(
-        [sys.executable, "-m", "services.cli", *ASKED, "--model", str(model), "-o", str(folder)],
+        [sys.executable, "-m", "services.cli", *command],
         cwd=ROOT,
         env=environment(HF_HUB_OFFLINE="1"),
         stdout=subprocess.DEVNULL,
@@ -63,7 +64,7 @@ def test_a_killed_run_ends_as_one_that_was_not(
 
 
 def test_ctrl_c_says_how_to_go_on(tiny_models: dict[str, Path], tmp_path: Path) -> None:
-    process = start(tiny_models["llama"], tmp_path / "run")
+    process = start(tiny_models["llama"], tmp_path / "run", "--samples", "400")  # runs on for long
     wait_for_lines(tmp_path / "run" / SAMPLES_FILE, 1)
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
