@@ -17,14 +17,13 @@ class Ask:
     variant: Variant
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A greedy answer, with what was done to its prompt (fields as in PrefillReport).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What an answer took and what was done to its prompt (fields as in PrefillReport).
 
     prefill_s: the prompt's own compute.  seconds: until the last token, beside other prompts.
     """
 
-    text: str
     num_prompt_tokens: int
     num_answer_tokens: int
     selection_layer: int | None
@@ -35,6 +34,13 @@ class Answer:
     kv_bytes_kept: int
     prefill_s: float
     seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer(Figures):
+    """A greedy answer."""
+
+    text: str
 
 
 class Model(Protocol):

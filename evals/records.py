@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from evals.model import Figures
 from winnow.errors import InvalidSetting
 
 SETTINGS_FILE = "settings.json"
@@ -20,13 +21,12 @@ SAMPLES_FILE = "samples.jsonl"
 Key = tuple[str, int, int, str, int | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record(Figures):
     """One answer and its score (0 to 1).
 
     method, budget: the variant as it was asked for; no budget for `full`.
     depth: of the needle, 0 (beginning) to 1 (end), where the task varies it.
-    rho: (layer, relative rank variance).  The other figures are those of evals.model.Answer.
     """
 
     task: str
@@ -38,16 +38,6 @@ class Record:
     answer: str
     references: tuple[str, ...]
     score: float
-    num_prompt_tokens: int
-    num_answer_tokens: int
-    selection_layer: int | None
-    no_selection_reason: str | None
-    rho: tuple[tuple[int, float], ...]
-    computed_share: float
-    kv_bytes_full: int
-    kv_bytes_kept: int
-    prefill_s: float
-    seconds: float
 
     @property
     def key(self) -> Key:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from itertools import product
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from evals.model import Answer, Ask, Model
+from evals.model import Answer, Ask, Figures, Model
 from evals.pictures import draw_pictures
 from evals.plan import Plan
 from evals.records import Key, Record, RunFolder, require_same_run, write_json
@@ -126,14 +127,5 @@ def _record(plan: Plan, ask: Ask, answer: Answer) -> Record:
         answer=answer.text,
         references=example.answers,
         score=task.metric(answer.text, example.answers),
-        num_prompt_tokens=answer.num_prompt_tokens,
-        num_answer_tokens=answer.num_answer_tokens,
-        selection_layer=answer.selection_layer,
-        no_selection_reason=answer.no_selection_reason,
-        rho=answer.rho,
-        computed_share=answer.computed_share,
-        kv_bytes_full=answer.kv_bytes_full,
-        kv_bytes_kept=answer.kv_bytes_kept,
-        prefill_s=answer.prefill_s,
-        seconds=answer.seconds,
+        **{field.name: getattr(answer, field.name) for field in fields(Figures)},
     )

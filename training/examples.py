@@ -9,10 +9,10 @@ import re
 
 from evals.tasks import make_tasks
 from evals.tasks.base import Example, Task
-from evals.tasks.needles import NeedleTask
+from evals.tasks.needles import NeedleTask, listed
 from evals.tasks.variables import TrackingTask
 from training.looks import Asked, looks_for
-from training.samples import Sample, SampleMaker
+from training.samples import Sample, SampleMaker, joined
 from training.tasks import CHAINS
 from training.tokenizer import ASSISTANT, END, END_OF_TEXT, USER
 from winnow.errors import InvalidSetting
@@ -27,7 +27,7 @@ SHARES = {
     "niah_single_2_prose": 1.0,
     "niah_single_3_prose": 1.0,
     "niah_multikey_1_prose": 1.0,
-    "niah_multikey_2": 1.0,
+    "niah_multikey_2": 2.0,
     "niah_multikey_3": 2.0,
     "niah_multivalue_prose": 2.0,
     "niah_multiquery_prose": 2.0,
@@ -60,12 +60,13 @@ def _sample(rng: random.Random, maker: SampleMaker, task: Task, example: Example
     text = f"{USER}{example.user_message()}{END}{ASSISTANT}" if is_chat else example.prompt()
     gap = "" if text.endswith((" ", ASSISTANT)) else " "
     answer = f"{gap}{_answer_text(task, example)}{END if is_chat else END_OF_TEXT}"
+    prompt, answered = maker.located(text), maker.located(answer)
     sample = Sample()
-    sample.add_context(maker.encode(text), rng)
-    sample.add_answer(maker.encode(answer), task.name, _num_hops(task.name))
-    ends = maker.spans(text) + [len(text) + end for end in maker.spans(answer)]
-    question = len(text) - len(text.split(example.context, 1)[1])
-    asked = Asked(text + answer, ends, question, len(text))
+    sample.add_context(prompt.tokens, rng)
+    sample.add_answer(answered.tokens, task.name, _num_hops(task.name))
+    whole, (_, answer_start) = joined((prompt, answered))
+    question = text.index(example.context) + len(example.context)
+    asked = Asked(whole.text, whole.ends, question, answer_start)
     sample.looks = looks_for(asked, task.name, example.answers)
     return sample
 
@@ -85,7 +86,7 @@ def _answer_text(task: Task, example: Example) -> str:
         return " ".join(answers)
     if task.num_asked == 1:
         answers.sort(key=example.context.find)
-    return answers[0] if len(answers) == 1 else f"{', '.join(answers[:-1])}, and {answers[-1]}"
+    return listed(answers)
 
 
 def _num_hops(name: str) -> int:

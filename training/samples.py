@@ -7,12 +7,13 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from transformers import PreTrainedTokenizerFast
 
 from evals.prose import pick_style
 from evals.words import NOUNS, made_up_word
-from training.looks import Asked, Look, looks_for
+from training.looks import DECIDING_TOKENS, Asked, Look, looks_for
 from training.tasks import (
     CHAINS,
     Fact,
@@ -34,7 +35,27 @@ _SUFFIXES = ("", "", "", " Answer with the number only.", " Reply with just the 
 _BENCHMARK_SHARE = 0.5
 CHAIN_ASKED_SHARE = 0.5  # the other chains only distract
 MAX_MISSES = 4  # facts too long for what room is left, before the sequence counts as full
-DECIDING_TOKENS, FOLLOWING_WEIGHT = 4, 0.3  # an answer's first tokens say which it is
+FOLLOWING_WEIGHT = 0.3  # of an answer's tokens after its deciding ones
+
+
+@dataclass(frozen=True)
+class Located:
+    """A text and its tokens; ends: of each, the character after its last."""
+
+    text: str
+    tokens: list[int]
+    ends: list[int]
+
+
+def joined(pieces: Sequence[Located]) -> tuple[Located, list[int]]:
+    """The pieces one after the other, and the characters with which they start."""
+    starts = list(accumulate((len(piece.text) for piece in pieces), initial=0))[:-1]
+    whole = Located(
+        "".join(piece.text for piece in pieces),
+        [token for piece in pieces for token in piece.tokens],
+        [start + end for piece, start in zip(pieces, starts, strict=True) for end in piece.ends],
+    )
+    return whole, starts
 
 
 @dataclass
@@ -157,10 +178,11 @@ class SampleMaker:
         """Token ids of `text`, nothing added."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def spans(self, text: str) -> list[int]:
-        """Of each token of `text`, the character after its last."""
+    def located(self, text: str) -> Located:
+        """The tokens of `text`, nothing added, and where they end."""
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return [end for _, end in encoded["offset_mapping"]]
+        ends = [end for _, end in encoded["offset_mapping"]]
+        return Located(text, list(encoded["input_ids"]), ends)
 
     def count(self, text: str) -> int:
         """Tokens of `text`, nothing added."""
@@ -226,35 +248,25 @@ class SampleMaker:
     ) -> Sample:
         gaps = [""] + [form.next_gap] * len(plan.turns)
         texts = [gap + turn.text for gap, turn in zip(gaps, plan.turns, strict=False)]
-        asked = [self.encode(text) for text in texts]
-        answered = [self.encode(turn.answer) for turn in plan.turns]
-        start = self.encode(opening)
-        taken = len(start) + sum(map(len, asked)) + sum(map(len, answered))
-        context = self.context(rng, plan.facts, length - taken)
-        sample = Sample()
-        sample.add_context(start, rng)
-        sample.add_context(self.encode(context), rng)
+        asked = [self.located(text) for text in texts]
+        answered = [self.located(turn.answer) for turn in plan.turns]
+        start = self.located(opening)
+        taken = sum(len(piece.tokens) for piece in (start, *asked, *answered))
+        context = self.located(self.context(rng, plan.facts, length - taken))
+        sample, pieces = Sample(), [start, context]
+        sample.add_context(start.tokens, rng)
+        sample.add_context(context.tokens, rng)
         for turn, question, answer in zip(plan.turns, asked, answered, strict=True):
-            sample.add_context(question, rng)
-            sample.add_answer(answer, turn.question.kind, turn.question.hops)
-        pieces = [opening, context]
-        for text, turn in zip(texts, plan.turns, strict=True):
-            pieces += [text, turn.answer]
-        sample.looks = self._looks(plan, pieces)
+            sample.add_context(question.tokens, rng)
+            sample.add_answer(answer.tokens, turn.question.kind, turn.question.hops)
+            pieces += [question, answer]
+        whole, starts = joined(pieces)
+        for turn, question_start, answer_start in zip(
+            plan.turns, starts[2::2], starts[3::2], strict=True
+        ):
+            place = Asked(whole.text, whole.ends, question_start, answer_start)
+            sample.looks += looks_for(place, turn.question.kind, (turn.question.answer,))
         return sample
-
-    def _looks(self, plan: _Plan, pieces: Sequence[str]) -> list[Look]:
-        """pieces: opening, context, then each question and answer, as they were encoded."""
-        text, ends, starts = "".join(pieces), list[int](), [0]
-        for piece in pieces:
-            ends += [starts[-1] + end for end in self.spans(piece)]
-            starts.append(starts[-1] + len(piece))
-        looks = []
-        for turn_idx, turn in enumerate(plan.turns):
-            question, answer = starts[2 + 2 * turn_idx : 4 + 2 * turn_idx]
-            asked = Asked(text, ends, question, answer)
-            looks += looks_for(asked, turn.question.kind, (turn.question.answer,))
-        return looks
 
     def context(self, rng: random.Random, facts: Sequence[Fact], budget: int) -> str:
         """The facts' statements at random places in filler, at most `budget` tokens."""

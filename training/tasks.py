@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from evals import templates
+from evals.tasks.infinitebench import digit_string
+from evals.tasks.needles import listed
 from evals.templates import Template
 from evals.words import ADJECTIVES, NOUNS, made_up_word
 
@@ -26,7 +28,6 @@ KINDS = (
     "number_string",
     "json",
     "json_uuid",
-    "vt",
     *CHAINS,
 )
 
@@ -132,8 +133,8 @@ def make_needles(
         for value in values
     )
     asked_keys = rng.sample(sorted(facts), num_keys)
-    answer = _listed([value for key in asked_keys for value in facts[key]])
-    query = _listed(asked_keys)
+    answer = listed([value for key in asked_keys for value in facts[key]])
+    query = listed(asked_keys)
     if num_keys * num_values == 1:
         question = _question(kind, templates.NEEDLE_ONE, answer, noun=noun, query=query)
         wordings: tuple[str, ...] = (
@@ -183,11 +184,8 @@ def make_passkey(rng: random.Random) -> Fact:
 
 
 def make_number_string(rng: random.Random) -> Fact:
-    """Ten digits: five random ones, of which five times one is doubled (InfiniteBench)."""
-    digits = five_digits(rng)
-    while len(digits) < 10:
-        place = rng.randrange(len(digits))
-        digits = digits[:place] + digits[place] + digits[place:]
+    """The one sequence of digits of a context."""
+    digits = digit_string(rng)
     question = _question("number_string", templates.NUMBER_STRING, digits)(
         ("What is the sequence of digits?",)
     )
@@ -217,18 +215,6 @@ def make_chain(kind: str, rng: random.Random, keys: KeySource, num_hops: int) ->
     return Fact(statements, questions, is_shuffled)
 
 
-def make_variables(rng: random.Random, keys: KeySource, num_hops: int) -> Fact:
-    """A chain in order, of which all variables are asked for (RULER's variable tracking)."""
-    chain = make_chain("chain_ordered", rng, keys, num_hops)
-    names = [statement.split()[1] for statement in chain.statements]
-    number = chain.questions[0].answer
-    question = _question(
-        "vt", templates.VARIABLES, " ".join(names), query=number, count=str(len(names))
-    )
-    wordings = (f"Which variables are assigned the value {number}?",)
-    return Fact(chain.statements, (question(wordings),))
-
-
 def _question(
     kind: str,
     template: Template,
@@ -246,11 +232,6 @@ def _question(
         answer,
         hops,
     )
-
-
-def _listed(items: list[str]) -> str:
-    """`a`, or `a, b, and c` as RULER lists its keys."""
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])}, and {items[-1]}"
 
 
 def make_fact(kind: str, rng: random.Random, keys: KeySource, size: float = 1.0) -> Fact:
@@ -271,10 +252,6 @@ def _json(kind: str, rng: random.Random, keys: KeySource, size: float) -> Fact:
     return make_json(kind, rng, keys, max(2, round(most * size)))
 
 
-def _variables(kind: str, rng: random.Random, keys: KeySource, size: float) -> Fact:
-    return make_variables(rng, keys, rng.randint(2, round(5 * max(size, 0.4))))
-
-
 _MAKERS: dict[str, Callable[[str, random.Random, KeySource, float], Fact]] = {
     "needle": _needle,
     "needle_uuid": _needle,
@@ -289,5 +266,4 @@ _MAKERS: dict[str, Callable[[str, random.Random, KeySource, float], Fact]] = {
     "number_string": lambda kind, rng, keys, size: make_number_string(rng),
     "json": _json,
     "json_uuid": _json,
-    "vt": _variables,
 }

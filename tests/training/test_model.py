@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from training import attention
-from training.circuits import FOLLOWING_HEAD, GROUP, HEAD_DIM, NUM_BEFORE
+from training.circuits import FOLLOWING_HEAD, GROUP, HEAD_DIM, NUM_BEFORE, NUM_HEADS
 from training.export import export_model
 from training.model import NUM_FREE_LAYERS, NUM_LAYERS, make_model
 from training.samples import SampleMaker
@@ -119,7 +119,7 @@ def test_layers_from_the_first_repeated_one_are_one_and_the_same(model: Qwen2For
     assert len(layers) == NUM_LAYERS
     assert all(layer is layers[NUM_FREE_LAYERS] for layer in layers[NUM_FREE_LAYERS:])
     assert len({id(layer) for layer in layers}) == NUM_FREE_LAYERS + 1
-    assert layers[0].self_attn.k_proj.weight.shape[0] * GROUP == FOLLOWING_HEAD // 6 * 8 * HEAD_DIM
+    assert layers[0].self_attn.k_proj.weight.shape[0] * GROUP == NUM_HEADS * HEAD_DIM
 
 
 @torch.no_grad()

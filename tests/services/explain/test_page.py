@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Page
 
 from services.cli import main
 from services.explain.page import render
@@ -56,8 +57,8 @@ def test_shows_the_prompt_and_the_reports_own_figures(
         assert view.requests == [report.as_uri()]
 
 
-def _titles(page: object, selector: str) -> list[str]:
-    titles: list[str] = page.locator(f"{selector} title").all_text_contents()  # type: ignore[attr-defined]
+def _titles(page: Page, selector: str) -> list[str]:
+    titles = page.locator(f"{selector} title").all_text_contents()
     return [title.replace(",", "") for title in titles]
 
 
