@@ -13,7 +13,9 @@ from training.circuits import FETCHING_HEAD, FOLLOWING_HEAD, READING_HEAD
 from training.tasks import CHAINS
 
 DECIDING_TOKENS = 4  # of a value: those before which others may begin alike
+TRACKING = "vt"
 LATER_STRIDE = 3  # of the tokens after those, every third is enough
+LAST_NAME_REPETITION = 2
 ALIGNED_GAP = 3  # from a key's last token to its value's first; then the key itself is fetched
 
 
@@ -59,6 +61,8 @@ class Asked:
 
 def looks_for(asked: Asked, kind: str, values: tuple[str, ...]) -> list[Look]:
     """What leads to the `values` that a question of this kind asks for."""
+    if kind == TRACKING:
+        return last_name_looks(asked, values[-1])
     return chain_looks(asked, values[0]) if kind in CHAINS else key_looks(asked, values)
 
 
@@ -89,6 +93,13 @@ def key_looks(asked: Asked, values: tuple[str, ...]) -> list[Look]:
             elif i % LATER_STRIDE == 0:
                 looks.append(Look(place, target, READING_HEAD, 0))
     return looks
+
+
+def last_name_looks(asked: Asked, name: str) -> list[Look]:
+    """At the name that was assigned last, `name`: with it the answer to a tracking task begins."""
+    context = asked.text[: asked.question]
+    copied = _copied(asked, context.index(f"VAR {name} = ") + len("VAR "), name)
+    return [Look(place, target, READING_HEAD, LAST_NAME_REPETITION) for place, target in copied]
 
 
 def _copied(asked: Asked, start: int, value: str) -> list[tuple[int, int]]:

@@ -126,6 +126,22 @@ def test_looks_follow_a_chain_link_by_link_to_its_value(
         assert tokenizer.decode(sample.tokens[read.target : read.target + 5]) == value
 
 
+def test_the_name_assigned_last_is_looked_at(
+    maker: SampleMaker, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(6):
+        sample = _drawn(monkeypatch, maker, "vt", 768, seed)
+        name = _answer(tokenizer, sample).split()[0]
+        targets = [look.target for look in sample.looks]
+        assert tokenizer.decode([sample.tokens[target] for target in targets]) == name
+        *_, last = re.findall(
+            r"VAR (\w+) = VAR", str(tokenizer.decode(sample.tokens[: targets[-1] + 4]))
+        )
+        assert last == name
+        assert sample.answers[sample.looks[0].place + 1] == 0 > sample.answers[targets[0]]
+        assert {look.head for look in sample.looks} == {READING_HEAD}
+
+
 def test_positions_ascend_within_the_models_reach() -> None:
     rng = random.Random(0)
     for _ in range(50):
