@@ -26,7 +26,13 @@ _WORKER = {
 DECODE_GROUPS: Mapping[str, Sequence[str]] = _WORKER
 SERVE_GROUPS: Mapping[str, Sequence[str]] = {
     "Model": (*_WORKER["Model"], "pruning"),
-    "Addresses": ("host", "port", "grpc_port"),
+    "Addresses": (
+        "host",
+        "port",
+        "grpc_port",
+        "gateway_metrics_port",
+        "prefill_metrics_port",
+    ),
     "How many": ("prefill_replicas", "decode_workers", "gateway_replicas"),
     "What a request may ask for": (
         "max_prompt_tokens",

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from winnow.completion import Completion
     from winnow.local import Winnow
 
+__version__ = "0.1.0"
+
 __all__ = ["BatchJob", "Completion", "PruningSettings", "SamplingParams", "Winnow", "WinnowError"]
 
 # What loads torch and transformers is imported when it is used.

@@ -187,3 +187,4 @@ def _subclasses(cls: type[WinnowError]) -> list[type[WinnowError]]:
 
 
 _BY_CODE = {cls.code: cls for cls in _subclasses(WinnowError)}
+ERROR_CODES = tuple(_BY_CODE)

@@ -64,6 +64,11 @@ class DecoderModel:
         return self.description.shape
 
     @property
+    def memory_bytes(self) -> int:
+        """Memory of the GPU that this process's tensors take; 0 on a CPU."""
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    @property
     def fingerprint(self) -> str:
         return self.description.fingerprint
 

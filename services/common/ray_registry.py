@@ -7,11 +7,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from services.common.registry import LeasedRecords, WorkerRecord
+from services.common.registry import LeasedRecords, MetricsTarget, Record, WorkerRecord
 from winnow.errors import InvalidSetting, RegistryUnavailable
 
 _RAY_NAMESPACE = "winnow"
 _TIMEOUT_S = 5.0
+_EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 - compared, not bound
 
 
 class _RecordsActor:
@@ -20,14 +21,17 @@ class _RecordsActor:
     def __init__(self) -> None:
         self._records = LeasedRecords()
 
-    async def put(self, record: WorkerRecord, lease_s: float) -> None:
+    async def put(self, record: Record, lease_s: float) -> None:
         self._records.put(record, lease_s)
 
     async def remove(self, worker_id: str) -> None:
         self._records.remove(worker_id)
 
     async def workers(self) -> list[WorkerRecord]:
-        return self._records.live()
+        return self._records.live(WorkerRecord)
+
+    async def targets(self) -> list[MetricsTarget]:
+        return self._records.live(MetricsTarget)
 
 
 class RayRegistry:
@@ -38,7 +42,7 @@ class RayRegistry:
         self._actor = _find_or_start(self._name)
         self._lost = False
 
-    async def put(self, record: WorkerRecord, lease_s: float) -> None:
+    async def put(self, record: Record, lease_s: float) -> None:
         await self._call(lambda actor: actor.put.remote(record, lease_s))
 
     async def remove(self, worker_id: str) -> None:
@@ -46,6 +50,9 @@ class RayRegistry:
 
     async def workers(self) -> list[WorkerRecord]:
         return list(await self._call(lambda actor: actor.workers.remote()))
+
+    async def targets(self) -> list[MetricsTarget]:
+        return list(await self._call(lambda actor: actor.targets.remote()))
 
     async def close(self) -> None:
         """Nothing to drop: the actor lives on for the others."""
@@ -95,3 +102,10 @@ def remove_ray_registry(namespace: str) -> None:
     names = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
     if actor_name(namespace) in names:
         ray.kill(ray.get_actor(actor_name(namespace), namespace=_RAY_NAMESPACE))
+
+
+def reachable_host(host: str) -> str:
+    """Where other machines of the cluster reach a process that listens on `host`."""
+    if host != _EVERY_ADDRESS:
+        return host
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]

@@ -1,6 +1,6 @@
-"""Who decodes where: records of the live decode workers, each under a lease.
+"""Who decodes where, and who serves metrics: records of live processes, each under a lease.
 
-A worker puts its record again before the lease ends; a record whose lease ran out is gone. With
+A process puts its records again before the lease ends; a record whose lease ran out is gone. With
 `redis_url` set the records live in Redis, otherwise in a small Ray actor (ray_registry.py).
 """
 
@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from redis import RedisError
 from redis.asyncio import Redis
@@ -43,34 +43,61 @@ class WorkerRecord:
     running: int
     draining: bool = False
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+    KIND: ClassVar = "worker"
 
-    @classmethod
-    def from_json(cls, text: str | bytes) -> "WorkerRecord":
-        """Reads what `to_json` wrote, here or in a newer version that knows more fields.
 
-        Raises ValueError for anything else.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        try:
-            values = {k: v for k, v in json.loads(text).items() if k in known}
-            return cls(**(values | {"wire_versions": tuple(values["wire_versions"])}))
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"not a worker record: {error!r}") from error
+@dataclass(frozen=True, slots=True)
+class MetricsTarget:
+    """Where a process of any role serves /metrics. address: host:port."""
+
+    worker_id: str
+    address: str
+    role: str
+    model_name: str
+
+    KIND: ClassVar = "metrics"
+
+
+Record = WorkerRecord | MetricsTarget
+_KINDS = (WorkerRecord.KIND, MetricsTarget.KIND)
+_R = TypeVar("_R", WorkerRecord, MetricsTarget)
+
+
+def record_to_json(record: Record) -> str:
+    return json.dumps(dataclasses.asdict(record))
+
+
+def record_from_json(cls: type[_R], text: str | bytes) -> _R:
+    """Reads what `record_to_json` wrote, here or in a newer version that knows more fields.
+
+    Raises ValueError for anything else.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
+    try:
+        values = {k: _frozen(v) for k, v in json.loads(text).items() if k in known}
+        return cls(**values)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"not a {cls.KIND} record: {error!r}") from error
+
+
+def _frozen(value: Any) -> Any:  # noqa: ANN401 - what JSON can hold
+    return tuple(value) if isinstance(value, list) else value
 
 
 class Registry(Protocol):
     """Every method raises RegistryUnavailable when the registry does not answer."""
 
-    async def put(self, record: WorkerRecord, lease_s: float) -> None:
+    async def put(self, record: Record, lease_s: float) -> None:
         """Store or renew a record for the next `lease_s` seconds."""
 
     async def remove(self, worker_id: str) -> None:
-        """Forget a worker; one that is not there is fine."""
+        """Forget all records of a process; one that is not there is fine."""
 
     async def workers(self) -> list[WorkerRecord]:
-        """Records whose lease has not run out, by worker_id."""
+        """Decode workers whose lease has not run out, by worker_id."""
+
+    async def targets(self) -> list[MetricsTarget]:
+        """Processes with metrics whose lease has not run out, by worker_id."""
 
     async def close(self) -> None:
         """Drop the connection; the records stay."""
@@ -81,22 +108,25 @@ class LeasedRecords:
 
     def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._clock_s = clock_s
-        self._leases: dict[str, tuple[float, WorkerRecord]] = {}
+        self._leases: dict[tuple[str, str], tuple[float, Record]] = {}
 
-    def put(self, record: WorkerRecord, lease_s: float) -> None:
-        self._leases[record.worker_id] = (self._clock_s() + lease_s, record)
+    def put(self, record: Record, lease_s: float) -> None:
+        self._leases[record.KIND, record.worker_id] = (self._clock_s() + lease_s, record)
 
     def remove(self, worker_id: str) -> None:
-        self._leases.pop(worker_id, None)
+        for kind in _KINDS:
+            self._leases.pop((kind, worker_id), None)
 
-    def live(self) -> list[WorkerRecord]:
+    def live(self, cls: type[_R]) -> list[_R]:
+        """Records of one class, by worker_id."""
         now = self._clock_s()
         self._leases = {k: lease for k, lease in self._leases.items() if lease[0] > now}
-        return [self._leases[worker_id][1] for worker_id in sorted(self._leases)]
+        records = [self._leases[key][1] for key in sorted(self._leases)]
+        return [record for record in records if isinstance(record, cls)]
 
 
 class RedisRegistry:
-    """One key per worker, `<namespace>:worker:<worker_id>`, which Redis expires with the lease."""
+    """One key per record, `<namespace>:<kind>:<worker_id>`, which Redis expires with the lease."""
 
     def __init__(self, url: str, namespace: str) -> None:
         try:
@@ -107,37 +137,46 @@ class RedisRegistry:
             raise InvalidSetting(
                 "setting redis_url: it must be like redis://host:6379/0", param="redis_url"
             ) from error
-        self._prefix = f"{namespace}:worker:"
+        self._namespace = namespace
 
-    async def put(self, record: WorkerRecord, lease_s: float) -> None:
-        key, lease_ms = self._prefix + record.worker_id, max(1, round(lease_s * 1000))
+    async def put(self, record: Record, lease_s: float) -> None:
+        key, lease_ms = self._key(record.KIND, record.worker_id), max(1, round(lease_s * 1000))
         try:
-            await self._redis.set(key, record.to_json(), px=lease_ms)
+            await self._redis.set(key, record_to_json(record), px=lease_ms)
         except RedisError as error:
             raise _unavailable(error) from error
 
     async def remove(self, worker_id: str) -> None:
         try:
-            await self._redis.delete(self._prefix + worker_id)
+            await self._redis.delete(*(self._key(kind, worker_id) for kind in _KINDS))
         except RedisError as error:
             raise _unavailable(error) from error
 
     async def workers(self) -> list[WorkerRecord]:
-        pattern = self._prefix + "*"
+        return await self._live(WorkerRecord)
+
+    async def targets(self) -> list[MetricsTarget]:
+        return await self._live(MetricsTarget)
+
+    async def _live(self, cls: type[_R]) -> list[_R]:
+        pattern = self._key(cls.KIND, "*")
         try:
             keys = [k async for k in self._redis.scan_iter(match=pattern, count=_SCAN_BATCH)]
             values = await self._redis.mget(sorted(set(keys))) if keys else []
         except RedisError as error:
             raise _unavailable(error) from error
-        return [record for value in values if value and (record := _readable(value))]
+        return [record for value in values if value and (record := _readable(cls, value))]
+
+    def _key(self, kind: str, worker_id: str) -> str:
+        return f"{self._namespace}:{kind}:{worker_id}"
 
     async def close(self) -> None:
         await self._redis.aclose()
 
 
-def _readable(value: bytes | str) -> WorkerRecord | None:
+def _readable(cls: type[_R], value: bytes | str) -> _R | None:
     try:
-        return WorkerRecord.from_json(value)
+        return record_from_json(cls, value)
     except ValueError as error:
         logger.warning("a record in the registry is not readable and is left out: %s", error)
         return None

@@ -63,14 +63,24 @@ class Settings(BaseModel):
         8001, description="port of the public gRPC API; 0 is any free one, null is none"
     )
     decode_host: str = Field(
-        "127.0.0.1", min_length=1, description="address on which decode workers listen"
+        "127.0.0.1",
+        min_length=1,
+        description="address on which decode workers listen, and every process's /metrics",
     )
     decode_advertised_host: str | None = Field(
         None, description="address they announce to gateway and prefill (default: decode_host)"
     )
     decode_port: Port = Field(0, description="port of Decode; 0 is any free one")
     kv_port: Port = Field(0, description="port of KvTransfer; 0 is any free one")
-    metrics_port: Port = Field(0, description="port of a worker's /metrics; 0 is any free one")
+    metrics_port: Port = Field(
+        0, description="port of a decode worker's /metrics; 0 is any free one"
+    )
+    prefill_metrics_port: Port = Field(
+        0, description="port of a prefill worker's /metrics; 0 is any free one"
+    )
+    gateway_metrics_port: Port = Field(
+        0, description="port of a gateway's /metrics; 0 is any free one"
+    )
 
     # How many, and where Ray may place them
     prefill_replicas: Count = Field(1, description="prefill workers")

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from services.common.metrics import DecodeMetrics
+from services.decode.metrics import DecodeMetrics
 from winnow.engine.decode import DecodeEngine, StepOutput
 from winnow.errors import EngineFailed, WinnowError
 
@@ -33,6 +33,7 @@ class EngineThread:
         self._deliver = deliver
         self._fail_all = fail_all
         self._loop = asyncio.get_running_loop()
+        self._seen = engine.counts
         self._stopping = threading.Event()
         self._ended = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="winnow-decode-engine")
@@ -74,3 +75,10 @@ class EngineThread:
     def _observe(self, outputs: list[StepOutput], step_s: float) -> None:
         self._metrics.step_seconds.observe(step_s)
         self._metrics.batch_size.observe(sum(len(output.tokens) for output in outputs))
+        counts = self._engine.counts
+        self._metrics.recompressions.inc(counts.recompressions - self._seen.recompressions)
+        dropped = counts.dropped_entries - self._seen.dropped_entries
+        shape = self._engine.model.shape
+        heads = shape.num_layers * shape.num_kv_heads
+        self._metrics.tokens_dropped.labels("decode").inc(dropped / heads)
+        self._seen = counts

@@ -12,6 +12,7 @@ from services.common.messages import report_to_proto, tokens_to_proto
 from services.common.rpc import abort_aio
 from services.decode.active_request import ActiveRequest, Event, KVArrived
 from services.decode.admission import Admission
+from services.decode.metrics import DecodeMetrics
 from services.decode.spec import spec_from_request
 from winnow.engine.decode import DecodeEngine
 from winnow.errors import EngineFailed, LeaseExpired, ModelMismatch, WinnowError
@@ -42,6 +43,7 @@ class GenerateServicer(DecodeServicer):
         identity: WorkerIdentity,
         engine: DecodeEngine,
         admission: Admission,
+        metrics: DecodeMetrics,
         drain: Callable[[float], Awaitable[int]],
         open_transfers: Callable[[], int],
         default_drain_s: float,
@@ -49,6 +51,7 @@ class GenerateServicer(DecodeServicer):
         self._identity = identity
         self._engine = engine
         self._admission = admission
+        self._metrics = metrics
         self._drain = drain
         self._open_transfers = open_transfers
         self._default_drain_s = default_drain_s
@@ -97,6 +100,7 @@ class GenerateServicer(DecodeServicer):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(None if left_s == float("inf") else left_s):
                     return await request.events.get()
+        self._metrics.lease_expiries.inc()
         raise LeaseExpired(
             f"no KV came for {lease_s:g} seconds; the reservation of request "
             f"{request.spec.request_id} is freed"

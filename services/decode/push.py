@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from services.common.metrics import DecodeMetrics
 from services.common.rpc import abort, server_options
 from services.decode.active_request import ActiveRequest
 from services.decode.admission import Admission
+from services.decode.metrics import DecodeMetrics
 from winnow.errors import InvalidSetting, TransferDamaged, WinnowError
 from winnow.kv import LayerKV, ModelShape
 from winnow.v1 import decode_pb2 as pb

@@ -4,14 +4,12 @@ Requests do not come through Serve: gateway and prefill reach the worker's own g
 they find in the registry.
 """
 
-import ray
 from ray import serve
 
 from services.common.logs import configure_logging
+from services.common.ray_registry import reachable_host
 from services.common.settings import Settings
 from services.decode.worker import DecodeWorker
-
-_EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 - compared, not bound
 
 
 @serve.deployment
@@ -36,7 +34,7 @@ class Decode:
 
 def _reachable(settings: Settings) -> Settings:
     """Settings under which other machines find this one, if they are meant to."""
-    if settings.decode_host != _EVERY_ADDRESS or settings.decode_advertised_host is not None:
+    if settings.decode_advertised_host is not None:
         return settings
-    node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    return settings.model_copy(update={"decode_advertised_host": node})
+    host = reachable_host(settings.decode_host)
+    return settings.model_copy(update={"decode_advertised_host": host})

@@ -2,9 +2,7 @@
 
 import asyncio
 import logging
-import os
 import socket
-import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -12,14 +10,16 @@ from typing import TypeVar
 
 import torch
 
-from services.common.metrics import DecodeMetrics, start_metrics_server
-from services.common.registry import WorkerRecord, open_registry
+from services.common.exposition import new_worker_id
+from services.common.heartbeat import Heartbeat
+from services.common.metrics import start_metrics_server
+from services.common.registry import MetricsTarget, Record, WorkerRecord, open_registry
 from services.common.settings import Settings
 from services.decode.admission import Admission
 from services.decode.control_server import ControlServer
 from services.decode.engine_thread import EngineThread
 from services.decode.generate import GenerateServicer, WorkerIdentity
-from services.decode.heartbeat import Heartbeat
+from services.decode.metrics import DecodeMetrics
 from services.decode.push import KvReceiver
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.kv_pool import KVPoolConfig
@@ -36,8 +36,8 @@ class DecodeWorker:
     """Start it once, drain it, stop it; after `stop` nothing of it is left in the process."""
 
     def __init__(self, settings: Settings) -> None:
-        self.worker_id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self.metrics = DecodeMetrics()
+        self.worker_id = new_worker_id()
+        self.metrics = DecodeMetrics(settings.served_name)
         self.address = ""  # host:port, of Decode and of KvTransfer, once started
         self.kv_address = ""
         self.metrics_port = 0
@@ -57,6 +57,7 @@ class DecodeWorker:
     async def drain(self, timeout_s: float) -> int:
         """Admits nothing more and waits for what runs; requests left when it ended or gave up."""
         self.admission.draining = True
+        self.metrics.draining.set(1)
         await self._control.announce_draining()
         self._heartbeat.hurry()
         return await self.admission.wait_until_idle(timeout_s)
@@ -87,6 +88,7 @@ class DecodeWorker:
         model = self.engine.model
         receiver = KvReceiver(self.admission, self.metrics, model.fingerprint, model.shape)
         started.push_async_callback(_in_thread, receiver.stop)
+        self.metrics.transfers_in_flight.set_function(lambda: receiver.open_transfers)
         self.kv_address = f"{advertised}:{receiver.start(host, settings.kv_port)}"
 
         identity = WorkerIdentity(self.worker_id, self.kv_address, settings.kv_lease_s)
@@ -95,6 +97,7 @@ class DecodeWorker:
                 identity,
                 self.engine,
                 self.admission,
+                self.metrics,
                 self.drain,
                 lambda: receiver.open_transfers,
                 settings.drain_timeout_s,
@@ -107,7 +110,7 @@ class DecodeWorker:
         metrics_server = start_metrics_server(self.metrics.registry, settings.metrics_port, host)
         started.push_async_callback(_in_thread, metrics_server.close)
         self.metrics_port = metrics_server.port
-        self._heartbeat = Heartbeat(registry, self._record, settings.lease_s)
+        self._heartbeat = Heartbeat(registry, self._records, settings.lease_s)
         started.push_async_callback(self._heartbeat.stop)
         await self._heartbeat.start()
 
@@ -130,7 +133,17 @@ class DecodeWorker:
         metrics.pages_used.set_function(lambda: engine.stats().pool.pages_used)
         metrics.pages_reserved.set_function(lambda: engine.stats().pool.pages_reserved)
         metrics.kv_bytes.set_function(lambda: engine.stats().pool.kv_bytes_used)
+        metrics.kv_unpruned_bytes.set_function(lambda: engine.stats().kv_unpruned_bytes)
         metrics.running_sequences.set_function(lambda: engine.stats().running_sequences)
+        metrics.waiting_requests.set_function(lambda: engine.stats().reserved_requests)
+        metrics.device_memory_bytes.set_function(lambda: engine.model.memory_bytes)
+
+    def _records(self) -> list[Record]:
+        return [self._record(), self._metrics_target()]
+
+    def _metrics_target(self) -> MetricsTarget:
+        address = f"{_advertised_host(self._settings)}:{self.metrics_port}"
+        return MetricsTarget(self.worker_id, address, "decode", self._settings.served_name)
 
     def _record(self) -> WorkerRecord:
         stats = self.engine.stats()

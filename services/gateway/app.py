@@ -12,7 +12,9 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from services.common.exposition import Exposition
 from services.common.logs import configure_logging
+from services.common.ray_registry import reachable_host
 from services.common.registry import open_registry
 from services.common.settings import Settings, load_settings
 from services.decode.replica import Decode
@@ -89,6 +91,13 @@ class GatewayReplica:
         self._registry = await asyncio.to_thread(open_registry, settings)
         self._gateway = Gateway(settings, self._registry, HandlePrefiller(prefill))
         self._grpc: GrpcServer | None = None
+        self._exposition = Exposition(self._gateway.metrics, settings.served_name, self._registry)
+        await self._exposition.start(
+            settings.decode_host,
+            settings.gateway_metrics_port,
+            reachable_host(settings.decode_host),
+            settings.lease_s,
+        )
         if settings.grpc_port is not None:
             self._grpc = GrpcServer(self._gateway)
             await self._grpc.start(settings.host, settings.grpc_port)
@@ -96,10 +105,15 @@ class GatewayReplica:
     def __serve_build_asgi_app__(self) -> Any:  # noqa: ANN401 - as Serve wants it
         return create_api(self._gateway)
 
+    async def check_health(self) -> None:
+        """Serve asks every few seconds; the gauge of decode workers is then fresh."""
+        await self._gateway.readiness()
+
     async def __del__(self) -> None:
         """Serve awaits this when the replica is to go, after its requests have ended."""
         if self._grpc is not None:
             await self._grpc.stop(_SHUTDOWN_MARGIN_S)
+        await self._exposition.stop()
         await self._gateway.close()
         await self._registry.close()
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.common.metrics import GatewayMetrics
+from services.gateway.metrics import GatewayMetrics
 from winnow.request import FinishReason, Token
 from winnow.tokenizer import TextStream, Tokenizer
 

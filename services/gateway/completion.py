@@ -6,11 +6,11 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
-from services.common.metrics import GatewayMetrics
 from services.gateway.ask import Ask
 from services.gateway.choices import Choice, Delta
 from services.gateway.generation import PromptRequest
 from services.gateway.lifecycle import PromptRun, Service
+from services.gateway.metrics import GatewayMetrics
 from services.gateway.usage import Usage, winnow_usage
 from winnow.tokenizer import Tokenizer
 

@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-from services.common.metrics import GatewayMetrics
-from services.common.registry import Registry
+from services.common.registry import MetricsTarget, Registry
 from services.common.settings import Settings
 from services.gateway.ask import Ask
 from services.gateway.completion import Completion, prompt_runs
 from services.gateway.lifecycle import PromptRun, Service
 from services.gateway.limits import Limits
+from services.gateway.metrics import GatewayMetrics
 from services.gateway.outcomes import Outcomes
 from services.gateway.prefiller import Prefiller
 from services.gateway.routing import Router
@@ -44,11 +44,14 @@ class Gateway:
         self.settings = settings
         self.model = ServedModel.load(settings)
         self.limits = Limits(settings, self.model)
-        self.metrics = GatewayMetrics()
+        self.metrics = GatewayMetrics(settings.served_name)
         description = self.model.description
+        self._registry = registry
         self._router = Router(registry, description.fingerprint)
         self._prefiller = prefiller
-        self._service = Service(self._router, prefiller, description, settings.prefill_attempts)
+        self._service = Service(
+            self._router, prefiller, description, settings.prefill_attempts, self.metrics
+        )
 
     @asynccontextmanager
     async def open(self, ask: Ask) -> AsyncIterator[Completion]:
@@ -75,7 +78,12 @@ class Gateway:
         except RegistryUnavailable as error:
             logger.warning("%s", error)
             workers = []
+        self.metrics.decode_workers.set(len(workers))
         return Readiness(len(workers), await self._prefiller.ready())
+
+    async def targets(self) -> list[MetricsTarget]:
+        """Where the service's processes serve /metrics.  Raises RegistryUnavailable."""
+        return await self._registry.targets()
 
     async def close(self) -> None:
         """Close the channels to decode workers."""

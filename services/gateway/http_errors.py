@@ -7,7 +7,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from services.common.metrics import GatewayMetrics
+from services.gateway.metrics import GatewayMetrics
 from winnow.errors import WinnowError, status_of
 
 logger = logging.getLogger(__name__)

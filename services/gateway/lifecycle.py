@@ -14,6 +14,7 @@ from types import TracebackType
 
 from services.common.messages import report_from_proto, tokens_from_proto
 from services.gateway.generation import Generation, PromptRequest, open_generation
+from services.gateway.metrics import ADMISSION, PREFILL, GatewayMetrics
 from services.gateway.prefiller import Prefiller
 from services.gateway.routing import Router
 from winnow.errors import (
@@ -45,6 +46,11 @@ class State(StrEnum):
     CANCELLED = "cancelled"
 
 
+_WAITS_FOR = {
+    State.RECEIVED: ADMISSION,
+    State.ADMITTED: PREFILL,
+    State.PREFILLING: PREFILL,
+}
 _ENDS = frozenset({State.FAILED, State.CANCELLED})
 _NEXT = {
     State.RECEIVED: _ENDS | {State.ADMITTED},
@@ -77,6 +83,7 @@ class Service:
     prefiller: Prefiller
     model: ModelDescription
     prefill_attempts: int
+    metrics: GatewayMetrics
 
 
 class PromptRun:
@@ -98,6 +105,7 @@ class PromptRun:
         self._read: asyncio.Task[pb.GenerateEvent | None] | None = None
 
     async def __aenter__(self) -> "PromptRun":
+        self._waiting(self.state, 1)
         return self
 
     async def __aexit__(
@@ -121,6 +129,8 @@ class PromptRun:
             self._service.router, self.request, self._service.model, self._left_s()
         )
         self._enter(State.ADMITTED)
+        self._service.metrics.requests_admitted.inc()
+        self._service.metrics.admission_seconds.observe(time.monotonic() - self._arrived_s)
 
     async def tokens(self) -> AsyncGenerator[list[Token]]:
         """What each engine step gave, after the prompt's prefill.
@@ -205,5 +215,11 @@ class PromptRun:
 
     def _enter(self, state: State) -> None:
         assert state in _NEXT[self.state], f"{self.state} -> {state}"
+        self._waiting(self.state, -1)
+        self._waiting(state, 1)
         self.state = state
         logger.debug("%s", state, extra={"request_id": self.request.request_id})
+
+    def _waiting(self, state: State, change: int) -> None:
+        if state in _WAITS_FOR:
+            self._service.metrics.requests_waiting.labels(_WAITS_FOR[state]).inc(change)

@@ -4,9 +4,9 @@ import logging
 import time
 from types import TracebackType
 
-from services.common.metrics import GatewayMetrics
 from services.gateway.completion import Completion
 from services.gateway.lifecycle import PromptRun, State
+from services.gateway.metrics import GatewayMetrics
 from winnow.errors import WinnowError
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,8 @@ class Outcomes:
         for run in self._completion.runs:
             self._metrics.requests_received.inc()
             self._metrics.requests_running.inc()
-            self._metrics.prompt_tokens.observe(len(run.request.token_ids))
+            self._metrics.prompt_tokens.inc(len(run.request.token_ids))
+            self._metrics.request_prompt_tokens.observe(len(run.request.token_ids))
 
     def __exit__(
         self,
@@ -43,10 +44,15 @@ class Outcomes:
         metrics.requests_running.dec()
         metrics.requests_finished.labels(_reason(run, choices[0].finish_reason)).inc()
         metrics.request_seconds.observe(seconds)
-        metrics.generated_tokens.observe(sum(choice.num_tokens for choice in choices))
+        num_generated = sum(choice.num_tokens for choice in choices)
+        metrics.generated_tokens.inc(num_generated)
+        metrics.request_generated_tokens.observe(num_generated)
         metrics.prefill_retries.inc(max(0, figures.attempts - 1))
         if figures.ttft_s is not None:
             metrics.ttft.observe(figures.ttft_s)
+            num_later = max(choice.num_tokens for choice in choices) - 1
+            if num_later:
+                metrics.time_per_output_token.observe((seconds - figures.ttft_s) / num_later)
 
     def _log(self, error: BaseException | None, seconds: float) -> None:
         completion = self._completion

@@ -99,6 +99,17 @@ def _add_operations(api: FastAPI, gateway: Gateway) -> None:
         }
         return JSONResponse(body, 200 if readiness.ready else 503)
 
+    @api.get("/metrics/targets")
+    async def targets() -> list[dict[str, Any]]:
+        """Where all processes serve /metrics, for Prometheus's http_sd_configs."""
+        return [
+            {
+                "targets": [target.address],
+                "labels": {"worker": target.worker_id, "__winnow_role": target.role},
+            }
+            for target in await gateway.targets()
+        ]
+
     @api.get("/metrics")
     async def metrics() -> Response:
         return Response(render(gateway.metrics.registry), media_type=CONTENT_TYPE)

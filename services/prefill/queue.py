@@ -9,14 +9,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
 import torch
 
-from services.common.metrics import PrefillMetrics
 from services.prefill.channels import Channels
+from services.prefill.metrics import PrefillMetrics
 from services.prefill.sender import Delivered, Push
 from winnow.engine.prefill import PrefillResult, run_prefill
 from winnow.errors import (
@@ -78,7 +78,9 @@ class PrefillQueue:
         self._waiting: deque[_Work] = deque()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="prefill-engine", daemon=True)
-        metrics.queue_depth.set_function(lambda: len(self._waiting))
+        metrics.waiting.set_function(lambda: len(self._waiting))
+        metrics.waiting_tokens.set_function(self._count_waiting_tokens)
+        metrics.device_memory_bytes.set_function(lambda: model.memory_bytes)
 
     def start(self) -> None:
         self._thread.start()
@@ -118,6 +120,10 @@ class PrefillQueue:
         work.outcome.add_done_callback(lambda _: self._forget(work))
         return work.outcome
 
+    def _count_waiting_tokens(self) -> int:
+        with self._changed:
+            return sum(len(work.job.token_ids) for work in self._waiting)
+
     def _forget(self, work: _Work) -> None:
         """A job cancelled while it waits leaves its place to others."""
         with self._changed, contextlib.suppress(ValueError):
@@ -150,10 +156,11 @@ class PrefillQueue:
             raise DeadlineExceeded(f"the prompt waited {work.job.deadline_s:g} s for prefill")
         push = Push(work.job, self._encoder(work.job), lambda end: self._deliver(work, end))
         push.open(self._channels, work.remaining_s)
+        self._metrics.transfers_in_flight.inc()
         work.outcome.add_done_callback(lambda _: push.abort(_cancelled()))  # no-op after its end
         try:
             with contextlib.closing(self._layers(work)) as layers:
-                for layer in layers:
+                for layer in self._timed(layers):
                     self._hand_over(work, push, layer)
         except Exception as error:
             push.abort(error if isinstance(error, WinnowError) else PrefillFailed(repr(error)))
@@ -164,6 +171,13 @@ class PrefillQueue:
 
     def _layers(self, work: _Work) -> Generator[LayerKV | None, None, None]:
         work.result = yield from run_prefill(self._model, work.job.token_ids, work.job.pruning)
+
+    def _timed(self, layers: Iterator[LayerKV | None]) -> Iterator[LayerKV | None]:
+        started_s = time.monotonic()
+        for layer in layers:
+            self._metrics.layer_seconds.observe(time.monotonic() - started_s)
+            yield layer
+            started_s = time.monotonic()
 
     def _hand_over(self, work: _Work, push: Push, layer: LayerKV | None) -> None:
         if work.outcome.cancelled():
@@ -186,7 +200,8 @@ class PrefillQueue:
         )
 
     def _deliver(self, work: _Work, end: Delivered | WinnowError) -> None:
-        """Runs in gRPC's thread when the push is over."""
+        """Runs once when the push is over, in whichever thread ended it."""
+        self._metrics.transfers_in_flight.dec()
         if isinstance(end, WinnowError):
             self._fail(work, end)
             return
@@ -199,7 +214,7 @@ class PrefillQueue:
             wire_bytes=end.wire_bytes,
         )
         outcome = PrefillOutcome(work.result.report, timings)
-        self._metrics.observe(outcome)
+        self._metrics.observe(outcome, work.job.pruning.method, self._model.shape)
         work.settle(outcome)
 
     def _fail(self, work: _Work, error: WinnowError) -> None:

@@ -1,27 +1,27 @@
 """A prefill worker as Ray Serve hosts it: a queue, an engine thread, pushes to decode."""
 
 import asyncio
-import logging
 
 from ray import serve
 
+from services.common.exposition import Exposition
 from services.common.logs import configure_logging
-from services.common.metrics import PrefillMetrics, start_metrics_server
+from services.common.ray_registry import reachable_host
+from services.common.registry import open_registry
 from services.common.settings import Settings
+from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
 from winnow.models import load_model
 from winnow.request import PrefillJob, PrefillOutcome
-
-logger = logging.getLogger(__name__)
 
 
 @serve.deployment
 class Prefill:
     """One replica is one worker: one model, one engine thread."""
 
-    def __init__(self, settings: Settings) -> None:
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         configure_logging(settings.log_level, settings.log_format)
-        metrics = PrefillMetrics()
+        metrics = PrefillMetrics(settings.served_name)
         self._queue = PrefillQueue(
             load_model(settings.model, device=settings.device, dtype=settings.dtype),
             metrics,
@@ -29,8 +29,14 @@ class Prefill:
             num_threads=settings.threads_per_worker(settings.prefill_replicas),
         )
         self._queue.start()
-        self._metrics_server = start_metrics_server(metrics.registry, 0, settings.host)
-        logger.info("prefill worker's metrics are on port %d", self._metrics_server.port)
+        self._registry = await asyncio.to_thread(open_registry, settings)
+        self._exposition = Exposition(metrics, settings.served_name, self._registry)
+        await self._exposition.start(
+            settings.decode_host,
+            settings.prefill_metrics_port,
+            reachable_host(settings.decode_host),
+            settings.lease_s,
+        )
 
     async def prefill(self, job: PrefillJob) -> PrefillOutcome:
         """Computes the job's KV and pushes it; cancelling the call stops at the next layer.
@@ -51,4 +57,5 @@ class Prefill:
     async def __del__(self) -> None:
         """Serve awaits this when the replica is to go, after the calls it was given have ended."""
         await asyncio.to_thread(self._queue.stop)
-        await asyncio.to_thread(self._metrics_server.close)
+        await self._exposition.stop()
+        await self._registry.close()

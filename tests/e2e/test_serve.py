@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -16,6 +15,7 @@ import psutil
 import pytest
 
 from tests.e2e.winnow_process import WinnowServe, winnow
+from tests.services.exposed import value
 from winnow.local import Winnow
 from winnow.request import SamplingParams
 
@@ -44,9 +44,8 @@ def url(service: WinnowServe) -> str:
     return service.wait_until_ready()
 
 
-def metric(url: str, sample: str) -> float:
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
-    return next((float(line.split()[-1]) for line in lines if line.startswith(sample)), 0.0)
+def metric(url: str, name: str, **labels: str) -> float:
+    return value(httpx.get(f"{url}/metrics").text, name, **labels)
 
 
 def until(condition: str, check: object, timeout_s: float = 20) -> None:
@@ -75,33 +74,36 @@ def test_streams_tokens(url: str, model: Path) -> None:
     assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
 
 
-def prefill_metrics(service: WinnowServe) -> str:
-    """Where the prefill worker says that it serves its metrics."""
-    found = re.search(r"prefill worker's metrics are on port (\d+)", service.stderr.read_text())
-    assert found
-    return f"http://127.0.0.1:{found.group(1)}"
+def worker_metrics(url: str, role: str) -> str:
+    """Where the first process of that role serves its metrics."""
+    groups = httpx.get(f"{url}/metrics/targets").json()
+    addresses = [g["targets"][0] for g in groups if g["labels"]["__winnow_role"] == role]
+    return f"http://{addresses[0]}"
 
 
 def test_a_client_that_leaves_cancels_decode_and_prefill(
     service: WinnowServe, url: str, model: Path
 ) -> None:
-    sample = 'winnow_requests_finished_total{reason="cancelled"}'
-    before = metric(url, sample)
+    def num_cancelled() -> float:
+        return metric(url, "winnow_requests_finished_total", reason="cancelled")
+
+    before = num_cancelled()
     body = {"model": model.name, "prompt": PROMPT, "max_tokens": 4000, "ignore_eos": True}
     stream = httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True})
     with stream as response:
         next(response.iter_lines())
-    until("cancelled while decoding", lambda: metric(url, sample) == before + 1)
-    stopped = 'winnow_prefill_failures_total{code="cancelled"}'
+    until("cancelled while decoding", lambda: num_cancelled() == before + 1)
+    stopped = "winnow_prefill_failures_total"
+    prefill = worker_metrics(url, "prefill")
     patience_s = itertools.cycle((0.05, 0.1, 0.15, 0.2, 0.3))  # one of them ends in mid-prefill
     num_left = 1
-    while metric(prefill_metrics(service), stopped) == 0:
+    while metric(prefill, stopped, reason="cancelled") == 0:
         assert num_left < 60, "prefill was never stopped"
         with pytest.raises(httpx.ReadTimeout):
             long = body | {"prompt": [5] * 4000}
             httpx.post(f"{url}/v1/completions", json=long, timeout=next(patience_s))
         num_left += 1
-    until("all are cancelled", lambda: metric(url, sample) == before + num_left)
+    until("all are cancelled", lambda: num_cancelled() == before + num_left)
     until("nothing runs", lambda: metric(url, "winnow_requests_running") == 0)
 
 

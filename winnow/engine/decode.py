@@ -40,11 +40,23 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """reserved_requests: admitted, KV not complete yet."""
+    """reserved_requests: admitted, KV not complete yet.
+
+    kv_unpruned_bytes: what the running sequences would hold had nothing been pruned.
+    """
 
     pool: PoolStats
     running_sequences: int
     reserved_requests: int
+    kv_unpruned_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCounts:
+    """Since the engine was made: sequences cut back, and the entries that dropped."""
+
+    recompressions: int = 0
+    dropped_entries: int = 0
 
 
 class DecodeEngine:
@@ -60,6 +72,7 @@ class DecodeEngine:
         self._arrived: list[Sequence] = []
         self._reserved: set[Reservation] = set()
         self._changed = threading.Condition()
+        self.counts = EngineCounts()
 
     # From any thread
 
@@ -108,11 +121,18 @@ class DecodeEngine:
 
     def stats(self) -> EngineStats:
         with self._changed:
-            return EngineStats(
-                pool=self.pool.stats(),
-                running_sequences=len(self._running) + len(self._arrived),
-                reserved_requests=len(self._reserved),
-            )
+            sequences = self._running + self._arrived
+            num_reserved = len(self._reserved)
+        shape = self.model.shape
+        entries_per_token = shape.num_layers * shape.num_kv_heads
+        return EngineStats(
+            pool=self.pool.stats(),
+            running_sequences=len(sequences),
+            reserved_requests=num_reserved,
+            kv_unpruned_bytes=shape.kv_bytes(
+                entries_per_token * sum(seq.num_tokens for seq in sequences)
+            ),
+        )
 
     # From the engine's thread
 
@@ -181,7 +201,11 @@ class DecodeEngine:
             assert seq.ring is not None
             seq.ring.push(queries[:, idx])
             if longest[idx] > seq.spec.growth_limit:
-                seq.reservation.recompressed_entries += self._cut(seq, attention.scaling)
+                dropped = self._cut(seq, attention.scaling)
+                seq.reservation.recompressed_entries += dropped
+                self.counts = EngineCounts(
+                    self.counts.recompressions + 1, self.counts.dropped_entries + dropped
+                )
                 self._shrink_promise(seq)
 
     def _cut(self, seq: Sequence, scaling: float) -> int:

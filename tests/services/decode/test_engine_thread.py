@@ -2,8 +2,8 @@ import asyncio
 import threading
 from pathlib import Path
 
-from services.common.metrics import DecodeMetrics
 from services.decode.engine_thread import EngineThread
+from services.decode.metrics import DecodeMetrics
 from tests.services.decode.client import GREEDY, PROMPT
 from tests.winnow.drive import admit, spec
 from winnow.engine.decode import DecodeEngine, StepOutput
@@ -30,7 +30,7 @@ async def test_a_broken_step_fails_its_requests_and_the_thread_goes_on(
     model = load_model(tiny_models["llama"])
     engine = BreaksOnce(model, pool_config=KVPoolConfig(16 << 20, 16))
     posted: asyncio.Queue[WinnowError | list[StepOutput]] = asyncio.Queue()
-    thread = EngineThread(engine, DecodeMetrics(), posted.put_nowait, posted.put_nowait)
+    thread = EngineThread(engine, DecodeMetrics("tiny"), posted.put_nowait, posted.put_nowait)
     thread.start()
     try:
         admit(engine, spec("r1", len(PROMPT), GREEDY), PROMPT)

@@ -12,13 +12,13 @@ import httpx
 import uvicorn
 from openai import AsyncOpenAI
 
-from services.common.metrics import PrefillMetrics
 from services.common.registry import RedisRegistry
 from services.common.settings import Settings
 from services.decode.worker import DecodeWorker
 from services.gateway.gateway import Gateway
 from services.gateway.grpc_api import GrpcServer
 from services.gateway.rest import create_api
+from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
 from winnow.models import load_model
 from winnow.request import PrefillJob, PrefillOutcome
@@ -165,7 +165,7 @@ async def _start_worker(running: AsyncExitStack, settings: Settings) -> DecodeWo
 def _start_prefill(running: AsyncExitStack, settings: Settings) -> QueuePrefiller:
     queue = PrefillQueue(
         load_model(settings.model),
-        PrefillMetrics(),
+        PrefillMetrics("tiny"),
         max_waiting=settings.max_waiting_prefills,
         num_threads=1,
     )

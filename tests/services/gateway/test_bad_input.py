@@ -11,6 +11,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -403,7 +404,7 @@ async def test_goes_on_serving_after_bad_input(service: TestService) -> None:
         await service.http.post(COMPLETIONS, content=body)
     await assert_serves(service)
     metrics = (await service.http.get("/metrics")).text
-    assert 'winnow_requests_refused_total{code="invalid_request"}' in metrics
+    assert value(metrics, "winnow_requests_refused_total", reason="invalid_request") > 0
 
 
 async def test_a_client_that_leaves_in_mid_body_is_no_error_of_ours(
@@ -415,8 +416,8 @@ async def test_a_client_that_leaves_in_mid_body_is_no_error_of_ours(
     await writer.drain()
     writer.close()
     await writer.wait_closed()
-    cancelled = 'winnow_requests_refused_total{code="cancelled"} 1.0'
+    refused = "winnow_requests_refused_total"
     async with asyncio.timeout(5):
-        while cancelled not in (await service.http.get("/metrics")).text:
+        while value((await service.http.get("/metrics")).text, refused, reason="cancelled") < 1:
             pass
     assert "unexpected error" not in caplog.text

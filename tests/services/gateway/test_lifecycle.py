@@ -43,7 +43,7 @@ REQUEST = PromptRequest(
 async def parts(service: TestService) -> AsyncIterator[Service]:
     model = service.gateway.model.description
     router = Router(service.registry, model.fingerprint)
-    yield Service(router, service.prefiller, model, prefill_attempts=2)
+    yield Service(router, service.prefiller, model, 2, service.gateway.metrics)
     await router.close()
     service.prefiller.failures.clear()
     service.prefiller.hold.set()
@@ -163,7 +163,15 @@ async def test_without_any_worker_there_is_no_decode_worker(
     registry = RedisRegistry(redis_url, "nobody")
     router = Router(registry, "f")
     error = await failure(
-        make_run(Service(router, service.prefiller, service.gateway.model.description, 1))
+        make_run(
+            Service(
+                router,
+                service.prefiller,
+                service.gateway.model.description,
+                1,
+                service.gateway.metrics,
+            )
+        )
     )
     assert isinstance(error, NoDecodeWorker)
     assert "no decode worker for this model is registered" in str(error)
@@ -179,7 +187,9 @@ async def test_a_worker_that_is_gone_is_passed_over(redis_url: str, service: Tes
         await registry.put(one, 30)
     router = Router(registry, record.fingerprint)
     assert (await router.candidates())[0].worker_id == "dead"
-    parts = Service(router, service.prefiller, service.gateway.model.description, 1)
+    parts = Service(
+        router, service.prefiller, service.gateway.model.description, 1, service.gateway.metrics
+    )
     assert len(await complete(make_run(parts))) == 4
     assert (await router.candidates())[-1].worker_id == "dead"
     await router.close()
@@ -193,7 +203,7 @@ async def test_a_full_worker_passes_a_prompt_on_and_all_full_is_overloaded(
     async with running_service(model_path, redis_url, **memory) as service:
         model = service.gateway.model.description
         router = Router(service.registry, model.fingerprint)
-        parts = Service(router, service.prefiller, model, 1)
+        parts = Service(router, service.prefiller, model, 1, service.gateway.metrics)
         large = replace(REQUEST, sampling=replace(REQUEST.sampling, max_tokens=600))
         runs = [make_run(parts, replace(large, request_id=f"p{i}")) for i in range(3)]
         async with runs[0], runs[1]:
@@ -212,6 +222,8 @@ async def test_kv_that_never_comes_is_a_lease_expired(model_path: Path, redis_ur
         model = service.gateway.model.description
         router = Router(service.registry, model.fingerprint)
         service.prefiller.hold_jobs()
-        error = await failure(make_run(Service(router, service.prefiller, model, 1)))
+        error = await failure(
+            make_run(Service(router, service.prefiller, model, 1, service.gateway.metrics))
+        )
         assert isinstance(error, LeaseExpired)
         await router.close()

@@ -5,6 +5,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from tests.services.exposed import samples, value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -99,12 +100,20 @@ async def test_metrics_tell_what_clients_got(model_path: Path, redis_url: str) -
             model=MODEL_NAME, prompt="a b c", max_tokens=5, extra_body={"ignore_eos": True}
         )
         text = (await service.http.get("/metrics")).text
-    for line in (
-        'winnow_requests_finished_total{reason="length"} 1.0',
-        "winnow_requests_received_total 1.0",
-        "winnow_requests_running 0.0",
-        "winnow_generated_tokens_sum 5.0",
-        "winnow_ttft_seconds_count 1.0",
-        "winnow_inter_token_seconds_count 4.0",
+    assert value(text, "winnow_requests_finished_total", reason="length") == 1
+    waiting = samples(text)["winnow_requests_waiting"]
+    assert set(waiting.values()) == {0.0}
+    assert len(waiting) == 2
+    for name, expected in (
+        ("winnow_requests_received_total", 1),
+        ("winnow_requests_admitted_total", 1),
+        ("winnow_requests_running", 0),
+        ("winnow_generated_tokens_total", 5),
+        ("winnow_request_generated_tokens_sum", 5),
+        ("winnow_prompt_tokens_total", 5),
+        ("winnow_ttft_seconds_count", 1),
+        ("winnow_admission_seconds_count", 1),
+        ("winnow_inter_token_seconds_count", 4),
+        ("winnow_time_per_output_token_seconds_count", 1),
     ):
-        assert line in text.splitlines()
+        assert value(text, name) == expected, name

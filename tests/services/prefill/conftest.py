@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from services.common.metrics import PrefillMetrics
+from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
 from tests.services.prefill.receiver import Receiver
 from winnow.models import DecoderModel, load_model
@@ -33,7 +33,7 @@ def receiver(model: DecoderModel) -> Iterator[Receiver]:
 
 @pytest.fixture
 def metrics() -> PrefillMetrics:
-    return PrefillMetrics()
+    return PrefillMetrics("tiny")
 
 
 @pytest.fixture

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from services.common.metrics import PrefillMetrics, render
+from services.common.metrics import render
+from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
+from tests.services.exposed import samples, value
 from tests.services.prefill.conftest import NUM_TOKENS, PRUNING, MakeJob
 from tests.services.prefill.receiver import Receiver
 from winnow.engine.prefill import run_prefill
@@ -69,8 +71,10 @@ def test_counts_what_it_did(
 ) -> None:
     queue.submit(make_job()).result(TIMEOUT_S)
     text = render(metrics.registry).decode()
-    assert "winnow_transfer_seconds_count 1.0" in text
-    assert "winnow_prefill_queue_depth 0.0" in text
+    assert value(text, "winnow_transfer_seconds_count") == 1.0
+    assert value(text, "winnow_prefill_layer_seconds_count") == queue._model.shape.num_layers
+    assert value(text, "winnow_transfers_in_flight") == 0.0
+    assert samples(text)["winnow_prefill_waiting_tokens"] == {(): 0.0}
 
 
 def test_prompts_are_served_in_order(
@@ -161,7 +165,9 @@ def test_a_refusal_keeps_its_class(
     receiver.before_layer = refuse
     with pytest.raises(StaleAttempt, match="attempt 2 was seen"):
         queue.submit(make_job()).result(TIMEOUT_S)
-    assert b'winnow_prefill_failures_total{code="stale_attempt"} 1.0' in render(metrics.registry)
+    text = render(metrics.registry).decode()
+    assert value(text, "winnow_prefill_failures_total", reason="stale_attempt") == 1.0
+    assert value(text, "winnow_transfers_in_flight") == 0.0
 
 
 def test_an_unreachable_worker_is_a_failed_prefill(queue: PrefillQueue, make_job: MakeJob) -> None:

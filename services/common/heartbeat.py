@@ -1,11 +1,11 @@
-"""Keeps a decode worker's record in the registry alive, and takes it out at the end."""
+"""Keeps a process's records in the registry alive, and takes them out at the end."""
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from services.common.registry import Registry, WorkerRecord
+from services.common.registry import Record, Registry
 from winnow.errors import RegistryUnavailable
 
 logger = logging.getLogger(__name__)
@@ -14,19 +14,22 @@ BEATS_PER_LEASE = 3
 
 
 class Heartbeat:
-    """Puts `record()` every third of the lease; a registry that is away is tried again."""
+    """Puts `records()` every third of the lease; a registry that is away is tried again.
+
+    records: all with the same worker_id.
+    """
 
     def __init__(
-        self, registry: Registry, record: Callable[[], WorkerRecord], lease_s: float
+        self, registry: Registry, records: Callable[[], Sequence[Record]], lease_s: float
     ) -> None:
         self._registry = registry
-        self._record = record
+        self._records = records
         self._lease_s = lease_s
         self._task: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
 
     async def start(self) -> None:
-        """Registers the worker once, then goes on in a task."""
+        """Registers the process once, then goes on in a task."""
         await self._beat()
         self._task = asyncio.create_task(self._run())
 
@@ -35,16 +38,16 @@ class Heartbeat:
         self._hurry.set()
 
     async def stop(self) -> None:
-        """Takes the record out; where the registry is away, its lease does that."""
+        """Takes the records out; where the registry is away, their lease does that."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
             self._task = None
             try:
-                await self._registry.remove(self._record().worker_id)
+                await self._registry.remove(self._records()[0].worker_id)
             except RegistryUnavailable as error:
-                logger.warning("the worker's record stays until its lease ends: %s", error)
+                logger.warning("the records of this process stay until their lease ends: %s", error)
 
     async def _run(self) -> None:
         while True:
@@ -56,6 +59,7 @@ class Heartbeat:
 
     async def _beat(self) -> None:
         try:
-            await self._registry.put(self._record(), self._lease_s)
+            for record in self._records():
+                await self._registry.put(record, self._lease_s)
         except RegistryUnavailable as error:
-            logger.warning("the worker is not registered: %s", error)
+            logger.warning("this process is not registered: %s", error)

@@ -1,0 +1,72 @@
+"""What a decode worker holds and does."""
+
+from services.common.metrics import BATCH_BUCKETS, TOKEN_BUCKETS_S, Metrics
+from winnow.errors import ERROR_CODES
+
+
+class DecodeMetrics(Metrics):
+    """Of one decode worker. Gauges read the engine when they are scraped, so none is ever stale."""
+
+    role = "decode"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self._measure_cache()
+        self._measure_transfers()
+        self._measure_engine()
+
+    def _measure_cache(self) -> None:
+        self.pages_total = self._gauge("winnow_kv_pages", "Pages of the pool")
+        self.pages_used = self._gauge("winnow_kv_pages_used", "Pages with entries")
+        self.pages_reserved = self._gauge(
+            "winnow_kv_pages_reserved", "Pages promised to admitted requests"
+        )
+        self.kv_bytes = self._gauge("winnow_kv_resident_bytes", "Keys and values held")
+        self.kv_unpruned_bytes = self._gauge(
+            "winnow_kv_unpruned_bytes", "Keys and values that the same sequences have unpruned"
+        )
+        self.recompressions = self._counter(
+            "winnow_recompressions", "Times that a sequence was cut back to its decode_budget"
+        )
+        self.tokens_dropped = self._counter(
+            "winnow_tokens_dropped",
+            "Tokens whose KV was dropped, averaged over layers and heads",
+            "stage",
+            ("decode",),
+        )
+
+    def _measure_transfers(self) -> None:
+        self.received_bytes = self._counter(
+            "winnow_transfer_received_bytes", "Payload bytes received from prefill"
+        )
+        self.transfers_in_flight = self._gauge(
+            "winnow_transfers_in_flight", "Transfers begun and not ended"
+        )
+        self.transfers_failed = self._counter(
+            "winnow_transfers_failed",
+            "Transfers refused or broken, by error code",
+            "reason",
+            ERROR_CODES,
+        )
+        self.lease_expiries = self._counter(
+            "winnow_lease_expiries", "Reservations whose KV did not come in time"
+        )
+
+    def _measure_engine(self) -> None:
+        self.running_sequences = self._gauge(
+            "winnow_decode_running_sequences", "Sequences in the batch"
+        )
+        self.waiting_requests = self._gauge(
+            "winnow_decode_waiting_requests", "Requests admitted whose KV is not in place"
+        )
+        self.step_seconds = self._histogram(
+            "winnow_decode_step_seconds", "One step of the whole batch", TOKEN_BUCKETS_S
+        )
+        self.batch_size = self._histogram(
+            "winnow_decode_batch_size", "Sequences per step", BATCH_BUCKETS
+        )
+        self.draining = self._gauge("winnow_draining", "1 while the worker admits nothing more")
+        self.device_memory_bytes = self._gauge(
+            "winnow_device_memory_bytes",
+            "Memory of the GPU that tensors take; 0 on a CPU, see process_resident_memory_bytes",
+        )

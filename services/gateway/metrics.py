@@ -1,0 +1,81 @@
+"""What clients see of the service."""
+
+from services.common.metrics import COUNT_BUCKETS, REQUEST_BUCKETS_S, TOKEN_BUCKETS_S, Metrics
+from winnow.errors import ERROR_CODES
+
+FINISH_REASONS = ("stop", "length", "error", "cancelled")
+ADMISSION, PREFILL = "admission", "prefill"  # what a prompt without its first token waits for
+
+
+class GatewayMetrics(Metrics):
+    """Of one gateway. A request with several prompts counts once per prompt."""
+
+    role = "gateway"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self._count_requests()
+        self._count_tokens()
+        self._time_requests()
+        self.decode_workers = self._gauge(
+            "winnow_decode_workers", "Live decode workers that requests can be routed to"
+        )
+
+    def _count_requests(self) -> None:
+        self.requests_received = self._counter(
+            "winnow_requests_received", "Prompts accepted for completion"
+        )
+        self.requests_admitted = self._counter(
+            "winnow_requests_admitted", "Prompts for which a decode worker reserved KV memory"
+        )
+        self.requests_finished = self._counter(
+            "winnow_requests_finished", "Prompts ended, by reason", "reason", FINISH_REASONS
+        )
+        self.requests_refused = self._counter(
+            "winnow_requests_refused",
+            "Requests answered with an error before any token, by error code",
+            "reason",
+            ERROR_CODES,
+        )
+        self.requests_running = self._gauge(
+            "winnow_requests_running", "Prompts accepted and not ended"
+        )
+        self.requests_waiting = self._gauge(
+            "winnow_requests_waiting",
+            "Prompts accepted whose KV is not in place, by what they wait for",
+            ("reason",),
+        )
+        for reason in (ADMISSION, PREFILL):
+            self.requests_waiting.labels(reason)
+        self.prefill_retries = self._counter("winnow_prefill_retries", "Prefills tried again")
+
+    def _count_tokens(self) -> None:
+        self.prompt_tokens = self._counter("winnow_prompt_tokens", "Tokens of accepted prompts")
+        self.generated_tokens = self._counter("winnow_generated_tokens", "Tokens generated")
+        self.request_prompt_tokens = self._histogram(
+            "winnow_request_prompt_tokens", "Tokens per prompt", COUNT_BUCKETS
+        )
+        self.request_generated_tokens = self._histogram(
+            "winnow_request_generated_tokens", "Tokens generated per prompt", COUNT_BUCKETS
+        )
+
+    def _time_requests(self) -> None:
+        self.admission_seconds = self._histogram(
+            "winnow_admission_seconds",
+            "From a prompt's arrival to its reservation of KV memory",
+            REQUEST_BUCKETS_S,
+        )
+        self.ttft = self._histogram(
+            "winnow_ttft_seconds", "From a prompt's arrival to its first token", REQUEST_BUCKETS_S
+        )
+        self.inter_token = self._histogram(
+            "winnow_inter_token_seconds", "Between two tokens of one sequence", TOKEN_BUCKETS_S
+        )
+        self.time_per_output_token = self._histogram(
+            "winnow_time_per_output_token_seconds",
+            "From a prompt's first token to its last, per token after the first",
+            TOKEN_BUCKETS_S,
+        )
+        self.request_seconds = self._histogram(
+            "winnow_request_seconds", "From a prompt's arrival to its end", REQUEST_BUCKETS_S
+        )

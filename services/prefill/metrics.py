@@ -1,0 +1,150 @@
+"""What a prefill worker does, and what its pruning saves."""
+
+from services.common.metrics import (
+    BYTES_BUCKETS,
+    LAYER_BUCKETS,
+    RATIO_BUCKETS,
+    REQUEST_BUCKETS_S,
+    TOKEN_BUCKETS_S,
+    Metrics,
+)
+from winnow.errors import ERROR_CODES
+from winnow.kv import ModelShape
+from winnow.methods import METHODS
+from winnow.request import PrefillOutcome, PrefillReport
+
+NO_SELECTION_REASONS = ("off", "short_prompt", "threshold_not_met")
+RHO_BUCKETS = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+_METHOD = ("method",)
+
+
+class PrefillMetrics(Metrics):
+    """Of one prefill worker."""
+
+    role = "prefill"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self._measure_engine()
+        self._measure_transfers()
+        self._measure_pruning()
+
+    def _measure_engine(self) -> None:
+        self.waiting = self._gauge("winnow_prefill_waiting", "Prompts waiting for the engine")
+        self.waiting_tokens = self._gauge(
+            "winnow_prefill_waiting_tokens", "Tokens of the prompts waiting for the engine"
+        )
+        self.queue_seconds = self._histogram(
+            "winnow_prefill_queue_seconds", "A prompt's wait for the engine", REQUEST_BUCKETS_S
+        )
+        self.compute_seconds = self._histogram(
+            "winnow_prefill_compute_seconds", "Forward passes of one prompt", REQUEST_BUCKETS_S
+        )
+        self.layer_seconds = self._histogram(
+            "winnow_prefill_layer_seconds", "One layer of one prompt", TOKEN_BUCKETS_S
+        )
+        self.failures = self._counter(
+            "winnow_prefill_failures",
+            "Prefills begun and not delivered, by error code",
+            "reason",
+            ERROR_CODES,
+        )
+        self.device_memory_bytes = self._gauge(
+            "winnow_device_memory_bytes",
+            "Memory of the GPU that tensors take; 0 on a CPU, see process_resident_memory_bytes",
+        )
+
+    def _measure_transfers(self) -> None:
+        self.transfers_in_flight = self._gauge(
+            "winnow_transfers_in_flight", "Transfers begun and not ended"
+        )
+        self.transfer_seconds = self._histogram(
+            "winnow_transfer_seconds", "First frame sent to receipt", REQUEST_BUCKETS_S
+        )
+        self.exposed_transfer_seconds = self._histogram(
+            "winnow_exposed_transfer_seconds",
+            "End of compute to receipt: transfer that compute did not hide",
+            REQUEST_BUCKETS_S,
+        )
+        self.wire_bytes = self._counter("winnow_wire_bytes", "Bytes of all frames sent to decode")
+        self.kv_full_bytes = self._histogram(
+            "winnow_kv_full_bytes", "Keys and values of every token of a prompt", BYTES_BUCKETS
+        )
+        self.kv_kept_bytes = self._histogram(
+            "winnow_kv_kept_bytes", "Keys and values of a prompt that were sent", BYTES_BUCKETS
+        )
+
+    def _measure_pruning(self) -> None:
+        self.selection_layer = self._histogram(
+            "winnow_selection_layer",
+            "Layer after which only selected tokens went on",
+            LAYER_BUCKETS,
+            _METHOD,
+        )
+        self.no_selection = self._counter(
+            "winnow_no_selection", "Prompts without selection", "reason", NO_SELECTION_REASONS
+        )
+        self.selection_rho = self._histogram(
+            "winnow_selection_rho",
+            "Relative rank variance at the layer where ASL selected",
+            RHO_BUCKETS,
+            _METHOD,
+        )
+        self.computed_ratio = self._histogram(
+            "winnow_computed_ratio",
+            "Layer-tokens computed of all, 0 to 1; to 2 where a method computes twice",
+            (*RATIO_BUCKETS, 1.25, 1.5, 1.75, 2),
+            _METHOD,
+        )
+        self.kv_kept_ratio = self._histogram(
+            "winnow_kv_kept_ratio", "Keys and values sent, of all", RATIO_BUCKETS, _METHOD
+        )
+        self.tokens_kept = self._counter(
+            "winnow_tokens_kept",
+            "Tokens whose KV was kept, averaged over layers and heads",
+            "stage",
+            ("prefill",),
+        )
+        self.tokens_dropped = self._counter(
+            "winnow_tokens_dropped",
+            "Tokens whose KV was dropped, averaged over layers and heads",
+            "stage",
+            ("prefill",),
+        )
+        for method in METHODS:
+            for histogram in (
+                self.selection_layer,
+                self.selection_rho,
+                self.computed_ratio,
+                self.kv_kept_ratio,
+            ):
+                histogram.labels(method)
+
+    def observe(self, outcome: PrefillOutcome, method: str, shape: ModelShape) -> None:
+        """Count one prompt whose KV is in place."""
+        timings, report = outcome.timings, outcome.report
+        self.queue_seconds.observe(timings.queue_s)
+        self.compute_seconds.observe(timings.compute_s)
+        self.transfer_seconds.observe(timings.transfer_s)
+        self.exposed_transfer_seconds.observe(timings.exposed_transfer_s)
+        self.wire_bytes.inc(timings.wire_bytes)
+        self.kv_full_bytes.observe(report.kv_bytes_full)
+        self.kv_kept_bytes.observe(report.kv_bytes_kept)
+        self.computed_ratio.labels(method).observe(report.computed_share)
+        self.kv_kept_ratio.labels(method).observe(report.kv_bytes_kept / report.kv_bytes_full)
+        self._count_tokens(report, shape)
+        self._observe_selection(report, method)
+
+    def _count_tokens(self, report: PrefillReport, shape: ModelShape) -> None:
+        kept = sum(report.layer_entries) / (shape.num_layers * shape.num_kv_heads)
+        self.tokens_kept.labels("prefill").inc(kept)
+        self.tokens_dropped.labels("prefill").inc(report.num_prompt_tokens - kept)
+
+    def _observe_selection(self, report: PrefillReport, method: str) -> None:
+        layer = report.selection_layer
+        if layer is not None:
+            self.selection_layer.labels(method).observe(layer)
+            if layer in (rho := dict(report.rho)):
+                self.selection_rho.labels(method).observe(rho[layer])
+        if report.no_selection_reason is not None:
+            self.no_selection.labels(report.no_selection_reason).inc()
