@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test packages check format bench train proto lock clean setup
+.PHONY: demo test packages check format bench train docs proto lock clean setup
 
 setup: $(STAMP)
 
@@ -24,8 +24,8 @@ demo: $(STAMP)
 test: $(STAMP) packages
 	$(BIN)/python -m pytest
 
-# The tests talk to a real Redis and look at pages in a real browser.
-PROGRAMS := redis-server chromium
+# The tests talk to a real Redis and a real Prometheus, and look at pages in a real browser.
+PROGRAMS := redis-server chromium prometheus
 packages:
 	@missing=""; for program in $(PROGRAMS); do \
 		command -v $$program >/dev/null || missing="$$missing $$program"; done; \
@@ -53,6 +53,11 @@ bench: $(STAMP)
 
 train: $(STAMP)
 	$(BIN)/python -m training.train
+
+# What is made from the code: the table of metrics, the Grafana dashboards.
+docs: $(STAMP)
+	$(BIN)/python -m services.metrics_page > docs/metrics.md
+	$(BIN)/python -m deploy.grafana.build
 
 proto: $(STAMP)
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. \

@@ -44,6 +44,7 @@ class Answer(Response):
             if events.started:
                 await events.fail(failure)
                 return
+            self._gateway.metrics.requests_refused.labels(failure.code).inc()
             response = error_response(failure)
         if response is not None:
             response.headers["x-request-id"] = self._asked.ask.request_id

@@ -20,7 +20,7 @@ from services.gateway.gateway import Gateway
 from services.gateway.grpc_asks import ask_from_proto
 from services.gateway.grpc_format import delta_to_proto, usage_to_proto
 from services.gateway.http_errors import as_winnow_error
-from winnow.errors import InvalidRequest, InvalidSetting
+from winnow.errors import InvalidSetting
 from winnow.v1 import inference_pb2 as pb
 from winnow.v1.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
 
@@ -94,13 +94,15 @@ class _Inference(InferenceServicer):
         self, request: pb.CompleteRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.CompleteResponse]:
         """Chunks as text is generated, then one with the usage; or one typed error."""
+        started = False
         try:
             async with aclosing(self._responses(request)) as responses:
                 async for response in responses:
+                    started = True
                     yield response
         except Exception as error:  # whatever it is, the client gets one typed error
             failure = as_winnow_error(error)
-            if isinstance(failure, InvalidRequest):
+            if not started:
                 self._gateway.metrics.requests_refused.labels(failure.code).inc()
             await abort_aio(context, failure)
 

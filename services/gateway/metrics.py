@@ -33,7 +33,7 @@ class GatewayMetrics(Metrics):
         )
         self.requests_refused = self._counter(
             "winnow_requests_refused",
-            "Requests answered with an error before any token, by error code",
+            "Requests answered with an error instead of tokens, by error code",
             "reason",
             ERROR_CODES,
         )

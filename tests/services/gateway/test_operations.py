@@ -91,6 +91,8 @@ async def test_without_memory_a_request_is_told_to_try_again(
         assert refused.headers["retry-after"] == "1"
         error = refused.json()["error"]
         assert (error["type"], error["code"]) == ("rate_limit_error", "overloaded")
+        metrics = (await service.http.get("/metrics")).text
+        assert value(metrics, "winnow_requests_refused_total", reason="overloaded") == 1
         await service.until_idle()
 
 

@@ -1,0 +1,1 @@
+"""What operators are given works: alerts, dashboards, charts."""

@@ -1,0 +1,202 @@
+"""A real Prometheus scrapes a real service under load; dashboards and alerts find their data."""
+
+import json
+import math
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from deploy.grafana.build import DASHBOARDS, FOLDER, to_json
+from services.metrics_page import ROLES, render_page
+from tests.deploy.test_alerts import ROOT
+from tests.e2e.winnow_process import WinnowServe
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+
+PROMPT = "the quick brown fox jumps over the lazy dog " * 20
+LOAD_S = 12.0
+HISTOGRAM_ENDS = ("_bucket", "_sum", "_count")
+FOREIGN = {"process_cpu_seconds_total", "process_resident_memory_bytes"}
+
+
+class Prometheus:
+    """A Prometheus with the shipped configuration, at a faster pace."""
+
+    def __init__(self, folder: Path, targets_url: str) -> None:
+        config = (ROOT / "deploy/prometheus/prometheus.yaml").read_text()
+        config = config.replace("http://gateway:8000/metrics/targets", targets_url)
+        config = re.sub(r"interval: 15s", "interval: 1s", config)
+        (folder / "prometheus.yaml").write_text(config)
+        rules = (ROOT / "deploy/prometheus/alerts.yaml").read_text()
+        (folder / "alerts.yaml").write_text(rules)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        with (folder / "log.txt").open("w") as log:
+            self.process = subprocess.Popen(
+                [
+                    "prometheus",
+                    f"--config.file={folder / 'prometheus.yaml'}",
+                    f"--storage.tsdb.path={folder / 'data'}",
+                    f"--web.listen-address={self.url.removeprefix('http://')}",
+                ],
+                stderr=log,
+            )
+
+    def get(self, path: str, **parameters: str) -> Any:
+        answer = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=10).json()
+        assert answer["status"] == "success", answer
+        return answer["data"]
+
+    def query(self, expression: str) -> list[float]:
+        found = self.get("query", query=expression)["result"]
+        return [float(series["value"][1]) for series in found]
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def service(
+    tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    pruning = ("select_tokens=128", "kv_budget=64", "min_layer=1", "observed_layers=1")
+    flags = [flag for change in pruning for flag in ("--pruning", change)]
+    arguments = ["--model", str(tiny_models["qwen2"]), "--port", "0", "--grpc-port", "0", *flags]
+    serve = WinnowServe(
+        tmp_path_factory.mktemp("serve"), [*arguments, "--kv-memory-bytes", "64MiB"]
+    )
+    try:
+        yield serve.wait_until_ready()
+    finally:
+        serve.kill()
+
+
+@pytest.fixture(scope="module")
+def prometheus(service: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """After some seconds of load, while it goes on."""
+    prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), f"{service}/metrics/targets")
+    try:
+        with ThreadPoolExecutor(3) as threads:
+            until_s = time.monotonic() + LOAD_S
+            for done in [threads.submit(_ask_until, service, until_s, i) for i in range(3)]:
+                done.result()
+        yield prometheus
+    finally:
+        prometheus.stop()
+
+
+def _ask_until(url: str, until_s: float, number: int) -> None:
+    """Long and short prompts, each method's own path, an answer long enough to be cut back."""
+    settings = [
+        {"threshold": 1e6},
+        {"threshold": 0.0},
+        {"method": "snapkv", "decode_budget": 48, "recompress_interval": 8},
+    ]
+    with httpx.Client(base_url=url, timeout=60) as http:
+        while time.monotonic() < until_s:
+            body = {"model": "qwen2", "prompt": PROMPT, "max_tokens": 60, "ignore_eos": True}
+            answer = http.post("/v1/completions", json=body | {"winnow": settings[number]})
+            assert answer.is_success, answer.text
+
+
+def _evaluable(expression: str) -> str:
+    """As Grafana fills it in, everything picked."""
+    for name, value in {"$model": ".*", "$worker": ".*", "$__rate_interval": "30s"}.items():
+        expression = expression.replace(name, value)
+    return expression
+
+
+def _panels() -> Iterator[tuple[str, str]]:
+    for path in sorted(FOLDER.glob("*.json")):
+        dashboard = json.loads(path.read_text())
+        for panel in dashboard["panels"]:
+            for target in panel.get("targets", ()):
+                yield f"{dashboard['title']} / {panel['title']}", target["expr"]
+
+
+def _names(expression: str) -> set[str]:
+    """Metrics that a query names, without the ends that histograms add."""
+    found = set(re.findall(r"\b((?:winnow|process)_\w+)", expression)) - FOREIGN
+    return {_family(name) for name in found}
+
+
+def _family(name: str) -> str:
+    for end in HISTOGRAM_ENDS:
+        if name.removesuffix(end) in KNOWN:
+            return name.removesuffix(end)
+    return name
+
+
+KNOWN = {metric.name for role in ROLES for metric in role("").described}
+
+
+def test_every_process_is_scraped(prometheus: Prometheus) -> None:
+    targets = prometheus.get("targets")["activeTargets"]
+    assert [target["health"] for target in targets] == ["up"] * 3
+    assert all(target["labels"]["worker"] for target in targets)
+    roles = prometheus.get("query", query="winnow_build_info")["result"]
+    assert {info["metric"]["role"] for info in roles} == {"gateway", "prefill", "decode"}
+
+
+def test_promtool_finds_no_fault_with_the_metrics(prometheus: Prometheus) -> None:
+    for target in prometheus.get("targets")["activeTargets"]:
+        text = httpx.get(target["scrapeUrl"]).content
+        done = subprocess.run(
+            ["promtool", "check", "metrics"], input=text, capture_output=True, check=False
+        )
+        complaints = [
+            line
+            for line in (done.stdout + done.stderr).decode().splitlines()
+            if line.startswith("winnow_") and not line.split()[0].endswith("_created")
+        ]
+        assert complaints == []
+
+
+def test_what_is_documented_is_scraped_and_the_reverse(prometheus: Prometheus) -> None:
+    scraped = set(prometheus.get("label/__name__/values"))
+    ours = {_family(n) for n in scraped if re.match(r"winnow_(?!.*(_created|:))", n)}
+    assert ours == KNOWN
+
+
+@pytest.mark.parametrize(("panel", "expression"), list(_panels()))
+def test_every_panel_shows_data(prometheus: Prometheus, panel: str, expression: str) -> None:
+    assert _names(expression) <= KNOWN
+    values = prometheus.query(_evaluable(expression))
+    assert any(not math.isnan(value) for value in values), f"{panel}: {values}"
+
+
+def test_alerts_name_metrics_that_exist_and_are_silent(prometheus: Prometheus) -> None:
+    groups = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yaml").read_text())["groups"]
+    for rule in [rule for group in groups for rule in group["rules"]]:
+        assert _names(rule["expr"]) <= KNOWN
+    rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
+    assert {rule["health"] for rule in rules} == {"ok"}
+    assert {rule["name"] for rule in rules if rule.get("state") == "firing"} == set()
+
+
+def test_pruning_is_what_the_dashboard_says(prometheus: Prometheus) -> None:
+    full, kept = (prometheus.query(f"sum(winnow_kv_{k}_bytes_sum)")[0] for k in ("full", "kept"))
+    assert 0 < kept < full
+    assert prometheus.query("sum(winnow_recompressions_total)")[0] > 0
+    assert prometheus.query('sum(winnow_tokens_dropped_total{stage="decode"})')[0] > 0
+    selected = prometheus.query('sum(winnow_selection_layer_count{method="asl"})')[0]
+    assert selected > 0
+    assert prometheus.query('winnow_no_selection_total{reason="threshold_not_met"}')[0] > 0
+
+
+def test_generated_files_are_the_codes() -> None:
+    assert (ROOT / "docs/metrics.md").read_text() == render_page()
+    for dashboard in DASHBOARDS:
+        assert (FOLDER / f"{dashboard.uid}.json").read_text() == to_json(dashboard)
+    assert len(list(FOLDER.glob("*.json"))) == len(DASHBOARDS)
