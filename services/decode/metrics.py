@@ -21,6 +21,9 @@ class DecodeMetrics(Metrics):
         self.pages_reserved = self._gauge(
             "winnow_kv_pages_reserved", "Pages promised to admitted requests"
         )
+        self.kv_used_ratio = self._gauge(
+            "winnow_kv_used_ratio", "Pages with entries, of all; what a pool is scaled by"
+        )
         self.kv_bytes = self._gauge("winnow_kv_resident_bytes", "Keys and values held")
         self.kv_unpruned_bytes = self._gauge(
             "winnow_kv_unpruned_bytes", "Keys and values that the same sequences have unpruned"

@@ -131,6 +131,7 @@ class DecodeWorker:
         metrics = self.metrics
         metrics.pages_total.set_function(lambda: engine.stats().pool.pages_total)
         metrics.pages_used.set_function(lambda: engine.stats().pool.pages_used)
+        metrics.kv_used_ratio.set_function(lambda: engine.stats().pool.used_ratio)
         metrics.pages_reserved.set_function(lambda: engine.stats().pool.pages_reserved)
         metrics.kv_bytes.set_function(lambda: engine.stats().pool.kv_bytes_used)
         metrics.kv_unpruned_bytes.set_function(lambda: engine.stats().kv_unpruned_bytes)

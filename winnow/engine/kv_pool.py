@@ -51,6 +51,11 @@ class PoolStats:
     page_size: int
     kv_bytes_used: int
 
+    @property
+    def used_ratio(self) -> float:
+        """Pages holding entries, of all."""
+        return self.pages_used / self.pages_total
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:

@@ -107,6 +107,7 @@ async def test_draining_lets_what_runs_finish_and_admits_nothing(
         while not (await client.status()).draining:
             pass
         assert await health(worker) == NOT_SERVING
+        assert await health(worker, "grpc.health.v1.Health") == SERVING
         refused = client.generate(client.request("r2"))
         error = await error_of(refused)
         assert isinstance(error, NoDecodeWorker)

@@ -1,0 +1,267 @@
+"""The Helm chart renders what Kubernetes takes, for every example and every switch."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from services.common.settings import Settings
+
+CHART = Path(__file__).parents[2] / "k8s" / "winnow"
+EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
+VERSIONS = ("1.27", "1.30", "1.34", "1.37")
+CUSTOM = {"ray.io", "monitoring.coreos.com", "keda.sh", "gateway.networking.k8s.io"}
+SWITCHES: dict[str, list[str]] = {
+    "everything": [
+        "gateway.ingress.enabled=true",
+        "gateway.ingress.host=winnow.example.org",
+        "gateway.ingress.className=nginx",
+        "gateway.ingress.tlsSecret=tls",
+        "gateway.httpRoute.enabled=true",
+        "gateway.httpRoute.parentRefs[0].name=edge",
+        "model.volume.size=10Gi",
+        "model.volume.storageClassName=fast",
+        "monitoring.podMonitor=true",
+        "monitoring.prometheusRule=true",
+        "monitoring.dashboards=true",
+        "prefill.autoscaling.kind=hpa",
+        "decode.autoscaling.kind=hpa",
+    ],
+    "keda": ["prefill.autoscaling.kind=keda", "decode.autoscaling.kind=keda"],
+    "ray": ["mode=rayservice", "prefill.replicas=3"],
+    "ray with Redis of its own": [
+        "mode=rayservice",
+        "redis.existingSecret=ours",
+        "ray.gcsRedisAddress=redis://ours:6379",
+    ],
+    "external Redis": ["redis.existingSecret=ours"],
+    "bare": ["networkPolicy.enabled=false", "serviceAccount.create=false"],
+    "claim": ["model.volume.existingClaim=models", "model.source=/models/x"],
+    "settings": ["settings.request_timeout_s=600", "pruning.kv_budget=64", "model.name=tiny"],
+}
+CASES = {path.stem: ["-f", str(path)] for path in EXAMPLES} | {
+    name: [flag for change in changes for flag in ("--set", change)]
+    for name, changes in SWITCHES.items()
+}
+
+
+def helm(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    own = Path(sys.executable).parent / "helm"  # where `make packages` puts it
+    program = str(own) if own.exists() else shutil.which("helm")
+    assert program is not None, "helm is missing: run `make packages`"
+    environment = os.environ | {"HELM_CACHE_HOME": "/tmp/helm-cache"}
+    return subprocess.run(
+        [program, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=environment,
+    )
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def rendered(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    done = helm("template", "release", str(CHART), "--namespace", "ns", *CASES[request.param])
+    assert done.returncode == 0, done.stderr
+    return [manifest for manifest in yaml.safe_load_all(done.stdout) if manifest]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_lints(name: str) -> None:
+    done = helm("lint", "--strict", str(CHART), *CASES[name])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_kubernetes_takes_it(rendered: list[dict[str, Any]], version: str) -> None:
+    for manifest in rendered:
+        if manifest["apiVersion"].split("/")[0] not in CUSTOM:
+            kubernetes_validate.validate(manifest, version, strict=True)
+    for _, template in pod_templates(rendered):
+        pod = {"apiVersion": "v1", "kind": "Pod", **template}
+        pod["metadata"] = {"name": "p", **pod["metadata"]}
+        kubernetes_validate.validate(pod, version, strict=True)
+
+
+def pod_templates(manifests: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every pod that the chart runs, wherever it stands."""
+    for manifest in manifests:
+        spec, kind = manifest.get("spec", {}), manifest["kind"]
+        if kind in ("Deployment", "StatefulSet"):
+            yield kind, spec["template"]
+        elif kind == "Pod":
+            yield kind, {"metadata": manifest["metadata"], "spec": spec}
+        elif kind == "RayService":
+            cluster = spec["rayClusterConfig"]
+            for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+                yield kind, group["template"]
+
+
+def containers(
+    manifests: list[dict[str, Any]],
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    for kind, template in pod_templates(manifests):
+        for container in template["spec"]["containers"]:
+            yield kind, template, container
+
+
+def test_every_container_is_probed_bounded_and_confined(rendered: list[dict[str, Any]]) -> None:
+    for kind, template, container in containers(rendered):
+        assert container["resources"]["requests"].keys() >= {"cpu", "memory"}
+        assert "memory" in container["resources"]["limits"]
+        context = container["securityContext"]
+        assert context["readOnlyRootFilesystem"]
+        assert not context["allowPrivilegeEscalation"]
+        assert context["capabilities"] == {"drop": ["ALL"]}
+        pod = template["spec"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["enableServiceLinks"] is False  # else WINNOW_PORT is the cluster's
+        if kind != "Pod":
+            assert container.keys() >= {"startupProbe", "livenessProbe", "readinessProbe"}
+
+
+def test_selectors_find_pods(rendered: list[dict[str, Any]]) -> None:
+    labels = [template["metadata"]["labels"] for _, template in pod_templates(rendered)]
+
+    def found(selector: dict[str, str]) -> bool:
+        return any(selector.items() <= own.items() for own in labels)
+
+    for manifest in rendered:
+        spec, kind = manifest.get("spec", {}), manifest["kind"]
+        if kind == "Service":
+            assert found(spec["selector"]), manifest["metadata"]["name"]
+        elif kind in ("Deployment", "StatefulSet"):
+            chosen = spec["selector"]["matchLabels"]
+            assert chosen.items() <= spec["template"]["metadata"]["labels"].items()
+        elif kind in ("PodDisruptionBudget", "PodMonitor"):
+            assert found(spec["selector"]["matchLabels"])
+        elif kind == "NetworkPolicy":
+            assert found(spec["podSelector"]["matchLabels"])
+
+
+def test_whatever_is_named_exists(rendered: list[dict[str, Any]]) -> None:
+    names = {(m["kind"], m["metadata"]["name"]) for m in rendered}
+    given = {("Secret", "ours"), ("PersistentVolumeClaim", "models"), ("ServiceAccount", "default")}
+    ports = {
+        (template["metadata"]["labels"]["app.kubernetes.io/component"], port["name"])
+        for _, template, container in containers(rendered)
+        for port in container.get("ports", ())
+    }
+    for _, template, container in containers(rendered):
+        assert ("ServiceAccount", template["spec"]["serviceAccountName"]) in names | given
+        for variable in container.get("env", ()):
+            source = variable.get("valueFrom", {}).get("secretKeyRef")
+            assert source is None or ("Secret", source["name"]) in names | given
+        volumes = {volume["name"]: volume for volume in template["spec"].get("volumes", ())}
+        assert {mount["name"] for mount in container.get("volumeMounts", ())} <= volumes.keys()
+        for volume in volumes.values():
+            claim = volume.get("persistentVolumeClaim", {}).get("claimName")
+            assert claim is None or ("PersistentVolumeClaim", claim) in names | given
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            used = container.get(probe, {})
+            numbers = {port["containerPort"] for port in container.get("ports", ())}
+            assert "grpc" not in used or used["grpc"]["port"] in numbers
+    for manifest in rendered:
+        if manifest["kind"] == "Service":
+            component = manifest["spec"]["selector"]["app.kubernetes.io/component"]
+            for port in manifest["spec"]["ports"]:
+                assert (component, port["targetPort"]) in ports
+        if manifest["kind"] in ("HorizontalPodAutoscaler", "ScaledObject"):
+            target = manifest["spec"]["scaleTargetRef"]
+            assert (target["kind"], target["name"]) in names
+        if manifest["kind"] == "Ingress":
+            backend = manifest["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"]
+            assert ("Service", backend["name"]) in names
+
+
+def test_every_setting_is_one_of_winnows(rendered: list[dict[str, Any]]) -> None:
+    """Winnow refuses unknown variables, so a wrong one would keep pods from starting."""
+    known = {f"WINNOW_{name.upper()}" for name in Settings.model_fields}
+    for _, _, container in containers(rendered):
+        set_here = [v["name"] for v in container.get("env", ()) if v["name"].startswith("WINNOW_")]
+        assert set(set_here) <= known
+        assert len(set_here) == len(set(set_here))
+
+
+def test_only_gateway_and_prefill_reach_decode() -> None:
+    done = helm("template", "r", str(CHART))
+    policies = [m for m in yaml.safe_load_all(done.stdout) if m and m["kind"] == "NetworkPolicy"]
+    (decode,) = [p for p in policies if p["metadata"]["name"] == "r-winnow-decode"]
+    inner, metrics = decode["spec"]["ingress"]
+    peers = [p["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for p in inner["from"]]
+    assert peers == ["serve", "head"]
+    assert inner["ports"] == [{"port": "grpc"}, {"port": "kv"}]
+    assert metrics["ports"] == [{"port": "metrics"}]
+
+
+def test_a_pod_outlives_its_drain_and_its_lease() -> None:
+    done = helm("template", "r", str(CHART), "--set", "decode.drainTimeoutSeconds=77")
+    manifests = [m for m in yaml.safe_load_all(done.stdout) if m]
+    (decode,) = [m for m in manifests if m["kind"] == "StatefulSet"]
+    pod = decode["spec"]["template"]["spec"]
+    variables = {v["name"]: v.get("value") for v in pod["containers"][0]["env"]}
+    drain_s, lease_s = (float(variables[f"WINNOW_{n}_S"]) for n in ("DRAIN_TIMEOUT", "LEASE"))
+    assert drain_s == 77
+    assert pod["terminationGracePeriodSeconds"] > drain_s + lease_s
+
+
+def test_alerts_and_dashboards_are_the_shared_ones() -> None:
+    done = helm("template", "r", str(CHART), "-f", str(CHART / "examples/gpu-node.yaml"))
+    manifests = [m for m in yaml.safe_load_all(done.stdout) if m]
+    (rule,) = [m for m in manifests if m["kind"] == "PrometheusRule"]
+    alerts = CHART.parents[1] / "deploy/prometheus/alerts.yaml"
+    assert rule["spec"] == yaml.safe_load(alerts.read_text())
+    shown = {
+        name: json.loads(text)
+        for m in manifests
+        if m["kind"] == "ConfigMap"
+        for name, text in m["data"].items()
+    }
+    folder = CHART.parents[1] / "deploy/grafana/dashboards"
+    assert shown == {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        (["mode=magic"], "/mode"),
+        (["decode.replicas=0"], "/decode/replicas"),
+        (["decode.replica=2"], "replica"),
+        (["redis.enabled=false"], "/redis/existingSecret"),
+        (["gateway.ingress.enabled=true"], "/gateway/ingress/host"),
+        (["gateway.httpRoute.enabled=true"], "/gateway/httpRoute/parentRefs"),
+        (["settings.port=3"], "port"),
+        (["model.device=tpu"], "/model/device"),
+        (["decode.kvMemoryBytes=lots"], "/decode/kvMemoryBytes"),
+        (["mode=rayservice", "redis.existingSecret=s"], "ray.gcsRedisAddress is needed"),
+    ],
+)
+def test_bad_values_are_refused_by_name(changes: list[str], complaint: str) -> None:
+    flags = itertools.chain.from_iterable(("--set", change) for change in changes)
+    done = helm("template", "r", str(CHART), *flags)
+    assert done.returncode != 0
+    assert complaint in done.stderr
+
+
+def test_every_value_is_described() -> None:
+    text = (CHART / "README.md").read_text()
+
+    def paths(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+        for name, value in values.items():
+            nested = isinstance(value, dict) and value and name not in ("resources", "autoscaling")
+            yield from paths(value, f"{prefix}{name}.") if nested else (f"{prefix}{name}",)
+
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    assert [path for path in paths(values) if f"`{path}`" not in text] == []
