@@ -25,7 +25,7 @@ test: $(STAMP) packages $(BIN)/helm
 	$(BIN)/python -m pytest
 
 # The tests talk to a real Redis and a real Prometheus, and look at pages in a real browser.
-PROGRAMS := redis-server chromium prometheus
+PROGRAMS := redis-server chromium prometheus docker-compose
 packages:
 	@missing=""; for program in $(PROGRAMS); do \
 		command -v $$program >/dev/null || missing="$$missing $$program"; done; \
@@ -78,6 +78,9 @@ lock:
 	uv pip compile pyproject.toml --extra dev --generate-hashes --no-emit-index-url \
 		--no-emit-find-links --no-emit-package torch -q \
 		-c constraints.txt -o requirements.lock
+	uv pip compile pyproject.toml --generate-hashes --no-emit-index-url \
+		--no-emit-find-links --no-emit-package torch -q \
+		-c constraints.txt -c requirements.lock -o deploy/requirements.lock
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -50,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(_add_command(commands, "generate", "answer one prompt in this process"))
     _add_explain(_add_command(commands, "explain", "show on a page what was kept of one prompt"))
     _add_eval(_add_command(commands, "eval", "measure how well pruned prompts are answered"))
+    health = commands.add_parser("health", help="ask whether a gateway or a worker serves")
+    health.add_argument("target", help="http://HOST:PORT/ready, or a decode worker's HOST:PORT")
+    health.set_defaults(run=_health)
     return parser
 
 
@@ -146,6 +149,12 @@ def _decode(args: argparse.Namespace) -> None:
     settings = _settings(args)
     configure_logging(settings.log_level, settings.log_format)
     asyncio.run(run_decode(settings))
+
+
+def _health(args: argparse.Namespace) -> None:
+    from services.health import check  # noqa: PLC0415 - loads gRPC
+
+    check(args.target)
 
 
 def _generate(args: argparse.Namespace) -> None:

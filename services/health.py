@@ -1,0 +1,44 @@
+"""`winnow health`: whether a process of Winnow answers, as health checks of containers ask."""
+
+import grpc
+import httpx
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from winnow.errors import WinnowError
+
+TIMEOUT_S = 4.0
+
+
+class Unhealthy(WinnowError):
+    """What was asked does not answer, or says that it does not serve."""
+
+
+def check(target: str) -> None:
+    """Asks a gateway's URL, like http://host:8000/ready, or a decode worker's host:port.
+
+    Raises Unhealthy.
+    """
+    if target.startswith(("http://", "https://")):
+        _check_http(target)
+    else:
+        _check_grpc(target)
+
+
+def _check_http(url: str) -> None:
+    try:
+        response = httpx.get(url, timeout=TIMEOUT_S)
+    except httpx.HTTPError as error:
+        raise Unhealthy(f"{url} does not answer: {error}") from error
+    if not response.is_success:
+        raise Unhealthy(f"{url} answers with status {response.status_code}")
+
+
+def _check_grpc(address: str) -> None:
+    with grpc.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        try:
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise Unhealthy(f"{address} does not answer: {error.code().name}") from error
+    if answer.status != health_pb2.HealthCheckResponse.SERVING:
+        raise Unhealthy(f"{address} does not take requests")
