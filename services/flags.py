@@ -21,7 +21,15 @@ _WORKER = {
         "lease_s",
         "kv_lease_s",
     ),
-    "Process": ("num_threads", "namespace", "drain_timeout_s", "log_level", "log_format"),
+    "Process": (
+        "num_threads",
+        "namespace",
+        "drain_timeout_s",
+        "log_level",
+        "log_format",
+        "otlp_endpoint",
+        "trace_sample_ratio",
+    ),
 }
 DECODE_GROUPS: Mapping[str, Sequence[str]] = _WORKER
 SERVE_GROUPS: Mapping[str, Sequence[str]] = {
@@ -65,7 +73,7 @@ _METAVARS = {
     "host": "ADDRESS",
     "model": "MODEL",
 }
-_WORDS = ("model_name", "namespace", "device", "dtype", "log_level", "log_format")
+_WORDS = ("otlp_endpoint", "model_name", "namespace", "device", "dtype", "log_level", "log_format")
 
 
 def add_settings_flags(

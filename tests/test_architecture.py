@@ -26,6 +26,7 @@ DOORS = {
     "fastapi": ("services/gateway/",),
     "redis": ("services/common/registry.py",),
     "prometheus_client": ("services/common/metrics.py",),
+    "opentelemetry": ("services/common/tracing.py",),
     "transformers": (
         "winnow/models.py",
         "winnow/model_files.py",

@@ -210,6 +210,7 @@ class PrefillJob:
 
     attempt counts from 1; decode refuses frames of an attempt older than one it has seen.
     deadline_s is seconds from the moment the job is received.
+    trace_context is the W3C traceparent of the request; empty where it is not traced.
     """
 
     request_id: str
@@ -218,6 +219,7 @@ class PrefillJob:
     pruning: PruningSettings
     kv_address: str
     deadline_s: float
+    trace_context: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,7 +143,16 @@ class Settings(BaseModel):
     )
     drain_timeout_s: Seconds = Field(30, description="running requests may end within this time")
 
-    # Logs
+    # Logs and traces
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="collector of traces, OTLP over HTTP, like http://collector:4318 "
+        "(default: no traces)",
+    )
+    trace_sample_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="share of requests that are traced, of those that bring no trace"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="debug, info, warning or error and above"
     )

@@ -10,6 +10,7 @@ from grpc.aio import ServicerContext
 
 from services.common.messages import report_to_proto, tokens_to_proto
 from services.common.rpc import abort_aio
+from services.common.tracing import Span, context_in, span
 from services.decode.active_request import ActiveRequest, Event, KVArrived
 from services.decode.admission import Admission
 from services.decode.metrics import DecodeMetrics
@@ -58,8 +59,10 @@ class GenerateServicer(DecodeServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: ServicerContext) -> None:
         """Ends with OK after the last token, or with one typed error; frees all in any case."""
+        parent = context_in(context.invocation_metadata())
         try:
-            await self._generate(request, context)
+            with span("decode", parent, is_server=True, prompt=request.request_id) as own:
+                await self._generate(request, context, own)
         except WinnowError as error:
             logger.info("failed: %s", error, extra={"request_id": request.request_id})
             await abort_aio(context, error)
@@ -67,7 +70,9 @@ class GenerateServicer(DecodeServicer):
             logger.exception("Generate broke", extra={"request_id": request.request_id})
             await abort_aio(context, EngineFailed(f"the decode worker broke: {error}"))
 
-    async def _generate(self, message: pb.GenerateRequest, context: ServicerContext) -> None:
+    async def _generate(
+        self, message: pb.GenerateRequest, context: ServicerContext, own: Span
+    ) -> None:
         fingerprint = self._engine.model.fingerprint
         if message.model_fingerprint != fingerprint:
             raise ModelMismatch(
@@ -76,8 +81,10 @@ class GenerateServicer(DecodeServicer):
             )
         request = self._admission.admit(spec_from_request(message, self._engine.model.vocab_size))
         try:
+            own.add_event("admitted")
             await context.write(pb.GenerateEvent(admitted=self._admitted(request)))
             arrived = await self._next_before_lease_ends(request)
+            own.add_event("KV in place")
             await context.write(_event_to_proto(arrived))
             await _stream_tokens(request, context)
         finally:

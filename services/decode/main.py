@@ -5,6 +5,7 @@ import logging
 import signal
 
 from services.common.settings import Settings
+from services.common.tracing import configure_tracing
 from services.decode.worker import DecodeWorker
 
 logger = logging.getLogger(__name__)
@@ -19,6 +20,7 @@ async def run_decode(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, number)
+    configure_tracing(settings.otlp_endpoint, settings.trace_sample_ratio, "decode")
     worker = DecodeWorker(settings)
     await worker.start()
     try:

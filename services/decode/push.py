@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 
 from services.common.rpc import abort, server_options
+from services.common.tracing import context_in, span
 from services.decode.active_request import ActiveRequest
 from services.decode.admission import Admission
 from services.decode.metrics import DecodeMetrics
@@ -80,7 +81,8 @@ class KvReceiver:
 
     def _push(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         try:
-            with self._lent_buffer() as buffer:
+            parent = context_in(context.invocation_metadata())
+            with span("kv.receive", parent, is_server=True), self._lent_buffer() as buffer:
                 return self._receive(frames, context, buffer)
         except WinnowError as error:
             self._metrics.transfers_failed.labels(error.code).inc()

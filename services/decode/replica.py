@@ -9,6 +9,7 @@ from ray import serve
 from services.common.logs import configure_logging
 from services.common.ray_registry import reachable_host
 from services.common.settings import Settings
+from services.common.tracing import configure_tracing
 from services.decode.worker import DecodeWorker
 
 
@@ -18,6 +19,7 @@ class Decode:
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         configure_logging(settings.log_level, settings.log_format)
+        configure_tracing(settings.otlp_endpoint, settings.trace_sample_ratio, "decode")
         self._settings = settings
         self._worker = DecodeWorker(_reachable(settings))
         await self._worker.start()

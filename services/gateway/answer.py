@@ -26,11 +26,18 @@ _ERROR_TIMEOUT_S = 5.0
 class Answer(Response):
     """Runs the request while it answers; a client that goes away ends it at once."""
 
-    def __init__(self, gateway: Gateway, asked: OpenAIAsk, answer_format: AnswerFormat) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        asked: OpenAIAsk,
+        answer_format: AnswerFormat,
+        trace_context: str,
+    ) -> None:
         super().__init__()
         self._gateway = gateway
         self._asked = asked
         self._format = answer_format
+        self._trace_context = trace_context
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await _unless_disconnected(receive, self._answer(scope, receive, send))
@@ -52,7 +59,7 @@ class Answer(Response):
 
     async def _run(self, events: "EventStream") -> Response | None:
         """The response that is still to be sent, once nothing is held for it any more."""
-        async with self._gateway.open(self._asked.ask) as completion:
+        async with self._gateway.open(self._asked.ask, self._trace_context) as completion:
             if self._asked.stream:
                 await self._stream(completion, events)
                 return None

@@ -17,6 +17,7 @@ from services.common.logs import configure_logging
 from services.common.ray_registry import reachable_host
 from services.common.registry import open_registry
 from services.common.settings import Settings, load_settings
+from services.common.tracing import configure_tracing
 from services.decode.replica import Decode
 from services.gateway.gateway import Gateway
 from services.gateway.grpc_api import GrpcServer
@@ -88,6 +89,7 @@ class GatewayReplica:
     ) -> None:
         """`decode` only makes its workers part of the application; the registry leads to them."""
         configure_logging(settings.log_level, settings.log_format)
+        configure_tracing(settings.otlp_endpoint, settings.trace_sample_ratio, "gateway")
         self._registry = await asyncio.to_thread(open_registry, settings)
         self._gateway = Gateway(settings, self._registry, HandlePrefiller(prefill))
         self._grpc: GrpcServer | None = None

@@ -101,7 +101,9 @@ class Completion:
             await run.finish()
 
 
-def prompt_runs(ask: Ask, service: Service, timeout_s: float) -> list[PromptRun]:
+def prompt_runs(
+    ask: Ask, service: Service, timeout_s: float, trace_context: str = ""
+) -> list[PromptRun]:
     """A run per prompt; all end within `timeout_s` seconds."""
     deadline_s = time.monotonic() + timeout_s
     return [
@@ -112,6 +114,7 @@ def prompt_runs(ask: Ask, service: Service, timeout_s: float) -> list[PromptRun]
                 num_sequences=ask.num_choices,
                 sampling=replace(ask.sampling, max_tokens=prompt.max_tokens),
                 pruning=ask.pruning,
+                trace_context=trace_context,
             ),
             service,
             deadline_s,

@@ -2,12 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from services.common.registry import MetricsTarget, Registry
 from services.common.settings import Settings
+from services.common.tracing import context_of, span
 from services.gateway.ask import Ask
 from services.gateway.completion import Completion, prompt_runs
 from services.gateway.lifecycle import PromptRun, Service
@@ -54,22 +55,38 @@ class Gateway:
         )
 
     @asynccontextmanager
-    async def open(self, ask: Ask) -> AsyncIterator[Completion]:
+    async def open(self, ask: Ask, trace_context: str = "") -> AsyncIterator[Completion]:
         """The request with KV memory reserved for all its prompts; leaving frees everything.
+
+        trace_context: the traceparent that the client sent, if any.
 
         Raises Overloaded or NoDecodeWorker if not all prompts can be admitted, DeadlineExceeded
         if the block takes longer than a request may.
         """
         timeout_s = self.settings.request_timeout_s
-        runs = prompt_runs(ask, self._service, timeout_s)
-        completion = Completion(ask, runs, self.model.tokenizer, self.metrics)
+        with span(
+            "completion",
+            trace_context,
+            is_server=True,
+            request_id=ask.request_id,
+            model=self.model.name,
+            prompts=len(ask.prompts),
+        ) as request_span:
+            runs = prompt_runs(ask, self._service, timeout_s, context_of(request_span))
+            completion = Completion(ask, runs, self.model.tokenizer, self.metrics)
+            async with self._admitted(completion, timeout_s):
+                yield completion
+
+    @asynccontextmanager
+    async def _admitted(self, completion: Completion, timeout_s: float) -> AsyncIterator[None]:
+        runs = completion.runs
         with Outcomes(completion, self.metrics):
             async with AsyncExitStack() as admitted:
                 for run in runs:
                     await admitted.enter_async_context(run)
                 async with _deadline(timeout_s):
                     await _admit_all(runs)
-                    yield completion
+                    yield
 
     async def readiness(self) -> Readiness:
         """Looks at the registry and at prefill now."""
@@ -101,7 +118,7 @@ async def _deadline(timeout_s: float) -> AsyncIterator[None]:
         raise DeadlineExceeded(f"the request did not end within {timeout_s:g} seconds") from error
 
 
-async def _admit_all(runs: list[PromptRun]) -> None:
+async def _admit_all(runs: Sequence[PromptRun]) -> None:
     """Admits the runs side by side; raises the first error after all have ended."""
     results = await asyncio.gather(*(run.admit() for run in runs), return_exceptions=True)
     for result in results:

@@ -8,6 +8,7 @@ import grpc.aio
 
 from services.common.messages import recompression_to_proto, sampling_to_proto
 from services.common.rpc import error_from_rpc
+from services.common.tracing import metadata_of
 from services.gateway.routing import Place, Router
 from winnow.errors import (
     ModelMismatch,
@@ -35,6 +36,7 @@ class PromptRequest:
     num_sequences: int
     sampling: SamplingParams
     pruning: PruningSettings
+    trace_context: str = ""  # a traceparent
 
 
 class Generation:
@@ -79,7 +81,7 @@ async def open_generation(
     refusals: list[WinnowError] = []
     for worker in await router.candidates():
         try:
-            return await _admit(router.enter(worker), message, deadline_s)
+            return await _admit(router.enter(worker), message, deadline_s, request.trace_context)
         except (Overloaded, NoDecodeWorker, ModelMismatch) as error:
             level = logging.DEBUG if isinstance(error, Overloaded) else logging.WARNING
             about = {"request_id": request.request_id}
@@ -97,8 +99,11 @@ def _verdict(refusals: list[WinnowError]) -> WinnowError:
     return NoDecodeWorker("no decode worker for this model is registered")
 
 
-async def _admit(place: Place, message: pb.GenerateRequest, deadline_s: float) -> Generation:
-    call = place.stub.Generate(message, timeout=deadline_s)
+async def _admit(
+    place: Place, message: pb.GenerateRequest, deadline_s: float, trace_context: str
+) -> Generation:
+    metadata = metadata_of(trace_context)
+    call = place.stub.Generate(message, timeout=deadline_s, metadata=metadata)
     try:
         return Generation(call, place, await _read_admitted(call))
     except BaseException as error:

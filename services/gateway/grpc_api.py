@@ -16,6 +16,7 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from services.common.rpc import abort_aio, server_options
+from services.common.tracing import context_in
 from services.gateway.gateway import Gateway
 from services.gateway.grpc_asks import ask_from_proto
 from services.gateway.grpc_format import delta_to_proto, usage_to_proto
@@ -96,7 +97,8 @@ class _Inference(InferenceServicer):
         """Chunks as text is generated, then one with the usage; or one typed error."""
         started = False
         try:
-            async with aclosing(self._responses(request)) as responses:
+            trace_context = context_in(context.invocation_metadata())
+            async with aclosing(self._responses(request, trace_context)) as responses:
                 async for response in responses:
                     started = True
                     yield response
@@ -106,10 +108,15 @@ class _Inference(InferenceServicer):
                 self._gateway.metrics.requests_refused.labels(failure.code).inc()
             await abort_aio(context, failure)
 
-    async def _responses(self, request: pb.CompleteRequest) -> AsyncGenerator[pb.CompleteResponse]:
+    async def _responses(
+        self, request: pb.CompleteRequest, trace_context: str
+    ) -> AsyncGenerator[pb.CompleteResponse]:
         gateway, tokenizer = self._gateway, self._gateway.model.tokenizer
         ask = await asyncio.to_thread(ask_from_proto, gateway, request)
-        async with gateway.open(ask) as completion, aclosing(completion.deltas()) as deltas:
+        async with (
+            gateway.open(ask, trace_context) as completion,
+            aclosing(completion.deltas()) as deltas,
+        ):
             async for delta in deltas:
                 yield delta_to_proto(delta, ask.request_id, tokenizer)
             yield usage_to_proto(completion.usage(), ask.request_id)

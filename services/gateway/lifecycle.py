@@ -13,6 +13,7 @@ from enum import StrEnum
 from types import TracebackType
 
 from services.common.messages import report_from_proto, tokens_from_proto
+from services.common.tracing import context_of, span
 from services.gateway.generation import Generation, PromptRequest, open_generation
 from services.gateway.metrics import ADMISSION, PREFILL, GatewayMetrics
 from services.gateway.prefiller import Prefiller
@@ -125,9 +126,10 @@ class PromptRun:
 
     async def admit(self) -> None:
         """Reserve KV memory for the prompt; raises as `open_generation`."""
-        self._generation = await open_generation(
-            self._service.router, self.request, self._service.model, self._left_s()
-        )
+        with span("admission", self.request.trace_context, prompt=self.request.request_id):
+            self._generation = await open_generation(
+                self._service.router, self.request, self._service.model, self._left_s()
+            )
         self._enter(State.ADMITTED)
         self._service.metrics.requests_admitted.inc()
         self._service.metrics.admission_seconds.observe(time.monotonic() - self._arrived_s)
@@ -194,15 +196,17 @@ class PromptRun:
     async def _attempt(self, attempt: int) -> PrefillOutcome:
         assert self._generation is not None
         self.figures.attempts = attempt
-        job = PrefillJob(
-            request_id=self.request.request_id,
-            attempt=attempt,
-            token_ids=self.request.token_ids,
-            pruning=self.request.pruning,
-            kv_address=self._generation.kv_address,
-            deadline_s=self._left_s(),
-        )
-        return await self._service.prefiller.prefill(job)
+        with span("prefill", self.request.trace_context, attempt=attempt) as attempt_span:
+            job = PrefillJob(
+                request_id=self.request.request_id,
+                attempt=attempt,
+                token_ids=self.request.token_ids,
+                pruning=self.request.pruning,
+                kv_address=self._generation.kv_address,
+                deadline_s=self._left_s(),
+                trace_context=context_of(attempt_span),
+            )
+            return await self._service.prefiller.prefill(job)
 
     def _left_s(self) -> float:
         left_s = self._deadline_s - time.monotonic()

@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from services.common.metrics import CONTENT_TYPE, render
+from services.common.tracing import context_in
 from services.gateway.answer import Answer
 from services.gateway.gateway import Gateway
 from services.gateway.http_errors import add_error_handlers
@@ -36,16 +37,21 @@ def _add_completions(api: FastAPI, gateway: Gateway) -> None:
 
     @api.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return _answer(gateway, await _read(gateway, request, reader.completion), CompletionFormat)
+        asked = await _read(gateway, request, reader.completion)
+        return _answer(gateway, request, asked, CompletionFormat)
 
     @api.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        return _answer(gateway, await _read(gateway, request, reader.chat), ChatFormat)
+        asked = await _read(gateway, request, reader.chat)
+        return _answer(gateway, request, asked, ChatFormat)
 
 
-def _answer(gateway: Gateway, asked: OpenAIAsk, answer_format: type[AnswerFormat]) -> Answer:
+def _answer(
+    gateway: Gateway, request: Request, asked: OpenAIAsk, answer_format: type[AnswerFormat]
+) -> Answer:
     model = gateway.model
-    return Answer(gateway, asked, answer_format(asked, model.name, model.tokenizer))
+    written = answer_format(asked, model.name, model.tokenizer)
+    return Answer(gateway, asked, written, context_in(request.headers.items()))
 
 
 def _add_tokenizer(api: FastAPI, gateway: Gateway) -> None:

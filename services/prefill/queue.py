@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from services.common.tracing import Span, context_of, end_span, span, start_span
 from services.prefill.channels import Channels
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.sender import Delivered, Push
@@ -48,6 +49,7 @@ class _Work:
     computed_s: float = 0.0
     blocked_s: float = 0.0
     failed: bool = False
+    transfer_span: Span | None = None
     result: PrefillResult | None = None
 
     @property
@@ -154,13 +156,25 @@ class PrefillQueue:
         """Pushes every layer and leaves the end of the push to `_deliver`."""
         if work.remaining_s <= 0:
             raise DeadlineExceeded(f"the prompt waited {work.job.deadline_s:g} s for prefill")
-        push = Push(work.job, self._encoder(work.job), lambda end: self._deliver(work, end))
+        context = work.job.trace_context
+        start_span("prefill.queue", context, start_s=work.received_s).end()
+        work.transfer_span = start_span("kv.transfer", context)
+        push = Push(
+            work.job,
+            self._encoder(work.job),
+            lambda end: self._deliver(work, end),
+            trace_context=context_of(work.transfer_span),
+        )
         push.open(self._channels, work.remaining_s)
         self._metrics.transfers_in_flight.inc()
         work.outcome.add_done_callback(lambda _: push.abort(_cancelled()))  # no-op after its end
         try:
-            with contextlib.closing(self._layers(work)) as layers:
+            with (
+                span("prefill.compute", context, tokens=len(work.job.token_ids)) as compute,
+                contextlib.closing(self._layers(work)) as layers,
+            ):
                 for layer in self._timed(layers):
+                    compute.add_event("layer", {} if layer is None else {"layer": layer.layer_idx})
                     self._hand_over(work, push, layer)
         except Exception as error:
             push.abort(error if isinstance(error, WinnowError) else PrefillFailed(repr(error)))
@@ -202,6 +216,8 @@ class PrefillQueue:
     def _deliver(self, work: _Work, end: Delivered | WinnowError) -> None:
         """Runs once when the push is over, in whichever thread ended it."""
         self._metrics.transfers_in_flight.dec()
+        if work.transfer_span is not None:
+            end_span(work.transfer_span, end if isinstance(end, WinnowError) else None)
         if isinstance(end, WinnowError):
             self._fail(work, end)
             return

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import grpc
 
 from services.common.rpc import error_from_rpc
+from services.common.tracing import metadata_of
 from services.prefill.channels import Channels
 from winnow.engine.prefill import PrefillResult
 from winnow.errors import (
@@ -54,11 +55,13 @@ class Push:
         encoder: TransferEncoder,
         on_end: Callable[[Delivered | WinnowError], None],
         *,
+        trace_context: str = "",
         stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
         self._job = job
         self._encoder = encoder
         self._on_end = on_end
+        self._trace_context = trace_context
         self._stall_timeout_s = stall_timeout_s
         self._changed = threading.Condition()
         self._waiting: deque[LayerKV | PrefillResult] = deque()
@@ -77,7 +80,9 @@ class Push:
             request_serializer=None,  # frames are bytes already
             response_deserializer=pb.PushReceipt.FromString,
         )
-        self._call = push.future(self._frames(), timeout=timeout_s)
+        self._call = push.future(
+            self._frames(), timeout=timeout_s, metadata=metadata_of(self._trace_context)
+        )
         self._call.add_done_callback(lambda call: self._finish(call, channels))
 
     def send(self, layer: LayerKV) -> None:

@@ -9,6 +9,7 @@ from services.common.logs import configure_logging
 from services.common.ray_registry import reachable_host
 from services.common.registry import open_registry
 from services.common.settings import Settings
+from services.common.tracing import configure_tracing
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
 from winnow.models import load_model
@@ -21,6 +22,7 @@ class Prefill:
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         configure_logging(settings.log_level, settings.log_format)
+        configure_tracing(settings.otlp_endpoint, settings.trace_sample_ratio, "prefill")
         metrics = PrefillMetrics(settings.served_name)
         self._queue = PrefillQueue(
             load_model(settings.model, device=settings.device, dtype=settings.dtype),

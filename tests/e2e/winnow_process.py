@@ -54,9 +54,16 @@ class WinnowServe:
         """The URL of the ready message."""
         assert self.process.stdout is not None
         message = self.process.stdout.readline()
+        self._message = message
         found = re.search(r"http://[\d.]+:\d+", message)
         assert found, f"no ready message but {message!r}\n{self.stderr.read_text()}"
         return found.group()
+
+    def grpc_address(self) -> str:
+        """Of the ready message too."""
+        found = re.search(r"gRPC on ([\d.]+:\d+)", self._message)
+        assert found
+        return found.group(1)
 
     def processes(self) -> set[psutil.Process]:
         """All processes of the service seen so far."""
