@@ -27,6 +27,7 @@ class Heartbeat:
         self._lease_s = lease_s
         self._task: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
+        self._stopping = False
 
     async def start(self) -> None:
         """Registers the process once, then goes on in a task."""
@@ -40,9 +41,10 @@ class Heartbeat:
     async def stop(self) -> None:
         """Takes the records out; where the registry is away, their lease does that."""
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            # Not cancelled: a Redis client in the middle of a command may swallow that.
+            self._stopping = True
+            self._hurry.set()
+            await self._task
             self._task = None
             try:
                 await self._registry.remove(self._records()[0].worker_id)
@@ -55,6 +57,8 @@ class Heartbeat:
                 async with asyncio.timeout(self._lease_s / BEATS_PER_LEASE):
                     await self._hurry.wait()
             self._hurry.clear()
+            if self._stopping:
+                return
             await self._beat()
 
     async def _beat(self) -> None:

@@ -1,0 +1,66 @@
+"""A heartbeat keeps records alive while it runs, and ends when it is told to."""
+
+import asyncio
+import dataclasses
+
+from services.common.heartbeat import Heartbeat
+from services.common.registry import LeasedRecords, MetricsTarget, Record, WorkerRecord
+
+TARGET = MetricsTarget("worker-1", "10.0.0.1:9400", "decode", "tiny")
+
+
+class SlowRegistry:
+    """A registry in memory whose client swallows a cancellation, as Redis's does at times."""
+
+    def __init__(self) -> None:
+        self.records = LeasedRecords()
+        self.num_puts = 0
+
+    async def put(self, record: Record, lease_s: float) -> None:
+        try:
+            await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            await asyncio.sleep(0.01)
+        self.num_puts += 1
+        self.records.put(record, lease_s)
+
+    async def remove(self, worker_id: str) -> None:
+        self.records.remove(worker_id)
+
+    async def workers(self) -> list[WorkerRecord]:
+        return self.records.live(WorkerRecord)
+
+    async def targets(self) -> list[MetricsTarget]:
+        return self.records.live(MetricsTarget)
+
+    async def close(self) -> None:
+        pass
+
+
+async def test_ends_in_the_middle_of_a_beat_and_takes_its_records_out() -> None:
+    registry = SlowRegistry()
+    heartbeat = Heartbeat(registry, lambda: [TARGET], lease_s=30)
+    await heartbeat.start()
+    assert await registry.targets() == [TARGET]
+    heartbeat.hurry()
+    await asyncio.sleep(0.005)  # the beat is under way
+    async with asyncio.timeout(5):
+        await heartbeat.stop()
+    assert await registry.targets() == []
+
+
+async def test_tells_news_at_once_and_renews_before_the_lease_ends() -> None:
+    registry = SlowRegistry()
+    records = [TARGET]
+    heartbeat = Heartbeat(registry, lambda: records, lease_s=0.3)
+    await heartbeat.start()
+    await asyncio.sleep(0.5)
+    assert await registry.targets() == [TARGET]
+    records[0] = dataclasses.replace(TARGET, address="10.0.0.1:9401")
+    heartbeat.hurry()
+    await asyncio.sleep(0.05)
+    assert await registry.targets() == records
+    await heartbeat.stop()
+    num_puts = registry.num_puts
+    await asyncio.sleep(0.2)
+    assert registry.num_puts == num_puts
