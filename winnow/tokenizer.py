@@ -5,16 +5,19 @@ character and ends before a stop string, wherever token boundaries fall.
 """
 
 import codecs
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from winnow.errors import InvalidRequest, UnusableModel
 from winnow.model_files import first_line
 from winnow.token_bytes import byte_reader
+
+_BACKEND = "TokenizersBackend"  # what transformers calls a tokenizer without code of its own
 
 
 class Tokenizer:
@@ -85,15 +88,23 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a model folder; raises UnusableModel if there is none that works."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
+        loader = PreTrainedTokenizerFast if _is_self_contained(Path(path)) else AutoTokenizer
+        tokenizer = loader.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = first_line(error)
         raise UnusableModel(f"model folder {path} has no usable tokenizer: {reason}") from error
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise UnusableModel(f"model folder {path} has no tokenizer.json")
     return Tokenizer(tokenizer)
+
+
+def _is_self_contained(folder: Path) -> bool:
+    """True if tokenizer.json is all there is to the tokenizer, by the folder's own word.
+
+    AutoTokenizer goes by the model's type in spite of that, and splits text as that model does.
+    """
+    config = folder / "tokenizer_config.json"
+    return config.exists() and json.loads(config.read_text()).get("tokenizer_class") == _BACKEND
 
 
 class IncrementalDetokenizer:

@@ -8,6 +8,7 @@ from tokenizers import decoders, normalizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from services.common.settings import EMBEDDED_MODEL
 from tests.models_in_code import save_byte_tokenizer
 from winnow.errors import InvalidRequest, UnusableModel
 from winnow.tokenizer import IncrementalDetokenizer, StopMatcher, TextStream, load_tokenizer
@@ -43,6 +44,14 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> WinnowTokenizer:
     folder = tmp_path_factory.mktemp("sentencepiece")
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
     return load_tokenizer(folder)
+
+
+def test_the_embedded_model_reads_letters_one_by_one() -> None:
+    """Its folder says so; the Qwen2 tokenizer's own rules would merge some with a space."""
+    tokenizer = load_tokenizer(EMBEDDED_MODEL)
+    spelled = [tokenizer.decode([token]) for token in tokenizer.encode("VAR NPEIB = 12")]
+    assert "".join(spelled) == "VAR NPEIB = 12"
+    assert spelled[-9:] == ["N", "P", "E", "I", "B", " =", " ", "1", "2"]
 
 
 @given(text=TEXTS)
