@@ -34,6 +34,7 @@ _RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_COLOR_PREFIX": "0",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",  # 5, thrice, is not enough on a busy machine
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # at the default 0.1 it is never idle
 }
 
