@@ -29,12 +29,20 @@ from services.common.rpc import channel_options, server_options
 from winnow.kv import LayerKV, ModelShape
 from winnow.request import PrefillReport
 from winnow.v1 import decode_pb2 as pb
-from winnow.wire import Expected, ReceiveBuffer, TransferDecoder, TransferEncoder
+from winnow.wire import (
+    WIRE_VERSIONS,
+    Expected,
+    Grant,
+    ReceiveBuffer,
+    TransferDecoder,
+    TransferEncoder,
+)
 
 NUM_ENTRIES = 16_384  # per KV head
 SHAPE = ModelShape(24, 14, 2, 64, 896, torch.bfloat16)  # a 0.5B model's
 FRAME_MIB = (1, 2, 4)
 REPORT = PrefillReport(NUM_ENTRIES, NUM_ENTRIES, NUM_ENTRIES, None, "off", (), 1.0, 0, 0, ())
+GRANT = Grant.issue(WIRE_VERSIONS)
 PUSH = "/winnow.v1.KvTransfer/Push"
 
 
@@ -101,7 +109,7 @@ def receive_socket(listener: socket.socket, num_bytes: int) -> None:
 
 def receive_ours() -> grpc.RpcMethodHandler:
     buffer = ReceiveBuffer()
-    expected = Expected("model", SHAPE, NUM_ENTRIES, NUM_ENTRIES, 32)
+    expected = Expected(GRANT, "model", SHAPE, NUM_ENTRIES, NUM_ENTRIES, 32)
 
     def push(frames: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         decoder = TransferDecoder(expected, buffer)
@@ -156,7 +164,9 @@ def our_sender(port: int, layer: LayerKV, frame_bytes: int) -> Callable[[], floa
     push = channel.stream_unary(PUSH)
 
     def frames() -> Iterator[bytes]:
-        encoder = TransferEncoder("bench", 1, "model", SHAPE, NUM_ENTRIES, frame_bytes=frame_bytes)
+        encoder = TransferEncoder(
+            "bench", 1, GRANT.ticket(1), "model", SHAPE, NUM_ENTRIES, frame_bytes=frame_bytes
+        )
         yield encoder.header()
         for idx in range(SHAPE.num_layers):
             yield from encoder.layer(replace(layer, layer_idx=idx))

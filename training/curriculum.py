@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from training.examples import example_sample
+from training.examples import SHARES, example_sample
 from training.samples import Sample, SampleMaker
 from training.tasks import MAX_HOPS
 
@@ -26,6 +26,7 @@ class Stage:
     has_all: with long keys, several answers and listed variables too.
     variety: the share of sequences with the benchmarks' openings and many wordings of a question.
     examples: the share of sequences that are one example of the evaluation's tasks.
+    drilled: tasks that half of these examples come from.
     learning_rate, final_learning_rate: from the first to the second, linearly in tokens.
     """
 
@@ -42,6 +43,7 @@ class Stage:
     is_basic: bool = False  # pairs and copies, and chains from the first step on
     variety: float = 0.8
     examples: float = 0.0
+    drilled: tuple[str, ...] = ()
 
 
 CURRICULUM = (
@@ -95,6 +97,16 @@ CURRICULUM = (
         5e-6,
         examples=0.5,
     ),
+    Stage(
+        "long keys",
+        (512, 1024, 2048),
+        (0.15, 0.35, 0.5),
+        3_000_000,
+        2e-4,
+        5e-6,
+        examples=0.8,
+        drilled=("kv_retrieval", "niah_multikey_2", "niah_multikey_3"),
+    ),
 )
 
 
@@ -109,7 +121,8 @@ def _draw(rng: random.Random, maker: SampleMaker, stage: Stage, length: int) -> 
     if stage.is_basic and length > 64:
         return maker.retrieval(rng, length, _chains(rng, stage, length), MAX_QUESTIONS)
     if rng.random() < stage.examples:
-        return example_sample(rng, maker, length)
+        is_drill = bool(stage.drilled) and rng.random() < 0.5
+        return example_sample(rng, maker, length, stage.drilled if is_drill else tuple(SHARES))
     if rng.random() < _basic_share(length):
         return maker.copying(rng, length) if rng.random() < 0.2 else maker.pairs(rng, length)
     known = _kinds(rng, stage, length)

@@ -6,6 +6,7 @@ measured was never seen.
 
 import random
 import re
+from collections.abc import Sequence
 
 from evals.tasks import make_tasks
 from evals.tasks.base import Example, Task
@@ -42,10 +43,12 @@ SHARES = {
 _TASKS = {task.name: task for task in make_tasks(num_depths=10, data_dir=None)}
 
 
-def example_sample(rng: random.Random, maker: SampleMaker, length: int) -> Sample:
-    """One example of a random task, its answer scored, at most `length` tokens."""
+def example_sample(
+    rng: random.Random, maker: SampleMaker, length: int, tasks: Sequence[str] = tuple(SHARES)
+) -> Sample:
+    """One example of one of `tasks`, its answer scored, at most `length` tokens."""
     while True:
-        (name,) = rng.choices(list(SHARES), weights=list(SHARES.values()))
+        (name,) = rng.choices(tasks, weights=[SHARES[task] for task in tasks])
         task = _TASKS[name]
         try:
             index = rng.getrandbits(48)

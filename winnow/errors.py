@@ -19,6 +19,7 @@ WinnowError
 │   ├── TransferMismatch    other wire version, model or shape than the receiver's
 │   ├── TransferMalformed   frames that cannot be read, or that contradict the reservation
 │   ├── TransferDamaged     bad checksum, gap, overlap, duplicate, bad digest
+│   ├── TransferForged      the sender does not show the token of the attempt
 │   └── StaleAttempt        a newer attempt was seen, or the KV is already in place
 ├── ModelMismatch           the worker holds another model than the one asked for
 ├── LeaseExpired            the reservation's KV did not arrive in its time
@@ -121,6 +122,10 @@ class TransferDamaged(TransferRefused):
     code = "transfer_damaged"
 
 
+class TransferForged(TransferRefused):
+    code = "transfer_forged"
+
+
 class StaleAttempt(TransferRefused):
     code = "stale_attempt"
 
@@ -165,6 +170,7 @@ _STATUS: dict[type[WinnowError], Status] = {
     TransferMismatch: Status(502, "FAILED_PRECONDITION", "server_error"),
     TransferMalformed: Status(502, "INVALID_ARGUMENT", "server_error"),
     TransferDamaged: Status(502, "DATA_LOSS", "server_error"),
+    TransferForged: Status(502, "PERMISSION_DENIED", "server_error"),
     ModelMismatch: Status(503, "FAILED_PRECONDITION", "service_unavailable_error"),
     LeaseExpired: Status(504, "ABORTED", "timeout_error"),
     EngineFailed: Status(500, "INTERNAL", "server_error"),

@@ -205,6 +205,14 @@ def _require_choice(name: str, value: object, choices: Iterable[object]) -> None
 
 
 @dataclass(frozen=True, slots=True)
+class Ticket:
+    """What an attempt shows the decode worker. token: 32 bytes; empty before wire version 3."""
+
+    wire_version: int
+    token: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillJob:
     """One attempt at one prompt's prefill: what the gateway hands to a prefill worker.
 
@@ -218,6 +226,7 @@ class PrefillJob:
     token_ids: tuple[int, ...]
     pruning: PruningSettings
     kv_address: str
+    ticket: Ticket
     deadline_s: float
     trace_context: str = ""
 

@@ -24,7 +24,7 @@ from prometheus_client import (
 
 from winnow import __version__
 from winnow.errors import InvalidSetting
-from winnow.wire import WIRE_VERSION
+from winnow.wire import WIRE_VERSIONS
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 PREFIX = "winnow_"
@@ -81,9 +81,11 @@ class Metrics:
         self.described: list[Described] = []
         ProcessCollector(registry=self.registry)
         info = self._gauge(
-            "winnow_build_info", "1; the release and its wire version", ("version", "wire_version")
+            "winnow_build_info",
+            "1; release, newest wire version",
+            ("version", "wire_version"),
         )
-        info.labels(__version__, str(WIRE_VERSION)).set(1)
+        info.labels(__version__, str(max(WIRE_VERSIONS))).set(1)
 
     def _counter(
         self, name: str, meaning: str, label: str | None = None, values: Iterable[str] = ()

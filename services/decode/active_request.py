@@ -16,7 +16,7 @@ from winnow.engine.sequence import GenerationSpec
 from winnow.errors import StaleAttempt, UnknownReservation, WinnowError
 from winnow.kv import LayerKV
 from winnow.request import PrefillReport
-from winnow.wire import Trailer
+from winnow.wire import Grant, Trailer
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,9 @@ class ActiveRequest:
     generated token and sequence at most.
     """
 
-    def __init__(self, engine: DecodeEngine, spec: GenerationSpec) -> None:
+    def __init__(self, engine: DecodeEngine, spec: GenerationSpec, grant: Grant) -> None:
         self.spec = spec
+        self.grant = grant
         self.reservation = engine.reserve(spec)
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self._engine = engine

@@ -7,6 +7,7 @@ from services.decode.active_request import ActiveRequest
 from winnow.engine.decode import DecodeEngine, StepOutput
 from winnow.engine.sequence import GenerationSpec
 from winnow.errors import InvalidSetting, NoDecodeWorker, UnknownReservation, WinnowError
+from winnow.wire import Grant
 
 
 class Admission:
@@ -22,7 +23,7 @@ class Admission:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def admit(self, spec: GenerationSpec) -> ActiveRequest:
+    def admit(self, spec: GenerationSpec, grant: Grant) -> ActiveRequest:
         """Reserves what the request needs.
 
         Raises NoDecodeWorker while draining, Overloaded without memory or places now, and
@@ -32,7 +33,7 @@ class Admission:
             raise NoDecodeWorker("this decode worker is draining")
         if spec.request_id in self._requests:
             raise InvalidSetting(f"request {spec.request_id} is admitted already")
-        request = self._requests[spec.request_id] = ActiveRequest(self._engine, spec)
+        request = self._requests[spec.request_id] = ActiveRequest(self._engine, spec, grant)
         self._idle.clear()
         return request
 

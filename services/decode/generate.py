@@ -19,7 +19,7 @@ from winnow.engine.decode import DecodeEngine
 from winnow.errors import EngineFailed, LeaseExpired, ModelMismatch, WinnowError
 from winnow.v1 import decode_pb2 as pb
 from winnow.v1.decode_pb2_grpc import DecodeServicer
-from winnow.wire import WIRE_VERSION
+from winnow.wire import WIRE_VERSIONS, Grant
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,8 @@ class GenerateServicer(DecodeServicer):
                 f"the request is for model {message.model_fingerprint}; "
                 f"this worker has {fingerprint}"
             )
-        request = self._admission.admit(spec_from_request(message, self._engine.model.vocab_size))
+        spec = spec_from_request(message, self._engine.model.vocab_size)
+        request = self._admission.admit(spec, Grant.issue(message.wire_versions))
         try:
             own.add_event("admitted")
             await context.write(pb.GenerateEvent(admitted=self._admitted(request)))
@@ -98,6 +99,8 @@ class GenerateServicer(DecodeServicer):
             kv_address=identity.kv_address,
             lease_s=identity.lease_s,
             reserved_pages=request.reservation.num_pages,
+            wire_version=request.grant.wire_version,
+            transfer_secret=request.grant.secret,
         )
 
     async def _next_before_lease_ends(self, request: ActiveRequest) -> Event:
@@ -121,7 +124,7 @@ class GenerateServicer(DecodeServicer):
         return pb.StatusResponse(
             worker_id=self._identity.worker_id,
             model_fingerprint=self._engine.model.fingerprint,
-            wire_versions=[WIRE_VERSION],
+            wire_versions=WIRE_VERSIONS,
             draining=self._admission.draining,
             running_sequences=stats.running_sequences,
             reserved_requests=stats.reserved_requests,

@@ -118,6 +118,7 @@ class KvReceiver:
     def _expected(self, request: ActiveRequest) -> Expected:
         spec = request.spec
         return Expected(
+            grant=request.grant,
             fingerprint=self._fingerprint,
             shape=self._shape,
             num_prompt_tokens=spec.num_prompt_tokens,

@@ -24,7 +24,7 @@ from services.decode.push import KvReceiver
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.kv_pool import KVPoolConfig
 from winnow.models import load_model
-from winnow.wire import WIRE_VERSION
+from winnow.wire import WIRE_VERSIONS
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class DecodeWorker:
             kv_address=self.kv_address,
             fingerprint=self.engine.model.fingerprint,
             model_name=self._settings.served_name,
-            wire_versions=(WIRE_VERSION,),
+            wire_versions=WIRE_VERSIONS,
             pages_total=stats.pool.pages_total,
             pages_free=stats.pool.pages_total - stats.pool.pages_reserved,
             running=stats.running_sequences + stats.reserved_requests,

@@ -96,6 +96,7 @@ class Gateway:
             logger.warning("%s", error)
             workers = []
         self.metrics.decode_workers.set(len(workers))
+        self.metrics.incompatible_workers.set(self._router.num_incompatible)
         return Readiness(len(workers), await self._prefiller.ready())
 
     async def targets(self) -> list[MetricsTarget]:

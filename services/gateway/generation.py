@@ -15,11 +15,13 @@ from winnow.errors import (
     NoDecodeWorker,
     Overloaded,
     RequestCancelled,
+    TransferMismatch,
     WinnowError,
 )
 from winnow.model_files import ModelDescription
 from winnow.request import PruningSettings, SamplingParams
 from winnow.v1 import decode_pb2 as pb
+from winnow.wire import WIRE_VERSIONS, Grant
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class Generation:
     def __init__(self, call: grpc.aio.UnaryStreamCall, place: Place, admitted: pb.Admitted) -> None:
         self.worker_id: str = admitted.worker_id
         self.kv_address: str = admitted.kv_address
+        self.grant = grant_in(admitted)
         self._call = call
         self._place = place
         place.count_pages(admitted.reserved_pages)
@@ -82,7 +85,7 @@ async def open_generation(
     for worker in await router.candidates():
         try:
             return await _admit(router.enter(worker), message, deadline_s, request.trace_context)
-        except (Overloaded, NoDecodeWorker, ModelMismatch) as error:
+        except (Overloaded, NoDecodeWorker, ModelMismatch, TransferMismatch) as error:
             level = logging.DEBUG if isinstance(error, Overloaded) else logging.WARNING
             about = {"request_id": request.request_id}
             logger.log(level, "decode worker %s: %s", worker.worker_id, error, extra=about)
@@ -128,6 +131,13 @@ async def _read_admitted(call: grpc.aio.UnaryStreamCall) -> pb.Admitted:
     return admitted
 
 
+def grant_in(admitted: pb.Admitted) -> Grant:
+    """What a worker granted; one before wire version 3 does not say."""
+    if not admitted.HasField("wire_version"):
+        return Grant()
+    return Grant(admitted.wire_version, admitted.transfer_secret)
+
+
 def _to_proto(request: PromptRequest, model: ModelDescription) -> pb.GenerateRequest:
     num_tokens, num_kv_heads = len(request.token_ids), model.shape.num_kv_heads
     return pb.GenerateRequest(
@@ -139,4 +149,5 @@ def _to_proto(request: PromptRequest, model: ModelDescription) -> pb.GenerateReq
         sampling=sampling_to_proto(request.sampling),
         recompression=recompression_to_proto(request.pruning),
         prompt_token_ids=request.token_ids if request.sampling.needs_prompt else (),
+        wire_versions=WIRE_VERSIONS,
     )

@@ -203,6 +203,7 @@ class PromptRun:
                 token_ids=self.request.token_ids,
                 pruning=self.request.pruning,
                 kv_address=self._generation.kv_address,
+                ticket=self._generation.grant.ticket(attempt),
                 deadline_s=self._left_s(),
                 trace_context=context_of(attempt_span),
             )

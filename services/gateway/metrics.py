@@ -20,6 +20,10 @@ class GatewayMetrics(Metrics):
         self.decode_workers = self._gauge(
             "winnow_decode_workers", "Live decode workers that requests can be routed to"
         )
+        self.incompatible_workers = self._gauge(
+            "winnow_incompatible_decode_workers",
+            "Live decode workers of another model, or without a common wire version",
+        )
 
     def _count_requests(self) -> None:
         self.requests_received = self._counter(

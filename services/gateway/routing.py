@@ -10,7 +10,7 @@ from services.common.registry import Registry, WorkerRecord
 from services.common.rpc import channel_options
 from winnow.errors import RegistryUnavailable
 from winnow.v1.decode_pb2_grpc import DecodeStub
-from winnow.wire import WIRE_VERSION
+from winnow.wire import WIRE_VERSIONS, newest_common
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Router:
         async with self._refreshing:
             if time.monotonic() - self._read_s >= _REFRESH_S:
                 await self._refresh()
-        return sorted(filter(self._is_compatible, self._records or []), key=self._rank)
+        return sorted(filter(self._takes, self._records or []), key=self._rank)
 
     def enter(self, worker: WorkerRecord) -> Place:
         """A place for one more request at a worker."""
@@ -91,12 +91,27 @@ class Router:
         for peer in peers.values():
             await peer.channel.close()
 
-    def _is_compatible(self, record: WorkerRecord) -> bool:
-        return (
-            record.fingerprint == self._fingerprint
-            and WIRE_VERSION in record.wire_versions
-            and not record.draining
-        )
+    @property
+    def num_incompatible(self) -> int:
+        """Live workers of this service that no request can go to."""
+        return sum(self._fault(record) is not None for record in self._records or [])
+
+    def _takes(self, record: WorkerRecord) -> bool:
+        return not record.draining and self._fault(record) is None
+
+    def _fault(self, record: WorkerRecord) -> str | None:
+        """Why the worker and this gateway cannot work together."""
+        if record.fingerprint != self._fingerprint:
+            return f"it holds model {record.fingerprint}; this gateway's is {self._fingerprint}"
+        if newest_common(record.wire_versions) is None:
+            return f"it speaks wire versions {record.wire_versions}; this gateway {WIRE_VERSIONS}"
+        return None
+
+    def _report_new_faults(self, before: set[str]) -> None:
+        for record in self._records or []:
+            fault = self._fault(record)
+            if fault is not None and record.worker_id not in before:
+                logger.warning("decode worker %s gets no requests: %s", record.worker_id, fault)
 
     def _rank(self, record: WorkerRecord) -> tuple[bool, int]:
         peer = self._peers.get(record.worker_id)
@@ -106,6 +121,7 @@ class Router:
         return suspect, peer.pages_held - record.pages_free
 
     async def _refresh(self) -> None:
+        before = {record.worker_id for record in self._records or []}
         try:
             self._records = await self._registry.workers()
         except RegistryUnavailable as error:
@@ -113,6 +129,7 @@ class Router:
                 raise
             logger.warning("%s; %d workers are known from before", error, len(self._records))
         self._read_s = time.monotonic()
+        self._report_new_faults(before)
         await self._forget_gone({record.worker_id for record in self._records})
 
     async def _forget_gone(self, known: set[str]) -> None:

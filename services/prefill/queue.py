@@ -208,6 +208,7 @@ class PrefillQueue:
         return TransferEncoder(
             job.request_id,
             job.attempt,
+            job.ticket,
             self._model.fingerprint,
             self._model.shape,
             len(job.token_ids),

@@ -105,6 +105,8 @@ class Stack:
         _, alive = psutil.wait_procs(everyone, timeout=40)
         for process in alive:
             process.kill()
+        for started in running:
+            started.wait()
 
 
 def free_port() -> int:

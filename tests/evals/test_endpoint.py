@@ -1,7 +1,6 @@
 """`winnow eval --endpoint` against a whole service."""
 
 import asyncio
-import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest_asyncio
 from services.cli import main
 from tests.evals.test_run import outcomes, records_in
 from tests.services.conftest import redis_url  # noqa: F401 - a fixture
+from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -55,12 +55,17 @@ async def test_a_busy_service_is_asked_again(
     redis_url: str,  # noqa: F811 - the fixture
     tmp_path: Path,
 ) -> None:
-    changes = {"kv_memory_bytes": 1_300_000, "max_batch_size": 2}
-    async with running_service(tiny_models["llama"], redis_url, **changes) as small:
+    memory = {"kv_memory_bytes": 1_300_000}
+    async with running_service(tiny_models["llama"], redis_url, **memory) as small:
+        small.prefiller.hold_jobs()  # until one was refused
         flags = ("--endpoint", f"{small.url}/v1", "--batch-size", "6", "-o", str(tmp_path / "run"))
-        assert await run(*flags) == 0
-        metrics = (await small.http.get("/metrics")).text
-    assert re.search(r'finished_total{reason="error"} [1-9]', metrics)  # refused, then answered
+        running = asyncio.create_task(run(*flags))
+        refused = 0.0
+        while not refused:
+            metrics = (await small.http.get("/metrics")).text
+            refused = value(metrics, "winnow_requests_refused_total", reason="overloaded")
+        small.prefiller.hold.set()
+        assert await running == 0
     assert len(records_in(tmp_path / "run")) == 2 * 2 * 3
 
 

@@ -35,7 +35,7 @@ CODEC_UNSPECIFIED: Codec
 CODEC_RAW: Codec
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model_fingerprint", "num_prompt_tokens", "num_sequences", "max_prompt_entries", "sampling", "recompression", "prompt_token_ids")
+    __slots__ = ("request_id", "model_fingerprint", "num_prompt_tokens", "num_sequences", "max_prompt_entries", "sampling", "recompression", "prompt_token_ids", "wire_versions")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +44,7 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     RECOMPRESSION_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    WIRE_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model_fingerprint: str
     num_prompt_tokens: int
@@ -52,7 +53,8 @@ class GenerateRequest(_message.Message):
     sampling: SamplingParams
     recompression: Recompression
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request_id: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_sequences: _Optional[int] = ..., max_prompt_entries: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., recompression: _Optional[_Union[Recompression, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    wire_versions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_sequences: _Optional[int] = ..., max_prompt_entries: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., recompression: _Optional[_Union[Recompression, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., wire_versions: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "num_logprobs", "ignore_eos")
@@ -116,16 +118,20 @@ class GenerateEvent(_message.Message):
     def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., prefilled: _Optional[_Union[Prefilled, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ...) -> None: ...
 
 class Admitted(_message.Message):
-    __slots__ = ("worker_id", "kv_address", "lease_s", "reserved_pages")
+    __slots__ = ("worker_id", "kv_address", "lease_s", "reserved_pages", "wire_version", "transfer_secret")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     KV_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
     RESERVED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_SECRET_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     kv_address: str
     lease_s: float
     reserved_pages: int
-    def __init__(self, worker_id: _Optional[str] = ..., kv_address: _Optional[str] = ..., lease_s: _Optional[float] = ..., reserved_pages: _Optional[int] = ...) -> None: ...
+    wire_version: int
+    transfer_secret: bytes
+    def __init__(self, worker_id: _Optional[str] = ..., kv_address: _Optional[str] = ..., lease_s: _Optional[float] = ..., reserved_pages: _Optional[int] = ..., wire_version: _Optional[int] = ..., transfer_secret: _Optional[bytes] = ...) -> None: ...
 
 class Prefilled(_message.Message):
     __slots__ = ("attempt", "report")
@@ -222,7 +228,7 @@ class PushFrame(_message.Message):
     def __init__(self, header: _Optional[_Union[TransferHeader, _Mapping]] = ..., layer: _Optional[_Union[LayerManifest, _Mapping]] = ..., data: _Optional[_Union[DataFrame, _Mapping]] = ..., trailer: _Optional[_Union[TransferTrailer, _Mapping]] = ...) -> None: ...
 
 class TransferHeader(_message.Message):
-    __slots__ = ("request_id", "attempt", "wire_version", "model_fingerprint", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "num_prompt_tokens", "dtype", "codec")
+    __slots__ = ("request_id", "attempt", "wire_version", "model_fingerprint", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "num_prompt_tokens", "dtype", "codec", "transfer_token")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +241,7 @@ class TransferHeader(_message.Message):
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     wire_version: int
@@ -247,7 +254,8 @@ class TransferHeader(_message.Message):
     num_prompt_tokens: int
     dtype: DType
     codec: Codec
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., wire_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., num_layers: _Optional[int] = ..., num_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., hidden_size: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., codec: _Optional[_Union[Codec, str]] = ...) -> None: ...
+    transfer_token: bytes
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., wire_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., num_layers: _Optional[int] = ..., num_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., hidden_size: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., codec: _Optional[_Union[Codec, str]] = ..., transfer_token: _Optional[bytes] = ...) -> None: ...
 
 class LayerManifest(_message.Message):
     __slots__ = ("layer_idx", "head_lengths", "num_window_queries")

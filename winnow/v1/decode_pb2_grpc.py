@@ -65,7 +65,8 @@ class DecodeServicer:
         Closing the call at any time frees its KV.
 
         Errors: RESOURCE_EXHAUSTED (no pages or no place in the batch now), INVALID_ARGUMENT (can never
-        fit, or parameters out of range), FAILED_PRECONDITION (other model), UNAVAILABLE (draining),
+        fit, or parameters out of range), FAILED_PRECONDITION (other model, or no common wire
+        version), UNAVAILABLE (draining),
         ABORTED (lease ran out before the KV came), INTERNAL (the engine failed).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -225,6 +226,7 @@ class KvTransferServicer:
         order, and a trailer. Nothing is generated before all of it was received and checked.
 
         Errors: NOT_FOUND (no such reservation), FAILED_PRECONDITION (wire version or fingerprint),
+        PERMISSION_DENIED (not the token of this attempt),
         DATA_LOSS (checksum, gap, overlap, duplicate, digest), ABORTED (a newer attempt was seen),
         INVALID_ARGUMENT (shapes that contradict the reservation).
         """

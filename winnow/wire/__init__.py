@@ -10,9 +10,9 @@ crc32 (uint32); then the bytes of `final_hidden`. All numbers little-endian.
 from winnow.wire.decoder import Expected, Trailer, TransferDecoder
 from winnow.wire.encoder import FRAME_BYTES, TransferEncoder
 from winnow.wire.framing import MAX_FRAME_BYTES, MAX_PAYLOAD_BYTES
+from winnow.wire.grant import WIRE_VERSIONS, Grant, newest_common
 from winnow.wire.incoming import ReceiveBuffer
 from winnow.wire.messages import (
-    WIRE_VERSION,
     Header,
     read_header,
     report_from_proto,
@@ -23,13 +23,15 @@ __all__ = [
     "FRAME_BYTES",
     "MAX_FRAME_BYTES",
     "MAX_PAYLOAD_BYTES",
-    "WIRE_VERSION",
+    "WIRE_VERSIONS",
     "Expected",
+    "Grant",
     "Header",
     "ReceiveBuffer",
     "Trailer",
     "TransferDecoder",
     "TransferEncoder",
+    "newest_common",
     "read_header",
     "report_from_proto",
     "report_to_proto",

@@ -10,9 +10,9 @@ from winnow.kv import LayerKV, ModelShape
 from winnow.request import PrefillReport
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire.framing import DataFrame, Field, read_data_frame, split_frame
+from winnow.wire.grant import Grant
 from winnow.wire.incoming import IncomingLayer, ReceiveBuffer, segment_bytes
 from winnow.wire.messages import (
-    WIRE_VERSION,
     Digest,
     Header,
     header_from_bytes,
@@ -25,9 +25,11 @@ from winnow.wire.messages import (
 class Expected:
     """What a receiver takes; anything beyond is refused before memory is set aside for it.
 
+    grant: what was issued with the reservation.
     max_entries: KV entries per (layer, KV head). max_window: window queries per layer.
     """
 
+    grant: Grant
     fingerprint: str
     shape: ModelShape
     num_prompt_tokens: int
@@ -96,7 +98,7 @@ class TransferDecoder:
 
     def _read_header(self, body: bytes) -> Header:
         header, expected = header_from_bytes(body), self._expected
-        _require_same("wire version", header.wire_version, WIRE_VERSION)
+        expected.grant.require(header.ticket, header.attempt)
         _require_same("model fingerprint", header.fingerprint, expected.fingerprint)
         _require_same("model shape", header.shape, expected.shape)
         if header.num_prompt_tokens != expected.num_prompt_tokens:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from winnow.kv import LayerKV, ModelShape
-from winnow.request import PrefillReport
+from winnow.request import PrefillReport, Ticket
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire.framing import MAX_PAYLOAD_BYTES, Field, join_data_frame, join_frame
-from winnow.wire.messages import WIRE_VERSION, Digest, Header, header_to_bytes, report_to_proto
+from winnow.wire.messages import Digest, Header, header_to_bytes, report_to_proto
 
 FRAME_BYTES = 2 << 20
 
@@ -24,6 +24,7 @@ class TransferEncoder:
         self,
         request_id: str,
         attempt: int,
+        ticket: Ticket,
         fingerprint: str,
         shape: ModelShape,
         num_prompt_tokens: int,
@@ -31,9 +32,7 @@ class TransferEncoder:
         frame_bytes: int = FRAME_BYTES,
     ) -> None:
         assert 1 <= frame_bytes <= MAX_PAYLOAD_BYTES
-        self._header = Header(
-            request_id, attempt, WIRE_VERSION, fingerprint, shape, num_prompt_tokens
-        )
+        self._header = Header(request_id, attempt, ticket, fingerprint, shape, num_prompt_tokens)
         self._frame_bytes = frame_bytes
         self._digest = Digest()
 

@@ -10,11 +10,10 @@ from google.protobuf.message import DecodeError, Message
 
 from winnow.errors import TransferMalformed, TransferMismatch
 from winnow.kv import ModelShape
-from winnow.request import PrefillReport
+from winnow.request import PrefillReport, Ticket
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire.framing import Field, split_frame
 
-WIRE_VERSION = 2
 MAX_HEADER_BYTES = 4096
 MAX_REQUEST_ID_CHARS = 128
 
@@ -34,7 +33,7 @@ class Header:
 
     request_id: str
     attempt: int
-    wire_version: int
+    ticket: Ticket
     fingerprint: str
     shape: ModelShape
     num_prompt_tokens: int
@@ -88,7 +87,7 @@ def header_from_bytes(body: bytes) -> Header:
     return Header(
         header.request_id,
         header.attempt,
-        header.wire_version,
+        Ticket(header.wire_version, header.transfer_token),
         header.model_fingerprint,
         shape,
         header.num_prompt_tokens,
@@ -101,7 +100,8 @@ def header_to_bytes(header: Header) -> bytes:
     message = pb.TransferHeader(
         request_id=header.request_id,
         attempt=header.attempt,
-        wire_version=header.wire_version,
+        wire_version=header.ticket.wire_version,
+        transfer_token=header.ticket.token,
         model_fingerprint=header.fingerprint,
         num_layers=shape.num_layers,
         num_heads=shape.num_heads,

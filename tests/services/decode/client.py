@@ -11,6 +11,7 @@ import pytest
 from services.common.messages import recompression_to_proto, sampling_to_proto
 from services.common.rpc import channel_options, error_from_rpc
 from services.decode.worker import DecodeWorker
+from services.gateway.generation import grant_in
 from tests.winnow.drive import UNPRUNED, prefill_all
 from winnow.engine.prefill import PrefillResult
 from winnow.errors import WinnowError
@@ -18,7 +19,7 @@ from winnow.kv import LayerKV
 from winnow.request import PruningSettings, SamplingParams
 from winnow.v1 import decode_pb2 as pb
 from winnow.v1.decode_pb2_grpc import DecodeStub
-from winnow.wire import TransferEncoder
+from winnow.wire import WIRE_VERSIONS, Grant, TransferEncoder
 
 PROMPT = tuple(range(5, 45))
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
@@ -30,6 +31,7 @@ class Client:
 
     def __init__(self, worker: DecodeWorker) -> None:
         self.worker = worker
+        self.grants: dict[str, Grant] = {}  # by request id
         self._control = grpc.aio.insecure_channel(worker.address, options=channel_options())
         self._data = grpc.insecure_channel(worker.kv_address, options=channel_options())
         self.decode = DecodeStub(self._control)
@@ -50,6 +52,7 @@ class Client:
             "max_prompt_entries": len(PROMPT),
             "sampling": sampling_to_proto(GREEDY),
             "recompression": recompression_to_proto(UNPRUNED),
+            "wire_versions": WIRE_VERSIONS,
         }
         return pb.GenerateRequest(**(values | changes))
 
@@ -62,6 +65,7 @@ class Client:
         event = await call.read()
         assert event is not grpc.aio.EOF, await error_of(call)
         assert event.HasField("admitted")
+        self.grants[request.request_id] = grant_in(event.admitted)
         return call
 
     def frames(
@@ -92,6 +96,7 @@ class Client:
         encoder = TransferEncoder(
             request_id,
             attempt,
+            self.grants.get(request_id, Grant()).ticket(attempt),
             model.fingerprint,
             model.shape,
             result.report.num_prompt_tokens,

@@ -13,6 +13,7 @@ from tests.winnow.drive import admit, decode_all, ids, make_engine, spec
 from winnow.errors import InvalidSetting, ModelMismatch, Overloaded
 from winnow.request import PruningSettings, SamplingParams
 from winnow.v1 import decode_pb2 as pb
+from winnow.wire import WIRE_VERSIONS
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -230,7 +231,7 @@ async def test_status_tells_what_is_held(client: Client) -> None:
     status = await client.status()
     assert status.worker_id == client.worker.worker_id
     assert status.model_fingerprint == client.worker.engine.model.fingerprint
-    assert list(status.wire_versions) == [2]
+    assert tuple(status.wire_versions) == WIRE_VERSIONS
     assert (status.reserved_requests, status.running_sequences) == (1, 0)
     assert status.pages_total > status.pages_reserved > status.pages_used == 0
     assert status.page_size == 16

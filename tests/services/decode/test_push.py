@@ -61,6 +61,25 @@ def other_wire_version(frames: list[bytes]) -> list[bytes]:
     return [header.SerializeToString(), *frames[1:]]
 
 
+def older_wire_version(frames: list[bytes]) -> list[bytes]:
+    header = pb.PushFrame.FromString(frames[0])
+    header.header.wire_version = 2
+    header.header.transfer_token = b""
+    return [header.SerializeToString(), *frames[1:]]
+
+
+def without_token(frames: list[bytes]) -> list[bytes]:
+    header = pb.PushFrame.FromString(frames[0])
+    header.header.transfer_token = b""
+    return [header.SerializeToString(), *frames[1:]]
+
+
+def another_attempts_token(frames: list[bytes]) -> list[bytes]:
+    header = pb.PushFrame.FromString(frames[0])
+    header.header.attempt = 5
+    return [header.SerializeToString(), *frames[1:]]
+
+
 def other_model(frames: list[bytes]) -> list[bytes]:
     header = pb.PushFrame.FromString(frames[0])
     header.header.model_fingerprint = "other"
@@ -87,6 +106,9 @@ def frame_after_trailer(frames: list[bytes]) -> list[bytes]:
         (announce_more, "INVALID_ARGUMENT", "transfer_malformed"),
         (junk, "INVALID_ARGUMENT", "transfer_malformed"),
         (other_wire_version, "FAILED_PRECONDITION", "transfer_mismatch"),
+        (older_wire_version, "FAILED_PRECONDITION", "transfer_mismatch"),
+        (without_token, "PERMISSION_DENIED", "transfer_forged"),
+        (another_attempts_token, "PERMISSION_DENIED", "transfer_forged"),
         (other_model, "FAILED_PRECONDITION", "transfer_mismatch"),
     ],
 )
@@ -203,8 +225,8 @@ async def test_a_stalled_transfer_ends_with_its_lease(start_worker: StartWorker)
 
 async def test_transfers_over_the_cap_wait_their_turn(client: Client) -> None:
     count = MAX_OPEN_TRANSFERS + 8
-    frames = [client.frames(f"r{idx}") for idx in range(count)]
     calls = [await client.admit(client.request(f"r{idx}")) for idx in range(count)]
+    frames = [client.frames(f"r{idx}") for idx in range(count)]
     pushes = [client.open_push() for _ in range(count)]
     for push, (header, *_) in zip(pushes, frames, strict=True):
         push.write(header)
@@ -215,3 +237,19 @@ async def test_transfers_over_the_cap_wait_their_turn(client: Client) -> None:
     assert {receipt.num_layers for receipt in receipts} == {4}
     answer = right_answer(client)
     assert [await token_ids_of(call) for call in calls] == [answer] * count
+
+
+async def test_a_gateway_that_offers_no_version_gets_the_one_before_tokens(client: Client) -> None:
+    call = await client.admit(client.request(wire_versions=()))
+    frames = client.frames()
+    header = pb.PushFrame.FromString(frames[0]).header
+    assert (header.wire_version, header.transfer_token) == (2, b"")
+    await client.push(frames)
+    await call.read()
+    assert await token_ids_of(call) == right_answer(client)
+
+
+async def test_a_gateway_without_common_version_is_refused(client: Client) -> None:
+    call = client.generate(client.request(wire_versions=(4, 5)))
+    assert await call.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "versions 4, 5; this worker speaks 2, 3" in await call.details()

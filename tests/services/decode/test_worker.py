@@ -21,6 +21,7 @@ from tests.services.decode.conftest import StartWorker
 from tests.services.exposed import value
 from winnow.errors import EngineFailed, InvalidSetting, NoDecodeWorker, UnusableModel
 from winnow.v1 import decode_pb2 as pb
+from winnow.wire import WIRE_VERSIONS
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -49,7 +50,7 @@ async def test_registers_itself(worker: DecodeWorker, registry: RedisRegistry) -
     assert (record.address, record.kv_address) == (worker.address, worker.kv_address)
     assert record.fingerprint == worker.engine.model.fingerprint
     assert record.model_name == "llama"
-    assert record.wire_versions == (2,)
+    assert record.wire_versions == WIRE_VERSIONS
     assert record.pages_free == record.pages_total == worker.engine.stats().pool.pages_total
     assert not record.draining
 

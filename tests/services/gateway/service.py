@@ -104,9 +104,11 @@ def running_redis(folder: Path) -> Iterator[str]:
     for line in server.stdout:
         if "ready to accept connections" in line.lower():
             break
-    yield f"unix://{socket_path}"
-    server.terminate()
-    server.communicate()
+    try:
+        yield f"unix://{socket_path}"
+    finally:
+        server.terminate()
+        server.communicate()
 
 
 @asynccontextmanager

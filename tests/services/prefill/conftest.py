@@ -7,7 +7,7 @@ import pytest
 
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
-from tests.services.prefill.receiver import Receiver
+from tests.services.prefill.receiver import GRANT, Receiver
 from winnow.models import DecoderModel, load_model
 from winnow.request import PrefillJob, PruningSettings
 
@@ -53,6 +53,7 @@ def make_job(receiver: Receiver) -> MakeJob:
             "token_ids": tuple(range(1, NUM_TOKENS + 1)),
             "pruning": PRUNING,
             "kv_address": receiver.address,
+            "ticket": GRANT.ticket(1),
             "deadline_s": 30.0,
         }
         return PrefillJob(**(values | changes))  # type: ignore[arg-type]

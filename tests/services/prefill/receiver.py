@@ -12,9 +12,10 @@ from winnow.errors import WinnowError
 from winnow.kv import LayerKV
 from winnow.models import DecoderModel
 from winnow.v1 import decode_pb2 as pb
-from winnow.wire import Expected, Header, Trailer, TransferDecoder
+from winnow.wire import WIRE_VERSIONS, Expected, Grant, Header, Trailer, TransferDecoder
 
 MAX_ENTRIES, MAX_WINDOW = 8192, 64
+GRANT = Grant.issue(WIRE_VERSIONS)
 
 
 class Receiver:
@@ -22,7 +23,7 @@ class Receiver:
 
     def __init__(self, model: DecoderModel, num_prompt_tokens: int) -> None:
         self.expected = Expected(
-            model.fingerprint, model.shape, num_prompt_tokens, MAX_ENTRIES, MAX_WINDOW
+            GRANT, model.fingerprint, model.shape, num_prompt_tokens, MAX_ENTRIES, MAX_WINDOW
         )
         self.headers: list[Header] = []
         self.layers: list[LayerKV] = []

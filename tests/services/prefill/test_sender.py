@@ -9,7 +9,7 @@ import pytest
 from services.prefill.channels import Channels
 from services.prefill.sender import LAYERS_AHEAD, Delivered, Push
 from tests.services.prefill.conftest import NUM_TOKENS, PRUNING, MakeJob
-from tests.services.prefill.receiver import Receiver
+from tests.services.prefill.receiver import GRANT, Receiver
 from winnow.engine.prefill import run_prefill
 from winnow.errors import PrefillFailed, RequestCancelled, WinnowError
 from winnow.models import DecoderModel
@@ -17,7 +17,7 @@ from winnow.wire import TransferEncoder
 
 
 def encoder(model: DecoderModel) -> TransferEncoder:
-    return TransferEncoder("r1", 1, model.fingerprint, model.shape, NUM_TOKENS)
+    return TransferEncoder("r1", 1, GRANT.ticket(1), model.fingerprint, model.shape, NUM_TOKENS)
 
 
 @pytest.fixture

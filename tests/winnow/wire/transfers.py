@@ -6,12 +6,13 @@ import torch
 
 from winnow.kv import LayerKV, ModelShape
 from winnow.request import PrefillReport
-from winnow.wire import Expected, TransferEncoder
+from winnow.wire import WIRE_VERSIONS, Expected, Grant, TransferEncoder
 
 SHAPE = ModelShape(
     num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, hidden_size=32, dtype=torch.float32
 )
 NUM_PROMPT_TOKENS = 40
+GRANT = Grant.issue(WIRE_VERSIONS)
 REPORT = PrefillReport(
     num_prompt_tokens=NUM_PROMPT_TOKENS,
     num_selected_tokens=20,
@@ -55,7 +56,9 @@ def make_layers(shape: ModelShape = SHAPE) -> list[LayerKV]:
 
 
 def expected(shape: ModelShape = SHAPE) -> Expected:
-    return Expected("abc", shape, NUM_PROMPT_TOKENS, max_entries=NUM_PROMPT_TOKENS, max_window=8)
+    return Expected(
+        GRANT, "abc", shape, NUM_PROMPT_TOKENS, max_entries=NUM_PROMPT_TOKENS, max_window=8
+    )
 
 
 def encode(
@@ -67,7 +70,7 @@ def encode(
 ) -> list[bytes]:
     """Every frame of the transfer, in order."""
     encoder = TransferEncoder(
-        "request-1", 1, "abc", shape, NUM_PROMPT_TOKENS, frame_bytes=frame_bytes
+        "request-1", 1, GRANT.ticket(1), "abc", shape, NUM_PROMPT_TOKENS, frame_bytes=frame_bytes
     )
     frames = [encoder.header()]
     for layer in layers:
