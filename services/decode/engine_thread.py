@@ -13,12 +13,17 @@ from winnow.errors import EngineFailed, WinnowError
 logger = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 0.1  # how long a stop can take at most
+# After a failed step its requests leave. Where as many steps as this fail in a row, with requests
+# that keep coming, it is not the requests: a GPU that failed once fails ever after.
+_MAX_FAILED_STEPS = 10
+_FAILURE_PAUSE_S = 0.1
 
 
 class EngineThread:
     """Runs `engine.step` and posts each step's outputs to the event loop, all in one call.
 
-    deliver and fail_all run on the event loop.
+    deliver and fail_all run on the event loop. The thread ends after `stop`, or when step after
+    step has failed.
     """
 
     def __init__(
@@ -45,6 +50,10 @@ class EngineThread:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    async def wait_until_ended(self) -> None:
+        """Returns when the thread will do no more steps."""
+        await self._ended.wait()
+
     async def stop(self) -> None:
         """Returns when the thread has ended, after the step it is in."""
         self._stopping.set()
@@ -52,14 +61,22 @@ class EngineThread:
         self._thread.join()
 
     def _run(self) -> None:
+        num_failed = 0
         try:
-            while not self._stopping.is_set():
+            while not self._stopping.is_set() and num_failed < _MAX_FAILED_STEPS:
                 if self._engine.wait_for_work(_IDLE_WAIT_S):
-                    self._step()
+                    num_failed = 0 if self._step() else num_failed + 1
         finally:
-            self._loop.call_soon_threadsafe(self._ended.set)
+            self._loop.call_soon_threadsafe(self._end)
 
-    def _step(self) -> None:
+    def _end(self) -> None:
+        if not self._stopping.is_set():
+            logger.critical("the decode engine has ended")
+            self._fail_all(EngineFailed("the decode engine has ended"))
+        self._ended.set()
+
+    def _step(self) -> bool:
+        """Whether it succeeded; otherwise its requests have failed."""
         started = time.perf_counter()
         try:
             outputs = self._engine.step()
@@ -67,10 +84,12 @@ class EngineThread:
             logger.exception("a decode step failed")
             failure = EngineFailed(f"a decode step failed: {error}")
             self._loop.call_soon_threadsafe(self._fail_all, failure)
-            return
+            self._stopping.wait(_FAILURE_PAUSE_S)
+            return False
         if outputs:
             self._observe(outputs, time.perf_counter() - started)
             self._loop.call_soon_threadsafe(self._deliver, outputs)
+        return True
 
     def _observe(self, outputs: list[StepOutput], step_s: float) -> None:
         self._metrics.step_seconds.observe(step_s)

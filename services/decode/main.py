@@ -7,6 +7,7 @@ import signal
 from services.common.settings import Settings
 from services.common.tracing import configure_tracing
 from services.decode.worker import DecodeWorker
+from winnow.errors import EngineFailed
 
 logger = logging.getLogger(__name__)
 
@@ -14,7 +15,8 @@ logger = logging.getLogger(__name__)
 async def run_decode(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT, then drains and stops. A second signal cuts the drain short.
 
-    Raises UnusableModel or InvalidSetting if the worker cannot start.
+    Raises UnusableModel or InvalidSetting if the worker cannot start, EngineFailed if it can serve
+    no more.
     """
     signals: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
@@ -24,10 +26,20 @@ async def run_decode(settings: Settings) -> None:
     worker = DecodeWorker(settings)
     await worker.start()
     try:
-        await signals.get()
+        await _until_told_to_stop(worker, signals)
         await _drain(worker, settings.drain_timeout_s, signals)
     finally:
         await worker.stop()
+
+
+async def _until_told_to_stop(worker: DecodeWorker, signals: "asyncio.Queue[int]") -> None:
+    told = asyncio.create_task(signals.get())
+    broken = asyncio.create_task(worker.wait_until_broken())
+    await asyncio.wait((told, broken), return_when=asyncio.FIRST_COMPLETED)
+    if broken.done():
+        told.cancel()
+        raise EngineFailed("the decode engine has ended; start the worker again")
+    broken.cancel()
 
 
 async def _drain(worker: DecodeWorker, timeout_s: float, signals: "asyncio.Queue[int]") -> None:

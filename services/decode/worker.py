@@ -66,6 +66,10 @@ class DecodeWorker:
         """Ends what still runs and gives back every thread, socket and page."""
         await self._started.aclose()
 
+    async def wait_until_broken(self) -> None:
+        """Returns when the worker can serve no more."""
+        await self._engine_thread.wait_until_ended()
+
     async def check(self) -> None:
         """Raises RuntimeError if the worker can serve no more."""
         if not self._engine_thread.alive:

@@ -44,3 +44,24 @@ async def test_a_broken_step_fails_its_requests_and_the_thread_goes_on(
         await thread.stop()
     assert not thread.alive
     assert "winnow-decode-engine" not in {t.name for t in threading.enumerate()}
+
+
+class AlwaysBreaks(DecodeEngine):
+    """An engine on a device that has failed."""
+
+    def step(self) -> list[StepOutput]:
+        raise RuntimeError("device-side assert")
+
+
+async def test_the_thread_ends_when_step_after_step_fails(tiny_models: dict[str, Path]) -> None:
+    model = load_model(tiny_models["llama"])
+    engine = AlwaysBreaks(model, pool_config=KVPoolConfig(16 << 20, 16))
+    failures: list[WinnowError] = []
+    thread = EngineThread(engine, DecodeMetrics("tiny"), lambda outputs: None, failures.append)
+    thread.start()
+    admit(engine, spec("r1", len(PROMPT), GREEDY), PROMPT)
+    await thread.wait_until_ended()
+    assert "device-side assert" in failures[0].message
+    assert failures[-1].message == "the decode engine has ended"
+    await thread.stop()
+    assert not thread.alive

@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -7,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import grpc
 import pytest
 
 from services.common.messages import sampling_to_proto
@@ -14,6 +16,7 @@ from services.common.registry import RedisRegistry, WorkerRecord
 from tests.services.decode.client import GREEDY, PROMPT, Client, error_of, token_ids_of
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.kv_pool import KVPoolConfig
+from winnow.errors import WinnowError
 from winnow.models import load_model
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.e2e]
@@ -24,6 +27,12 @@ import asyncio
 from services.common.settings import load_settings
 from services.decode.main import run_decode
 asyncio.run(run_decode(load_settings()))
+"""
+BREAKING = """
+from winnow.engine.decode import DecodeEngine
+def broken(self):
+    raise RuntimeError("device-side assert")
+DecodeEngine.step = broken
 """
 
 
@@ -37,9 +46,9 @@ class RemoteWorker:
 
 @asynccontextmanager
 async def decode_process(
-    model: Path, redis_url: str
+    model: Path, redis_url: str, before: str = ""
 ) -> AsyncIterator[tuple[asyncio.subprocess.Process, Client]]:
-    """A process that runs `run_decode`, found through the registry."""
+    """A process that runs `before` and `run_decode`, found through the registry."""
     variables = {
         "WINNOW_MODEL": str(model),
         "WINNOW_REDIS_URL": redis_url,
@@ -48,7 +57,7 @@ async def decode_process(
         "WINNOW_NUM_THREADS": "1",
     }
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", PROGRAM, env=os.environ | variables
+        sys.executable, "-c", before + PROGRAM, env=os.environ | variables
     )
     registry = RedisRegistry(redis_url, NAMESPACE)
     try:
@@ -93,3 +102,19 @@ async def test_a_second_signal_cuts_the_drain_short(
         async with asyncio.timeout(10):
             assert (await error_of(call)).code in ("no_decode_worker", "cancelled")
             assert await process.wait() == 0
+
+
+async def test_a_worker_whose_device_fails_ends_for_another_to_take_its_place(
+    tiny_models: dict[str, Path], redis_url: str
+) -> None:
+    async with decode_process(tiny_models["llama"], redis_url, BREAKING) as (process, client):
+        asked = 0
+        while process.returncode is None:  # as a gateway that knows no better would go on asking
+            asked += 1
+            with contextlib.suppress(AssertionError, WinnowError, grpc.RpcError):
+                call = await client.admit(client.request(f"r{asked}"))
+                await client.push(client.frames(f"r{asked}"))
+                await call.read()
+                await error_of(call)
+        assert process.returncode == 1
+        assert asked >= 3
