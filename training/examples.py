@@ -7,6 +7,7 @@ measured was never seen.
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from evals.tasks import make_tasks
 from evals.tasks.base import Example, Task
@@ -20,6 +21,8 @@ from winnow.errors import InvalidSetting
 
 TRAINING_SEED = -1
 CHAT_SHARE = 0.25
+LOOKALIKES = 6  # pieces of each UUID asked for, elsewhere in the context
+_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 ANSWER_ROOM = 48  # tokens; the longest answer is a UUID, or four numbers
 
 # How often each task is drawn, relative to the others; a chain of each order and length once.
@@ -46,7 +49,10 @@ _TASKS = {task.name: task for task in make_tasks(num_depths=10, data_dir=None)}
 def example_sample(
     rng: random.Random, maker: SampleMaker, length: int, tasks: Sequence[str] = tuple(SHARES)
 ) -> Sample:
-    """One example of one of `tasks`, its answer scored, at most `length` tokens."""
+    """One example of one of `tasks`, its answer scored, at most `length` tokens.
+
+    Half of those with UUIDs have look-alikes.
+    """
     while True:
         (name,) = rng.choices(tasks, weights=[SHARES[task] for task in tasks])
         task = _TASKS[name]
@@ -55,7 +61,27 @@ def example_sample(
             example = task.example(index, TRAINING_SEED, length - ANSWER_ROOM, maker.count)
         except InvalidSetting:  # too long for this length
             continue
+        if rng.random() < 0.5:
+            example = with_lookalikes(rng, example)
         return _sample(rng, maker, task, example)
+
+
+def with_lookalikes(rng: random.Random, example: Example) -> Example:
+    """Other UUIDs of the context share pieces with the one asked for, and with its key.
+
+    Random ones seldom share more than four characters, so that a model which tells them apart by
+    so few is right nearly always, and learns no better.
+    """
+    text = list(example.context)
+    wanted = {*_UUID.findall(example.question), *_UUID.findall(" ".join(example.answers))}
+    found = list(_UUID.finditer(example.context))
+    others = [match.start() for match in found if match.group() not in wanted]
+    for uuid in sorted(wanted) * LOOKALIKES if others else ():
+        size = rng.randint(3, 9)
+        first = rng.randrange(len(uuid) - size)
+        at = rng.choice(others) + first
+        text[at : at + size] = uuid[first : first + size]
+    return replace(example, context="".join(text))
 
 
 def _sample(rng: random.Random, maker: SampleMaker, task: Task, example: Example) -> Sample:

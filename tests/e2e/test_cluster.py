@@ -4,7 +4,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from tests.e2e.winnow_process import WinnowServe, environment, winnow
+from tests.load import NUM_CLIENTS, load
 from winnow.local import Winnow
 from winnow.request import SamplingParams
 
@@ -109,13 +110,27 @@ def serve_command(*arguments: str) -> None:
     subprocess.run(command, check=True, timeout=90, env=environment(**OPEN), cwd="/")
 
 
+def deploy(arguments: Sequence[str], folder: Path, cluster: RayCluster) -> None:
+    config = folder / "winnow.yaml"
+    config.write_text(winnow("serve", "--print-config", *arguments).stdout)
+    serve_command("deploy", str(config), "-a", cluster.dashboard)
+
+
+def replicas(cluster: RayCluster) -> set[str]:
+    """The running replicas of every deployment."""
+    return {
+        replica["replica_id"]
+        for deployment in cluster.applications()["winnow"]["deployments"].values()
+        for replica in deployment["replicas"]
+        if replica["state"] == "RUNNING"
+    }
+
+
 def test_serve_deploy_places_prefill_and_decode_on_different_nodes(
     cluster: RayCluster, model: Path, tmp_path: Path
 ) -> None:
     port = free_port()
-    config = tmp_path / "winnow.yaml"
-    config.write_text(winnow("serve", "--print-config", *flags(model, port)).stdout)
-    serve_command("deploy", str(config), "-a", cluster.dashboard)
+    deploy(flags(model, port), tmp_path, cluster)
     url = f"http://127.0.0.1:{port}"
     wait_until_ready(url, cluster)
     deployments = cluster.applications()["winnow"]["deployments"]
@@ -124,6 +139,27 @@ def test_serve_deploy_places_prefill_and_decode_on_different_nodes(
     alone = Winnow.load(model, kv_memory_bytes=1 << 26)
     expected = alone.generate(PROMPT, SamplingParams(max_tokens=10, temperature=0)).text
     assert answer(url, model) == expected
+    serve_command("shutdown", "-y", "-a", cluster.dashboard)
+
+
+def test_a_new_version_is_rolled_out_under_load_and_no_request_fails(
+    cluster: RayCluster, model: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    small = ("--prefill-num-cpus", "0.3", "--decode-num-cpus", "0.3", "--num-threads", "1")
+    several = (*flags(model, port), *small, "--decode-workers", "2")
+    deploy(several, tmp_path, cluster)
+    wait_until_ready(f"http://127.0.0.1:{port}", cluster)
+    before = replicas(cluster)
+    with load(f"http://127.0.0.1:{port}/v1", PROMPT) as done:
+        deploy((*several, "--max-n", "5"), tmp_path, cluster)
+        deadline_s = time.monotonic() + 150
+        while before & (after := replicas(cluster)) or len(after) < len(before):
+            assert time.monotonic() < deadline_s, cluster.applications()
+            time.sleep(0.5)
+        answered = done.num_answered
+        while done.num_answered < answered + NUM_CLIENTS:
+            time.sleep(0.1)
     serve_command("shutdown", "-y", "-a", cluster.dashboard)
 
 
