@@ -14,6 +14,7 @@ WinnowError
 ├── DeadlineExceeded        the request did not end in its time
 ├── RequestCancelled        the client went away
 ├── PrefillFailed           prefill could not compute or deliver the prompt
+│   └── DeliveryFailed      the decode worker could not be reached, or took no KV
 ├── TransferRefused         the KV that arrived is not what was announced
 │   ├── UnknownReservation  no admitted request has that id (any more)
 │   ├── TransferMismatch    other wire version, model or shape than the receiver's
@@ -24,6 +25,7 @@ WinnowError
 ├── ModelMismatch           the worker holds another model than the one asked for
 ├── LeaseExpired            the reservation's KV did not arrive in its time
 ├── EngineFailed            the decode engine broke while it generated
+│   └── NotFinite           the model's own numbers are broken; no other worker does better
 └── UnusableModel           a model folder that is missing, broken or unsupported (startup)
 """
 
@@ -102,6 +104,10 @@ class PrefillFailed(WinnowError):
     code = "prefill_failed"
 
 
+class DeliveryFailed(PrefillFailed):
+    code = "delivery_failed"
+
+
 class TransferRefused(WinnowError):
     code = "transfer_refused"
 
@@ -140,6 +146,10 @@ class LeaseExpired(WinnowError):
 
 class EngineFailed(WinnowError):
     code = "engine_failed"
+
+
+class NotFinite(EngineFailed):
+    code = "not_finite"
 
 
 class UnusableModel(WinnowError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from winnow.errors import EngineFailed
+from winnow.errors import NotFinite
 from winnow.request import SamplingParams, TokenLogprobs
 
 _MASK64 = (1 << 64) - 1
@@ -45,10 +45,10 @@ def sample(
     """The token that follows at `position`.
 
     logits: [vocab_size] float32; not changed.
-    Raises EngineFailed if a logit is not finite.
+    Raises NotFinite if a logit is not finite.
     """
     if not bool(logits.isfinite().all()):
-        raise EngineFailed(f"the model's logits at position {position} are not finite")
+        raise NotFinite(f"the model's logits at position {position} are not finite")
     logits = _adjust(logits, params, history)
     if params.temperature == 0:
         return int(logits.argmax())

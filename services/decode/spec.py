@@ -23,6 +23,7 @@ def spec_from_request(request: pb.GenerateRequest, vocab_size: int) -> Generatio
     _require_prompt(request, sampling)
     _require_tokens("prompt_token_ids", request.prompt_token_ids, vocab_size)
     _require_tokens("logit_bias", sampling.logit_bias, vocab_size)
+    _require_replayed(request, vocab_size)
     return GenerationSpec(
         request_id=request.request_id,
         num_prompt_tokens=request.num_prompt_tokens,
@@ -36,6 +37,7 @@ def spec_from_request(request: pb.GenerateRequest, vocab_size: int) -> Generatio
         window_size=recompression.window_size,
         kernel_size=recompression.kernel_size,
         prompt_token_ids=tuple(request.prompt_token_ids),
+        replayed=tuple(tuple(sequence.token_ids) for sequence in request.replayed),
     )
 
 
@@ -53,6 +55,24 @@ def _require_prompt(request: pb.GenerateRequest, sampling: SamplingParams) -> No
         raise InvalidSetting(
             f"prompt_token_ids has {got} tokens; {needed} are needed", param="prompt_token_ids"
         )
+
+
+def _require_replayed(request: pb.GenerateRequest, vocab_size: int) -> None:
+    """Nothing, or what each sequence has generated: at most `max_tokens`."""
+    if request.replayed and len(request.replayed) != request.num_sequences:
+        raise InvalidSetting(
+            f"replayed has {len(request.replayed)} sequences; the request has "
+            f"{request.num_sequences}",
+            param="replayed",
+        )
+    for sequence in request.replayed:
+        _require_tokens("replayed", sequence.token_ids, vocab_size)
+        if len(sequence.token_ids) > request.sampling.max_tokens:
+            raise InvalidSetting(
+                f"replayed has {len(sequence.token_ids)} tokens of a sequence; max_tokens is "
+                f"{request.sampling.max_tokens}",
+                param="replayed",
+            )
 
 
 def _require_tokens(name: str, token_ids: Iterable[int], vocab_size: int) -> None:

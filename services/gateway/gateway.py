@@ -51,7 +51,12 @@ class Gateway:
         self._router = Router(registry, description.fingerprint)
         self._prefiller = prefiller
         self._service = Service(
-            self._router, prefiller, description, settings.prefill_attempts, self.metrics
+            self._router,
+            prefiller,
+            description,
+            settings.prefill_attempts,
+            self.metrics,
+            silence_s=settings.lease_s,
         )
 
     @asynccontextmanager

@@ -11,11 +11,14 @@ from services.common.rpc import error_from_rpc
 from services.common.tracing import metadata_of
 from services.gateway.routing import Place, Router
 from winnow.errors import (
+    DeliveryFailed,
+    EngineFailed,
     ModelMismatch,
     NoDecodeWorker,
     Overloaded,
     RequestCancelled,
     TransferMismatch,
+    UnknownReservation,
     WinnowError,
 )
 from winnow.model_files import ModelDescription
@@ -27,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 # Admission costs a worker no compute, so one that takes longer is as good as gone.
 _ADMISSION_TIMEOUT_S = 5.0
+# What a prompt meets whose worker is lost; another worker can go on.
+WORKER_LOST = (NoDecodeWorker, EngineFailed, DeliveryFailed, UnknownReservation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,7 @@ class PromptRequest:
     sampling: SamplingParams
     pruning: PruningSettings
     trace_context: str = ""  # a traceparent
+    replayed: tuple[tuple[int, ...], ...] = ()  # as in GenerationSpec
 
 
 class Generation:
@@ -64,6 +70,10 @@ class Generation:
         if isinstance(error, NoDecodeWorker | RequestCancelled):
             return NoDecodeWorker(f"decode worker {self.worker_id} went away: {error.message}")
         return error
+
+    def suspect(self) -> None:
+        """Note that the worker could not be reached: others are tried before it."""
+        self._place.suspect()
 
     def close(self) -> None:
         """End the call; the worker frees the prompt's KV at once."""
@@ -150,4 +160,5 @@ def _to_proto(request: PromptRequest, model: ModelDescription) -> pb.GenerateReq
         recompression=recompression_to_proto(request.pruning),
         prompt_token_ids=request.token_ids if request.sampling.needs_prompt else (),
         wire_versions=WIRE_VERSIONS,
+        replayed=[pb.ReplayedTokens(token_ids=token_ids) for token_ids in request.replayed],
     )

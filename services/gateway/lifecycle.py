@@ -1,26 +1,35 @@
 """One prompt's life in the gateway, from the reservation of KV memory to its last token.
 
+                           ┌─── LOST ◀──┐
+                           ▼     ▲      │
 RECEIVED ─▶ ADMITTED ─▶ PREFILLING ─▶ DECODING ─▶ FINISHED
 └────────────┴────────────┴────────────┴────────▶ FAILED, CANCELLED
+
+A prompt whose decode worker is lost moves to another one: that one gets the prompt's KV anew, and
+replays the tokens that were generated, so the answer is the one that it would have been.
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from types import TracebackType
 
 from services.common.messages import report_from_proto, tokens_from_proto
 from services.common.tracing import context_of, span
-from services.gateway.generation import Generation, PromptRequest, open_generation
+from services.gateway.generation import WORKER_LOST, Generation, PromptRequest, open_generation
 from services.gateway.metrics import ADMISSION, PREFILL, GatewayMetrics
 from services.gateway.prefiller import Prefiller
 from services.gateway.routing import Router
 from winnow.errors import (
     DeadlineExceeded,
+    DeliveryFailed,
     EngineFailed,
+    NoDecodeWorker,
+    NotFinite,
+    Overloaded,
     PrefillFailed,
     TransferRefused,
     UnknownReservation,
@@ -35,6 +44,10 @@ logger = logging.getLogger(__name__)
 
 # What prefill tells at its end is worth this wait, not more.
 _TIMINGS_TIMEOUT_S = 2.0
+MAX_MIGRATIONS = 3
+# A worker that takes over is sought for this long: a lost one may be back by then.
+_PATIENCE_S = 30.0
+_PAUSE_S = 0.25
 
 
 class State(StrEnum):
@@ -42,6 +55,7 @@ class State(StrEnum):
     ADMITTED = "admitted"  # KV memory is reserved at a decode worker
     PREFILLING = "prefilling"  # a prefill worker has been asked
     DECODING = "decoding"  # the KV is in place; tokens come
+    LOST = "lost"  # its decode worker is; another one is sought
     FINISHED = "finished"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -51,13 +65,15 @@ _WAITS_FOR = {
     State.RECEIVED: ADMISSION,
     State.ADMITTED: PREFILL,
     State.PREFILLING: PREFILL,
+    State.LOST: ADMISSION,
 }
 _ENDS = frozenset({State.FAILED, State.CANCELLED})
 _NEXT = {
     State.RECEIVED: _ENDS | {State.ADMITTED},
     State.ADMITTED: _ENDS | {State.PREFILLING},
-    State.PREFILLING: _ENDS | {State.DECODING},
-    State.DECODING: _ENDS | {State.FINISHED},
+    State.PREFILLING: _ENDS | {State.DECODING, State.LOST},
+    State.DECODING: _ENDS | {State.FINISHED, State.LOST},
+    State.LOST: _ENDS | {State.PREFILLING},
 }
 
 
@@ -65,11 +81,13 @@ _NEXT = {
 class Figures:
     """What became of a prompt so far.
 
+    attempts: prefills. migrations: times that it moved to another decode worker.
     ttft_s: from its arrival to its first token. timings: None if the prefill worker delivered the
     KV but did not tell.
     """
 
     attempts: int = 0
+    migrations: int = 0
     ttft_s: float | None = None
     report: PrefillReport | None = None
     timings: PrefillTimings | None = None
@@ -78,13 +96,17 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What every prompt's life needs of the service."""
+    """What every prompt's life needs of the service.
+
+    silence_s: a decode worker that generates, and says nothing for this long, is lost.
+    """
 
     router: Router
     prefiller: Prefiller
     model: ModelDescription
     prefill_attempts: int
     metrics: GatewayMetrics
+    silence_s: float = 30.0
 
 
 class PromptRun:
@@ -100,6 +122,8 @@ class PromptRun:
         self._service = service
         self._arrived_s = time.monotonic()
         self._deadline_s = deadline_s
+        self._asked = request  # of the worker: anew at each
+        self._generated: list[list[int]] = [[] for _ in range(request.num_sequences)]
         self._generation: Generation | None = None
         self._prefill: asyncio.Task[PrefillOutcome] | None = None
         self._ended: set[int] = set()
@@ -117,6 +141,10 @@ class PromptRun:
     ) -> None:
         if self.state is not State.FINISHED:
             self._enter(State.FAILED if isinstance(error, Exception) else State.CANCELLED)
+        await self._leave_worker()
+
+    async def _leave_worker(self) -> None:
+        """Frees what decode and prefill hold for the prompt."""
         if self._generation is not None:
             self._generation.close()
         tasks = [task for task in (self._read, self._prefill) if task is not None]
@@ -140,15 +168,56 @@ class PromptRun:
         Stop reading when every sequence has ended, then call `finish`.
         Raises the WinnowError that ended the run.
         """
-        self._enter(State.PREFILLING)
-        self._prefill = asyncio.create_task(self._prefill_job())
-        while (event := await self._next_event()) is not None:
+        self._begin_prefill()
+        while True:
+            try:
+                event = await self._next_event()
+            except WORKER_LOST as error:
+                await self._move(error)
+                continue
             if event.HasField("prefilled"):
                 self.figures.report = report_from_proto(event.prefilled.report)
                 self._enter(State.DECODING)
             elif event.HasField("tokens"):
                 yield self._note(event.tokens)
-        raise EngineFailed("the decode worker ended its answer before the last token")
+
+    def _begin_prefill(self) -> None:
+        self._enter(State.PREFILLING)
+        self._prefill = asyncio.create_task(self._prefill_job())
+
+    async def _move(self, error: WinnowError) -> None:
+        """Goes on at another worker.  Raises `error` where that would not help, or not again."""
+        figures = self.figures
+        if isinstance(error, NotFinite) or figures.migrations == MAX_MIGRATIONS:
+            raise error
+        figures.migrations += 1
+        self._service.metrics.migrations.labels(error.code).inc()
+        num_generated = sum(map(len, self._generated))
+        self._warn("after %d tokens: %s; another worker takes over", num_generated, error)
+        self._enter(State.LOST)
+        assert self._generation is not None
+        self._generation.suspect()
+        await self._leave_worker()
+        self._asked = replace(
+            self.request,
+            request_id=f"{self.request.request_id}.{figures.migrations}",
+            replayed=tuple(map(tuple, self._generated)) if num_generated else (),
+        )
+        self._generation = await self._another_worker()
+        self._begin_prefill()
+
+    async def _another_worker(self) -> Generation:
+        """Raises as `open_generation`, but waits a while for a worker with room."""
+        give_up_s = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                return await open_generation(
+                    self._service.router, self._asked, self._service.model, self._left_s()
+                )
+            except (NoDecodeWorker, Overloaded):
+                if time.monotonic() > give_up_s:
+                    raise
+                await asyncio.sleep(_PAUSE_S)
 
     async def finish(self) -> None:
         """Every sequence has ended, by itself or at a stop string."""
@@ -167,14 +236,31 @@ class PromptRun:
             self.figures.ttft_s = time.monotonic() - self._arrived_s
         self.figures.recompressed_entries = tokens.recompressed_entries
         step = tokens_from_proto(tokens)
+        for token in step:
+            self._generated[token.sequence_idx].append(token.token_id)
         self._ended |= {token.sequence_idx for token in step if token.finish_reason}
         return step
 
-    async def _next_event(self) -> pb.GenerateEvent | None:
+    async def _next_event(self) -> pb.GenerateEvent:
         """The worker's next event, or the failure of prefill if that is earlier."""
+        event = await (self._step() if self.state is State.DECODING else self._prefilled())
+        if event is None:
+            raise EngineFailed("the decode worker ended its answer before the last token")
+        return event
+
+    async def _step(self) -> pb.GenerateEvent | None:
+        assert self._generation is not None
+        silence_s = self._service.silence_s
+        try:
+            async with asyncio.timeout(silence_s):
+                return await self._generation.next_event()
+        except TimeoutError as error:
+            raise NoDecodeWorker(
+                f"decode worker {self._generation.worker_id} said nothing for {silence_s:g} s"
+            ) from error
+
+    async def _prefilled(self) -> pb.GenerateEvent | None:
         assert self._generation is not None and self._prefill is not None
-        if self.state is State.DECODING:
-            return await self._generation.next_event()
         self._read = asyncio.create_task(self._generation.next_event())
         await asyncio.wait({self._read, self._prefill}, return_when=asyncio.FIRST_COMPLETED)
         if not self._read.done():
@@ -187,6 +273,8 @@ class PromptRun:
         for attempt in range(1, last):
             try:
                 return await self._attempt(attempt)
+            except DeliveryFailed:
+                raise  # at this decode worker, another prefill worker does no better
             except (PrefillFailed, TransferRefused) as error:
                 if self.state is State.DECODING or isinstance(error, UnknownReservation):
                     raise
@@ -195,10 +283,10 @@ class PromptRun:
 
     async def _attempt(self, attempt: int) -> PrefillOutcome:
         assert self._generation is not None
-        self.figures.attempts = attempt
+        self.figures.attempts += 1
         with span("prefill", self.request.trace_context, attempt=attempt) as attempt_span:
             job = PrefillJob(
-                request_id=self.request.request_id,
+                request_id=self._asked.request_id,
                 attempt=attempt,
                 token_ids=self.request.token_ids,
                 pruning=self.request.pruning,

@@ -1,6 +1,7 @@
 """What clients see of the service."""
 
 from services.common.metrics import COUNT_BUCKETS, REQUEST_BUCKETS_S, TOKEN_BUCKETS_S, Metrics
+from services.gateway.generation import WORKER_LOST
 from winnow.errors import ERROR_CODES
 
 FINISH_REASONS = ("stop", "length", "error", "cancelled")
@@ -52,6 +53,12 @@ class GatewayMetrics(Metrics):
         for reason in (ADMISSION, PREFILL):
             self.requests_waiting.labels(reason)
         self.prefill_retries = self._counter("winnow_prefill_retries", "Prefills tried again")
+        self.migrations = self._counter(
+            "winnow_migrations",
+            "Prompts that went on at another decode worker, by what befell the first",
+            "reason",
+            (error.code for error in WORKER_LOST),
+        )
 
     def _count_tokens(self) -> None:
         self.prompt_tokens = self._counter("winnow_prompt_tokens", "Tokens of accepted prompts")

@@ -47,7 +47,7 @@ class Outcomes:
         num_generated = sum(choice.num_tokens for choice in choices)
         metrics.generated_tokens.inc(num_generated)
         metrics.request_generated_tokens.observe(num_generated)
-        metrics.prefill_retries.inc(max(0, figures.attempts - 1))
+        metrics.prefill_retries.inc(max(0, figures.attempts - 1 - figures.migrations))
         if figures.ttft_s is not None:
             metrics.ttft.observe(figures.ttft_s)
             num_later = max(choice.num_tokens for choice in choices) - 1

@@ -19,6 +19,7 @@ from services.prefill.channels import Channels
 from winnow.engine.prefill import PrefillResult
 from winnow.errors import (
     DeadlineExceeded,
+    DeliveryFailed,
     ModelMismatch,
     PrefillFailed,
     TransferRefused,
@@ -88,7 +89,7 @@ class Push:
     def send(self, layer: LayerKV) -> None:
         """Hands a layer over; waits while LAYERS_AHEAD others do.
 
-        Raises what ended the transfer, or PrefillFailed if the worker takes nothing for long.
+        Raises what ended the transfer, or DeliveryFailed if the worker takes nothing for long.
         """
         with self._changed:
             has_room = self._changed.wait_for(
@@ -122,8 +123,8 @@ class Push:
         if self._call is not None:
             self._call.cancel()
 
-    def _stalled(self) -> PrefillFailed:
-        return PrefillFailed(
+    def _stalled(self) -> DeliveryFailed:
+        return DeliveryFailed(
             f"decode worker {self._job.kv_address} took no KV for {self._stall_timeout_s:g} s"
         )
 
@@ -183,4 +184,4 @@ def _error_of(failure: grpc.RpcError, address: str) -> WinnowError:
     error = error_from_rpc(failure)
     if isinstance(error, _PASSED_ON):
         return error
-    return PrefillFailed(f"KV could not be delivered to decode worker {address}: {error.message}")
+    return DeliveryFailed(f"KV could not be delivered to decode worker {address}: {error.message}")

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 class StepOutput:
     """What one step did for one request; after `finished` or an `error` nothing more follows.
 
+    tokens: new ones; none of a sequence that replays.
     recompressed_entries: dropped so far, over layers, heads and sequences.
     kv_bytes: keys and values that the request's sequences held when their tokens were sampled.
     """
@@ -252,15 +253,16 @@ class DecodeEngine:
     ) -> StepOutput:
         """One request's output; sequences that ended leave the batch and free their pages."""
         outcomes = [results[seq] for seq in sequences]
-        tokens = tuple(outcome for outcome in outcomes if isinstance(outcome, Token))
+        tokens = [outcome for outcome in outcomes if isinstance(outcome, Token)]
         errors = [outcome for outcome in outcomes if isinstance(outcome, EngineFailed)]
         ended = {token.sequence_idx for token in tokens if token.finish_reason}
+        new = {seq.sequence_idx for seq in sequences if seq.is_new}
         leaving = [seq for seq in sequences if errors or seq.sequence_idx in ended]
         kv_bytes = sum(self.pool.kv_bytes(seq.row) for seq in sequences)
         self._retire(leaving)
         return StepOutput(
             request_id=reservation.spec.request_id,
-            tokens=tokens,
+            tokens=tuple(token for token in tokens if token.sequence_idx in new),
             recompressed_entries=reservation.recompressed_entries,
             kv_bytes=kv_bytes,
             finished=len(leaving) == len(sequences),

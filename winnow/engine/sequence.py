@@ -22,6 +22,9 @@ class GenerationSpec:
     max_prompt_entries: KV entries per (layer, KV head) that prefill will send at most.
     decode_budget to redundancy_weight: as in PruningSettings.
     prompt_token_ids: only needed if `sampling.needs_prompt`.
+    replayed: of each sequence, the tokens that another worker generated before it was lost: they
+    are fed to the model one by one, instead of sampled, until the sequence is where it was. Empty:
+    none.
     Sequence i of `num_sequences` samples with seed + i.
     """
 
@@ -37,6 +40,7 @@ class GenerationSpec:
     window_size: int = 32
     kernel_size: int = 7
     prompt_token_ids: tuple[int, ...] = ()
+    replayed: tuple[tuple[int, ...], ...] = ()
 
     @property
     def max_entries(self) -> int:
@@ -159,21 +163,29 @@ class Sequence:
         self.num_tokens = spec.num_prompt_tokens
         self.next_position = next_position
         self.history = TokenHistory(prompt=spec.prompt_token_ids)
+        self._replayed = spec.replayed[sequence_idx] if spec.replayed else ()
 
     @property
     def num_generated(self) -> int:
         return len(self.history.generated)
 
+    @property
+    def is_new(self) -> bool:
+        """Whether the token just taken goes beyond those that are replayed."""
+        return self.num_generated > len(self._replayed)
+
     def take(self, logits: Tensor) -> Token:
-        """Samples the next token from logits [vocab_size]; raises EngineFailed."""
+        """The next token, sampled from logits [vocab_size] or replayed; raises NotFinite."""
         sampling = self.spec.sampling
-        token_id = sample(
-            logits,
-            sampling,
-            self.num_tokens,
-            self.history,
-            seed=sampling.seed + self.sequence_idx,
-        )
+        token_id = self._next_replayed()
+        if token_id is None:
+            token_id = sample(
+                logits,
+                sampling,
+                self.num_tokens,
+                self.history,
+                seed=sampling.seed + self.sequence_idx,
+            )
         self.history.generated.append(token_id)
         self.num_tokens += 1
         self.next_position += 1
@@ -183,6 +195,10 @@ class Sequence:
             else token_logprobs(logits, token_id, sampling.num_logprobs)
         )
         return Token(self.sequence_idx, token_id, logprobs)
+
+    def _next_replayed(self) -> int | None:
+        at = self.num_generated
+        return self._replayed[at] if at < len(self._replayed) else None
 
     def finish_reason(self, model: DecoderModel) -> FinishReason | None:
         """Why the sequence ends with the token just taken, if it does."""
