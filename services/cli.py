@@ -154,7 +154,7 @@ def _decode(args: argparse.Namespace) -> None:
 def _health(args: argparse.Namespace) -> None:
     from services.health import check  # noqa: PLC0415 - loads gRPC
 
-    check(args.target)
+    check(args.target, load_settings())
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -178,7 +178,7 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _ready_message(settings: Settings) -> str:
-    url = f"http://{settings.host}:{settings.port}"
+    url = f"{settings.scheme}://{settings.host}:{settings.port}"
     grpc = f", gRPC on {settings.host}:{settings.grpc_port}" if settings.grpc_port else ""
     body = f'{{"model": "{settings.served_name}", "prompt": "Once upon a time", "max_tokens": 32}}'
     return (

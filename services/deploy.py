@@ -42,5 +42,9 @@ def for_cluster(settings: Settings) -> Settings:
 
 
 def http_options(settings: Settings) -> dict[str, Any]:
-    """Where Serve's proxy listens."""
-    return {"host": settings.host, "port": settings.port}
+    """Where Serve's proxy listens, and with which certificate."""
+    options: dict[str, Any] = {"host": settings.host, "port": settings.port}
+    if settings.tls_cert_file is not None:
+        options["ssl_certfile"] = str(settings.tls_cert_file)
+        options["ssl_keyfile"] = str(settings.tls_key_file)
+    return options

@@ -4,6 +4,8 @@ import grpc
 import httpx
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from services.common.settings import Settings
+from services.common.tls import PeerTls, open_channel, trusting
 from winnow.errors import WinnowError
 
 TIMEOUT_S = 4.0
@@ -13,28 +15,29 @@ class Unhealthy(WinnowError):
     """What was asked does not answer, or says that it does not serve."""
 
 
-def check(target: str) -> None:
+def check(target: str, settings: Settings) -> None:
     """Asks a gateway's URL, like http://host:8000/ready, or a decode worker's host:port.
 
     Raises Unhealthy.
     """
     if target.startswith(("http://", "https://")):
-        _check_http(target)
+        _check_http(target, settings)
     else:
-        _check_grpc(target)
+        _check_grpc(target, settings)
 
 
-def _check_http(url: str) -> None:
+def _check_http(url: str, settings: Settings) -> None:
+    verify = trusting(settings.tls_cert_file) if settings.tls_cert_file else True
     try:
-        response = httpx.get(url, timeout=TIMEOUT_S)
+        response = httpx.get(url, timeout=TIMEOUT_S, verify=verify)
     except httpx.HTTPError as error:
         raise Unhealthy(f"{url} does not answer: {error}") from error
     if not response.is_success:
         raise Unhealthy(f"{url} answers with status {response.status_code}")
 
 
-def _check_grpc(address: str) -> None:
-    with grpc.insecure_channel(address) as channel:
+def _check_grpc(address: str, settings: Settings) -> None:
+    with open_channel(address, PeerTls.load(settings)) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)

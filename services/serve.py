@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -92,9 +93,12 @@ def _claim(held: contextlib.ExitStack, host: str, port: int, name: str) -> int:
 
 
 def _check(settings: Settings) -> None:
+    from services.common.tls import PeerTls, require_public_pair  # noqa: PLC0415 - loads gRPC
     from services.gateway.served_model import ServedModel  # noqa: PLC0415 - loads transformers
 
     ServedModel.load(settings)
+    require_public_pair(settings)
+    PeerTls.load(settings)
 
 
 @contextlib.contextmanager
@@ -230,15 +234,18 @@ def _raise_failure(name: str, message: str) -> None:
 
 def _wait_until_served(settings: Settings, progress: Progress) -> None:
     """Every part has found the others: the gateway says that it is ready."""
+    from services.common.tls import trusting  # noqa: PLC0415 - loads gRPC
+
     progress("waiting until the gateway is ready")
     host = "127.0.0.1" if settings.host == EVERY_ADDRESS else settings.host
-    url = f"http://{host}:{settings.port}/ready"
-    while not _answers(url):
+    url = f"{settings.scheme}://{host}:{settings.port}/ready"
+    verify = trusting(settings.tls_cert_file) if settings.tls_cert_file else True
+    while not _answers(url, verify):
         time.sleep(_POLL_S)
 
 
-def _answers(url: str) -> bool:
+def _answers(url: str, verify: ssl.SSLContext | bool) -> bool:
     try:
-        return httpx.get(url, timeout=5).is_success
+        return httpx.get(url, timeout=5, verify=verify).is_success
     except httpx.TransportError:  # not listening yet
         return False

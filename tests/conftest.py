@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.certificates import authority, tls_files  # noqa: F401 - fixtures
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -19,6 +19,7 @@ from pydantic import (
     SecretStr,
     ValidationError,
     field_validator,
+    model_validator,
 )
 from pydantic_settings import BaseSettings, EnvSettingsSource
 from pydantic_settings.exceptions import SettingsError
@@ -29,6 +30,9 @@ from winnow.request import PruningSettings
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "models" / "winnow-tiny"
 ENV_PREFIX = "WINNOW_"
 CONFIG_VARIABLE = "WINNOW_CONFIG"
+
+_TLS_FILES = ("tls_cert_file", "tls_key_file")
+_PEER_FILES = ("peer_cert_file", "peer_key_file", "peer_ca_file")
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1)]
@@ -143,6 +147,24 @@ class Settings(BaseModel):
     )
     drain_timeout_s: Seconds = Field(30, description="running requests may end within this time")
 
+    # Who may connect
+    tls_cert_file: Path | None = Field(
+        None, description="certificate chain of the HTTP and gRPC APIs, PEM (default: plain text)"
+    )
+    tls_key_file: Path | None = Field(None, description="its private key, PEM")
+    peer_cert_file: Path | None = Field(
+        None,
+        description="certificate chain for mutual TLS between gateway, prefill and decode, PEM "
+        "(default: plain text)",
+    )
+    peer_key_file: Path | None = Field(None, description="its private key, PEM")
+    peer_ca_file: Path | None = Field(
+        None, description="authority that signed every peer's certificate, PEM"
+    )
+    peer_name: str = Field(
+        "winnow", min_length=1, description="DNS name that every peer's certificate has"
+    )
+
     # Logs and traces
     otlp_endpoint: str | None = Field(
         None,
@@ -177,10 +199,24 @@ class Settings(BaseModel):
                 raise ValueError(f"{name!r} is not a pruning setting; known are {', '.join(known)}")
         return pruning
 
+    @model_validator(mode="after")
+    def _whole_tls(self) -> Self:
+        for names in (_TLS_FILES, _PEER_FILES):
+            given = [name for name in names if getattr(self, name) is not None]
+            if given and len(given) < len(names):
+                missing = ", ".join(sorted(set(names) - set(given)))
+                raise ValueError(f"{given[0]} is set without {missing}")
+        return self
+
     @property
     def served_name(self) -> str:
         """The model's name in the API."""
         return self.model_name or Path(self.model).name
+
+    @property
+    def scheme(self) -> str:
+        """Of the REST API's URLs."""
+        return "http" if self.tls_cert_file is None else "https"
 
     @property
     def gpus_per_worker(self) -> float:
@@ -248,6 +284,8 @@ def _read_file(path: Path) -> dict[str, Any]:
 def _one_line(error: ValidationError) -> InvalidSetting:
     """The first defect, by name, with the value that has it."""
     first = error.errors(include_url=False, include_context=False)[0]
+    if not first["loc"]:
+        return InvalidSetting(first["msg"].removeprefix("Value error, "))
     name = ".".join(str(part) for part in first["loc"][:1])
     if first["type"] == "extra_forbidden":
         return InvalidSetting(f"{name} is not a setting of Winnow; see winnow serve --help")

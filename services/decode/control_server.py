@@ -7,8 +7,8 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from services.common.rpc import server_options
+from services.common.tls import PeerTls, bind
 from services.decode.generate import GenerateServicer
-from winnow.errors import InvalidSetting
 from winnow.v1.decode_pb2_grpc import add_DecodeServicer_to_server
 
 DECODE_SERVICE = "winnow.v1.Decode"
@@ -20,7 +20,8 @@ class ControlServer:
     For the health service itself until the end: a worker that drains is alive, though not ready.
     """
 
-    def __init__(self, servicer: GenerateServicer) -> None:
+    def __init__(self, servicer: GenerateServicer, peers: PeerTls | None) -> None:
+        self._credentials = peers.server_credentials() if peers else None
         self._health = health_aio.HealthServicer()
         self._server = grpc.aio.server(options=server_options())
         add_DecodeServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
@@ -30,18 +31,13 @@ class ControlServer:
 
     async def start(self, host: str, port: int) -> int:
         """The port that is served; 0 asks for any.  Raises InvalidSetting if it is taken."""
-        try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
-        except RuntimeError as error:
-            raise InvalidSetting(
-                f"decode cannot be served on {host}:{port}: the port is taken, or the address is "
-                "not this machine's",
-                param="decode_port",
-            ) from error
+        bound = bind(
+            self._server, host, port, self._credentials, what="decode", param="decode_port"
+        )
         await self._server.start()
         for name in ("", DECODE_SERVICE, HEALTH_SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        return int(bound)
+        return bound
 
     async def announce_draining(self) -> None:
         for name in ("", DECODE_SERVICE):

@@ -14,11 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 
 from services.common.rpc import abort, server_options
+from services.common.tls import PeerTls, bind
 from services.common.tracing import context_in, span
 from services.decode.active_request import ActiveRequest
 from services.decode.admission import Admission
 from services.decode.metrics import DecodeMetrics
-from winnow.errors import InvalidSetting, TransferDamaged, WinnowError
+from winnow.errors import TransferDamaged, WinnowError
 from winnow.kv import LayerKV, ModelShape
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire import Expected, ReceiveBuffer, Trailer, TransferDecoder, read_header
@@ -38,8 +39,14 @@ class KvReceiver:
     """
 
     def __init__(
-        self, admission: Admission, metrics: DecodeMetrics, fingerprint: str, shape: ModelShape
+        self,
+        admission: Admission,
+        metrics: DecodeMetrics,
+        fingerprint: str,
+        shape: ModelShape,
+        peers: PeerTls | None,
     ) -> None:
+        self._credentials = peers.server_credentials() if peers else None
         self._admission = admission
         self._metrics = metrics
         self._fingerprint = fingerprint
@@ -59,16 +66,11 @@ class KvReceiver:
 
     def start(self, host: str, port: int) -> int:
         """The port that is served; 0 asks for any.  Raises InvalidSetting if it is taken."""
-        try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
-        except RuntimeError as error:
-            raise InvalidSetting(
-                f"KV transfers cannot be served on {host}:{port}: the port is taken, or the "
-                "address is not this machine's",
-                param="kv_port",
-            ) from error
+        bound = bind(
+            self._server, host, port, self._credentials, what="KV transfers", param="kv_port"
+        )
         self._server.start()
-        return int(bound)
+        return bound
 
     def stop(self) -> None:
         """Breaks off open transfers and returns when every thread has ended."""

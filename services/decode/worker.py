@@ -15,6 +15,7 @@ from services.common.heartbeat import Heartbeat
 from services.common.metrics import start_metrics_server
 from services.common.registry import MetricsTarget, Record, WorkerRecord, open_registry
 from services.common.settings import Settings
+from services.common.tls import PeerTls
 from services.decode.admission import Admission
 from services.decode.control_server import ControlServer
 from services.decode.engine_thread import EngineThread
@@ -79,6 +80,7 @@ class DecodeWorker:
         settings = self._settings
         host = settings.decode_host
         advertised = _advertised_host(settings)
+        peers = PeerTls.load(settings)
         registry = await _in_thread(lambda: open_registry(settings))
         started.push_async_callback(registry.close)
         self.engine = await _in_thread(self._load_engine)
@@ -90,7 +92,7 @@ class DecodeWorker:
         started.push_async_callback(self._engine_thread.stop)
 
         model = self.engine.model
-        receiver = KvReceiver(self.admission, self.metrics, model.fingerprint, model.shape)
+        receiver = KvReceiver(self.admission, self.metrics, model.fingerprint, model.shape, peers)
         started.push_async_callback(_in_thread, receiver.stop)
         self.metrics.transfers_in_flight.set_function(lambda: receiver.open_transfers)
         self.kv_address = f"{advertised}:{receiver.start(host, settings.kv_port)}"
@@ -105,7 +107,8 @@ class DecodeWorker:
                 self.drain,
                 lambda: receiver.open_transfers,
                 settings.drain_timeout_s,
-            )
+            ),
+            peers,
         )
         started.push_async_callback(self._control.stop)
         port = await self._control.start(host, settings.decode_port)

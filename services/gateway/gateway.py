@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from services.common.registry import MetricsTarget, Registry
 from services.common.settings import Settings
+from services.common.tls import PeerTls
 from services.common.tracing import context_of, span
 from services.gateway.ask import Ask
 from services.gateway.completion import Completion, prompt_runs
@@ -48,7 +49,7 @@ class Gateway:
         self.metrics = GatewayMetrics(settings.served_name)
         description = self.model.description
         self._registry = registry
-        self._router = Router(registry, description.fingerprint)
+        self._router = Router(registry, description.fingerprint, PeerTls.load(settings))
         self._prefiller = prefiller
         self._service = Service(
             self._router,

@@ -16,12 +16,12 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from services.common.rpc import abort_aio, server_options
+from services.common.tls import bind, public_credentials
 from services.common.tracing import context_in
 from services.gateway.gateway import Gateway
 from services.gateway.grpc_asks import ask_from_proto
 from services.gateway.grpc_format import delta_to_proto, usage_to_proto
 from services.gateway.http_errors import as_winnow_error
-from winnow.errors import InvalidSetting
 from winnow.v1 import inference_pb2 as pb
 from winnow.v1.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
 
@@ -46,18 +46,12 @@ class GrpcServer:
 
     async def start(self, host: str, port: int) -> int:
         """The port that is served; 0 asks for any.  Raises InvalidSetting if it is taken."""
-        try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
-        except RuntimeError as error:
-            raise InvalidSetting(
-                f"gRPC cannot be served on {host}:{port}: the port is taken, or the address is "
-                "not this machine's",
-                param="grpc_port",
-            ) from error
+        credentials = public_credentials(self._gateway.settings)
+        bound = bind(self._server, host, port, credentials, what="gRPC", param="grpc_port")
         await self._tell_health()
         await self._server.start()
         self._watch = asyncio.create_task(self._keep_telling_health())
-        return int(bound)
+        return bound
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Returns when open calls have ended; those still open after `grace_s` are cancelled."""

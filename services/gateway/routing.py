@@ -4,10 +4,8 @@ import asyncio
 import logging
 import time
 
-import grpc.aio
-
 from services.common.registry import Registry, WorkerRecord
-from services.common.rpc import channel_options
+from services.common.tls import PeerTls, open_aio_channel
 from winnow.errors import RegistryUnavailable
 from winnow.v1.decode_pb2_grpc import DecodeStub
 from winnow.wire import WIRE_VERSIONS, newest_common
@@ -22,8 +20,8 @@ _SUSPECT_S = 5.0
 class _Peer:
     """What this gateway knows of one worker besides its record."""
 
-    def __init__(self, address: str) -> None:
-        self.channel = grpc.aio.insecure_channel(address, options=channel_options())
+    def __init__(self, address: str, peers: PeerTls | None) -> None:
+        self.channel = open_aio_channel(address, peers)
         self.num_places = 0
         self.pages_held = 0
         self.suspect_until_s = 0.0
@@ -60,7 +58,10 @@ class Router:
     worker in addition. When the registry does not answer, the last known records go on serving.
     """
 
-    def __init__(self, registry: Registry, fingerprint: str) -> None:
+    def __init__(
+        self, registry: Registry, fingerprint: str, peer_tls: PeerTls | None = None
+    ) -> None:
+        self._peer_tls = peer_tls
         self._registry = registry
         self._fingerprint = fingerprint
         self._records: list[WorkerRecord] | None = None
@@ -82,7 +83,7 @@ class Router:
         """A place for one more request at a worker."""
         peer = self._peers.get(worker.worker_id)
         if peer is None:
-            peer = self._peers[worker.worker_id] = _Peer(worker.address)
+            peer = self._peers[worker.worker_id] = _Peer(worker.address, self._peer_tls)
         return Place(peer)
 
     async def close(self) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from services.common.rpc import channel_options
+from services.common.tls import PeerTls, open_channel
 
 
 @dataclass(slots=True)
@@ -18,7 +18,8 @@ class _Connection:
 class Channels:
     """One channel per address; safe to use from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, peers: PeerTls | None = None) -> None:
+        self._peers = peers
         self._lock = threading.Lock()
         self._connections: dict[str, _Connection] = {}
         # gRPC's own threads give channels back; closing one there can wait for itself.
@@ -30,7 +31,7 @@ class Channels:
         with self._lock:
             connection = self._connections.get(address)
             if connection is None:
-                channel = grpc.insecure_channel(address, options=channel_options())
+                channel = open_channel(address, self._peers)
                 connection = self._connections[address] = _Connection(channel)
             connection.users += 1
             return connection.channel

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from services.common.tls import PeerTls
 from services.common.tracing import Span, context_of, end_span, span, start_span
 from services.prefill.channels import Channels
 from services.prefill.metrics import PrefillMetrics
@@ -69,13 +70,19 @@ class PrefillQueue:
     """Owns the engine thread of a prefill worker."""
 
     def __init__(
-        self, model: DecoderModel, metrics: PrefillMetrics, *, max_waiting: int, num_threads: int
+        self,
+        model: DecoderModel,
+        metrics: PrefillMetrics,
+        *,
+        max_waiting: int,
+        num_threads: int,
+        peers: PeerTls | None = None,
     ) -> None:
         self._model = model
         self._metrics = metrics
         self._max_waiting = max_waiting
         self._num_threads = num_threads
-        self._channels = Channels()
+        self._channels = Channels(peers)
         self._changed = threading.Condition()
         self._waiting: deque[_Work] = deque()
         self._stopping = False

@@ -9,6 +9,7 @@ from services.common.logs import configure_logging
 from services.common.ray_registry import reachable_host
 from services.common.registry import open_registry
 from services.common.settings import Settings
+from services.common.tls import PeerTls
 from services.common.tracing import configure_tracing
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
@@ -29,6 +30,7 @@ class Prefill:
             metrics,
             max_waiting=settings.max_waiting_prefills,
             num_threads=settings.threads_per_worker(settings.prefill_replicas),
+            peers=PeerTls.load(settings),
         )
         self._queue.start()
         self._registry = await asyncio.to_thread(open_registry, settings)

@@ -55,7 +55,7 @@ class WinnowServe:
         assert self.process.stdout is not None
         message = self.process.stdout.readline()
         self._message = message
-        found = re.search(r"http://[\d.]+:\d+", message)
+        found = re.search(r"https?://[\d.]+:\d+", message)
         assert found, f"no ready message but {message!r}\n{self.stderr.read_text()}"
         return found.group()
 

@@ -14,6 +14,7 @@ from openai import AsyncOpenAI
 
 from services.common.registry import RedisRegistry
 from services.common.settings import Settings
+from services.common.tls import PeerTls
 from services.decode.worker import DecodeWorker
 from services.gateway.gateway import Gateway
 from services.gateway.grpc_api import GrpcServer
@@ -170,6 +171,7 @@ def _start_prefill(running: AsyncExitStack, settings: Settings) -> QueuePrefille
         PrefillMetrics("tiny"),
         max_waiting=settings.max_waiting_prefills,
         num_threads=1,
+        peers=PeerTls.load(settings),
     )
     queue.start()
     running.push_async_callback(asyncio.to_thread, queue.stop)

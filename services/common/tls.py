@@ -1,0 +1,142 @@
+"""Certificates: TLS for clients of the gateway, mutual TLS between Winnow's own processes."""
+
+import ssl
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import grpc
+import grpc.aio
+
+from services.common.rpc import channel_options
+from services.common.settings import Settings
+from winnow.errors import InvalidSetting
+
+
+class _Server(Protocol):
+    """What grpc's two kinds of servers have in common."""
+
+    def add_insecure_port(self, address: str) -> int: ...
+
+    def add_secure_port(self, address: str, server_credentials: grpc.ServerCredentials) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PeerTls:
+    """What one process shows the others, and the authority that theirs must be signed by.
+
+    name: in every peer's certificate as a DNS name; their addresses need not be.
+    """
+
+    certificate: bytes
+    key: bytes = field(repr=False)
+    authority: bytes
+    name: str
+
+    @classmethod
+    def load(cls, settings: Settings) -> "PeerTls | None":
+        """None where peers speak plain text; raises InvalidSetting for a file that is no use."""
+        if settings.peer_cert_file is None:
+            return None
+        assert settings.peer_key_file is not None and settings.peer_ca_file is not None
+        _require_pair("peer_cert_file", settings.peer_cert_file, settings.peer_key_file)
+        return cls(
+            _read("peer_cert_file", settings.peer_cert_file),
+            _read("peer_key_file", settings.peer_key_file),
+            _read("peer_ca_file", settings.peer_ca_file),
+            settings.peer_name,
+        )
+
+    def server_credentials(self) -> grpc.ServerCredentials:
+        """Lets in only who shows a certificate of the authority."""
+        return grpc.ssl_server_credentials(
+            [(self.key, self.certificate)], self.authority, require_client_auth=True
+        )
+
+    def channel_credentials(self) -> grpc.ChannelCredentials:
+        return grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
+
+    def channel_options(self) -> list[tuple[str, int | str]]:
+        return [*channel_options(), ("grpc.ssl_target_name_override", self.name)]
+
+
+def open_channel(address: str, peers: PeerTls | None) -> grpc.Channel:
+    """To another of Winnow's processes."""
+    if peers is None:
+        return grpc.insecure_channel(address, options=channel_options())
+    credentials = peers.channel_credentials()
+    return grpc.secure_channel(address, credentials, options=peers.channel_options())
+
+
+def open_aio_channel(address: str, peers: PeerTls | None) -> grpc.aio.Channel:
+    """As `open_channel`, for asyncio."""
+    if peers is None:
+        return grpc.aio.insecure_channel(address, options=channel_options())
+    credentials = peers.channel_credentials()
+    return grpc.aio.secure_channel(address, credentials, options=peers.channel_options())
+
+
+def bind(
+    server: _Server,
+    host: str,
+    port: int,
+    credentials: grpc.ServerCredentials | None,
+    *,
+    what: str,
+    param: str,
+) -> int:
+    """The port that `server` listens on; 0 asks for any.  Raises InvalidSetting if it is taken."""
+    address = f"{host}:{port}"
+    try:
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        raise InvalidSetting(
+            f"{what} cannot be served on {address}: the port is taken, or the address is not "
+            "this machine's",
+            param=param,
+        ) from error
+
+
+def public_credentials(settings: Settings) -> grpc.ServerCredentials | None:
+    """Of the gateway's gRPC API; None for plain text.  Raises as `require_public_pair`."""
+    if settings.tls_cert_file is None or settings.tls_key_file is None:
+        return None
+    require_public_pair(settings)
+    pair = (
+        _read("tls_key_file", settings.tls_key_file),
+        _read("tls_cert_file", settings.tls_cert_file),
+    )
+    return grpc.ssl_server_credentials([pair])
+
+
+def require_public_pair(settings: Settings) -> None:
+    """Raises InvalidSetting unless the gateway's certificate and key belong together."""
+    if settings.tls_cert_file is not None and settings.tls_key_file is not None:
+        _require_pair("tls_cert_file", settings.tls_cert_file, settings.tls_key_file)
+
+
+def trusting(certificate: Path) -> ssl.SSLContext:
+    """For asking this service itself, whatever names its certificate has."""
+    context = ssl.create_default_context(cafile=str(certificate))
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
+
+
+def _require_pair(param: str, certificate: Path, key: Path) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InvalidSetting(
+            f"{param} {certificate} and its key {key} cannot be used: {reason}", param=param
+        ) from error
+
+
+def _read(param: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidSetting(f"{param} {path} cannot be read: {error.strerror}") from error

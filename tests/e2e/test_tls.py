@@ -1,0 +1,38 @@
+"""`winnow serve` with TLS on every connection, as separate processes."""
+
+from pathlib import Path
+
+import httpx
+import pytest
+
+from services.common.tls import trusting
+from tests.e2e.winnow_process import WinnowServe, winnow
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+
+
+def test_everything_is_encrypted(
+    tiny_models: dict[str, Path],
+    tls_files: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    variables = {f"WINNOW_{name.upper()}": str(path) for name, path in tls_files.items()}
+    model = tiny_models["qwen2"]
+    arguments = ["--model", str(model), "--port", "0", "--grpc-port", "null"]
+    service = WinnowServe(tmp_path, [*arguments, "--kv-memory-bytes", "64MiB"], **variables)
+    try:
+        url = service.wait_until_ready()
+        assert url.startswith("https://")
+        body = {"model": model.name, "prompt": "a b c", "max_tokens": 5}
+        context = trusting(tls_files["tls_cert_file"])
+        response = httpx.post(f"{url}/v1/completions", json=body, timeout=60, verify=context)
+        assert response.is_success, response.text
+        with pytest.raises(httpx.TransportError):
+            httpx.get(url.replace("https", "http") + "/health", timeout=10)
+        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            httpx.get(f"{url}/health", timeout=10)
+        healthy = winnow("health", f"{url}/ready", **variables)
+        assert healthy.returncode == 0, healthy.stderr
+        assert winnow("health", f"{url}/ready").returncode == 2
+    finally:
+        service.kill()
