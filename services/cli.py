@@ -52,7 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(_add_command(commands, "eval", "measure how well pruned prompts are answered"))
     health = commands.add_parser("health", help="ask whether a gateway or a worker serves")
     health.add_argument("target", help="http://HOST:PORT/ready, or a decode worker's HOST:PORT")
+    health.add_argument("--service", default="", help="of a decode worker (default: all)")
     health.set_defaults(run=_health)
+    drain = commands.add_parser("drain", help="let a decode worker finish, and admit no more")
+    drain.add_argument("target", help="the worker's HOST:PORT")
+    drain.add_argument("--timeout", type=float, default=30, help="seconds (default: 30)")
+    drain.set_defaults(run=_drain)
     return parser
 
 
@@ -154,7 +159,14 @@ def _decode(args: argparse.Namespace) -> None:
 def _health(args: argparse.Namespace) -> None:
     from services.health import check  # noqa: PLC0415 - loads gRPC
 
-    check(args.target, load_settings())
+    check(args.target, load_settings(), args.service)
+
+
+def _drain(args: argparse.Namespace) -> None:
+    from services.health import drain  # noqa: PLC0415 - loads gRPC
+
+    left = drain(args.target, args.timeout, load_settings())
+    print(f"{left} requests are left")
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`winnow health`: whether a process of Winnow answers, as health checks of containers ask."""
+"""`winnow health` and `winnow drain`: what containers ask of a process before and at its end."""
 
 import grpc
 import httpx
@@ -7,6 +7,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from services.common.settings import Settings
 from services.common.tls import PeerTls, open_channel, trusting
 from winnow.errors import WinnowError
+from winnow.v1 import decode_pb2 as pb
+from winnow.v1.decode_pb2_grpc import DecodeStub
 
 TIMEOUT_S = 4.0
 
@@ -15,15 +17,29 @@ class Unhealthy(WinnowError):
     """What was asked does not answer, or says that it does not serve."""
 
 
-def check(target: str, settings: Settings) -> None:
+def drain(address: str, timeout_s: float, settings: Settings) -> int:
+    """Lets a decode worker finish what runs and admit nothing more; requests left at the end.
+
+    Raises Unhealthy if it does not answer.
+    """
+    with open_channel(address, PeerTls.load(settings)) as channel:
+        stub = DecodeStub(channel)  # type: ignore[no-untyped-call]
+        try:
+            answer = stub.Drain(pb.DrainRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise Unhealthy(f"{address} does not answer: {error.code().name}") from error
+    return int(answer.remaining_requests)
+
+
+def check(target: str, settings: Settings, service: str = "") -> None:
     """Asks a gateway's URL, like http://host:8000/ready, or a decode worker's host:port.
 
-    Raises Unhealthy.
+    service: of a decode worker, as in gRPC's health protocol. Raises Unhealthy.
     """
     if target.startswith(("http://", "https://")):
         _check_http(target, settings)
     else:
-        _check_grpc(target, settings)
+        _check_grpc(target, settings, service)
 
 
 def _check_http(url: str, settings: Settings) -> None:
@@ -36,11 +52,11 @@ def _check_http(url: str, settings: Settings) -> None:
         raise Unhealthy(f"{url} answers with status {response.status_code}")
 
 
-def _check_grpc(address: str, settings: Settings) -> None:
+def _check_grpc(address: str, settings: Settings, service: str) -> None:
     with open_channel(address, PeerTls.load(settings)) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
-            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT_S)
         except grpc.RpcError as error:
             raise Unhealthy(f"{address} does not answer: {error.code().name}") from error
     if answer.status != health_pb2.HealthCheckResponse.SERVING:

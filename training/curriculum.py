@@ -107,6 +107,16 @@ CURRICULUM = (
         examples=0.8,
         drilled=("kv_retrieval", "niah_multikey_2", "niah_multikey_3"),
     ),
+    Stage(
+        "pairs of UUIDs",
+        (512, 1024, 2048),
+        (0.1, 0.3, 0.6),
+        3_000_000,
+        1.5e-4,
+        3e-6,
+        examples=0.9,
+        drilled=("kv_retrieval",),
+    ),
 )
 
 

@@ -3,10 +3,11 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,15 @@ import pytest
 import yaml
 
 from services.common.settings import Settings
+from services.decode.metrics import DecodeMetrics
+from services.gateway.metrics import GatewayMetrics
+from services.prefill.metrics import PrefillMetrics
 
 CHART = Path(__file__).parents[2] / "k8s" / "winnow"
 EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
 VERSIONS = ("1.27", "1.30", "1.34", "1.37")
 CUSTOM = {"ray.io", "monitoring.coreos.com", "keda.sh", "gateway.networking.k8s.io"}
+EVERY_METRICS = (GatewayMetrics, PrefillMetrics, DecodeMetrics)
 SWITCHES: dict[str, list[str]] = {
     "everything": [
         "gateway.ingress.enabled=true",
@@ -36,8 +41,19 @@ SWITCHES: dict[str, list[str]] = {
         "prefill.autoscaling.kind=hpa",
         "decode.autoscaling.kind=hpa",
     ],
-    "keda": ["prefill.autoscaling.kind=keda", "decode.autoscaling.kind=keda"],
-    "ray": ["mode=rayservice", "prefill.replicas=3"],
+    "keda": [
+        "prefill.autoscaling.kind=keda",
+        "decode.autoscaling.kind=keda",
+        "monitoring.prometheusUrl=http://prometheus:9090",
+    ],
+    "tls": ["gateway.tlsSecret=public", "peerTlsSecret=peers"],
+    "ray with tls": ["mode=rayservice", "gateway.tlsSecret=public", "peerTlsSecret=peers"],
+    "ray": ["mode=rayservice", "prefill.replicas=3", "prefill.podAnnotations.a=b"],
+    "ray upgraded step by step": [
+        "mode=rayservice",
+        "ray.upgradeStrategy=NewClusterWithIncrementalUpgrade",
+        "ray.incrementalUpgrade.gatewayClassName=istio",
+    ],
     "ray with Redis of its own": [
         "mode=rayservice",
         "redis.existingSecret=ours",
@@ -93,7 +109,7 @@ def test_kubernetes_takes_it(rendered: list[dict[str, Any]], version: str) -> No
         kubernetes_validate.validate(pod, version, strict=True)
 
 
-def pod_templates(manifests: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def pod_templates(manifests: Iterable[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every pod that the chart runs, wherever it stands."""
     for manifest in manifests:
         spec, kind = manifest.get("spec", {}), manifest["kind"]
@@ -108,7 +124,7 @@ def pod_templates(manifests: list[dict[str, Any]]) -> Iterator[tuple[str, dict[s
 
 
 def containers(
-    manifests: list[dict[str, Any]],
+    manifests: Iterable[dict[str, Any]],
 ) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     for kind, template in pod_templates(manifests):
         for container in template["spec"]["containers"]:
@@ -129,7 +145,11 @@ def test_every_container_is_probed_bounded_and_confined(rendered: list[dict[str,
         assert pod["automountServiceAccountToken"] is False
         assert pod["enableServiceLinks"] is False  # else WINNOW_PORT is the cluster's
         if kind != "Pod":
-            assert container.keys() >= {"startupProbe", "livenessProbe", "readinessProbe"}
+            assert container.keys() >= {"startupProbe", "livenessProbe"}
+            # KubeRay adds a worker's, which asks Serve's proxy; only while it has none.
+            component = template["metadata"]["labels"]["app.kubernetes.io/component"]
+            is_ray_worker = (kind, component) == ("RayService", "serve")
+            assert ("readinessProbe" in container) != is_ray_worker
 
 
 def test_selectors_find_pods(rendered: list[dict[str, Any]]) -> None:
@@ -153,7 +173,18 @@ def test_selectors_find_pods(rendered: list[dict[str, Any]]) -> None:
 
 def test_whatever_is_named_exists(rendered: list[dict[str, Any]]) -> None:
     names = {(m["kind"], m["metadata"]["name"]) for m in rendered}
-    given = {("Secret", "ours"), ("PersistentVolumeClaim", "models"), ("ServiceAccount", "default")}
+    names |= {
+        ("Service", m["spec"]["serveService"]["metadata"]["name"])
+        for m in rendered
+        if m["kind"] == "RayService"
+    }
+    given = {
+        ("Secret", "ours"),
+        ("Secret", "public"),
+        ("Secret", "peers"),
+        ("PersistentVolumeClaim", "models"),
+        ("ServiceAccount", "default"),
+    }
     ports = {
         (template["metadata"]["labels"]["app.kubernetes.io/component"], port["name"])
         for _, template, container in containers(rendered)
@@ -169,6 +200,8 @@ def test_whatever_is_named_exists(rendered: list[dict[str, Any]]) -> None:
         for volume in volumes.values():
             claim = volume.get("persistentVolumeClaim", {}).get("claimName")
             assert claim is None or ("PersistentVolumeClaim", claim) in names | given
+            secret = volume.get("secret", {}).get("secretName")
+            assert secret is None or ("Secret", secret) in names | given
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
             used = container.get(probe, {})
             numbers = {port["containerPort"] for port in container.get("ports", ())}
@@ -184,6 +217,47 @@ def test_whatever_is_named_exists(rendered: list[dict[str, Any]]) -> None:
         if manifest["kind"] == "Ingress":
             backend = manifest["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"]
             assert ("Service", backend["name"]) in names
+        if manifest["kind"] == "HTTPRoute":
+            (backend,) = manifest["spec"]["rules"][0]["backendRefs"]
+            assert ("Service", backend["name"]) in names
+        if manifest["kind"] == "PodMonitor":
+            named = {port for _, port in ports}
+            assert {e["port"] for e in manifest["spec"]["podMetricsEndpoints"]} <= named
+        if manifest["kind"] == "NetworkPolicy":
+            labels = manifest["spec"]["podSelector"]["matchLabels"]
+            own = {port for part, port in ports if part == labels["app.kubernetes.io/component"]}
+            asked = [p for rule in manifest["spec"]["ingress"] for p in rule.get("ports", ())]
+            assert {p["port"] for p in asked if isinstance(p["port"], str)} <= own
+
+
+def test_what_scales_on_a_metric_names_one_of_winnows(rendered: list[dict[str, Any]]) -> None:
+    known = {metric.name for metrics in EVERY_METRICS for metric in metrics("m").described}
+    for manifest in rendered:
+        if manifest["kind"] == "HorizontalPodAutoscaler":
+            (metric,) = manifest["spec"]["metrics"]
+            assert metric["pods"]["metric"]["name"] in known
+        if manifest["kind"] == "ScaledObject":
+            query = manifest["spec"]["triggers"][0]["metadata"]["query"]
+            assert set(re.findall(r"winnow_\w+", query.split("{")[0])) <= known
+
+
+def test_decode_is_drained_before_it_is_stopped(rendered: list[dict[str, Any]]) -> None:
+    (pod,) = [m["spec"]["template"]["spec"] for m in rendered if m["kind"] == "StatefulSet"]
+    (container,) = pod["containers"]
+    *_, program, target, _, timeout = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert (program, target) == ("drain", "localhost:7000")
+    assert float(timeout) < pod["terminationGracePeriodSeconds"]
+
+
+def test_with_tls_no_probe_speaks_plain_text() -> None:
+    done = helm("template", "r", str(CHART), *CASES["tls"])
+    for _, template, container in containers(m for m in yaml.safe_load_all(done.stdout) if m):
+        component = template["metadata"]["labels"]["app.kubernetes.io/component"]
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            if component == "decode":
+                assert container[probe]["exec"]["command"][3] == "health"
+            elif component == "serve":
+                assert container[probe]["httpGet"]["scheme"] == "HTTPS"
 
 
 def test_every_setting_is_one_of_winnows(rendered: list[dict[str, Any]]) -> None:
@@ -246,6 +320,13 @@ def test_alerts_and_dashboards_are_the_shared_ones() -> None:
         (["model.device=tpu"], "/model/device"),
         (["decode.kvMemoryBytes=lots"], "/decode/kvMemoryBytes"),
         (["mode=rayservice", "redis.existingSecret=s"], "ray.gcsRedisAddress is needed"),
+        (["decode.autoscaling.kind=keda"], "monitoring.prometheusUrl is needed"),
+        (["mode=rayservice", "prefill.autoscaling.kind=hpa"], "works in mode deployment"),
+        (["settings.prefill_replicas=2"], "prefill_replicas"),
+        (
+            ["mode=rayservice", "ray.upgradeStrategy=NewClusterWithIncrementalUpgrade"],
+            "gatewayClassName is needed",
+        ),
     ],
 )
 def test_bad_values_are_refused_by_name(changes: list[str], complaint: str) -> None:

@@ -88,6 +88,14 @@ capabilities:
 - name: WINNOW_{{ upper $name }}
   value: {{ ternary $value (toJson $value) (kindIs "string" $value) | quote }}
 {{- end }}
+{{- if .Values.peerTlsSecret }}
+- name: WINNOW_PEER_CERT_FILE
+  value: /etc/winnow/peer/tls.crt
+- name: WINNOW_PEER_KEY_FILE
+  value: /etc/winnow/peer/tls.key
+- name: WINNOW_PEER_CA_FILE
+  value: /etc/winnow/peer/ca.crt
+{{- end }}
 - name: HOME
   value: /tmp
 - name: HF_HOME
@@ -98,9 +106,56 @@ capabilities:
 {{- if or (include "winnow.modelClaim" .) .Values.model.volume.hostPath }}yes{{ end -}}
 {{- end }}
 
+{{/* Of the gateway, besides what every process has. */}}
+{{- define "winnow.gatewayEnv" -}}
+- name: WINNOW_HOST
+  value: 0.0.0.0
+- name: WINNOW_DECODE_HOST
+  value: 0.0.0.0
+- name: WINNOW_GATEWAY_METRICS_PORT
+  value: "9400"
+- name: WINNOW_PREFILL_METRICS_PORT
+  value: "9401"
+{{- if .Values.gateway.tlsSecret }}
+- name: WINNOW_TLS_CERT_FILE
+  value: /etc/winnow/tls/tls.crt
+- name: WINNOW_TLS_KEY_FILE
+  value: /etc/winnow/tls/tls.key
+{{- end }}
+{{- end }}
+
+{{- define "winnow.gatewayMounts" -}}
+{{ include "winnow.mounts" . }}
+- name: shm
+  mountPath: /dev/shm
+{{- if .Values.gateway.tlsSecret }}
+- name: tls
+  mountPath: /etc/winnow/tls
+  readOnly: true
+{{- end }}
+{{- end }}
+
+{{- define "winnow.gatewayVolumes" -}}
+{{ include "winnow.volumes" . }}
+- name: shm
+  emptyDir:
+    medium: Memory
+    sizeLimit: {{ .Values.prefill.sharedMemory }}
+{{- with .Values.gateway.tlsSecret }}
+- name: tls
+  secret:
+    secretName: {{ . }}
+{{- end }}
+{{- end }}
+
 {{- define "winnow.mounts" -}}
 - name: tmp
   mountPath: /tmp
+{{- if .Values.peerTlsSecret }}
+- name: peer-tls
+  mountPath: /etc/winnow/peer
+  readOnly: true
+{{- end }}
 {{- if include "winnow.hasModelVolume" . }}
 - name: models
   mountPath: {{ .Values.model.volume.mountPath }}
@@ -110,6 +165,11 @@ capabilities:
 {{- define "winnow.volumes" -}}
 - name: tmp
   emptyDir: {}
+{{- with .Values.peerTlsSecret }}
+- name: peer-tls
+  secret:
+    secretName: {{ . }}
+{{- end }}
 {{- if include "winnow.modelClaim" . }}
 - name: models
   persistentVolumeClaim:
