@@ -12,7 +12,7 @@ from typing import Any
 FOLDER = Path(__file__).parent / "dashboards"
 PICKED = 'model=~"$model",instance=~"$worker"'
 SECONDS, BYTES, SHARE, COUNT, RATE = "s", "bytes", "percentunit", "short", "cps"
-TOKENS, BYTE_RATE = "short", "Bps"
+TOKENS, TOKEN_RATE, BYTE_RATE = "short", "suffix: tokens/s", "Bps"
 WIDTH, HEIGHT, COLUMNS = 8, 8, 24
 
 _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
@@ -20,7 +20,10 @@ _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 @dataclass(frozen=True)
 class Panel:
-    """queries: by legend. limits: where values turn orange and red."""
+    """queries: by legend. limits: where values turn orange and red.
+
+    floor: below it values are red.
+    """
 
     title: str
     meaning: str
@@ -28,6 +31,7 @@ class Panel:
     queries: dict[str, str]
     kind: str = "timeseries"
     limits: tuple[float, float] | None = None
+    floor: float | None = None
     stacked: bool = False
 
 
@@ -83,6 +87,7 @@ SERVICE = Dashboard(
                 COUNT,
                 {"": "max(winnow_decode_workers{@})"},
                 "stat",
+                floor=1,
             ),
         ],
         "Traffic": [
@@ -98,12 +103,13 @@ SERVICE = Dashboard(
                 "Errors instead of tokens, by code",
                 RATE,
                 {"{{reason}}": rate("winnow_requests_refused_total", "reason")},
+                limits=(0.1, 1),
                 stacked=True,
             ),
             Panel(
                 "Tokens",
                 "Tokens per second",
-                TOKENS,
+                TOKEN_RATE,
                 {
                     "prompt": rate("winnow_prompt_tokens_total"),
                     "generated": rate("winnow_generated_tokens_total"),
@@ -116,14 +122,14 @@ SERVICE = Dashboard(
                 "From a prompt's arrival to its first token",
                 SECONDS,
                 quantiles("winnow_ttft_seconds"),
-                limits=(2, 10),
+                limits=(2.048, 4.096),
             ),
             Panel(
                 "Between tokens",
                 "Between two tokens of one sequence",
                 SECONDS,
                 quantiles("winnow_inter_token_seconds"),
-                limits=(0.1, 0.5),
+                limits=(0.16, 0.32),
             ),
             Panel(
                 "Time per output token",
@@ -144,6 +150,7 @@ SERVICE = Dashboard(
                 "Prompts without their KV in place, by what they wait for",
                 COUNT,
                 {"{{reason}}": "sum by (reason) (winnow_requests_waiting{@})"},
+                limits=(8, 64),
                 stacked=True,
             ),
             Panel(
@@ -175,6 +182,14 @@ SERVICE = Dashboard(
                 {"": rate("winnow_prefill_retries_total")},
             ),
             Panel(
+                "Moved to another decode worker",
+                "Prompts whose decode worker was lost, by what befell it",
+                RATE,
+                {"{{reason}}": rate("winnow_migrations_total", "reason")},
+                limits=(0.01, 0.1),
+                stacked=True,
+            ),
+            Panel(
                 "Prompt lengths",
                 "Tokens per prompt",
                 TOKENS,
@@ -204,6 +219,13 @@ KV = Dashboard(
                 "Prompts' keys and values that prefill sent",
                 SHARE,
                 {"{{method}}": mean("winnow_kv_kept_ratio", "method")},
+            ),
+            Panel(
+                "KV pool in use, by worker",
+                "Pages with entries, of all",
+                SHARE,
+                {"{{instance}}": "sum by (instance) (winnow_kv_used_ratio{@})"},
+                limits=(0.8, 0.95),
             ),
             Panel(
                 "KV held, by worker",
@@ -245,7 +267,7 @@ KV = Dashboard(
             Panel(
                 "Tokens kept and dropped",
                 "Of which KV was kept or dropped",
-                TOKENS,
+                TOKEN_RATE,
                 {
                     "kept in {{stage}}": rate("winnow_tokens_kept_total", "stage"),
                     "dropped in {{stage}}": rate("winnow_tokens_dropped_total", "stage"),
@@ -255,7 +277,7 @@ KV = Dashboard(
                 "Recompressions",
                 "Sequences cut back to their decode_budget",
                 RATE,
-                {"": rate("winnow_recompressions_total")},
+                {"{{instance}}": rate("winnow_recompressions_total", "instance")},
             ),
         ],
         "Transfer": [
@@ -269,13 +291,14 @@ KV = Dashboard(
                 "Transfer time",
                 "First frame to receipt",
                 SECONDS,
-                quantiles("winnow_transfer_seconds"),
+                quantiles("winnow_transfer_seconds", "instance"),
             ),
             Panel(
                 "Exposed transfer time",
                 "What compute did not hide",
                 SECONDS,
-                quantiles("winnow_exposed_transfer_seconds"),
+                quantiles("winnow_exposed_transfer_seconds", "instance"),
+                limits=(0.5, 2),
             ),
             Panel(
                 "In flight",
@@ -292,6 +315,7 @@ KV = Dashboard(
                 "Transfers refused or broken",
                 RATE,
                 {"{{reason}}": rate("winnow_transfers_failed_total", "reason")},
+                limits=(0.01, 0.1),
                 stacked=True,
             ),
             Panel(
@@ -299,6 +323,7 @@ KV = Dashboard(
                 "Reservations whose KV did not come in time",
                 RATE,
                 {"": rate("winnow_lease_expiries_total")},
+                limits=(0.01, 0.1),
             ),
         ],
     },
@@ -416,6 +441,8 @@ def _panel(panel: Panel, panel_id: int, place: dict[str, int]) -> dict[str, Any]
 
 def _defaults(panel: Panel) -> dict[str, Any]:
     steps: list[dict[str, Any]] = [{"color": "green", "value": None}]
+    if panel.floor is not None:
+        steps = [{"color": "red", "value": None}, {"color": "green", "value": panel.floor}]
     if panel.limits is not None:
         colors = zip(("orange", "red"), panel.limits, strict=True)
         steps += [{"color": color, "value": value} for color, value in colors]

@@ -5,20 +5,31 @@ Whoever logs about a request passes `extra={"request_id": ...}`; both formats sh
 
 import json
 import logging
+import re
 import sys
 from datetime import UTC, datetime
+from textwrap import indent
 
 _OURS = ("winnow", "services")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class TextFormatter(logging.Formatter):
-    """`12:00:00.123 INFO services.prefill.worker [request id] message`"""
+    """`12:00:00.123 INFO services.prefill.worker [request id] message`
+
+    What others have written into a message cannot begin a line of its own: control characters are
+    escaped, and the lines of a traceback indented.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         clock = f"{datetime.fromtimestamp(record.created, UTC):%H:%M:%S}.{int(record.msecs):03d}"
         request_id = getattr(record, "request_id", None)
         about = f"[{request_id}] " if request_id else ""
-        return f"{clock} {record.levelname} {record.name} {about}{_message(self, record)}"
+        message = _escaped(f"{about}{record.getMessage()}")
+        line = f"{clock} {record.levelname} {record.name} {message}"
+        if record.exc_info is None:
+            return line
+        return f"{line}\n{indent(self.formatException(record.exc_info), '  ', lambda _: True)}"
 
 
 class JsonFormatter(logging.Formatter):
@@ -29,14 +40,18 @@ class JsonFormatter(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": _message(self, record),
+            "message": _whole_message(self, record),
         }
         if request_id := getattr(record, "request_id", None):
             line["request_id"] = request_id
         return json.dumps(line, ensure_ascii=False)
 
 
-def _message(formatter: logging.Formatter, record: logging.LogRecord) -> str:
+def _escaped(text: str) -> str:
+    return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
+def _whole_message(formatter: logging.Formatter, record: logging.LogRecord) -> str:
     if record.exc_info is None:
         return record.getMessage()
     return f"{record.getMessage()}\n{formatter.formatException(record.exc_info)}"

@@ -34,7 +34,7 @@ REQUEST_BUCKETS_S = (*(0.001 * 2**i for i in range(0, 22)), 2560.0)  # 1 ms to 4
 TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.5, 5, 10)
 COUNT_BUCKETS = tuple(float(4**i) for i in range(0, 12))  # 1 to 4 M tokens
 BYTES_BUCKETS = tuple(float(4**i) for i in range(5, 18))  # 1 KiB to 16 GiB
-LAYER_BUCKETS = tuple(float(layer) for layer in range(0, 64))
+LAYER_BUCKETS = tuple(float(layer) for layer in range(0, 128))
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 RATIO_BUCKETS = tuple(i / 20 for i in range(1, 21))
 

@@ -99,5 +99,7 @@ class EngineThread:
         dropped = counts.dropped_entries - self._seen.dropped_entries
         shape = self._engine.model.shape
         heads = shape.num_layers * shape.num_kv_heads
+        kept = counts.kept_entries - self._seen.kept_entries
+        self._metrics.tokens_kept.labels("decode").inc(kept / heads)
         self._metrics.tokens_dropped.labels("decode").inc(dropped / heads)
         self._seen = counts

@@ -31,6 +31,12 @@ class DecodeMetrics(Metrics):
         self.recompressions = self._counter(
             "winnow_recompressions", "Times that a sequence was cut back to its decode_budget"
         )
+        self.tokens_kept = self._counter(
+            "winnow_tokens_kept",
+            "Tokens whose KV was kept, averaged over layers and heads",
+            "stage",
+            ("decode",),
+        )
         self.tokens_dropped = self._counter(
             "winnow_tokens_dropped",
             "Tokens whose KV was dropped, averaged over layers and heads",

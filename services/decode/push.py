@@ -88,7 +88,6 @@ class KvReceiver:
                 return self._receive(frames, context, buffer)
         except WinnowError as error:
             self._metrics.transfers_failed.labels(error.code).inc()
-            logger.warning("transfer refused: %s", error)
             abort(context, error)
 
     @contextlib.contextmanager
@@ -102,17 +101,19 @@ class KvReceiver:
     def _receive(
         self, frames: Iterator[bytes], context: grpc.ServicerContext, buffer: ReceiveBuffer
     ) -> bytes:
-        first = _first_frame(frames, context)
-        header = read_header(first)
-        request = self._admission.find(header.request_id)
-        decoder = TransferDecoder(self._expected(request), buffer)
-        decoder.feed(first)
-        request.begin_attempt(header.attempt, context.cancel)
-        try:
-            _take_frames(frames, decoder, request, header.attempt)
-        except BaseException:  # a refusal, or grpc's own way to say that the sender has gone
-            request.drop_attempt(header.attempt)
-            raise
+        with _refusal_logged():
+            first = _first_frame(frames, context)
+            header = read_header(first)
+        with _refusal_logged(header.request_id):
+            request = self._admission.find(header.request_id)
+            decoder = TransferDecoder(self._expected(request), buffer)
+            decoder.feed(first)
+            request.begin_attempt(header.attempt, context.cancel)
+            try:
+                _take_frames(frames, decoder, request, header.attempt)
+            except BaseException:  # a refusal, or grpc's own way to say that the sender has gone
+                request.drop_attempt(header.attempt)
+                raise
         self._metrics.received_bytes.inc(decoder.payload_bytes)
         receipt = pb.PushReceipt(payload_bytes=decoder.payload_bytes, num_layers=decoder.num_layers)
         return bytes(receipt.SerializeToString())
@@ -127,6 +128,16 @@ class KvReceiver:
             max_entries=spec.max_prompt_entries,
             max_window=spec.window_size,
         )
+
+
+@contextlib.contextmanager
+def _refusal_logged(request_id: str | None = None) -> Iterator[None]:
+    try:
+        yield
+    except WinnowError as error:
+        about = {"request_id": request_id} if request_id else {}
+        logger.warning("transfer refused: %s", error, extra=about)
+        raise
 
 
 def _take_frames(

@@ -203,20 +203,22 @@ class PromptRun:
             request_id=f"{self.request.request_id}.{figures.migrations}",
             replayed=tuple(map(tuple, self._generated)) if num_generated else (),
         )
-        self._generation = await self._another_worker()
+        self._generation = await self._another_worker(error)
         self._begin_prefill()
 
-    async def _another_worker(self) -> Generation:
-        """Raises as `open_generation`, but waits a while for a worker with room."""
+    async def _another_worker(self, loss: WinnowError) -> Generation:
+        """Waits a while for a worker with room; raises NoDecodeWorker, or as `open_generation`."""
         give_up_s = time.monotonic() + _PATIENCE_S
         while True:
             try:
                 return await open_generation(
                     self._service.router, self._asked, self._service.model, self._left_s()
                 )
-            except (NoDecodeWorker, Overloaded):
+            except (NoDecodeWorker, Overloaded) as error:
                 if time.monotonic() > give_up_s:
-                    raise
+                    raise NoDecodeWorker(
+                        f"{loss.message}; none took over within {_PATIENCE_S:g} s: {error.message}"
+                    ) from error
                 await asyncio.sleep(_PAUSE_S)
 
     async def finish(self) -> None:

@@ -54,9 +54,10 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class EngineCounts:
-    """Since the engine was made: sequences cut back, and the entries that dropped."""
+    """Since the engine was made: sequences cut back, the entries kept of them, and dropped."""
 
     recompressions: int = 0
+    kept_entries: int = 0
     dropped_entries: int = 0
 
 
@@ -202,17 +203,19 @@ class DecodeEngine:
             assert seq.ring is not None
             seq.ring.push(queries[:, idx])
             if longest[idx] > seq.spec.growth_limit:
-                dropped = self._cut(seq, attention.scaling)
+                kept, dropped = self._cut(seq, attention.scaling)
                 seq.reservation.recompressed_entries += dropped
                 self.counts = EngineCounts(
-                    self.counts.recompressions + 1, self.counts.dropped_entries + dropped
+                    self.counts.recompressions + 1,
+                    self.counts.kept_entries + kept,
+                    self.counts.dropped_entries + dropped,
                 )
                 self._shrink_promise(seq)
 
-    def _cut(self, seq: Sequence, scaling: float) -> int:
-        """Cuts every layer of a sequence to its decode_budget; entries dropped."""
+    def _cut(self, seq: Sequence, scaling: float) -> tuple[int, int]:
+        """Cuts every layer of a sequence to its decode_budget; entries kept, and dropped."""
         assert seq.ring is not None and seq.spec.decode_budget is not None
-        dropped = 0
+        kept = dropped = 0
         for layer_idx in range(self.model.shape.num_layers):
             before = self.pool.read_layer(seq.row, layer_idx, seq.ring.ordered(layer_idx))
             after = recompress_layer(
@@ -224,8 +227,9 @@ class DecodeEngine:
                 redundancy_weight=seq.spec.redundancy_weight,
             )
             self.pool.write_layer(seq.row, after)
+            kept += after.num_entries
             dropped += before.num_entries - after.num_entries
-        return dropped
+        return kept, dropped
 
     def _take(self, seq: Sequence, logits: Tensor) -> Token | EngineFailed:
         try:

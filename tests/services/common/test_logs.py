@@ -1,8 +1,11 @@
 """Log lines as a process writes them."""
 
 import json
+import logging
 import subprocess
 import sys
+
+from services.common.logs import JsonFormatter, TextFormatter
 
 CODE = """
 import logging
@@ -40,3 +43,26 @@ def test_json_gives_one_object_per_line_with_its_traceback() -> None:
 
 def test_level_hides_lines_below_it() -> None:
     assert lines("error", "text")[0].endswith("ERROR services.test broke")
+
+
+def test_what_others_wrote_begins_no_line_of_its_own() -> None:
+    record = logging.LogRecord(
+        "services.test",
+        logging.INFO,
+        "",
+        0,
+        "no request %s",
+        ("a\n12:00 INFO forged\x1b[2J",),
+        None,
+    )
+    record.request_id = "r\r\n1"
+    text = TextFormatter().format(record)
+    assert text.endswith(r"[r\r\n1] no request a\n12:00 INFO forged\x1b[2J")
+    assert len(text.splitlines()) == 1
+    assert len(JsonFormatter().format(record).splitlines()) == 1
+
+
+def test_a_traceback_is_indented() -> None:
+    first, *traceback = lines("error", "text")
+    assert first.endswith("broke")
+    assert traceback and all(line.startswith("  ") for line in traceback)

@@ -119,3 +119,17 @@ async def test_metrics_tell_what_clients_got(model_path: Path, redis_url: str) -
         ("winnow_time_per_output_token_seconds_count", 1),
     ):
         assert value(text, name) == expected, name
+
+
+async def test_neither_prompts_nor_answers_are_logged(
+    service: TestService, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    body = {"model": MODEL_NAME, "prompt": "xylophone quartz", "max_tokens": 3}
+    done = await service.http.post("/v1/completions", json=body)
+    chat = {"model": MODEL_NAME, "messages": [{"role": "user", "content": "xylophone"}], "n": 99}
+    refused = await service.http.post("/v1/chat/completions", json=chat)
+    assert (done.status_code, refused.status_code) == (200, 400)
+    ours = [r.getMessage() for r in caplog.records if r.name.startswith(("winnow", "services"))]
+    assert any("finished: " in line for line in ours)
+    assert not any("xylophone" in line or "quartz" in line for line in ours)
