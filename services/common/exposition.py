@@ -30,7 +30,7 @@ class Exposition:
 
     async def start(self, host: str, port: int, advertised_host: str, lease_s: float) -> int:
         """The port that is served; 0 asks for any.  Raises InvalidSetting if it is taken."""
-        self._server = start_metrics_server(self._metrics.registry, port, host)
+        self._server = start_metrics_server(self._metrics.registry, port, host, share_port=True)
         target = MetricsTarget(
             new_worker_id(),
             f"{advertised_host}:{self._server.port}",

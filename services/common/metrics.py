@@ -7,8 +7,9 @@ several can live in one process (tests do that). Every sample carries the labels
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from socketserver import ThreadingMixIn
 from typing import ClassVar
-from wsgiref.simple_server import WSGIServer
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -19,7 +20,7 @@ from prometheus_client import (
     Metric,
     ProcessCollector,
     generate_latest,
-    start_http_server,
+    make_wsgi_app,
 )
 
 from winnow import __version__
@@ -135,13 +136,36 @@ class MetricsServer:
 
 
 def start_metrics_server(
-    registry: CollectorRegistry, port: int, host: str = "127.0.0.1"
+    registry: CollectorRegistry, port: int, host: str = "127.0.0.1", *, share_port: bool = False
 ) -> MetricsServer:
-    """A server of /metrics; port 0 is any free one.  Raises InvalidSetting if it is taken."""
+    """A server of /metrics; port 0 is any free one.  Raises InvalidSetting if it is taken.
+
+    share_port: another process that shares it too may have it already, as where a replica takes
+    another one's place.
+    """
+    server_class = _SharingServer if share_port else _Server
+    app = make_wsgi_app(registry)
     try:
-        server, thread = start_http_server(port, addr=host, registry=registry)
+        server = make_server(host, port, app, server_class, handler_class=_SilentHandler)
     except OSError as error:
         raise InvalidSetting(
             f"metrics cannot be served on {host}:{port}: {error.strerror}", param="metrics_port"
         ) from error
+    thread = threading.Thread(target=server.serve_forever, name="winnow-metrics", daemon=True)
+    thread.start()
     return MetricsServer(server.server_port, server, thread)
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _SharingServer(_Server):
+    allow_reuse_port = True
+
+
+class _SilentHandler(WSGIRequestHandler):
+    timeout = 30  # a client that says nothing keeps a thread this long, not for ever
+
+    def log_message(self, *values: object) -> None:
+        """Scrapes are no news."""

@@ -74,10 +74,13 @@ class GrpcServer:
 
 
 def _options(gateway: Gateway) -> list[tuple[str, int]]:
-    """Every replica binds the one port; a request may be as large as over HTTP."""
+    """Every replica binds the one port, also one that takes another's place.
+
+    A request may be as large as over HTTP.
+    """
     settings = gateway.settings
     size = ("grpc.max_receive_message_length", int(settings.max_body_bytes))
-    shared = server_options(share_port=settings.gateway_replicas > 1)
+    shared = server_options(share_port=True)
     return [option for option in shared if option[0] != size[0]] + [size]
 
 
