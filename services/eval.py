@@ -33,7 +33,7 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         metavar="LIST",
         default=_TASKS,
-        help="groups (ruler, infinitebench, niah, chains, one_shot), tasks, or patterns like "
+        help="groups (ruler, infinitebench, niah, chains, zero_shot), tasks, or patterns like "
         f"'chain_*' (default: {_TASKS})",
     )
     asked.add_argument(

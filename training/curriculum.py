@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from training.examples import SHARES, example_sample
+from training.examples import example_sample
 from training.samples import Sample, SampleMaker
 from training.tasks import MAX_HOPS
 
@@ -132,7 +132,7 @@ def _draw(rng: random.Random, maker: SampleMaker, stage: Stage, length: int) -> 
         return maker.retrieval(rng, length, _chains(rng, stage, length), MAX_QUESTIONS)
     if rng.random() < stage.examples:
         is_drill = bool(stage.drilled) and rng.random() < 0.5
-        return example_sample(rng, maker, length, stage.drilled if is_drill else tuple(SHARES))
+        return example_sample(rng, maker, length, stage.drilled if is_drill else ())
     if rng.random() < _basic_share(length):
         return maker.copying(rng, length) if rng.random() < 0.2 else maker.pairs(rng, length)
     known = _kinds(rng, stage, length)

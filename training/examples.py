@@ -35,7 +35,7 @@ SHARES = {
     "niah_multikey_3": 2.0,
     "niah_multivalue_prose": 2.0,
     "niah_multiquery_prose": 2.0,
-    "vt": 3.0,
+    "vt_zero_shot": 3.0,
     "qa_1_facts": 0.5,
     "qa_2_facts": 0.5,
     "passkey": 1.0,
@@ -47,14 +47,15 @@ _TASKS = {task.name: task for task in make_tasks(num_depths=10, data_dir=None)}
 
 
 def example_sample(
-    rng: random.Random, maker: SampleMaker, length: int, tasks: Sequence[str] = tuple(SHARES)
+    rng: random.Random, maker: SampleMaker, length: int, tasks: Sequence[str] = ()
 ) -> Sample:
-    """One example of one of `tasks`, its answer scored, at most `length` tokens.
+    """One example of one of `tasks` (none: any), its answer scored, at most `length` tokens.
 
     Half of those with UUIDs have look-alikes.
     """
+    names = tasks or tuple(SHARES)
     while True:
-        (name,) = rng.choices(tasks, weights=[SHARES[task] for task in tasks])
+        (name,) = rng.choices(names, weights=[SHARES[name] for name in names])
         task = _TASKS[name]
         try:
             index = rng.getrandbits(48)

@@ -13,7 +13,7 @@ from training.circuits import FETCHING_HEAD, FOLLOWING_HEAD, READING_HEAD
 from training.tasks import CHAINS
 
 DECIDING_TOKENS = 4  # of a value: those before which others may begin alike
-TRACKING = "vt"
+TRACKING = "vt_zero_shot"
 LATER_STRIDE = 3  # of the tokens after those, every third is enough
 LAST_NAME_REPETITION = 2
 ALIGNED_GAP = 3  # from a key's last token to its value's first; then the key itself is fetched

@@ -13,7 +13,7 @@ from evals.tasks.counting import COUNTING_TASKS
 from evals.tasks.infinitebench import INFINITEBENCH_TASKS
 from evals.tasks.needles import NEEDLE_TASKS, DepthTask
 from evals.tasks.questions import FACTS_TASKS
-from evals.tasks.variables import CHAIN_TASKS, ONE_SHOT_TASKS, VARIABLE_TASKS
+from evals.tasks.variables import CHAIN_TASKS, VARIABLE_TASKS, ZERO_SHOT_TASKS
 
 __all__ = ["make_tasks"]
 
@@ -25,6 +25,6 @@ def make_tasks(num_depths: int, data_dir: Path | None) -> list[Task]:
     """
     niah = DepthTask(num_depths)
     if data_dir is not None:
-        return [*original_tasks(data_dir), niah, *CHAIN_TASKS, *ONE_SHOT_TASKS]
+        return [*original_tasks(data_dir), niah, *CHAIN_TASKS, *ZERO_SHOT_TASKS]
     ruler = (*NEEDLE_TASKS, *VARIABLE_TASKS, *COUNTING_TASKS, *FACTS_TASKS)
-    return [*ruler, *INFINITEBENCH_TASKS, niah, *CHAIN_TASKS, *ONE_SHOT_TASKS]
+    return [*ruler, *INFINITEBENCH_TASKS, niah, *CHAIN_TASKS, *ZERO_SHOT_TASKS]

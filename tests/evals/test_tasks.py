@@ -57,7 +57,7 @@ def test_groups_hold_the_benchmarks_tasks() -> None:
     assert groups["chains"] == [
         f"chain_{order}_{hops}" for order in ("ordered", "shuffled") for hops in range(1, 7)
     ]
-    assert groups["one_shot"] == ["vt_one_shot"]
+    assert groups["zero_shot"] == ["vt_zero_shot"]
 
 
 @pytest.mark.parametrize("tokenizer", COUNTERS)
@@ -246,12 +246,12 @@ def test_tracked_variables_are_assigned_in_order() -> None:
 
 
 def test_the_benchmarks_worked_example_comes_first() -> None:
-    example = example_of("vt_one_shot")
+    example = example_of("vt")
     worked, _, rest = example.opening.rpartition("\n\n\n\n")[0].partition("they are: ")
     assert tiny()(worked) <= 500
     assert re.findall(r"VAR ([A-Z]{3}) =", worked) == rest.split()
     assert example.opening.count("Memorize and track") == 2
-    assert example_of("vt").opening.count("Memorize and track") == 1
+    assert example_of("vt_zero_shot").opening.count("Memorize and track") == 1
 
 
 @pytest.mark.parametrize("hops", range(1, 7))

@@ -11,7 +11,7 @@ from training import examples
 from training.batches import collate, draw_positions
 from training.circuits import FETCHING_HEAD, FOLLOWING_HEAD, READING_HEAD
 from training.curriculum import CURRICULUM, make_sample
-from training.examples import SHARES, example_sample
+from training.examples import SHARES, example_sample, with_lookalikes
 from training.samples import Sample, SampleMaker
 from training.tokenizer import MAX_POSITIONS
 
@@ -52,6 +52,7 @@ def test_an_examples_answer_scores_in_full(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     task = TASKS[name]
+    monkeypatch.setattr(examples, "with_lookalikes", lambda rng, example: example)
     for seed in range(4):
         sample = _drawn(monkeypatch, maker, name, 1024, seed)
         # The same example again, from the same draws.
@@ -67,7 +68,7 @@ def test_an_examples_answer_scores_in_full(
 
 def test_training_and_evaluation_share_no_example(maker: SampleMaker) -> None:
     assert examples.TRAINING_SEED < 0
-    task = TASKS["vt"]
+    task = TASKS["vt_zero_shot"]
     drawn = {task.example(i, examples.TRAINING_SEED, 512, maker.count).prompt() for i in range(20)}
     assert not drawn & {task.example(i, 0, 512, maker.count).prompt() for i in range(20)}
 
@@ -130,7 +131,7 @@ def test_the_name_assigned_last_is_looked_at(
     maker: SampleMaker, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for seed in range(6):
-        sample = _drawn(monkeypatch, maker, "vt", 768, seed)
+        sample = _drawn(monkeypatch, maker, "vt_zero_shot", 768, seed)
         name = _answer(tokenizer, sample).split()[0]
         targets = [look.target for look in sample.looks]
         assert tokenizer.decode([sample.tokens[target] for target in targets]) == name
@@ -161,3 +162,19 @@ def test_a_batch_pads_and_numbers_its_answers() -> None:
     assert batch.answers.tolist() == [[-1, -1, 0, 0, -1], [-1, -1, 1, -1, -1]]
     assert batch.kinds == ("pair", "pair")
     assert batch.looks.shape == (0, 5)
+
+
+def test_lookalikes_share_pieces_with_the_uuids_asked_for(maker: SampleMaker) -> None:
+    example = TASKS["kv_retrieval"].example(0, -1, 600, maker.count)
+    similar = with_lookalikes(random.Random(0), example)
+    (answer,) = example.answers
+    assert f'": "{answer}"' in similar.context
+    assert len(similar.context) == len(example.context)
+    pieces = {answer[i : i + 5] for i in range(len(answer) - 4)}
+
+    def num_shared(context: str) -> int:
+        return sum(context.replace(answer, "").count(piece) for piece in pieces)
+
+    assert num_shared(similar.context) > num_shared(example.context)
+    needle = TASKS["niah_single_1"].example(0, -1, 600, maker.count)
+    assert with_lookalikes(random.Random(0), needle) == needle
