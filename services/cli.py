@@ -54,6 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     health.add_argument("target", help="http://HOST:PORT/ready, or a decode worker's HOST:PORT")
     health.add_argument("--service", default="", help="of a decode worker (default: all)")
     health.set_defaults(run=_health)
+    key = commands.add_parser("key", help="make an API key, and its entry for api_keys_file")
+    key.add_argument("name", help="of whom it is for")
+    key.add_argument("--requests-per-minute", type=int, help="limit (default: none)")
+    key.add_argument("--tokens-per-minute", type=int, help="limit (default: none)")
+    key.set_defaults(run=_key)
     drain = commands.add_parser("drain", help="let a decode worker finish, and admit no more")
     drain.add_argument("target", help="the worker's HOST:PORT")
     drain.add_argument("--timeout", type=float, default=30, help="seconds (default: 30)")
@@ -160,6 +165,14 @@ def _health(args: argparse.Namespace) -> None:
     from services.health import check  # noqa: PLC0415 - loads gRPC
 
     check(args.target, load_settings(), args.service)
+
+
+def _key(args: argparse.Namespace) -> None:
+    from services.gateway.keys import entry_text, new_key  # noqa: PLC0415 - loads pydantic
+
+    key, entry = new_key(args.name, args.requests_per_minute, args.tokens_per_minute)
+    print(entry_text(entry), end="")
+    print(f"# the key, shown this once:\n{key}", file=sys.stderr)
 
 
 def _drain(args: argparse.Namespace) -> None:

@@ -31,7 +31,8 @@ _WORKER = {
         "trace_sample_ratio",
     ),
 }
-DECODE_GROUPS: Mapping[str, Sequence[str]] = _WORKER
+_PEERS = ("peer_cert_file", "peer_key_file", "peer_ca_file", "peer_name")
+DECODE_GROUPS: Mapping[str, Sequence[str]] = _WORKER | {"Who may connect": _PEERS}
 SERVE_GROUPS: Mapping[str, Sequence[str]] = {
     "Model": (*_WORKER["Model"], "pruning"),
     "Addresses": (
@@ -41,6 +42,7 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
         "gateway_metrics_port",
         "prefill_metrics_port",
     ),
+    "Who may connect": ("api_keys_file", "tls_cert_file", "tls_key_file", *_PEERS),
     "How many": ("prefill_replicas", "decode_workers", "gateway_replicas"),
     "What a request may ask for": (
         "max_prompt_tokens",
@@ -71,6 +73,7 @@ _METAVARS = {
     "_bytes": "BYTES",
     "port": "PORT",
     "host": "ADDRESS",
+    "_file": "FILE",
     "model": "MODEL",
 }
 _WORDS = ("otlp_endpoint", "model_name", "namespace", "device", "dtype", "log_level", "log_format")

@@ -8,7 +8,9 @@ WinnowError
 │   ├── PromptTooLong       more prompt tokens than the model or the operator allows
 │   ├── BodyTooLarge        the HTTP body is over the limit
 │   └── UnknownModel        the service does not serve that model
+├── InvalidKey              no API key, or one that does not exist (any more)
 ├── Overloaded              no KV memory or queue place now; try again later
+├── RateLimited             the API key has used up its minute
 ├── NoDecodeWorker          no compatible decode worker is registered
 ├── RegistryUnavailable     the registry of workers does not answer
 ├── DeadlineExceeded        the request did not end in its time
@@ -82,6 +84,20 @@ class UnknownModel(InvalidRequest):
 
 class Overloaded(WinnowError):
     code = "overloaded"
+
+
+class InvalidKey(WinnowError):
+    code = "invalid_api_key"
+
+
+class RateLimited(WinnowError):
+    """retry_after_s: when the next request may be let in."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: int = 60) -> None:
+        super().__init__(message, param=param)
+        self.retry_after_s = retry_after_s
 
 
 class NoDecodeWorker(WinnowError):
@@ -169,7 +185,9 @@ _STATUS: dict[type[WinnowError], Status] = {
     InvalidRequest: Status(400, "INVALID_ARGUMENT", "invalid_request_error"),
     BodyTooLarge: Status(413, "INVALID_ARGUMENT", "invalid_request_error"),
     UnknownModel: Status(404, "NOT_FOUND", "invalid_request_error"),
+    InvalidKey: Status(401, "UNAUTHENTICATED", "authentication_error"),
     Overloaded: Status(429, "RESOURCE_EXHAUSTED", "rate_limit_error"),
+    RateLimited: Status(429, "RESOURCE_EXHAUSTED", "rate_limit_error"),
     NoDecodeWorker: Status(503, "UNAVAILABLE", "service_unavailable_error"),
     RegistryUnavailable: Status(503, "UNAVAILABLE", "service_unavailable_error"),
     DeadlineExceeded: Status(504, "DEADLINE_EXCEEDED", "timeout_error"),

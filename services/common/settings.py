@@ -148,6 +148,9 @@ class Settings(BaseModel):
     drain_timeout_s: Seconds = Field(30, description="running requests may end within this time")
 
     # Who may connect
+    api_keys_file: Path | None = Field(
+        None, description="YAML file of API keys' hashes, see `winnow key` (default: open to all)"
+    )
     tls_cert_file: Path | None = Field(
         None, description="certificate chain of the HTTP and gRPC APIs, PEM (default: plain text)"
     )
@@ -189,6 +192,12 @@ class Settings(BaseModel):
         if not model:
             raise ValueError("it names no model")
         return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+    @field_validator("api_keys_file", *_TLS_FILES, *_PEER_FILES)
+    @classmethod
+    def _absolute_file(cls, path: Path | None) -> Path | None:
+        """As for the model's folder."""
+        return None if path is None else path.resolve()
 
     @field_validator("pruning")
     @classmethod

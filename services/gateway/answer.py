@@ -10,6 +10,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from services.gateway.access import key_of
 from services.gateway.completion import Completion
 from services.gateway.gateway import Gateway
 from services.gateway.http_errors import as_winnow_error, error_object, error_response
@@ -44,7 +45,9 @@ class Answer(Response):
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         events = EventStream(send, self._asked.ask.request_id)
+        ask = self._asked.ask
         try:
+            await self._gateway.access.charge_tokens(key_of(scope), ask.most_tokens)
             response = await self._run(events)
         except Exception as error:  # whatever it is, the client gets one typed error
             failure = as_winnow_error(error)

@@ -43,6 +43,13 @@ class Ask:
     stop: tuple[str, ...]
     pruning: PruningSettings
 
+    @property
+    def most_tokens(self) -> int:
+        """Of prompts and the longest answers allowed."""
+        return sum(
+            len(prompt.token_ids) + self.num_choices * prompt.max_tokens for prompt in self.prompts
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Wishes:

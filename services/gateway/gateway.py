@@ -10,6 +10,7 @@ from services.common.registry import MetricsTarget, Registry
 from services.common.settings import Settings
 from services.common.tls import PeerTls
 from services.common.tracing import context_of, span
+from services.gateway.access import Access
 from services.gateway.ask import Ask
 from services.gateway.completion import Completion, prompt_runs
 from services.gateway.lifecycle import PromptRun, Service
@@ -47,6 +48,7 @@ class Gateway:
         self.model = ServedModel.load(settings)
         self.limits = Limits(settings, self.model)
         self.metrics = GatewayMetrics(settings.served_name)
+        self.access = Access(settings)
         description = self.model.description
         self._registry = registry
         self._router = Router(registry, description.fingerprint, PeerTls.load(settings))

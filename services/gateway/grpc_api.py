@@ -6,7 +6,7 @@ reflection, and passes no typed trailing metadata. Replicas on one machine share
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
 
 import grpc.aio
@@ -22,6 +22,7 @@ from services.gateway.gateway import Gateway
 from services.gateway.grpc_asks import ask_from_proto
 from services.gateway.grpc_format import delta_to_proto, usage_to_proto
 from services.gateway.http_errors import as_winnow_error
+from services.gateway.keys import ApiKey
 from winnow.v1 import inference_pb2 as pb
 from winnow.v1.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
 
@@ -84,6 +85,10 @@ def _options(gateway: Gateway) -> list[tuple[str, int]]:
     return [option for option in shared if option[0] != size[0]] + [size]
 
 
+def _authorization(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
+    return next((str(value) for name, value in metadata if name == "authorization"), None)
+
+
 class _Inference(InferenceServicer):
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -94,8 +99,11 @@ class _Inference(InferenceServicer):
         """Chunks as text is generated, then one with the usage; or one typed error."""
         started = False
         try:
-            trace_context = context_in(context.invocation_metadata())
-            async with aclosing(self._responses(request, trace_context)) as responses:
+            metadata = context.invocation_metadata() or ()
+            key = self._gateway.access.require(_authorization(metadata))
+            await self._gateway.access.charge_request(key)
+            answer = self._responses(request, context_in(metadata), key)
+            async with aclosing(answer) as responses:
                 async for response in responses:
                     started = True
                     yield response
@@ -106,10 +114,11 @@ class _Inference(InferenceServicer):
             await abort_aio(context, failure)
 
     async def _responses(
-        self, request: pb.CompleteRequest, trace_context: str
+        self, request: pb.CompleteRequest, trace_context: str, key: ApiKey | None
     ) -> AsyncGenerator[pb.CompleteResponse]:
         gateway, tokenizer = self._gateway, self._gateway.model.tokenizer
         ask = await asyncio.to_thread(ask_from_proto, gateway, request)
+        await gateway.access.charge_tokens(key, ask.most_tokens)
         async with (
             gateway.open(ask, trace_context) as completion,
             aclosing(completion.deltas()) as deltas,

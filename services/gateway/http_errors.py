@@ -8,13 +8,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from services.gateway.metrics import GatewayMetrics
-from winnow.errors import WinnowError, status_of
+from winnow.errors import RateLimited, WinnowError, status_of
 
 logger = logging.getLogger(__name__)
 
 # Memory is freed as answers end, which on a busy service is every moment.
 _RETRY_AFTER_S = 1
 _RETRIABLE = frozenset({429, 503})
+_UNAUTHENTICATED = 401
 
 
 def error_object(error: WinnowError) -> dict[str, Any]:
@@ -32,7 +33,12 @@ def error_object(error: WinnowError) -> dict[str, Any]:
 def error_response(error: WinnowError) -> Response:
     """The error with its HTTP status; with Retry-After where another try may succeed."""
     status = status_of(error).http
-    headers = {"retry-after": str(_RETRY_AFTER_S)} if status in _RETRIABLE else {}
+    headers = {}
+    if status in _RETRIABLE:
+        wait_s = error.retry_after_s if isinstance(error, RateLimited) else _RETRY_AFTER_S
+        headers["retry-after"] = str(wait_s)
+    elif status == _UNAUTHENTICATED:
+        headers["www-authenticate"] = "Bearer"
     return JSONResponse(error_object(error), status_code=status, headers=headers)
 
 

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from services.common.metrics import CONTENT_TYPE, render
 from services.common.tracing import context_in
+from services.gateway.access import KeyGuard, key_of
 from services.gateway.answer import Answer
 from services.gateway.gateway import Gateway
 from services.gateway.http_errors import add_error_handlers
@@ -25,6 +26,7 @@ def create_api(gateway: Gateway) -> FastAPI:
     # Swagger's pages would fetch scripts from elsewhere.
     api = FastAPI(title="Winnow", docs_url=None, redoc_url=None, openapi_url=None)
     add_error_handlers(api, gateway.metrics)
+    api.add_middleware(KeyGuard, access=gateway.access, metrics=gateway.metrics)
     _add_completions(api, gateway)
     _add_tokenizer(api, gateway)
     _add_models(api, gateway)
@@ -66,6 +68,7 @@ def _add_tokenizer(api: FastAPI, gateway: Gateway) -> None:
 
 async def _read(gateway: Gateway, request: Request, parse: Callable[[Mapping[str, Any]], _T]) -> _T:
     """What `parse` makes of the request's body, in a thread: long texts take time."""
+    await gateway.access.charge_request(key_of(request.scope))
     body = await read_json(request, gateway.settings.max_body_bytes)
     return await asyncio.to_thread(parse, body)
 

@@ -1,0 +1,210 @@
+"""API keys and their limits, over REST and gRPC."""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import httpx
+import pytest
+import pytest_asyncio
+
+from services.cli import main
+from services.common.rpc import ERROR_KEY
+from services.gateway.keys import ApiKeys, entry_text, new_key
+from tests.services.exposed import value
+from tests.services.gateway.service import MODEL_NAME, TestService, running_service
+from winnow.errors import InvalidKey, InvalidSetting
+from winnow.v1 import inference_pb2 as pb
+from winnow.v1.inference_pb2_grpc import InferenceStub
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+BODY = {"model": MODEL_NAME, "prompt": [5, 6, 7], "max_tokens": 2}
+FREE, FREE_ENTRY = new_key("free")
+FEW, FEW_ENTRY = new_key("few", requests_per_minute=2)
+SHORT, SHORT_ENTRY = new_key("short", tokens_per_minute=12)
+UNKNOWN, _ = new_key("unknown")
+
+
+@pytest.fixture(scope="module")
+def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("keys") / "keys.yaml"
+    path.write_text("".join(map(entry_text, (FREE_ENTRY, FEW_ENTRY, SHORT_ENTRY))))
+    return path
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def service(model_path: Path, redis_url: str, keys_file: Path) -> AsyncIterator[TestService]:
+    async with running_service(model_path, redis_url, api_keys_file=keys_file) as service:
+        yield service
+        await service.until_idle()
+
+
+async def post(service: TestService, key: str | None, **changes: object) -> httpx.Response:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return await service.http.post("/v1/completions", json=BODY | changes, headers=headers)
+
+
+async def test_a_key_lets_in(service: TestService) -> None:
+    assert (await post(service, FREE)).status_code == 200
+
+
+@pytest.mark.parametrize("key", [None, UNKNOWN, FREE + "x", "é"])
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/tokenize", "/v1/models", "/metrics", "/metrics/targets", "/nope"]
+)
+async def test_without_one_every_path_but_the_probes_is_closed(
+    service: TestService, key: str | None, path: str
+) -> None:
+    headers = {} if key is None else {"authorization": f"Bearer {key}".encode()}
+    for method in ("GET", "POST"):
+        refused = await service.http.request(method, path, headers=headers)
+        assert refused.status_code == 401
+        assert refused.headers["www-authenticate"] == "Bearer"
+        error = refused.json()["error"]
+        assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
+        assert not key or key not in error["message"]
+
+
+async def test_a_body_is_not_read_without_a_key(service: TestService) -> None:
+    host, _, port = service.url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-length: 1000000\r\n\r\n"
+    writer.write(head.encode())
+    async with asyncio.timeout(10):
+        assert b" 401 " in await reader.readline()
+    writer.close()
+
+
+async def test_probes_need_no_key(service: TestService) -> None:
+    for path in ("/health", "/ready"):
+        assert (await service.http.get(path)).status_code == 200
+
+
+async def test_requests_a_minute_are_limited(service: TestService) -> None:
+    assert [(await post(service, FEW)).status_code for _ in range(3)] == [200, 200, 429]
+    refused = await post(service, FEW)
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    error = refused.json()["error"]
+    assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+    assert "key few may use 2 requests a minute; 0 are left now" in error["message"]
+    assert (await post(service, FREE)).status_code == 200
+
+
+async def test_tokens_a_minute_are_limited(service: TestService) -> None:
+    assert (await post(service, SHORT)).status_code == 200  # 3 and up to 2
+    assert (await post(service, SHORT, n=2)).status_code == 200  # 3 and up to 4
+    assert (await post(service, SHORT)).status_code == 429
+    never = await post(service, SHORT, max_tokens=10)
+    assert "the request has 13 tokens; key short may use 12 a minute" in never.text
+
+
+async def test_grpc_asks_for_the_key_too(service: TestService) -> None:
+    request = pb.CompleteRequest(model=MODEL_NAME, text="a", max_tokens=2)
+    async with grpc.aio.insecure_channel(service.grpc_address) as channel:
+        stub = InferenceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            [_ async for _ in stub.Complete(request)]
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert dict(refused.value.trailing_metadata() or ())[ERROR_KEY] == "invalid_api_key"
+        metadata = (("authorization", f"Bearer {FREE}"),)
+        assert [chunk async for chunk in stub.Complete(request, metadata=metadata)]
+
+
+async def test_a_revoked_key_is_refused_without_a_restart(
+    service: TestService, keys_file: Path
+) -> None:
+    key, entry = new_key("for-a-while")
+    before = keys_file.read_text()  # noqa: ASYNC240 - a short file
+    for text, status in ((before + entry_text(entry), 200), (before, 401)):
+        keys_file.write_text(text)  # noqa: ASYNC240
+        async with asyncio.timeout(10):
+            while (await post(service, key)).status_code != status:
+                pass
+
+
+async def test_refusals_are_counted_and_keys_are_in_no_log(
+    service: TestService, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    await post(service, UNKNOWN)
+    headers = {"authorization": f"Bearer {FREE}"}
+    metrics = (await service.http.get("/metrics", headers=headers)).text
+    assert value(metrics, "winnow_requests_refused_total", reason="invalid_api_key") >= 1
+    ours = "\n".join(r.getMessage() for r in caplog.records if r.name.startswith("services"))
+    assert UNKNOWN not in ours and FREE not in ours
+
+
+async def test_limits_are_counted_in_redis_for_all_gateways(
+    model_path: Path, redis_url: str, tmp_path: Path
+) -> None:
+    key, entry = new_key("shared", requests_per_minute=1)
+    (tmp_path / "keys.yaml").write_text(entry_text(entry))
+    changes = {"api_keys_file": tmp_path / "keys.yaml", "namespace": "shared-limits"}
+    statuses = []
+    for _ in range(2):
+        async with running_service(model_path, redis_url, **changes) as one:
+            statuses.append((await post(one, key)).status_code)
+            await one.until_idle()
+    assert statuses == [200, 429]
+
+
+async def test_a_broken_file_keeps_the_keys_that_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(entry_text(FREE_ENTRY))
+    keys = ApiKeys(path)
+    path.write_text("- name: x\n")
+    monkeypatch.setattr("services.gateway.keys._LOOK_AGAIN_S", 0)
+    assert keys.require(f"bearer {FREE}").name == "free"
+    assert "sha256: Field required; the keys from before stay" in caplog.text
+    path.unlink()
+    assert keys.require(f"Bearer {FREE}").name == "free"
+    path.write_text("[]")
+    os.utime(path, (time.time() + 5,) * 2)
+    with pytest.raises(InvalidKey):
+        keys.require(f"Bearer {FREE}")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("- name: x", "0.sha256: Field required"),
+        ("a: b", "valid list"),
+        ("[", "is not YAML"),
+        (entry_text(FREE_ENTRY) * 2, "has two keys named free"),
+        (entry_text(FREE_ENTRY) + "  key: secret", "0.key: Extra inputs"),
+    ],
+)
+async def test_a_file_that_is_no_use_is_refused_at_start(
+    tmp_path: Path, text: str, complaint: str
+) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(text)
+    with pytest.raises(InvalidSetting, match=complaint) as refused:
+        ApiKeys(path)
+    assert "secret" not in refused.value.message
+    with pytest.raises(InvalidSetting, match="cannot be read: No such file"):
+        ApiKeys(tmp_path / "none.yaml")
+
+
+async def test_winnow_key_writes_an_entry_and_shows_the_key_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["key", "team-a", "--tokens-per-minute", "5000"]) == 0
+    out, err = capsys.readouterr()
+    (tmp_path / "keys.yaml").write_text(out)
+    key = err.split()[-1]
+    assert key not in out
+    found = ApiKeys(tmp_path / "keys.yaml").require(f"Bearer {key}")
+    assert (found.name, found.tokens_per_minute, found.requests_per_minute) == (
+        "team-a",
+        5000,
+        None,
+    )
+    assert main(["key", "no spaces"]) == 2
