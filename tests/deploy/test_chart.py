@@ -46,7 +46,7 @@ SWITCHES: dict[str, list[str]] = {
         "decode.autoscaling.kind=keda",
         "monitoring.prometheusUrl=http://prometheus:9090",
     ],
-    "tls": ["gateway.tlsSecret=public", "peerTlsSecret=peers"],
+    "tls": ["gateway.tlsSecret=public", "peerTlsSecret=peers", "gateway.apiKeysSecret=keys"],
     "ray with tls": ["mode=rayservice", "gateway.tlsSecret=public", "peerTlsSecret=peers"],
     "ray": ["mode=rayservice", "prefill.replicas=3", "prefill.podAnnotations.a=b"],
     "ray upgraded step by step": [
@@ -182,6 +182,7 @@ def test_whatever_is_named_exists(rendered: list[dict[str, Any]]) -> None:
         ("Secret", "ours"),
         ("Secret", "public"),
         ("Secret", "peers"),
+        ("Secret", "keys"),
         ("PersistentVolumeClaim", "models"),
         ("ServiceAccount", "default"),
     }

@@ -4,7 +4,8 @@ A transfer is a header, then for each layer in order a manifest and data frames,
 (PushFrame of proto/winnow/v1/decode.proto). Its digest is SHA-256 over, in the order of the
 frames: of header and manifests the field number (1 byte), the length (uint32) and the serialized
 message; of each data frame layer_idx (uint32), offset (uint64), payload length (uint32) and
-crc32 (uint32); then the bytes of `final_hidden`. All numbers little-endian.
+crc32 (uint32); then the bytes of `final_hidden`; from wire version 3 on, then those of `report`,
+serialized deterministically. All numbers little-endian.
 """
 
 from winnow.wire.decoder import Expected, Trailer, TransferDecoder

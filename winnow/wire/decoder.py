@@ -156,6 +156,8 @@ class TransferDecoder:
         assert self._layer is not None
         kv = self._layer.views(self._expected.shape)
         _require_ascending(kv, self._expected.num_prompt_tokens)
+        for name in ("keys", "values", "window_queries"):
+            _require_finite(f"{name} of layer {kv.layer_idx}", getattr(kv, name))
         self._layer = None
         self.num_layers += 1
         return kv
@@ -164,7 +166,8 @@ class TransferDecoder:
         trailer, shape = parse(pb.TransferTrailer(), body), self._expected.shape
         if len(trailer.final_hidden) != shape.hidden_size * shape.dtype.itemsize:
             raise TransferMalformed(f"final hidden state has {len(trailer.final_hidden)} bytes")
-        if self._digest.finish(trailer.final_hidden) != trailer.digest:
+        version = self._expected.grant.wire_version
+        if self._digest.finish(trailer.final_hidden, trailer.report, version) != trailer.digest:
             raise TransferDamaged("digest of the transfer does not match")
         if not 1 <= trailer.report.next_position <= self._expected.num_prompt_tokens:
             raise TransferMalformed(
@@ -172,6 +175,7 @@ class TransferDecoder:
                 f"{self._expected.num_prompt_tokens} prompt tokens"
             )
         hidden = torch.frombuffer(bytearray(trailer.final_hidden), dtype=shape.dtype)
+        _require_finite("numbers of the final hidden state", hidden)
         self.complete = True
         return Trailer(hidden, report_from_proto(trailer.report))
 
@@ -179,6 +183,12 @@ class TransferDecoder:
 def _require_same(what: str, got: object, expected: object) -> None:
     if got != expected:
         raise TransferMismatch(f"{what} of the transfer is {got}; this worker has {expected}")
+
+
+def _require_finite(what: str, tensor: Tensor) -> None:
+    """Raise TransferMalformed for inf or NaN, which their sum keeps."""
+    if not bool(tensor.sum(dtype=torch.float32).isfinite()):
+        raise TransferMalformed(f"{what} are not finite")
 
 
 def _require_ascending(kv: LayerKV, num_prompt_tokens: int) -> None:

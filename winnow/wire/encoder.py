@@ -58,9 +58,9 @@ class TransferEncoder:
     def trailer(self, final_hidden: Tensor, report: PrefillReport) -> bytes:
         """The frame that ends the transfer. final_hidden: [hidden_size]."""
         hidden = bytes(_bytes_of(final_hidden.to(self._header.shape.dtype)))
-        trailer = pb.TransferTrailer(
-            final_hidden=hidden, digest=self._digest.finish(hidden), report=report_to_proto(report)
-        )
+        written = report_to_proto(report)
+        digest = self._digest.finish(hidden, written, self._header.ticket.wire_version)
+        trailer = pb.TransferTrailer(final_hidden=hidden, digest=digest, report=written)
         return join_frame(Field.TRAILER, trailer.SerializeToString())
 
     def _message(self, field: Field, body: bytes) -> bytes:

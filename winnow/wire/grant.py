@@ -1,7 +1,8 @@
 """Leave to push one reservation's KV: which wire version, and who may.
 
-Wire version 3 adds a token to the header: an HMAC of the attempt's number under a secret that the
-decode worker draws for each reservation and tells the gateway alone. So only the prefill worker
+Wire version 3 covers the report by the digest too, and adds a token to the header: an HMAC of the
+attempt's number under a secret that the decode worker draws for each reservation and tells the
+gateway alone. So only the prefill worker
 that was asked can push, and only the attempt it was asked for. Version 2 has no token; it is
 granted only to a gateway that offers nothing newer, which is what a release before this one does.
 """
@@ -16,6 +17,7 @@ from winnow.request import Ticket
 
 WIRE_VERSIONS = (2, 3)  # spoken by this release: the newest, and the one before it
 _FIRST_WITH_TOKEN = 3
+_FIRST_WITH_COVERED_REPORT = 3
 _UNSAID = 2  # spoken by peers that do not say
 _SECRET_BYTES = 16
 
@@ -58,6 +60,11 @@ class Grant:
             )
         if not hmac.compare_digest(shown.token, self.ticket(attempt).token):
             raise TransferForged(f"the transfer does not show the token of attempt {attempt}")
+
+
+def covers_report(wire_version: int) -> bool:
+    """Whether a transfer's digest is also over the report in its trailer."""
+    return wire_version >= _FIRST_WITH_COVERED_REPORT
 
 
 def newest_common(offered: Collection[int]) -> int | None:

@@ -13,6 +13,7 @@ from winnow.kv import ModelShape
 from winnow.request import PrefillReport, Ticket
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire.framing import Field, split_frame
+from winnow.wire.grant import covers_report
 
 MAX_HEADER_BYTES = 4096
 MAX_REQUEST_ID_CHARS = 128
@@ -51,8 +52,10 @@ class Digest:
     def add_data(self, layer_idx: int, offset: int, num_bytes: int, crc32: int) -> None:
         self._sha256.update(struct.pack("<IQII", layer_idx, offset, num_bytes, crc32))
 
-    def finish(self, final_hidden: bytes) -> bytes:
+    def finish(self, final_hidden: bytes, report: pb.PrefillReport, wire_version: int) -> bytes:
         self._sha256.update(final_hidden)
+        if covers_report(wire_version):
+            self._sha256.update(report.SerializeToString(deterministic=True))
         return self._sha256.digest()
 
 

@@ -122,6 +122,10 @@ capabilities:
 - name: WINNOW_TLS_KEY_FILE
   value: /etc/winnow/tls/tls.key
 {{- end }}
+{{- if .Values.gateway.apiKeysSecret }}
+- name: WINNOW_API_KEYS_FILE
+  value: /etc/winnow/keys/keys.yaml
+{{- end }}
 {{- end }}
 
 {{- define "winnow.gatewayMounts" -}}
@@ -131,6 +135,11 @@ capabilities:
 {{- if .Values.gateway.tlsSecret }}
 - name: tls
   mountPath: /etc/winnow/tls
+  readOnly: true
+{{- end }}
+{{- if .Values.gateway.apiKeysSecret }}
+- name: api-keys
+  mountPath: /etc/winnow/keys
   readOnly: true
 {{- end }}
 {{- end }}
@@ -143,6 +152,11 @@ capabilities:
     sizeLimit: {{ .Values.prefill.sharedMemory }}
 {{- with .Values.gateway.tlsSecret }}
 - name: tls
+  secret:
+    secretName: {{ . }}
+{{- end }}
+{{- with .Values.gateway.apiKeysSecret }}
+- name: api-keys
   secret:
     secretName: {{ . }}
 {{- end }}

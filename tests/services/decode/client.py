@@ -59,9 +59,9 @@ class Client:
     def generate(self, request: pb.GenerateRequest, timeout_s: float = 30) -> Call:
         return self.decode.Generate(request, timeout=timeout_s)
 
-    async def admit(self, request: pb.GenerateRequest) -> Call:
+    async def admit(self, request: pb.GenerateRequest, timeout_s: float = 30) -> Call:
         """A call whose `admitted` event was read."""
-        call = self.generate(request)
+        call = self.generate(request, timeout_s)
         event = await call.read()
         assert event is not grpc.aio.EOF, await error_of(call)
         assert event.HasField("admitted")

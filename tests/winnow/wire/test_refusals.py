@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.winnow.wire.transfers import NUM_PROMPT_TOKENS, encode, expected, make_layers
+from tests.winnow.wire.transfers import NUM_PROMPT_TOKENS, REPORT, encode, expected, make_layers
 from winnow.errors import (
     TransferDamaged,
     TransferMalformed,
@@ -47,7 +47,7 @@ def test_the_untouched_transfer_is_taken() -> None:
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_no_flipped_bit_yields_another_transfer(data: st.DataObject) -> None:
-    frame_idx = data.draw(st.integers(0, len(FRAMES) - 2))
+    frame_idx = data.draw(st.integers(0, len(FRAMES) - 1))
     damaged = bytearray(FRAMES[frame_idx])
     byte_idx = data.draw(st.integers(0, len(damaged) - 1))
     damaged[byte_idx] ^= 1 << data.draw(st.integers(0, 7))
@@ -124,9 +124,29 @@ def test_a_final_hidden_state_of_another_size_is_refused() -> None:
 
 @pytest.mark.parametrize("position", [0, 41])
 def test_a_next_position_outside_the_prompt_is_refused(position: int) -> None:
-    frames = with_change(TRAILER, lambda f: setattr(f.trailer.report, "next_position", position))
+    report = replace(REPORT, next_position=position)
+    frames = encode(make_layers(), torch.ones(32), report=report)
     with pytest.raises(TransferMalformed, match=f"position {position} after 40 prompt tokens"):
         feed_all(frames)
+
+
+def test_a_changed_report_fails_the_digest() -> None:
+    frames = with_change(TRAILER, lambda f: setattr(f.trailer.report, "next_position", 39))
+    with pytest.raises(TransferDamaged, match="digest"):
+        feed_all(frames)
+
+
+@pytest.mark.parametrize("name", ["keys", "values", "window_queries"])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_not_finite_are_refused(name: str, broken: float) -> None:
+    layers = make_layers()
+    getattr(layers[1], name).view(-1)[-1] = broken
+    with pytest.raises(TransferMalformed, match=f"{name} of layer 1 are not finite"):
+        feed_all(encode(layers, torch.ones(32)))
+    hidden = torch.ones(32)
+    hidden[3] = broken
+    with pytest.raises(TransferMalformed, match="final hidden state are not finite"):
+        feed_all(encode(make_layers(), hidden))
 
 
 def test_a_transfer_without_trailer_is_refused() -> None:

@@ -123,13 +123,11 @@ def test_next_layer_arrives_in_the_same_memory() -> None:
 
 
 def test_report_without_selection_comes_back_whole() -> None:
-    frames = encode(make_layers(), HIDDEN)
-    trailer = pb.PushFrame.FromString(frames[-1])
-    trailer.trailer.report.ClearField("selection_layer")
-    trailer.trailer.report.no_selection_reason = "short_prompt"
-    *_, end = receive([*frames[:-1], trailer.SerializeToString()], TransferDecoder(expected()))
+    report = replace(REPORT, selection_layer=None, no_selection_reason="short_prompt")
+    frames = encode(make_layers(), HIDDEN, report=report)
+    *_, end = receive(frames, TransferDecoder(expected()))
     assert isinstance(end, Trailer)
-    assert end.report == replace(REPORT, selection_layer=None, no_selection_reason="short_prompt")
+    assert end.report == report
 
 
 def test_read_header_tells_whose_transfer_it_is() -> None:

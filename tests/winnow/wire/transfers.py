@@ -67,6 +67,7 @@ def encode(
     shape: ModelShape = SHAPE,
     *,
     frame_bytes: int = 256,
+    report: PrefillReport = REPORT,
 ) -> list[bytes]:
     """Every frame of the transfer, in order."""
     encoder = TransferEncoder(
@@ -75,4 +76,4 @@ def encode(
     frames = [encoder.header()]
     for layer in layers:
         frames += encoder.layer(layer)
-    return [*frames, encoder.trailer(final_hidden, REPORT)]
+    return [*frames, encoder.trailer(final_hidden, report)]
