@@ -1,10 +1,5 @@
 """One prompt's life in the gateway, from the reservation of KV memory to its last token.
 
-                           ┌─── LOST ◀──┐
-                           ▼     ▲      │
-RECEIVED ─▶ ADMITTED ─▶ PREFILLING ─▶ DECODING ─▶ FINISHED
-└────────────┴────────────┴────────────┴────────▶ FAILED, CANCELLED
-
 A prompt whose decode worker is lost moves to another one: that one gets the prompt's KV anew, and
 replays the tokens that were generated, so the answer is the one that it would have been.
 """
@@ -12,17 +7,17 @@ replays the tokens that were generated, so the answer is the one that it would h
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from types import TracebackType
 
 from services.common.messages import report_from_proto, tokens_from_proto
 from services.common.tracing import context_of, span
 from services.gateway.generation import WORKER_LOST, Generation, PromptRequest, open_generation
-from services.gateway.metrics import ADMISSION, PREFILL, GatewayMetrics
+from services.gateway.metrics import GatewayMetrics
 from services.gateway.prefiller import Prefiller
 from services.gateway.routing import Router
+from services.gateway.states import NEXT, WAITS_FOR, State
 from winnow.errors import (
     DeadlineExceeded,
     DeliveryFailed,
@@ -48,33 +43,6 @@ MAX_MIGRATIONS = 3
 # A worker that takes over is sought for this long: a lost one may be back by then.
 _PATIENCE_S = 30.0
 _PAUSE_S = 0.25
-
-
-class State(StrEnum):
-    RECEIVED = "received"
-    ADMITTED = "admitted"  # KV memory is reserved at a decode worker
-    PREFILLING = "prefilling"  # a prefill worker has been asked
-    DECODING = "decoding"  # the KV is in place; tokens come
-    LOST = "lost"  # its decode worker is; another one is sought
-    FINISHED = "finished"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-_WAITS_FOR = {
-    State.RECEIVED: ADMISSION,
-    State.ADMITTED: PREFILL,
-    State.PREFILLING: PREFILL,
-    State.LOST: ADMISSION,
-}
-_ENDS = frozenset({State.FAILED, State.CANCELLED})
-_NEXT = {
-    State.RECEIVED: _ENDS | {State.ADMITTED},
-    State.ADMITTED: _ENDS | {State.PREFILLING},
-    State.PREFILLING: _ENDS | {State.DECODING, State.LOST},
-    State.DECODING: _ENDS | {State.FINISHED, State.LOST},
-    State.LOST: _ENDS | {State.PREFILLING},
-}
 
 
 @dataclass(slots=True)
@@ -145,8 +113,9 @@ class PromptRun:
 
     async def _leave_worker(self) -> None:
         """Frees what decode and prefill hold for the prompt."""
-        if self._generation is not None:
-            self._generation.close()
+        generation, self._generation = self._generation, None
+        if generation is not None:
+            generation.close()
         tasks = [task for task in (self._read, self._prefill) if task is not None]
         for task in tasks:
             task.cancel()
@@ -252,10 +221,15 @@ class PromptRun:
 
     async def _step(self) -> pb.GenerateEvent | None:
         assert self._generation is not None
+        return await self._soon(self._generation.next_event())
+
+    async def _soon(self, event: Awaitable[pb.GenerateEvent | None]) -> pb.GenerateEvent | None:
+        """The event, of a worker that has all it needs; raises NoDecodeWorker if it is silent."""
+        assert self._generation is not None
         silence_s = self._service.silence_s
         try:
             async with asyncio.timeout(silence_s):
-                return await self._generation.next_event()
+                return await event
         except TimeoutError as error:
             raise NoDecodeWorker(
                 f"decode worker {self._generation.worker_id} said nothing for {silence_s:g} s"
@@ -267,7 +241,7 @@ class PromptRun:
         await asyncio.wait({self._read, self._prefill}, return_when=asyncio.FIRST_COMPLETED)
         if not self._read.done():
             self._prefill.result()
-        return await self._read
+        return await self._soon(self._read)
 
     async def _prefill_job(self) -> PrefillOutcome:
         """Prefill, tried again on a failure that another worker may not have."""
@@ -309,12 +283,12 @@ class PromptRun:
         logger.warning(message, *values, extra={"request_id": self.request.request_id})
 
     def _enter(self, state: State) -> None:
-        assert state in _NEXT[self.state], f"{self.state} -> {state}"
+        assert state in NEXT[self.state], f"{self.state} -> {state}"
         self._waiting(self.state, -1)
         self._waiting(state, 1)
         self.state = state
         logger.debug("%s", state, extra={"request_id": self.request.request_id})
 
     def _waiting(self, state: State, change: int) -> None:
-        if state in _WAITS_FOR:
-            self._service.metrics.requests_waiting.labels(_WAITS_FOR[state]).inc(change)
+        if state in WAITS_FOR:
+            self._service.metrics.requests_waiting.labels(WAITS_FOR[state]).inc(change)

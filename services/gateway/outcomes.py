@@ -5,8 +5,9 @@ import time
 from types import TracebackType
 
 from services.gateway.completion import Completion
-from services.gateway.lifecycle import PromptRun, State
+from services.gateway.lifecycle import PromptRun
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.states import State
 from winnow.errors import WinnowError
 
 logger = logging.getLogger(__name__)

@@ -60,8 +60,9 @@ def test_a_decode_worker_is_lost_while_it_generates(victim: Victim, harm: str) -
     assert seconds < LEASE_S + SLACK_S
 
 
-def test_a_decode_worker_is_killed_before_the_first_token(victim: Victim) -> None:
-    with meanwhile(lambda: victim.kill(victim.admitting())):
+@pytest.mark.parametrize("harm", ["kill", "stop"])
+def test_a_decode_worker_is_lost_before_the_first_token(victim: Victim, harm: str) -> None:
+    with meanwhile(lambda: getattr(victim, harm)(victim.admitting())):
         require_whole(victim, list(victim.stream()))
 
 

@@ -11,8 +11,9 @@ import pytest_asyncio
 
 from services.common.registry import RedisRegistry
 from services.gateway.generation import PromptRequest
-from services.gateway.lifecycle import PromptRun, Service, State
+from services.gateway.lifecycle import PromptRun, Service
 from services.gateway.routing import Router
+from services.gateway.states import State
 from tests.services.gateway.service import TestService, running_service
 from tests.winnow.drive import UNPRUNED
 from winnow.errors import (

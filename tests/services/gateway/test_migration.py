@@ -10,8 +10,9 @@ import pytest
 import pytest_asyncio
 
 from services.gateway import lifecycle
-from services.gateway.lifecycle import PromptRun, Service, State
+from services.gateway.lifecycle import PromptRun, Service
 from services.gateway.routing import Router
+from services.gateway.states import State
 from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from tests.services.gateway.test_lifecycle import REQUEST, complete, make_run
@@ -168,4 +169,5 @@ async def test_without_another_worker_the_loss_is_told(
         alone = Service(router, service.prefiller, model, 2, service.gateway.metrics)
         with pytest.raises(NoDecodeWorker):
             await answers(service, make_run(alone, LONG), kill_after=5)
+        assert {(peer.num_places, peer.pages_held) for peer in router._peers.values()} <= {(0, 0)}
         await router.close()

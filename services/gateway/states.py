@@ -1,0 +1,38 @@
+"""The states of a prompt in the gateway.
+
+                           ┌─── LOST ◀──┐
+                           ▼     ▲      │
+RECEIVED ─▶ ADMITTED ─▶ PREFILLING ─▶ DECODING ─▶ FINISHED
+└────────────┴────────────┴────────────┴────────▶ FAILED, CANCELLED
+"""
+
+from enum import StrEnum
+
+from services.gateway.metrics import ADMISSION, PREFILL
+
+
+class State(StrEnum):
+    RECEIVED = "received"
+    ADMITTED = "admitted"  # KV memory is reserved at a decode worker
+    PREFILLING = "prefilling"  # a prefill worker has been asked
+    DECODING = "decoding"  # the KV is in place; tokens come
+    LOST = "lost"  # its decode worker is; another one is sought
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+WAITS_FOR = {
+    State.RECEIVED: ADMISSION,
+    State.ADMITTED: PREFILL,
+    State.PREFILLING: PREFILL,
+    State.LOST: ADMISSION,
+}
+_ENDS = frozenset({State.FAILED, State.CANCELLED})
+NEXT = {
+    State.RECEIVED: _ENDS | {State.ADMITTED},
+    State.ADMITTED: _ENDS | {State.PREFILLING},
+    State.PREFILLING: _ENDS | {State.DECODING, State.LOST},
+    State.DECODING: _ENDS | {State.FINISHED, State.LOST},
+    State.LOST: _ENDS | {State.PREFILLING},
+}
