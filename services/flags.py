@@ -44,6 +44,7 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
     ),
     "Who may connect": ("api_keys_file", "tls_cert_file", "tls_key_file", *_PEERS),
     "How many": ("prefill_replicas", "decode_workers", "gateway_replicas"),
+    "At its end": ("drain_notice_s",),
     "What a request may ask for": (
         "max_prompt_tokens",
         "max_new_tokens",

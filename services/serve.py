@@ -47,6 +47,10 @@ Progress = Callable[[str], None]
 class Stop(BaseException):
     """SIGINT or SIGTERM arrived."""
 
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
 
 def run_service(settings: Settings, progress: Progress, ready: Callable[[Settings], None]) -> None:
     """Serves until SIGINT or SIGTERM, then drains and stops. A second signal cuts that short.
@@ -63,8 +67,13 @@ def run_service(settings: Settings, progress: Progress, ready: Callable[[Setting
     ):
         _wait_until_served(settings, progress)
         ready(settings)
-        while True:
-            signal.pause()
+        try:
+            while True:
+                signal.pause()
+        except Stop as stop:
+            if stop.number == signal.SIGTERM:
+                _send_clients_elsewhere(settings, progress)
+            raise
 
 
 def with_ports(settings: Settings) -> Settings:
@@ -117,8 +126,8 @@ def _listen_to_signals() -> None:
         signal.signal(number, _stop)
 
 
-def _stop(_number: int, _frame: FrameType | None) -> None:
-    raise Stop
+def _stop(number: int, _frame: FrameType | None) -> None:
+    raise Stop(number)
 
 
 @contextlib.contextmanager
@@ -188,6 +197,25 @@ def _application(settings: Settings, progress: Progress) -> Iterator[None]:
             progress("draining")
             serve.delete(APP_NAME)
             _remove_registry(settings)
+
+
+def _send_clients_elsewhere(settings: Settings, progress: Progress) -> None:
+    """Every gateway announces its end; returns `drain_notice_s` later.
+
+    On SIGTERM alone, with which one of several is stopped: at a terminal nobody would wait.
+    """
+    from ray import serve  # noqa: PLC0415 - reads its environment when it is imported
+
+    if not settings.drain_notice_s:
+        return
+    progress("sending clients elsewhere")
+    end_s = time.monotonic() + settings.drain_notice_s
+    handle = serve.get_app_handle(APP_NAME)
+    told: set[str] = set()
+    while len(told) < settings.gateway_replicas and (left_s := end_s - time.monotonic()) > 0:
+        with contextlib.suppress(TimeoutError):
+            told.add(handle.announce_end.remote().result(timeout_s=left_s))
+    time.sleep(max(0.0, end_s - time.monotonic()))
 
 
 def _remove_registry(settings: Settings) -> None:

@@ -145,6 +145,11 @@ class Settings(BaseModel):
         description="reserved KV memory is freed when no KV came for this long; "
         "a two-pass method sends none before its second pass",
     )
+    drain_notice_s: Annotated[float, Field(ge=0)] = Field(
+        5,
+        description="on SIGTERM a gateway first says for this long that it is not ready, and "
+        "closes each connection after its answer, so that clients go elsewhere",
+    )
     drain_timeout_s: Seconds = Field(30, description="running requests may end within this time")
 
     # Who may connect

@@ -107,6 +107,11 @@ class GatewayReplica:
     def __serve_build_asgi_app__(self) -> Any:  # noqa: ANN401 - as Serve wants it
         return create_api(self._gateway)
 
+    async def announce_end(self) -> str:
+        """As `Gateway.ending`; returns the replica's id."""
+        self._gateway.ending = True
+        return str(serve.get_replica_context().replica_id.unique_id)
+
     async def check_health(self) -> None:
         """Serve asks every few seconds; the gauge of decode workers is then fresh."""
         await self._gateway.readiness()

@@ -31,20 +31,24 @@ class Readiness:
 
     decode_workers: int
     prefill: bool
+    ending: bool
 
     @property
     def ready(self) -> bool:
-        return self.decode_workers > 0 and self.prefill
+        return self.decode_workers > 0 and self.prefill and not self.ending
 
 
 class Gateway:
     """Routes requests to decode and prefill; holds a tokenizer but no weights.
+
+    ending: it will be stopped soon. It serves as before, but says that it is not ready.
 
     Make it where its event loop runs. Raises UnusableModel or InvalidSetting.
     """
 
     def __init__(self, settings: Settings, registry: Registry, prefiller: Prefiller) -> None:
         self.settings = settings
+        self.ending = False
         self.model = ServedModel.load(settings)
         self.limits = Limits(settings, self.model)
         self.metrics = GatewayMetrics(settings.served_name)
@@ -105,7 +109,7 @@ class Gateway:
             workers = []
         self.metrics.decode_workers.set(len(workers))
         self.metrics.incompatible_workers.set(self._router.num_incompatible)
-        return Readiness(len(workers), await self._prefiller.ready())
+        return Readiness(len(workers), await self._prefiller.ready(), self.ending)
 
     async def targets(self) -> list[MetricsTarget]:
         """Where the service's processes serve /metrics.  Raises RegistryUnavailable."""

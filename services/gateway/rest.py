@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.common.metrics import CONTENT_TYPE, render
 from services.common.tracing import context_in
@@ -26,6 +27,7 @@ def create_api(gateway: Gateway) -> FastAPI:
     # Swagger's pages would fetch scripts from elsewhere.
     api = FastAPI(title="Winnow", docs_url=None, redoc_url=None, openapi_url=None)
     add_error_handlers(api, gateway.metrics)
+    api.add_middleware(LastAnswers, gateway=gateway)
     api.add_middleware(KeyGuard, access=gateway.access, metrics=gateway.metrics)
     _add_completions(api, gateway)
     _add_tokenizer(api, gateway)
@@ -105,6 +107,7 @@ def _add_operations(api: FastAPI, gateway: Gateway) -> None:
             "status": "ready" if readiness.ready else "not ready",
             "decode_workers": readiness.decode_workers,
             "prefill": readiness.prefill,
+            "ending": readiness.ending,
         }
         return JSONResponse(body, 200 if readiness.ready else 503)
 
@@ -122,3 +125,19 @@ def _add_operations(api: FastAPI, gateway: Gateway) -> None:
     @api.get("/metrics")
     async def metrics() -> Response:
         return Response(render(gateway.metrics.registry), media_type=CONTENT_TYPE)
+
+
+class LastAnswers:
+    """Middleware: the answers of a gateway that ends close their connections."""
+
+    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
+        self._app = app
+        self._gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_last(message: Message) -> None:
+            if message["type"] == "http.response.start" and self._gateway.ending:
+                message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+            await send(message)
+
+        await self._app(scope, receive, send_last)

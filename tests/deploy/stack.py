@@ -17,7 +17,7 @@ from tests.e2e.winnow_process import ROOT, environment
 COMPOSE = ROOT / "deploy" / "compose.yaml"
 DOCKERFILE = ROOT / "deploy" / "Dockerfile.winnow"
 OURS = ("gateway", "decode-1", "decode-2")
-START_TIMEOUT_S = 90
+START_TIMEOUT_S = 150
 
 
 class Stack:
@@ -73,6 +73,10 @@ class Stack:
             )
         self.processes[name] = process
 
+    def copy(self, name: str, to: str) -> None:
+        """One more service like `name`, with ports of its own."""
+        self._services = self._services | {to: self._services[name]}
+
     def restart(self, name: str) -> int:
         """As Compose: SIGTERM, wait, start again. Returns the exit code."""
         self.processes[name].send_signal(signal.SIGTERM)
@@ -91,7 +95,7 @@ class Stack:
         _, program, *arguments = self._services[name]["healthcheck"]["test"]
         assert program == "python"
         *arguments, target = arguments
-        variable = "WINNOW_PORT" if name == "gateway" else "WINNOW_DECODE_PORT"
+        variable = "WINNOW_PORT" if name.startswith("gateway") else "WINNOW_DECODE_PORT"
         asked = str(self._services[name]["environment"][variable])
         target = target.replace(asked, str(self.ports[f"{name} {variable}"]))
         command = [sys.executable, *arguments, target]

@@ -38,9 +38,10 @@ class WinnowServe:
 
     def __init__(self, folder: Path, arguments: Sequence[str], **variables: str) -> None:
         self.stderr = folder / "stderr.txt"
+        at_once = ("--drain-notice-s", "0")
         with self.stderr.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "services.cli", "serve", *arguments],
+                [sys.executable, "-m", "services.cli", "serve", *at_once, *arguments],
                 env=environment(**variables),
                 cwd="/",
                 stdout=subprocess.PIPE,

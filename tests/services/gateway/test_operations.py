@@ -57,7 +57,12 @@ async def test_is_ready_with_a_worker_and_prefill(service: TestService) -> None:
     assert (await service.http.get("/health")).json() == {"status": "ok"}
     response = await service.http.get("/ready")
     assert response.status_code == 200
-    assert response.json() == {"status": "ready", "decode_workers": 1, "prefill": True}
+    assert response.json() == {
+        "status": "ready",
+        "decode_workers": 1,
+        "prefill": True,
+        "ending": False,
+    }
 
 
 async def test_without_decode_worker_it_is_healthy_but_not_ready(
@@ -119,6 +124,20 @@ async def test_metrics_tell_what_clients_got(model_path: Path, redis_url: str) -
         ("winnow_time_per_output_token_seconds_count", 1),
     ):
         assert value(text, name) == expected, name
+
+
+async def test_a_gateway_that_ends_serves_on_but_sends_clients_elsewhere(
+    model_path: Path, redis_url: str
+) -> None:
+    async with running_service(model_path, redis_url) as service:
+        body = {"model": MODEL_NAME, "prompt": "a", "max_tokens": 2}
+        before = await service.http.post("/v1/completions", json=body)
+        assert "connection" not in before.headers
+        service.gateway.ending = True
+        last = await service.http.post("/v1/completions", json=body)
+        assert (last.status_code, last.headers["connection"]) == (200, "close")
+        ready = await service.http.get("/ready")
+        assert (ready.status_code, ready.json()["ending"]) == (503, True)
 
 
 async def test_neither_prompts_nor_answers_are_logged(
