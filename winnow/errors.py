@@ -7,6 +7,7 @@ WinnowError
 │   ├── UnsupportedParameter  a parameter of OpenAI's API that Winnow does not carry out
 │   ├── PromptTooLong       more prompt tokens than the model or the operator allows
 │   ├── BodyTooLarge        the HTTP body is over the limit
+│   ├── BodyTooSlow         the HTTP body did not come in its time
 │   └── UnknownModel        the service does not serve that model
 ├── InvalidKey              no API key, or one that does not exist (any more)
 ├── Overloaded              no KV memory or queue place now; try again later
@@ -76,6 +77,10 @@ class PromptTooLong(InvalidRequest):
 
 class BodyTooLarge(InvalidRequest):
     code = "body_too_large"
+
+
+class BodyTooSlow(InvalidRequest):
+    code = "body_too_slow"
 
 
 class UnknownModel(InvalidRequest):
@@ -184,6 +189,7 @@ class Status:
 _STATUS: dict[type[WinnowError], Status] = {
     InvalidRequest: Status(400, "INVALID_ARGUMENT", "invalid_request_error"),
     BodyTooLarge: Status(413, "INVALID_ARGUMENT", "invalid_request_error"),
+    BodyTooSlow: Status(408, "DEADLINE_EXCEEDED", "timeout_error"),
     UnknownModel: Status(404, "NOT_FOUND", "invalid_request_error"),
     InvalidKey: Status(401, "UNAUTHENTICATED", "authentication_error"),
     Overloaded: Status(429, "RESOURCE_EXHAUSTED", "rate_limit_error"),

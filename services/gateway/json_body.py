@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from starlette.requests import ClientDisconnect, Request
 
-from winnow.errors import BodyTooLarge, InvalidRequest, RequestCancelled
+from winnow.errors import BodyTooLarge, BodyTooSlow, InvalidRequest, RequestCancelled
 
 logger = logging.getLogger(__name__)
 
@@ -15,21 +15,27 @@ logger = logging.getLogger(__name__)
 # read and thrown away first.
 _DISCARDED_BYTES = 64 << 20
 _DISCARD_TIMEOUT_S = 0.5
+# At the largest body allowed, a slow line's time; a client that drips must not hold on for ever.
+BODY_TIMEOUT_S = 60.0
 
 
 async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     """The JSON object in the request's body.
 
-    Raises BodyTooLarge as soon as more than `max_bytes` are announced or have come, and
-    InvalidRequest for anything but a JSON object in UTF-8.
+    Raises BodyTooLarge as soon as more than `max_bytes` are announced or have come, BodyTooSlow
+    after BODY_TIMEOUT_S, and InvalidRequest for anything but a JSON object in UTF-8.
     """
     return parse_json(await read_body(request, max_bytes))
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body; raises BodyTooLarge, or RequestCancelled if the client goes away."""
+    """The whole body; raises BodyTooLarge, BodyTooSlow, or RequestCancelled if the client goes."""
     announced = int(request.headers.get("content-length") or 0)
-    body = None if announced > max_bytes else await _read_up_to(request, max_bytes)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            body = None if announced > max_bytes else await _read_up_to(request, max_bytes)
+    except TimeoutError as error:
+        raise BodyTooSlow(f"the body did not come within {BODY_TIMEOUT_S:g} seconds") from error
     if body is not None:
         return body
     await _discard(request)
