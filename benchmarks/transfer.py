@@ -2,7 +2,8 @@
 
 Contestants: `socket` (the layers' memory through one TCP connection into a reused buffer, no
 framing, no checksums), `protobuf` (the same frames as ordinary messages of the generated stub, with
-checksums) and ours: hand-framed protobuf on a sync gRPC server, at three frame sizes. All take
+checksums) and ours: hand-framed protobuf on a sync gRPC server, at three frame sizes, and once with
+mutual TLS. All take
 turns in every round, and the result is the median. `ours` includes all that winnow.wire does:
 checksums and digest on both sides, bounds, the copy into tensors.
 
@@ -23,9 +24,11 @@ from typing import Any
 
 import grpc
 import torch
+import trustme
 
 from benchmarks.report import arguments, show, write_json
 from services.common.rpc import channel_options, server_options
+from services.common.tls import PeerTls, bind, open_channel
 from winnow.kv import LayerKV, ModelShape
 from winnow.request import PrefillReport
 from winnow.v1 import decode_pb2 as pb
@@ -42,8 +45,21 @@ NUM_ENTRIES = 16_384  # per KV head
 SHAPE = ModelShape(24, 14, 2, 64, 896, torch.bfloat16)  # a 0.5B model's
 FRAME_MIB = (1, 2, 4)
 REPORT = PrefillReport(NUM_ENTRIES, NUM_ENTRIES, NUM_ENTRIES, None, "off", (), 1.0, 0, 0, ())
-GRANT = Grant.issue(WIRE_VERSIONS)
+GRANT = Grant(max(WIRE_VERSIONS), b"the same in both")
+_TLS = "ours, 2 MiB frames, TLS"
 PUSH = "/winnow.v1.KvTransfer/Push"
+
+
+def make_peers() -> PeerTls:
+    """Certificate and authority for both sides."""
+    authority = trustme.CA()
+    issued = authority.issue_cert("winnow")
+    return PeerTls(
+        issued.cert_chain_pems[0].bytes(),
+        issued.private_key_pem.bytes(),
+        authority.cert_pem.bytes(),
+        "winnow",
+    )
 
 
 def make_layer() -> LayerKV:
@@ -68,13 +84,17 @@ def layer_tensors(layer: LayerKV) -> list[memoryview]:
 # Receiving, in the other process
 
 
-def serve(pipe: Connection, num_bytes: int) -> None:
+def serve(pipe: Connection, num_bytes: int, peers: PeerTls) -> None:
     """Serves every contestant; tells their ports, and ends when the pipe does."""
     torch.set_num_threads(1)
     listener = socket.create_server(("127.0.0.1", 0))
     receivers = ThreadPoolExecutor(4)
     receivers.submit(receive_socket, listener, num_bytes)
-    servers = [grpc_server(receivers, receive_ours()), grpc_server(receivers, receive_protobuf())]
+    servers = [
+        grpc_server(receivers, receive_ours(), None),
+        grpc_server(receivers, receive_protobuf(), None),
+        grpc_server(receivers, receive_ours(), peers),
+    ]
     pipe.send([listener.getsockname()[1], *(port for _, port in servers)])
     pipe.recv()
     for server, _ in servers:
@@ -83,11 +103,12 @@ def serve(pipe: Connection, num_bytes: int) -> None:
 
 
 def grpc_server(
-    threads: ThreadPoolExecutor, push: grpc.RpcMethodHandler
+    threads: ThreadPoolExecutor, push: grpc.RpcMethodHandler, peers: PeerTls | None
 ) -> tuple[grpc.Server, int]:
     handler = grpc.method_handlers_generic_handler("winnow.v1.KvTransfer", {"Push": push})
     server = grpc.server(threads, handlers=[handler], options=server_options())
-    port = server.add_insecure_port("127.0.0.1:0")
+    credentials = peers.server_credentials() if peers else None
+    port = bind(server, "127.0.0.1", 0, credentials, what="the benchmark", param="port")
     server.start()
     return server, port
 
@@ -159,8 +180,10 @@ def socket_sender(connection: socket.socket, layer: LayerKV) -> Callable[[], flo
     return send
 
 
-def our_sender(port: int, layer: LayerKV, frame_bytes: int) -> Callable[[], float]:
-    channel = grpc.insecure_channel(f"127.0.0.1:{port}", options=channel_options())
+def our_sender(
+    port: int, layer: LayerKV, frame_bytes: int, peers: PeerTls | None = None
+) -> Callable[[], float]:
+    channel = open_channel(f"127.0.0.1:{port}", peers)
     push = channel.stream_unary(PUSH)
 
     def frames() -> Iterator[bytes]:
@@ -203,9 +226,10 @@ def run(rounds: int) -> tuple[int, dict[str, list[float]]]:
     layer, spawn = make_layer(), multiprocessing.get_context("spawn")
     num_bytes = SHAPE.num_layers * sum(len(tensor) for tensor in layer_tensors(layer))
     pipe, theirs = spawn.Pipe()
-    process = spawn.Process(target=serve, args=(theirs, num_bytes))
+    peers = make_peers()
+    process = spawn.Process(target=serve, args=(theirs, num_bytes, peers))
     process.start()
-    socket_port, our_port, protobuf_port = pipe.recv()
+    socket_port, our_port, protobuf_port, tls_port = pipe.recv()
     with socket.create_connection(("127.0.0.1", socket_port)) as connection:
         senders = {
             "socket": socket_sender(connection, layer),
@@ -213,6 +237,7 @@ def run(rounds: int) -> tuple[int, dict[str, list[float]]]:
         }
         for mib in FRAME_MIB:
             senders[f"ours, {mib} MiB frames"] = our_sender(our_port, layer, mib << 20)
+        senders[_TLS] = our_sender(tls_port, layer, 2 << 20, peers)
         times: dict[str, list[float]] = {name: [] for name in senders}
         for _ in range(rounds + 1):
             for name, send in senders.items():
@@ -252,7 +277,9 @@ def main() -> None:
     floor = raw / (raw + checksum_seconds(num_bytes))
     notes = [
         f"{num_bytes / 2**20:.0f} MiB in {SHAPE.num_layers} layers per transfer; target: ours at "
-        f"least 0.5 of a socket; floor with checksums: {floor:.2f} of a socket",
+        f"least 0.5 of a socket; floor with checksums: {floor:.2f} of a socket; TLS takes "
+        f"{statistics.median(times[_TLS]) / statistics.median(times['ours, 2 MiB frames']):.2f} "
+        "times as long as none",
     ]
     show("KV transfer between two processes", rows, notes)
     write_json(options.json, "transfer", rows)
