@@ -10,7 +10,7 @@ from tests.deploy.conftest import services  # noqa: F401 - a fixture
 from tests.deploy.stack import OURS, Stack
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def victim(
     services: dict[str, Any],  # noqa: F811 - the fixture
     tmp_path_factory: pytest.TempPathFactory,

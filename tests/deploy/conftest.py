@@ -24,7 +24,7 @@ def services() -> dict[str, Any]:
     return dict(yaml.safe_load(done.stdout)["services"])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stack(services: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     stack = Stack(services, tmp_path_factory.mktemp("compose"))
     try:
