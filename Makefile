@@ -45,7 +45,7 @@ $(BIN)/helm: | $(STAMP)
 		install -m 755 helm/helm $(CURDIR)/$@ && rm -r "$$folder"
 
 chaos: $(STAMP) packages
-	$(BIN)/python -m pytest -s tests/chaos
+	$(BIN)/python -m pytest -s -m chaos tests/chaos
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -62,6 +62,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.transfer
 	$(BIN)/python -m benchmarks.end_to_end
+	$(BIN)/python -m benchmarks.overload
 
 train: $(STAMP)
 	$(BIN)/python -m training.train

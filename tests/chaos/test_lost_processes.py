@@ -60,12 +60,13 @@ def test_a_decode_worker_is_lost_while_it_generates(victim: Victim, harm: str) -
     assert seconds < LEASE_S + SLACK_S
 
 
-@pytest.mark.parametrize("harm", ["kill", "stop"])
+@pytest.mark.parametrize("harm", ["kill", pytest.param("stop", marks=pytest.mark.lengthy)])
 def test_a_decode_worker_is_lost_before_the_first_token(victim: Victim, harm: str) -> None:
     with meanwhile(lambda: getattr(victim, harm)(victim.admitting())):
         require_whole(victim, list(victim.stream()))
 
 
+@pytest.mark.lengthy
 def test_both_decode_workers_are_killed_and_one_comes_back(victim: Victim) -> None:
     def lose_both() -> None:
         for name in ("decode-1", "decode-2"):
@@ -85,6 +86,7 @@ def test_redis_is_killed_and_comes_back_empty(victim: Victim) -> None:
     require_whole(victim, list(victim.stream()))
 
 
+@pytest.mark.lengthy
 def test_redis_does_not_answer(victim: Victim) -> None:
     pieces, _ = answered(victim, 10, lambda: victim.stop("redis"))
     require_whole(victim, pieces)
@@ -116,6 +118,7 @@ def test_a_client_that_goes_away_frees_what_it_held(victim: Victim) -> None:
     victim.require_idle(5)
 
 
+@pytest.mark.lengthy
 def test_a_client_that_reads_slowly_gets_everything(victim: Victim) -> None:
     pieces = []
     for piece in victim.stream():
