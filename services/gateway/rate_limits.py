@@ -7,8 +7,8 @@ import logging
 import time
 
 import limits.aio.strategies
-import redis.exceptions
 from limits import RateLimitItem, RateLimitItemPerMinute
+from limits.errors import StorageError
 from limits.storage import storage_from_string
 
 from services.common.settings import Settings
@@ -17,6 +17,13 @@ from winnow.errors import RateLimited
 
 logger = logging.getLogger(__name__)
 
+# A Redis that does not answer must not keep requests waiting.
+_REDIS: dict[str, str | float] = {
+    "implementation": "redispy",
+    "socket_timeout": 0.5,
+    "socket_connect_timeout": 0.5,
+}
+
 
 class RateLimits:
     """Sliding minutes, approximated by two counters per limit."""
@@ -24,8 +31,8 @@ class RateLimits:
     def __init__(self, settings: Settings) -> None:
         url = settings.redis_url.get_secret_value() if settings.redis_url else "memory://"
         url = url.replace("unix://", "redis+unix://", 1) if url.startswith("unix://") else url
-        more = {} if url == "memory://" else {"implementation": "redispy"}
-        storage = storage_from_string(f"async+{url}", **more)
+        more = {} if url == "memory://" else _REDIS
+        storage = storage_from_string(f"async+{url}", wrap_exceptions=True, **more)
         self._limiter = limits.aio.strategies.SlidingWindowCounterRateLimiter(storage)
         self._namespace = f"{settings.namespace}:limits"
 
@@ -44,7 +51,7 @@ class RateLimits:
         try:
             if not await self._limiter.hit(item, key.name, what, cost=amount):
                 raise await self._refusal(item, key, what, limit)
-        except redis.exceptions.RedisError as error:
+        except StorageError as error:
             logger.warning("rate limits are not counted: %s", error)
 
     async def _refusal(

@@ -51,9 +51,10 @@ class Victim:
             stream=True,
             extra_body={"ignore_eos": True},
         )
-        for chunk in chunks:
-            choice = chunk.choices[0]
-            yield Piece(choice.text, choice.finish_reason, time.monotonic())
+        with chunks:
+            for chunk in chunks:
+                choice = chunk.choices[0]
+                yield Piece(choice.text, choice.finish_reason, time.monotonic())
 
     def kill(self, name: str) -> None:
         """SIGKILL; it is started again by `restore`."""

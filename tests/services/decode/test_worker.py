@@ -19,7 +19,8 @@ from services.decode.worker import DecodeWorker
 from tests.services.decode.client import GREEDY, Client, error_of, token_ids_of
 from tests.services.decode.conftest import StartWorker
 from tests.services.exposed import value
-from winnow.errors import EngineFailed, InvalidSetting, NoDecodeWorker, UnusableModel
+from winnow.errors import InvalidSetting, NoDecodeWorker, NotFinite, UnusableModel
+from winnow.models import DecoderModel
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire import WIRE_VERSIONS
 
@@ -133,12 +134,15 @@ async def test_drain_answers_before_its_deadline(start_worker: StartWorker) -> N
         await client.until_idle()
 
 
-async def test_a_request_whose_numbers_broke_ends_with_engine_failed(client: Client) -> None:
+async def test_a_request_whose_numbers_broke_ends_with_an_error(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     call = await client.admit(client.request())
-    layers, result = client.prefill()
-    hidden = torch.full_like(result.final_hidden, float("nan"))
-    await client.push(client.encode(layers, replace(result, final_hidden=hidden)))
-    assert isinstance(await error_of(call), EngineFailed)
+    frames = client.frames()
+    broken = torch.full((1, client.worker.engine.model.vocab_size), float("nan"))
+    monkeypatch.setattr(DecoderModel, "logits", lambda model, hidden: broken)
+    await client.push(frames)
+    assert isinstance(await error_of(call), NotFinite)
     assert await call.code() is grpc.StatusCode.INTERNAL
     await client.until_idle()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest_asyncio
 
 from services.cli import main
 from services.common.rpc import ERROR_KEY
+from services.common.settings import Settings
+from services.gateway.access import Access
 from services.gateway.keys import ApiKeys, entry_text, new_key
 from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
@@ -208,3 +211,23 @@ async def test_winnow_key_writes_an_entry_and_shows_the_key_once(
         None,
     )
     assert main(["key", "no spaces"]) == 2
+
+
+@pytest.mark.parametrize("answers", [False, True])
+async def test_without_redis_keys_are_checked_and_limits_are_not(
+    redis_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, answers: bool
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, says nothing
+        port = silent.getsockname()[1]
+        if not answers:
+            silent.close()
+        (tmp_path / "keys.yaml").write_text(entry_text(FEW_ENTRY))
+        settings = Settings(
+            api_keys_file=tmp_path / "keys.yaml", redis_url=f"redis://127.0.0.1:{port}/0"
+        )
+        access = Access(settings)
+        key = access.require(f"Bearer {FEW}")
+        async with asyncio.timeout(20):
+            for _ in range(3):
+                await access.charge_request(key)
+    assert "rate limits are not counted" in caplog.text
