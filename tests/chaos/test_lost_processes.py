@@ -115,7 +115,7 @@ def test_a_client_that_goes_away_frees_what_it_held(victim: Victim) -> None:
     for _ in range(5):
         next(stream)
     stream.close()  # type: ignore[attr-defined]
-    victim.require_idle(5)
+    victim.require_idle(10)
 
 
 @pytest.mark.lengthy
