@@ -5,7 +5,7 @@ import httpx
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.common.settings import Settings
-from services.common.tls import PeerTls, open_channel, trusting
+from services.common.tls import PeerTls, open_channel, own_verification
 from winnow.errors import WinnowError
 from winnow.v1 import decode_pb2 as pb
 from winnow.v1.decode_pb2_grpc import DecodeStub
@@ -43,9 +43,8 @@ def check(target: str, settings: Settings, service: str = "") -> None:
 
 
 def _check_http(url: str, settings: Settings) -> None:
-    verify = trusting(settings.tls_cert_file) if settings.tls_cert_file else True
     try:
-        response = httpx.get(url, timeout=TIMEOUT_S, verify=verify)
+        response = httpx.get(url, timeout=TIMEOUT_S, verify=own_verification(settings))
     except httpx.HTTPError as error:
         raise Unhealthy(f"{url} does not answer: {error}") from error
     if not response.is_success:

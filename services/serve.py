@@ -102,11 +102,11 @@ def _claim(held: contextlib.ExitStack, host: str, port: int, name: str) -> int:
 
 
 def _check(settings: Settings) -> None:
-    from services.common.tls import PeerTls, require_public_pair  # noqa: PLC0415 - loads gRPC
+    from services.common.tls import PeerTls, public_credentials  # noqa: PLC0415 - loads gRPC
     from services.gateway.served_model import ServedModel  # noqa: PLC0415 - loads transformers
 
     ServedModel.load(settings)
-    require_public_pair(settings)
+    public_credentials(settings)
     PeerTls.load(settings)
 
 
@@ -262,12 +262,12 @@ def _raise_failure(name: str, message: str) -> None:
 
 def _wait_until_served(settings: Settings, progress: Progress) -> None:
     """Every part has found the others: the gateway says that it is ready."""
-    from services.common.tls import trusting  # noqa: PLC0415 - loads gRPC
+    from services.common.tls import own_verification  # noqa: PLC0415 - loads gRPC
 
     progress("waiting until the gateway is ready")
     host = "127.0.0.1" if settings.host == EVERY_ADDRESS else settings.host
     url = f"{settings.scheme}://{host}:{settings.port}/ready"
-    verify = trusting(settings.tls_cert_file) if settings.tls_cert_file else True
+    verify = own_verification(settings)
     while not _answers(url, verify):
         time.sleep(_POLL_S)
 

@@ -100,10 +100,13 @@ def bind(
 
 
 def public_credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    """Of the gateway's gRPC API; None for plain text.  Raises as `require_public_pair`."""
+    """Of the gateway's gRPC API; None for plain text.
+
+    Raises InvalidSetting unless certificate and key belong together.
+    """
     if settings.tls_cert_file is None or settings.tls_key_file is None:
         return None
-    require_public_pair(settings)
+    _require_pair("tls_cert_file", settings.tls_cert_file, settings.tls_key_file)
     pair = (
         _read("tls_key_file", settings.tls_key_file),
         _read("tls_cert_file", settings.tls_cert_file),
@@ -111,10 +114,9 @@ def public_credentials(settings: Settings) -> grpc.ServerCredentials | None:
     return grpc.ssl_server_credentials([pair])
 
 
-def require_public_pair(settings: Settings) -> None:
-    """Raises InvalidSetting unless the gateway's certificate and key belong together."""
-    if settings.tls_cert_file is not None and settings.tls_key_file is not None:
-        _require_pair("tls_cert_file", settings.tls_cert_file, settings.tls_key_file)
+def own_verification(settings: Settings) -> ssl.SSLContext | bool:
+    """Httpx's `verify` for asking this service itself; True where it speaks plain text."""
+    return True if settings.tls_cert_file is None else trusting(settings.tls_cert_file)
 
 
 def trusting(certificate: Path) -> ssl.SSLContext:

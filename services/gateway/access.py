@@ -4,7 +4,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.common.settings import Settings
-from services.gateway.http_errors import error_response
+from services.gateway.http_errors import refusal
 from services.gateway.keys import ApiKey, ApiKeys
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.rate_limits import RateLimits
@@ -57,7 +57,6 @@ class KeyGuard:
             try:
                 scope[_KEY] = self._access.require(Headers(scope=scope).get("authorization"))
             except InvalidKey as error:
-                self._metrics.requests_refused.labels(error.code).inc()
-                await error_response(error)(scope, receive, send)
+                await refusal(error, self._metrics)(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from services.gateway.access import key_of
 from services.gateway.completion import Completion
 from services.gateway.gateway import Gateway
-from services.gateway.http_errors import as_winnow_error, error_object, error_response
+from services.gateway.http_errors import as_winnow_error, error_object, refusal
 from services.gateway.openai_asks import OpenAIAsk
 from services.gateway.openai_format import AnswerFormat
 from winnow.errors import WinnowError
@@ -54,8 +54,7 @@ class Answer(Response):
             if events.started:
                 await events.fail(failure)
                 return
-            self._gateway.metrics.requests_refused.labels(failure.code).inc()
-            response = error_response(failure)
+            response = refusal(failure, self._gateway.metrics)
         if response is not None:
             response.headers["x-request-id"] = self._asked.ask.request_id
             await response(scope, receive, send)

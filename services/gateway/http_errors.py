@@ -42,6 +42,12 @@ def error_response(error: WinnowError) -> Response:
     return JSONResponse(error_object(error), status_code=status, headers=headers)
 
 
+def refusal(error: WinnowError, metrics: GatewayMetrics) -> Response:
+    """As `error_response`, and counted: a request was answered with it instead of tokens."""
+    metrics.requests_refused.labels(error.code).inc()
+    return error_response(error)
+
+
 def as_winnow_error(error: Exception) -> WinnowError:
     """The error itself, or one that hides an unexpected exception, which is logged."""
     if isinstance(error, WinnowError):
@@ -54,10 +60,9 @@ def add_error_handlers(api: FastAPI, metrics: GatewayMetrics) -> None:
     """Every error that leaves `api` has OpenAI's format."""
 
     async def refused(request: Request, error: Exception) -> Response:
-        refusal = as_winnow_error(error)
-        metrics.requests_refused.labels(refusal.code).inc()
-        logger.info("refused %s: %s, %s", request.url.path, refusal.code, refusal.param)
-        return error_response(refusal)
+        typed = as_winnow_error(error)
+        logger.info("refused %s: %s, %s", request.url.path, typed.code, typed.param)
+        return refusal(typed, metrics)
 
     async def not_served(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -7,7 +7,7 @@ import pytest
 
 from tests.chaos.victim import LEASE_S, Victim
 from tests.deploy.conftest import services  # noqa: F401 - a fixture
-from tests.deploy.stack import OURS, Stack
+from tests.deploy.stack import Stack
 
 
 @pytest.fixture(scope="package")
@@ -20,10 +20,7 @@ def victim(
         services, tmp_path_factory.mktemp("chaos"), WINNOW_LEASE_S=str(LEASE_S), OMP_NUM_THREADS="1"
     )
     try:
-        stack.start_redis()
-        for name in OURS:
-            stack.start(name)
-        stack.wait_until_healthy(*OURS)
+        stack.start_all()
         yield Victim(stack)
     finally:
         stack.stop()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.stack import COMPOSE, OURS, Stack
+from tests.deploy.stack import COMPOSE, Stack
 
 
 @pytest.fixture(scope="session")
@@ -28,10 +28,7 @@ def services() -> dict[str, Any]:
 def stack(services: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     stack = Stack(services, tmp_path_factory.mktemp("compose"))
     try:
-        stack.start_redis()
-        for name in OURS:
-            stack.start(name)
-        stack.wait_until_healthy(*OURS)
+        stack.start_all()
         yield stack
     finally:
         stack.stop()

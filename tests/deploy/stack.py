@@ -42,6 +42,13 @@ class Stack:
         command = [*self._services["redis"]["command"], "--port", str(self.ports["redis"])]
         self._start("redis", command, {})
 
+    def start_all(self) -> None:
+        """Redis and all of ours; returns when they are healthy."""
+        self.start_redis()
+        for name in OURS:
+            self.start(name)
+        self.wait_until_healthy(*OURS)
+
     def start(self, name: str) -> None:
         service = self._services[name]
         self._start(name, [*self._entrypoint, *service["command"]], self._variables(name, service))

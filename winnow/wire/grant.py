@@ -2,9 +2,9 @@
 
 Wire version 3 covers the report by the digest too, and adds a token to the header: an HMAC of the
 attempt's number under a secret that the decode worker draws for each reservation and tells the
-gateway alone. So only the prefill worker
-that was asked can push, and only the attempt it was asked for. Version 2 has no token; it is
-granted only to a gateway that offers nothing newer, which is what a release before this one does.
+gateway alone. So only the prefill worker that was asked can push, and only the attempt it was
+asked for. Version 2 has no token; it is granted only to a gateway that offers nothing newer, which
+is what a release before this one does.
 """
 
 import hmac

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,12 +39,19 @@ REQUEST = PromptRequest(
 )
 
 
-@pytest_asyncio.fixture(loop_scope="module")
-async def parts(service: TestService) -> AsyncIterator[Service]:
+@asynccontextmanager
+async def parts_of(service: TestService) -> AsyncIterator[Service]:
+    """What a prompt's life needs, with a router of its own."""
     model = service.gateway.model.description
     router = Router(service.registry, model.fingerprint)
     yield Service(router, service.prefiller, model, 2, service.gateway.metrics)
     await router.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def parts(service: TestService) -> AsyncIterator[Service]:
+    async with parts_of(service) as parts:
+        yield parts
     service.prefiller.failures.clear()
     service.prefiller.hold.set()
     await service.until_idle()

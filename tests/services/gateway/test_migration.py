@@ -11,11 +11,10 @@ import pytest_asyncio
 
 from services.gateway import lifecycle
 from services.gateway.lifecycle import PromptRun, Service
-from services.gateway.routing import Router
 from services.gateway.states import State
 from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
-from tests.services.gateway.test_lifecycle import REQUEST, complete, make_run
+from tests.services.gateway.test_lifecycle import REQUEST, complete, make_run, parts_of
 from winnow.errors import (
     DeliveryFailed,
     EngineFailed,
@@ -40,10 +39,8 @@ async def several(model_path: Path, redis_url: str) -> AsyncIterator[TestService
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def parts(several: TestService) -> AsyncIterator[Service]:
-    model = several.gateway.model.description
-    router = Router(several.registry, model.fingerprint)
-    yield Service(router, several.prefiller, model, 2, several.gateway.metrics)
-    await router.close()
+    async with parts_of(several) as parts:
+        yield parts
 
 
 async def kill_worker_of(service: TestService, run: PromptRun) -> None:
@@ -163,11 +160,8 @@ async def test_without_another_worker_the_loss_is_told(
     model_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lifecycle, "_PATIENCE_S", 0.5)
-    async with running_service(model_path, redis_url) as service:
-        model = service.gateway.model.description
-        router = Router(service.registry, model.fingerprint)
-        alone = Service(router, service.prefiller, model, 2, service.gateway.metrics)
+    async with running_service(model_path, redis_url) as service, parts_of(service) as alone:
         with pytest.raises(NoDecodeWorker):
             await answers(service, make_run(alone, LONG), kill_after=5)
-        assert {(peer.num_places, peer.pages_held) for peer in router._peers.values()} <= {(0, 0)}
-        await router.close()
+        peers = alone.router._peers.values()
+        assert {(peer.num_places, peer.pages_held) for peer in peers} <= {(0, 0)}
