@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from typing import Any
 
 import httpx
 
+from services.common.ports import free_port, listening
 from services.common.settings import Settings
 from services.deploy import APP_NAME, EVERY_ADDRESS, SERVE_LOGGING, for_cluster, http_options
 from winnow.errors import InvalidSetting, UnusableModel, WinnowError
@@ -79,26 +79,23 @@ def run_service(settings: Settings, progress: Progress, ready: Callable[[Setting
 def with_ports(settings: Settings) -> Settings:
     """`settings` with any free port in place of 0; raises InvalidSetting if one is taken."""
     ports: dict[str, int] = {}
-    with contextlib.ExitStack() as held:
-        for name in ("port", "grpc_port"):
-            wanted = getattr(settings, name)
-            if wanted is not None:
-                ports[name] = _claim(held, settings.host, wanted, name)
+    for name in ("port", "grpc_port"):
+        wanted = getattr(settings, name)
+        if wanted == 0:
+            ports[name] = free_port(settings.host, besides=ports.values())
+        elif wanted is not None:
+            _require_free(settings.host, wanted, name)
     return settings.model_copy(update=ports)
 
 
-def _claim(held: contextlib.ExitStack, host: str, port: int, name: str) -> int:
-    probe = held.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _require_free(host: str, port: int, name: str) -> None:
     try:
-        probe.bind((host, port))
-        probe.listen(1)  # bound but not listening does not collide with a listener everywhere
+        listening(host, port).close()
     except OSError as error:
         reason = error.strerror or str(error)
         raise InvalidSetting(
             f"{name} {port} on {host} cannot be used: {reason}", param=name
         ) from error
-    return int(probe.getsockname()[1])
 
 
 def _check(settings: Settings) -> None:

@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from typing import Any
 
 import psutil
 
+from services.common.ports import free_port
 from tests.e2e.winnow_process import ROOT, environment
 
 COMPOSE = ROOT / "deploy" / "compose.yaml"
@@ -120,9 +120,3 @@ class Stack:
             process.kill()
         for started in running:
             started.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

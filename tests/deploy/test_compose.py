@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.deploy.stack import DOCKERFILE, OURS, Stack, free_port
+from services.common.ports import free_port
+from tests.deploy.stack import DOCKERFILE, OURS, Stack
 from tests.deploy.test_prometheus import Prometheus
 from tests.e2e.winnow_process import ROOT, environment
 

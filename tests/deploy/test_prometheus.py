@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import pytest
 import yaml
 
 from deploy.grafana.build import DASHBOARDS, FOLDER, to_json
+from services.common.ports import free_port
 from services.metrics_page import ROLES, render_page
 from tests.deploy.test_alerts import ROOT
 from tests.e2e.winnow_process import WinnowServe
@@ -38,9 +38,7 @@ class Prometheus:
         (folder / "prometheus.yaml").write_text(config)
         rules = (ROOT / "deploy/prometheus/alerts.yaml").read_text()
         (folder / "alerts.yaml").write_text(rules)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        self.url = f"http://127.0.0.1:{free_port()}"
         with (folder / "log.txt").open("w") as log:
             self.process = subprocess.Popen(
                 [

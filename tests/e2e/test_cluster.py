@@ -1,6 +1,5 @@
 """The same application on a Ray cluster that is already there: two nodes on this machine."""
 
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from services.common.ports import free_port
 from tests.e2e.winnow_process import WinnowServe, environment, winnow
 from tests.load import NUM_CLIENTS, load
 from winnow.local import Winnow
@@ -44,12 +44,6 @@ class RayCluster:
         actors = self.get("/api/v0/actors?detail=true")["data"]["result"]["result"]
         alive = [actor for actor in actors if actor["state"] == "ALIVE"]
         return [actor["name"] for actor in alive if actor["ray_namespace"] == namespace]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -14,6 +13,7 @@ import pytest
 import ray
 import redis
 
+from services.common.ports import free_port
 from services.common.ray_registry import RayRegistry, remove_ray_registry
 from services.common.registry import (
     LeasedRecords,
@@ -45,9 +45,7 @@ class RedisProcess:
     """A redis-server of the test's own."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.folder = folder
         self.start()

@@ -1,0 +1,42 @@
+"""A free TCP port for a process that starts later."""
+
+import random
+import socket
+from collections.abc import Collection
+
+from winnow.errors import InvalidSetting
+
+# Below Linux' ephemeral ports (32768 and up), above those of Ray's workers (10002 to 19999): no
+# connection and no server that asks for any port is given one of these in the meantime.
+_CANDIDATES = range(20_000, 32_768)
+_MAX_TRIES = 100
+
+
+def free_port(host: str = "127.0.0.1", besides: Collection[int] = ()) -> int:
+    """A port that nobody listens on, and that is none of `besides`.
+
+    Raises InvalidSetting if there is none, or no such host.
+    """
+    error = OSError("every one that was tried is taken")
+    for port in random.sample(_CANDIDATES, _MAX_TRIES):
+        if port in besides:
+            continue
+        try:
+            listening(host, port).close()
+            return port
+        except OSError as taken:
+            error = taken
+    raise InvalidSetting(f"no free port on {host}: {error.strerror or error}") from error
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens on the port.  Raises OSError if that cannot be."""
+    probe = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+        probe.listen(1)  # bound but not listening does not collide with a listener everywhere
+    except OSError:
+        probe.close()
+        raise
+    return probe
