@@ -54,7 +54,7 @@ def server_options(*, share_port: bool = False) -> Options:
         *_keepalive(),
         ("grpc.so_reuseport", int(share_port)),
         # Clients ping every KEEPALIVE_INTERVAL_S; the default would call that abuse.
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000 * KEEPALIVE_INTERVAL_S // 2),
+        ("grpc.http2.min_ping_interval_without_data_ms", 1000 * KEEPALIVE_INTERVAL_S // 2),
     ]
 
 

@@ -6,6 +6,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from services.common import rpc
 from services.common.rpc import (
     abort,
     abort_aio,
@@ -100,4 +101,19 @@ async def test_a_deadline_is_deadline_exceeded(aio_address: str) -> None:
     async with grpc.aio.insecure_channel(aio_address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             await channel.unary_unary("/test/Wait")(b"", timeout=0.1)
+    assert isinstance(error_from_rpc(failure.value), errors.DeadlineExceeded)
+
+
+async def test_a_call_in_which_nothing_is_said_outlives_many_pings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server drops the connection of a client that pings too often for it, from the fifth on."""
+    monkeypatch.setattr(rpc, "KEEPALIVE_INTERVAL_S", 1)
+    server = grpc.aio.server(handlers=[handler(never_answer)], options=server_options())
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=channel_options()) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await channel.unary_unary("/test/Wait")(b"", timeout=8)
+    await server.stop(None)
     assert isinstance(error_from_rpc(failure.value), errors.DeadlineExceeded)
