@@ -62,6 +62,7 @@ def generation_spec(
         max_prompt_entries=pruning.max_prompt_entries(num_tokens, model.shape.num_kv_heads),
         sampling=sampling,
         decode_budget=pruning.decode_budget,
+        decode_floor=pruning.decode_floor,
         recompress_interval=pruning.recompress_interval,
         recompression=pruning.recompression,
         redundancy_weight=pruning.redundancy_weight,

@@ -11,6 +11,7 @@ WinnowError
 │   └── UnknownModel        the service does not serve that model
 ├── InvalidKey              no API key, or one that does not exist (any more)
 ├── Overloaded              no KV memory or queue place now; try again later
+│   └── Preempted           KV memory ran short in mid-generation; another worker can go on
 ├── RateLimited             the API key has used up its minute
 ├── NoDecodeWorker          no compatible decode worker is registered
 ├── RegistryUnavailable     the registry of workers does not answer
@@ -89,6 +90,10 @@ class UnknownModel(InvalidRequest):
 
 class Overloaded(WinnowError):
     code = "overloaded"
+
+
+class Preempted(Overloaded):
+    code = "preempted"
 
 
 class InvalidKey(WinnowError):

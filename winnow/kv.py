@@ -4,7 +4,7 @@ The kept entries of a layer may differ from KV head to KV head, so a layer is st
 entries of head 0 in prompt order, then those of head 1, and so on.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -53,6 +53,16 @@ class LayerKV:
     def nbytes(self) -> int:
         """Bytes of keys, values and positions (what decode keeps; window queries not counted)."""
         return int(self.keys.nbytes + self.values.nbytes + self.positions.nbytes)
+
+    def to(self, device: str) -> "LayerKV":
+        """The layer with its tensors on `device`; itself if they are there."""
+        return replace(
+            self,
+            keys=self.keys.to(device),
+            values=self.values.to(device),
+            positions=self.positions.to(device),
+            window_queries=self.window_queries.to(device),
+        )
 
     def head_slices(self) -> list[slice]:
         """Each KV head's rows in `keys`, `values` and `positions`."""

@@ -106,6 +106,8 @@ class PruningSettings:
                      the other methods have rules of their own.
     full_kv_below    fastkv and asl: layers up to the selection layer keep all their KV.
     decode_budget    entries per KV head that decode keeps while it generates; None: all.
+    decode_floor     entries per KV head, down to which decode may cut when its memory is short;
+                     None: it never cuts below decode_budget.
     recompress_interval  entries over decode_budget that may gather before decode cuts back.
     recompression    how decode cuts back: snapkv, or rkv, which weighs redundant keys down.
     redundancy_weight  rkv: weight of the attention against redundancy, 0 to 1 (lambda).
@@ -125,6 +127,7 @@ class PruningSettings:
     kv_top_p: float = 0.95
     full_kv_below: bool = False
     decode_budget: int | None = None
+    decode_floor: int | None = None
     recompress_interval: int = 128
     recompression: str = "snapkv"
     redundancy_weight: float = 0.1
@@ -150,6 +153,9 @@ class PruningSettings:
         self._require_above_window("select_tokens", self.select_tokens)
         self._require_above_window("kv_budget", self.kv_budget)
         self._require_above_window("decode_budget", self.decode_budget)
+        self._require_above_window("decode_floor", self.decode_floor)
+        if self.decode_budget is not None and self.decode_floor is not None:
+            require_range("decode_floor", self.decode_floor, 1, self.decode_budget)
         if self.min_layer < self.observed_layers - 1:
             raise InvalidSetting(
                 f"min_layer is {self.min_layer}; with observed_layers {self.observed_layers} "

@@ -170,10 +170,24 @@ SERVICE = Dashboard(
             ),
             Panel(
                 "KV pool promised",
-                "Pages promised to admitted requests, of all",
+                "Pages promised to admitted requests, of all; over 1 with kv_overcommit",
                 SHARE,
                 {"": "sum(winnow_kv_pages_reserved{@}) / sum(winnow_kv_pages{@})"},
                 limits=(0.8, 0.95),
+            ),
+            Panel(
+                "Gave way for want of KV memory",
+                "Sequences shrunk to decode_floor, swapped out to host memory, or given up",
+                RATE,
+                {"{{how}}": rate("winnow_kv_relief_total", "how")},
+                limits=(0.1, 1),
+                stacked=True,
+            ),
+            Panel(
+                "Waiting in host memory",
+                "KV of sequences that were swapped out",
+                BYTES,
+                {"": "sum(winnow_kv_swapped_bytes{@})"},
             ),
             Panel(
                 "Prefills tried again",

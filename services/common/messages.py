@@ -70,6 +70,7 @@ def recompression_to_proto(pruning: PruningSettings) -> pb.Recompression:
     """The part of `pruning` that decode carries out."""
     return pb.Recompression(
         decode_budget=pruning.decode_budget,
+        decode_floor=pruning.decode_floor,
         recompress_interval=pruning.recompress_interval,
         method=pruning.recompression,
         redundancy_weight=pruning.redundancy_weight,
@@ -89,6 +90,7 @@ def recompression_from_proto(message: pb.Recompression) -> PruningSettings:
         kv_budget=None,
         select_tokens=message.window_size + 1,
         decode_budget=message.decode_budget if message.HasField("decode_budget") else None,
+        decode_floor=message.decode_floor if message.HasField("decode_floor") else None,
         recompress_interval=message.recompress_interval,
         recompression=message.method or "snapkv",
         redundancy_weight=message.redundancy_weight,

@@ -133,6 +133,16 @@ class Settings(BaseModel):
     kv_memory_bytes: ByteSize = Field(
         ByteSize(1 << 30), gt=0, description="KV pool of a decode worker, like 1GiB"
     )
+    kv_overcommit: Annotated[float, Field(ge=1, le=100)] = Field(
+        1.5,
+        description="decode workers promise this many times their KV pool, as most answers end "
+        "before max_tokens; where they do not, sequences shrink to decode_floor or wait",
+    )
+    swap_bytes: ByteSize = Field(
+        ByteSize(1 << 30),
+        ge=0,
+        description="host memory of a decode worker for sequences that wait for KV memory",
+    )
     page_size: Count = Field(16, le=1024, description="KV entries per page")
     max_batch_size: Count = Field(64, le=4096, description="sequences decoded together")
     max_waiting_prefills: Count = Field(64, description="prompts waiting per prefill worker")

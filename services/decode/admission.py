@@ -6,8 +6,16 @@ import contextlib
 from services.decode.active_request import ActiveRequest
 from winnow.engine.decode import DecodeEngine, StepOutput
 from winnow.engine.sequence import GenerationSpec
-from winnow.errors import InvalidSetting, NoDecodeWorker, UnknownReservation, WinnowError
+from winnow.errors import (
+    InvalidSetting,
+    NoDecodeWorker,
+    Overloaded,
+    UnknownReservation,
+    WinnowError,
+)
 from winnow.wire import Grant
+
+_ROOM_TIMEOUT_S = 2.0  # some steps of the engine
 
 
 class Admission:
@@ -23,12 +31,20 @@ class Admission:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def admit(self, spec: GenerationSpec, grant: Grant) -> ActiveRequest:
-        """Reserves what the request needs.
+    async def admit(self, spec: GenerationSpec, grant: Grant) -> ActiveRequest:
+        """Reserves what the request needs; running sequences that may shrink do so first.
 
         Raises NoDecodeWorker while draining, Overloaded without memory or places now, and
         InvalidSetting for what can never fit or an id that is in use.
         """
+        try:
+            return self._admit(spec, grant)
+        except Overloaded:
+            if not await self._others_shrank(spec):
+                raise
+        return self._admit(spec, grant)
+
+    def _admit(self, spec: GenerationSpec, grant: Grant) -> ActiveRequest:
         if self.draining:
             raise NoDecodeWorker("this decode worker is draining")
         if spec.request_id in self._requests:
@@ -36,6 +52,16 @@ class Admission:
         request = self._requests[spec.request_id] = ActiveRequest(self._engine, spec, grant)
         self._idle.clear()
         return request
+
+    async def _others_shrank(self, spec: GenerationSpec) -> bool:
+        """Whether memory was made for the request, as far as there was any to make."""
+        loop, made = asyncio.get_running_loop(), asyncio.Event()
+        if not self._engine.request_room(spec, lambda: loop.call_soon_threadsafe(made.set)):
+            return False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_ROOM_TIMEOUT_S):
+                await made.wait()
+        return made.is_set()
 
     def find(self, request_id: str) -> ActiveRequest:
         """Raises UnknownReservation."""

@@ -29,11 +29,15 @@ _ANSWER_MARGIN_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class WorkerIdentity:
-    """Who the worker is. kv_address: host:port of KvTransfer; lease_s: seconds without any KV."""
+    """Who the worker is. kv_address: host:port of KvTransfer; lease_s: seconds without any KV.
+
+    sign_of_life_s: a request that waits for memory says so this often.
+    """
 
     worker_id: str
     kv_address: str
     lease_s: float
+    sign_of_life_s: float
 
 
 class GenerateServicer(DecodeServicer):
@@ -80,14 +84,14 @@ class GenerateServicer(DecodeServicer):
                 f"this worker has {fingerprint}"
             )
         spec = spec_from_request(message, self._engine.model.vocab_size)
-        request = self._admission.admit(spec, Grant.issue(message.wire_versions))
+        request = await self._admission.admit(spec, Grant.issue(message.wire_versions))
         try:
             own.add_event("admitted")
             await context.write(pb.GenerateEvent(admitted=self._admitted(request)))
             arrived = await self._next_before_lease_ends(request)
             own.add_event("KV in place")
             await context.write(_event_to_proto(arrived))
-            await _stream_tokens(request, context)
+            await _stream_tokens(request, context, self._identity.sign_of_life_s)
         finally:
             self._admission.remove(request)
         logger.info("finished", extra={"request_id": message.request_id})
@@ -134,6 +138,7 @@ class GenerateServicer(DecodeServicer):
             page_size=stats.pool.page_size,
             kv_bytes_used=stats.pool.kv_bytes_used,
             open_transfers=self._open_transfers(),
+            swapped_sequences=stats.swapped_sequences,
         )
 
     async def Drain(self, request: pb.DrainRequest, context: ServicerContext) -> pb.DrainResponse:
@@ -143,10 +148,18 @@ class GenerateServicer(DecodeServicer):
         return pb.DrainResponse(remaining_requests=await self._drain(timeout_s))
 
 
-async def _stream_tokens(request: ActiveRequest, context: ServicerContext) -> None:
+async def _stream_tokens(
+    request: ActiveRequest, context: ServicerContext, sign_of_life_s: float
+) -> None:
     """Writes every step's tokens until the last sequence has ended; raises the engine's error."""
     while True:
-        event = await request.events.get()
+        try:
+            async with asyncio.timeout(sign_of_life_s):
+                event = await request.events.get()
+        except TimeoutError:
+            if request.reservation.num_swapped:
+                await context.write(pb.GenerateEvent(waiting=pb.Waiting()))
+            continue
         await context.write(_event_to_proto(event))
         if not isinstance(event, KVArrived | WinnowError) and event.finished:
             return

@@ -1,7 +1,12 @@
 """What a decode worker holds and does."""
 
+from dataclasses import fields
+
 from services.common.metrics import BATCH_BUCKETS, TOKEN_BUCKETS_S, Metrics
+from winnow.engine.relief import ReliefCounts
 from winnow.errors import ERROR_CODES
+
+RELIEF = tuple(field.name for field in fields(ReliefCounts))
 
 
 class DecodeMetrics(Metrics):
@@ -30,6 +35,19 @@ class DecodeMetrics(Metrics):
         )
         self.recompressions = self._counter(
             "winnow_recompressions", "Times that a sequence was cut back to its decode_budget"
+        )
+        self.relieved = self._counter(
+            "winnow_kv_relief",
+            "Sequences that gave way because pages ran short: shrunk to decode_floor, swapped out "
+            "to host memory, or given up and computed anew",
+            "how",
+            RELIEF,
+        )
+        self.swapped_sequences = self._gauge(
+            "winnow_kv_swapped_sequences", "Sequences that wait in host memory for pages"
+        )
+        self.swapped_bytes = self._gauge(
+            "winnow_kv_swapped_bytes", "Host memory that such sequences take"
         )
         self.tokens_kept = self._counter(
             "winnow_tokens_kept",

@@ -31,6 +31,7 @@ def spec_from_request(request: pb.GenerateRequest, vocab_size: int) -> Generatio
         sampling=sampling,
         num_sequences=request.num_sequences,
         decode_budget=recompression.decode_budget,
+        decode_floor=recompression.decode_floor,
         recompress_interval=recompression.recompress_interval,
         recompression=recompression.recompression,
         redundancy_weight=recompression.redundancy_weight,
@@ -44,7 +45,7 @@ def spec_from_request(request: pb.GenerateRequest, vocab_size: int) -> Generatio
 def _recompression(request: pb.GenerateRequest) -> PruningSettings:
     if request.HasField("recompression"):
         return recompression_from_proto(request.recompression)
-    return PruningSettings()  # no decode_budget: nothing is cut
+    return PruningSettings()  # no decode_budget, no decode_floor: nothing is cut
 
 
 def _require_prompt(request: pb.GenerateRequest, sampling: SamplingParams) -> None:

@@ -97,7 +97,9 @@ class DecodeWorker:
         self.metrics.transfers_in_flight.set_function(lambda: receiver.open_transfers)
         self.kv_address = f"{advertised}:{receiver.start(host, settings.kv_port)}"
 
-        identity = WorkerIdentity(self.worker_id, self.kv_address, settings.kv_lease_s)
+        identity = WorkerIdentity(
+            self.worker_id, self.kv_address, settings.kv_lease_s, settings.lease_s / 3
+        )
         self._control = ControlServer(
             GenerateServicer(
                 identity,
@@ -127,8 +129,11 @@ class DecodeWorker:
         model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
         engine = DecodeEngine(
             model,
-            pool_config=KVPoolConfig(settings.kv_memory_bytes, settings.page_size),
+            pool_config=KVPoolConfig(
+                settings.kv_memory_bytes, settings.page_size, settings.kv_overcommit
+            ),
             max_batch_size=settings.max_batch_size,
+            swap_bytes=settings.swap_bytes,
         )
         self._observe(engine)
         return engine
@@ -142,6 +147,8 @@ class DecodeWorker:
         metrics.pages_reserved.set_function(lambda: engine.stats().pool.pages_reserved)
         metrics.kv_bytes.set_function(lambda: engine.stats().pool.kv_bytes_used)
         metrics.kv_unpruned_bytes.set_function(lambda: engine.stats().kv_unpruned_bytes)
+        metrics.swapped_sequences.set_function(lambda: engine.stats().swapped_sequences)
+        metrics.swapped_bytes.set_function(lambda: engine.stats().swapped_bytes)
         metrics.running_sequences.set_function(lambda: engine.stats().running_sequences)
         metrics.waiting_requests.set_function(lambda: engine.stats().reserved_requests)
         metrics.device_memory_bytes.set_function(lambda: engine.model.memory_bytes)
@@ -163,7 +170,7 @@ class DecodeWorker:
             model_name=self._settings.served_name,
             wire_versions=WIRE_VERSIONS,
             pages_total=stats.pool.pages_total,
-            pages_free=stats.pool.pages_total - stats.pool.pages_reserved,
+            pages_free=stats.pool.pages_free,
             running=stats.running_sequences + stats.reserved_requests,
             draining=self.admission.draining,
         )

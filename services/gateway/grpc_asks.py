@@ -9,7 +9,7 @@ from winnow.errors import InvalidRequest, InvalidSetting
 from winnow.v1 import inference_pb2 as pb
 
 # Over gRPC 0 stands for JSON's null: keep every entry.
-_UNLIMITED_AT_ZERO = frozenset({"kv_budget", "decode_budget"})
+_UNLIMITED_AT_ZERO = frozenset({"kv_budget", "decode_budget", "decode_floor"})
 
 
 def ask_from_proto(gateway: Gateway, request: pb.CompleteRequest) -> Ask:

@@ -43,6 +43,7 @@ class WinnowOptions(_Body):
     kv_budget: Integer | None = None
     kv_top_p: float = 0
     decode_budget: Integer | None = None
+    decode_floor: Integer | None = None
     recompress_interval: Integer = 0
     full_kv_below: bool = False
     recompression: str = ""

@@ -27,8 +27,20 @@ def prefill_all(
             layers.append(layer)
 
 
-def make_engine(model: DecoderModel, *, rows: int = 32, memory: int = 64 << 20) -> DecodeEngine:
-    return DecodeEngine(model, pool_config=KVPoolConfig(memory, 16), max_batch_size=rows)
+def make_engine(
+    model: DecoderModel,
+    *,
+    rows: int = 32,
+    memory: int = 64 << 20,
+    overcommit: float = 1.0,
+    swap_bytes: int = 0,
+) -> DecodeEngine:
+    return DecodeEngine(
+        model,
+        pool_config=KVPoolConfig(memory, 16, overcommit),
+        max_batch_size=rows,
+        swap_bytes=swap_bytes,
+    )
 
 
 def spec(
@@ -73,3 +85,4 @@ def assert_empty(engine: DecodeEngine) -> None:
     stats = engine.stats()
     assert (stats.pool.pages_used, stats.pool.pages_reserved) == (0, 0)
     assert (stats.running_sequences, stats.reserved_requests) == (0, 0)
+    assert (stats.swapped_sequences, stats.swapped_bytes) == (0, 0)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from winnow.engine.kv_pool import KVPool, KVPoolConfig
+from winnow.engine.kv_pool import KVPool, KVPoolConfig, Promise
 from winnow.errors import InvalidSetting, Overloaded
 from winnow.kv import LayerKV, ModelShape
 
@@ -50,7 +50,7 @@ ACTIONS = st.lists(
 @given(ACTIONS)
 def test_pages_are_accounted_and_contents_kept_through_any_history(actions: list[tuple]) -> None:
     pool = make_pool(num_pages=400, rows=3)
-    rows = pool.reserve(3, 100)
+    rows = pool.reserve(3, Promise(100, 100))
     held = {(row, layer): layer_of(layer, (0, 0)) for row in rows for layer in range(2)}
     for turn, (action, target, *rest) in enumerate(actions):
         if action == "write":
@@ -108,23 +108,23 @@ def extend(layer: LayerKV, new: torch.Tensor, position: int) -> LayerKV:
 def test_promises_are_refused_when_pages_or_rows_run_out() -> None:
     pool = make_pool(num_pages=100, rows=2)
     with pytest.raises(InvalidSetting, match="needs 101 KV pages; the worker has 100 in all"):
-        pool.reserve(1, 101)
-    pool.reserve(1, 60)
+        pool.reserve(1, Promise(101, 101))
+    pool.reserve(1, Promise(60, 60))
     with pytest.raises(Overloaded, match="needs 41 KV pages; 40 are free"):
-        pool.reserve(1, 41)
+        pool.reserve(1, Promise(41, 41))
     with pytest.raises(Overloaded, match="needs 2 places in the batch; 1 are free"):
-        pool.reserve(2, 10)
-    pool.reserve(1, 40)
+        pool.reserve(2, Promise(10, 10))
+    pool.reserve(1, Promise(40, 40))
 
 
 def test_a_promise_shrinks_to_what_the_heads_can_reach() -> None:
     pool = make_pool()
-    (row,) = pool.reserve(1, 80)
+    (row,) = pool.reserve(1, Promise(80, 80))
     for layer_idx in range(2):
         pool.write_layer(row, layer_of(layer_idx, (5, 30)))
-    pool.shrink_promise(row, extra_entries=10, cap=1000)
+    pool.settle(row, extra_entries=10, cap=1000)
     assert pool.stats().pages_reserved == 2 * (4 + 10)  # 15 and 40 entries in pages of 4
-    pool.shrink_promise(row, extra_entries=10, cap=12)
+    pool.settle(row, extra_entries=10, cap=12)
     assert pool.stats().pages_reserved == 2 * (3 + 8)  # 12, and 31: a head over the cap grows by 1
 
 

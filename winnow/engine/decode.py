@@ -1,21 +1,24 @@
 """The running batch: sequences join when their KV is in place, decode together, and leave.
 
-One step is join → forward → recompress → sample → emit. `step` belongs to one thread; every other
-method may be called from any thread.
+One step is join → make room → forward → recompress → sample → emit. `step` belongs to one thread;
+every other method may be called from any thread.
 """
 
+import itertools
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from winnow.compression.recompress import recompress_layer
+from winnow.engine.cutting import CutCounts, Cutter
 from winnow.engine.kv_pool import KVPool, KVPoolConfig, PoolStats
 from winnow.engine.paged_attention import PagedAttention
-from winnow.engine.sequence import GenerationSpec, Reservation, Sequence
-from winnow.errors import EngineFailed, WinnowError
+from winnow.engine.relief import Relief, ReliefCounts, age, can_shrink
+from winnow.engine.sequence import GenerationSpec, Reservation, Sequence, promise_for
+from winnow.errors import EngineFailed, Overloaded, Preempted, WinnowError
 from winnow.models import DecoderModel
 from winnow.request import Token, require_range
 
@@ -43,29 +46,39 @@ class StepOutput:
 class EngineStats:
     """reserved_requests: admitted, KV not complete yet.
 
+    swapped_sequences, swapped_bytes: what waits in host memory for pages.
     kv_unpruned_bytes: what the running sequences would hold had nothing been pruned.
     """
 
     pool: PoolStats
     running_sequences: int
     reserved_requests: int
+    swapped_sequences: int
+    swapped_bytes: int
     kv_unpruned_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
-class EngineCounts:
-    """Since the engine was made: sequences cut back, the entries kept of them, and dropped."""
+class _Wish:
+    """Somebody wants room for a request. done: called once it was made, as far as it could be."""
 
-    recompressions: int = 0
-    kept_entries: int = 0
-    dropped_entries: int = 0
+    spec: GenerationSpec
+    done: Callable[[], object]
 
 
 class DecodeEngine:
-    """Continuous batching over one model and one pool of pages."""
+    """Continuous batching over one model and one pool of pages.
+
+    swap_bytes: host memory for sequences that wait for pages.
+    """
 
     def __init__(
-        self, model: DecoderModel, *, pool_config: KVPoolConfig, max_batch_size: int = 64
+        self,
+        model: DecoderModel,
+        *,
+        pool_config: KVPoolConfig,
+        max_batch_size: int = 64,
+        swap_bytes: int = 0,
     ) -> None:
         self.model = model
         self.max_batch_size = max_batch_size
@@ -73,8 +86,19 @@ class DecodeEngine:
         self._running: list[Sequence] = []
         self._arrived: list[Sequence] = []
         self._reserved: set[Reservation] = set()
+        self._wishes: list[_Wish] = []
+        self._order = itertools.count()
         self._changed = threading.Condition()
-        self.counts = EngineCounts()
+        self._cutter = Cutter(self.pool)
+        self._relief = Relief(self.pool, self._cutter, swap_bytes)
+
+    @property
+    def cut_counts(self) -> CutCounts:
+        return self._cutter.counts
+
+    @property
+    def relief_counts(self) -> ReliefCounts:
+        return self._relief.counts
 
     # From any thread
 
@@ -86,12 +110,29 @@ class DecodeEngine:
         require_range("n", spec.num_sequences, 1, self.max_batch_size)
         require_range("prompt tokens", spec.num_prompt_tokens, 1, self.model.max_positions - 1)
         require_range("max_prompt_entries", spec.max_prompt_entries, 1, spec.num_prompt_tokens)
-        left = self.model.max_positions - spec.num_prompt_tokens
-        sampling = replace(spec.sampling, max_tokens=min(spec.sampling.max_tokens, left))
-        reservation = Reservation(self.pool, replace(spec, sampling=sampling))
+        spec = self._within_context(spec)
         with self._changed:
+            if waiting := len(self._relief.swapped):
+                raise Overloaded(f"{waiting} sequences wait for KV memory already")
+            reservation = Reservation(self.pool, spec, next(self._order))
             self._reserved.add(reservation)
         return reservation
+
+    def _within_context(self, spec: GenerationSpec) -> GenerationSpec:
+        left = self.model.max_positions - spec.num_prompt_tokens
+        sampling = replace(spec.sampling, max_tokens=min(spec.sampling.max_tokens, left))
+        return replace(spec, sampling=sampling)
+
+    def request_room(self, spec: GenerationSpec, done: Callable[[], object]) -> bool:
+        """Has running sequences shrink until `reserve` finds pages for `spec`; False if none can.
+
+        `done` is called from the engine's thread when they have, or can no further.
+        """
+        with self._changed:
+            if self._relief.swapped or not any(map(can_shrink, self._running)):
+                return False
+            self._wishes.append(_Wish(self._within_context(spec), done))
+            return True
 
     def start(self, reservation: Reservation, final_hidden: Tensor, next_position: int) -> None:
         """Lets a request whose layers are all written join the batch.
@@ -119,11 +160,13 @@ class DecodeEngine:
     def wait_for_work(self, timeout_s: float) -> bool:
         """Blocks until there is something for `step` to do; False if the time passed first."""
         with self._changed:
-            return self._changed.wait_for(lambda: bool(self._running or self._arrived), timeout_s)
+            busy = self._changed.wait_for(lambda: bool(self._running or self._arrived), timeout_s)
+            return busy or bool(self._relief.swapped)  # which may have room by now
 
     def stats(self) -> EngineStats:
         with self._changed:
-            sequences = self._running + self._arrived
+            swapped = list(self._relief.swapped)
+            sequences = self._running + self._arrived + swapped
             num_reserved = len(self._reserved)
         shape = self.model.shape
         entries_per_token = shape.num_layers * shape.num_kv_heads
@@ -131,6 +174,8 @@ class DecodeEngine:
             pool=self.pool.stats(),
             running_sequences=len(sequences),
             reserved_requests=num_reserved,
+            swapped_sequences=len(swapped),
+            swapped_bytes=self._relief.swapped_bytes,
             kv_unpruned_bytes=shape.kv_bytes(
                 entries_per_token * sum(seq.num_tokens for seq in sequences)
             ),
@@ -141,34 +186,72 @@ class DecodeEngine:
     def step(self) -> list[StepOutput]:
         """One token for every running sequence; what each request got."""
         self._join()
-        batch = list(self._running)
+        self._grant_wishes()
+        given_up = self._make_room()
+        batch = [seq for seq in self._running if seq not in given_up]
+        return self._emit([*batch, *given_up], given_up | self._results(batch))
+
+    def _results(self, batch: list[Sequence]) -> dict[Sequence, Token | WinnowError]:
         if not batch:
-            return []
+            return {}
         try:
             logits = self.model.logits(self._forward(batch))
         except RuntimeError as error:  # out of memory, a broken kernel: nobody's KV is sure now
             logger.exception("the forward pass failed with %d sequences", len(batch))
-            failure = EngineFailed(f"the forward pass failed: {error}")
-            return self._emit(batch, dict.fromkeys(batch, failure))
-        results = {seq: self._take(seq, row) for seq, row in zip(batch, logits, strict=True)}
-        return self._emit(batch, results)
+            return dict.fromkeys(batch, EngineFailed(f"the forward pass failed: {error}"))
+        return {seq: self._take(seq, row) for seq, row in zip(batch, logits, strict=True)}
 
     def _join(self) -> None:
-        """Lets arrived sequences into the batch and cancelled ones out."""
+        """Lets arrived sequences into the batch, swapped ones back, and cancelled ones out."""
         with self._changed:
             arrived, self._arrived = self._arrived, []
-            everyone = self._running + arrived
+            everyone = [*self._running, *arrived, *self._relief.swapped]
             leaving = [seq for seq in everyone if seq.reservation.cancelled]
-            self._running = [seq for seq in everyone if seq not in leaving]
+            for seq in leaving:
+                if seq.swapped:
+                    self._relief.drop(seq)
+            self._running = [seq for seq in self._running + arrived if seq not in leaving]
         for seq in leaving:
             self.pool.release(seq.row)
         for seq in arrived:
             if seq not in leaving:
-                self._shrink_promise(seq)
+                self._cutter.settle(seq)
+        self._swap_in()
 
-    def _shrink_promise(self, seq: Sequence) -> None:
-        tokens_left = seq.spec.sampling.max_tokens - seq.num_generated
-        self.pool.shrink_promise(seq.row, tokens_left, seq.spec.growth_limit + 1)
+    def _swap_in(self) -> None:
+        with self._changed:
+            back = self._relief.swap_in(len(self._running))
+            self._running = sorted([*self._running, *back], key=age)
+
+    def _grant_wishes(self) -> None:
+        with self._changed:
+            wishes, self._wishes = self._wishes, []
+        for wish in wishes:
+            promise = promise_for(self.pool, wish.spec)
+            while not self.pool.has_room(wish.spec.num_sequences, promise):
+                if not self._relief.shrink_one(self._running):
+                    break
+            wish.done()
+
+    def _make_room(self) -> dict[Sequence, Token | WinnowError]:
+        """Frees the pages that the next token needs; the sequences given up for that, and why."""
+        given_up: dict[Sequence, Token | WinnowError] = {}
+        staying = list(self._running)
+        while self.pool.missing_pages([seq.row for seq in staying if seq.final_hidden is None]):
+            if self._relief.shrink_one(staying):
+                continue
+            youngest = staying.pop()
+            try:
+                self._swap_out(youngest)
+            except Preempted as error:
+                given_up[youngest] = error
+                self.pool.evict(youngest.row)
+        return given_up
+
+    def _swap_out(self, seq: Sequence) -> None:
+        with self._changed:
+            self._relief.swap_out(seq)
+            self._running = [other for other in self._running if other is not seq]
 
     def _forward(self, batch: list[Sequence]) -> Tensor:
         """Hidden states from which each sequence's next token is sampled: [B, hidden_size]."""
@@ -189,47 +272,8 @@ class DecodeEngine:
         hidden, rope = self.model.embed(tokens), self.model.rope(positions[:, None])
         for layer_idx in range(self.model.shape.num_layers):
             hidden = self.model.layer(layer_idx, hidden, rope, attention)
-        self._recompress(going, attention)
+        self._cutter.observe(going, attention)
         return hidden[:, 0]
-
-    def _recompress(self, going: list[Sequence], attention: PagedAttention) -> None:
-        """Notes the step's queries, and cuts the sequences that have outgrown their budget."""
-        observed = [(idx, seq) for idx, seq in enumerate(going) if seq.ring]
-        if not observed:
-            return
-        queries = attention.stacked_queries()
-        longest = self.pool.lengths([seq.row for seq in going]).amax((1, 2)).tolist()
-        for idx, seq in observed:
-            assert seq.ring is not None
-            seq.ring.push(queries[:, idx])
-            if longest[idx] > seq.spec.growth_limit:
-                kept, dropped = self._cut(seq, attention.scaling)
-                seq.reservation.recompressed_entries += dropped
-                self.counts = EngineCounts(
-                    self.counts.recompressions + 1,
-                    self.counts.kept_entries + kept,
-                    self.counts.dropped_entries + dropped,
-                )
-                self._shrink_promise(seq)
-
-    def _cut(self, seq: Sequence, scaling: float) -> tuple[int, int]:
-        """Cuts every layer of a sequence to its decode_budget; entries kept, and dropped."""
-        assert seq.ring is not None and seq.spec.decode_budget is not None
-        kept = dropped = 0
-        for layer_idx in range(self.model.shape.num_layers):
-            before = self.pool.read_layer(seq.row, layer_idx, seq.ring.ordered(layer_idx))
-            after = recompress_layer(
-                before,
-                scaling,
-                seq.spec.kernel_size,
-                seq.spec.decode_budget,
-                method=seq.spec.recompression,
-                redundancy_weight=seq.spec.redundancy_weight,
-            )
-            self.pool.write_layer(seq.row, after)
-            kept += after.num_entries
-            dropped += before.num_entries - after.num_entries
-        return kept, dropped
 
     def _take(self, seq: Sequence, logits: Tensor) -> Token | EngineFailed:
         try:
@@ -239,7 +283,7 @@ class DecodeEngine:
         return replace(token, finish_reason=seq.finish_reason(self.model))
 
     def _emit(
-        self, batch: list[Sequence], results: dict[Sequence, Token | EngineFailed]
+        self, batch: list[Sequence], results: dict[Sequence, Token | WinnowError]
     ) -> list[StepOutput]:
         by_request: dict[Reservation, list[Sequence]] = {}
         for seq in batch:
@@ -253,23 +297,24 @@ class DecodeEngine:
         self,
         reservation: Reservation,
         sequences: list[Sequence],
-        results: dict[Sequence, Token | EngineFailed],
+        results: dict[Sequence, Token | WinnowError],
     ) -> StepOutput:
         """One request's output; sequences that ended leave the batch and free their pages."""
         outcomes = [results[seq] for seq in sequences]
         tokens = [outcome for outcome in outcomes if isinstance(outcome, Token)]
-        errors = [outcome for outcome in outcomes if isinstance(outcome, EngineFailed)]
+        errors = [outcome for outcome in outcomes if isinstance(outcome, WinnowError)]
         ended = {token.sequence_idx for token in tokens if token.finish_reason}
         new = {seq.sequence_idx for seq in sequences if seq.is_new}
         leaving = [seq for seq in sequences if errors or seq.sequence_idx in ended]
         kv_bytes = sum(self.pool.kv_bytes(seq.row) for seq in sequences)
         self._retire(leaving)
+        reservation.num_live -= len(leaving)
         return StepOutput(
             request_id=reservation.spec.request_id,
             tokens=tuple(token for token in tokens if token.sequence_idx in new),
             recompressed_entries=reservation.recompressed_entries,
             kv_bytes=kv_bytes,
-            finished=len(leaving) == len(sequences),
+            finished=bool(errors) or not reservation.num_live,
             error=errors[0] if errors else None,
         )
 

@@ -1,15 +1,17 @@
 """Paged memory for the KV of many sequences. A page belongs to one (layer, KV head) of one row.
 
 Because pages are per head, heads of different lengths cost nothing but the rest of their last page.
-A row is a sequence's place in the batch. Rows and pages are promised together (`reserve`), so a
-sequence that was admitted never runs out of memory while it runs.
+A row is a sequence's place in the batch. Rows and pages are promised together (`reserve`). The
+pages for what a row holds, or is about to receive, are always there. Those that it may still grow
+into are too, unless promises exceed the pool by `overcommit`; then whoever runs the rows asks
+`missing_pages` before a step, and makes some of them give way.
 
 Every method may be called from any thread; pages of different rows are never written by the same
 call, so prefill's KV arrives while other rows decode.
 """
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,10 +24,14 @@ _FIRST_PAGE = 1  # page 0 fills the unused ends of page tables and is never prom
 
 @dataclass(frozen=True, slots=True)
 class KVPoolConfig:
-    """memory_bytes: for keys, values and positions of all pages; page_size: entries per page."""
+    """memory_bytes: for keys, values and positions of all pages; page_size: entries per page.
+
+    overcommit: what may be promised in all, in pools, 1 or more.
+    """
 
     memory_bytes: int = 1 << 30
     page_size: int = 32
+    overcommit: float = 1.0
 
     def num_pages(self, shape: ModelShape) -> int:
         """Pages that fit; raises InvalidSetting if not even one per (layer, KV head) does."""
@@ -41,13 +47,25 @@ class KVPoolConfig:
         return num_pages
 
 
+@dataclass(slots=True)
+class Promise:
+    """Pages of a row. most: that it may come to hold; sure: that are kept for it, used or not."""
+
+    most: int
+    sure: int
+
+
 @dataclass(frozen=True, slots=True)
 class PoolStats:
-    """Pages in all, holding entries, and promised (the used ones included); bytes of used pages."""
+    """Pages in all, holding entries, and promised (the used ones included); bytes of used pages.
+
+    pages_free: that a request could be promised now.
+    """
 
     pages_total: int
     pages_used: int
     pages_reserved: int
+    pages_free: int
     page_size: int
     kv_bytes_used: int
 
@@ -93,7 +111,8 @@ class KVPool:
         self._free_pages = torch.arange(_FIRST_PAGE, size[0], device=device)  # a stack
         self._num_free = self.num_pages
         self._free_rows = list(reversed(range(num_rows)))
-        self._promised: dict[int, int] = {}  # row -> pages
+        self._most_promised = int(self.num_pages * config.overcommit)
+        self._promised: dict[int, Promise] = {}  # by row
         self._lock = threading.RLock()
 
     # Promises
@@ -103,31 +122,47 @@ class KVPool:
         heads = self.shape.num_layers * self.shape.num_kv_heads
         return heads * -(-num_entries // self.page_size)
 
-    def reserve(self, num_rows: int, pages_per_row: int) -> list[int]:
-        """Rows with that many pages promised to each.
+    def reserve(self, num_rows: int, promise: Promise) -> list[int]:
+        """Rows with that promise to each.
 
         Raises InvalidSetting if the pool could never hold them, Overloaded if it cannot now.
         """
-        needed = num_rows * pages_per_row
+        needed = num_rows * promise.most
         if needed > self.num_pages:
             raise InvalidSetting(
                 f"the request needs {needed:,} KV pages; the worker has {self.num_pages:,} in all"
             )
         with self._lock:
-            free = self.num_pages - sum(self._promised.values())
-            if needed > free:
-                raise Overloaded(f"the request needs {needed:,} KV pages; {free:,} are free")
+            free = self._free_to_promise()
+            if needed > free.most or num_rows * promise.sure > free.sure:
+                raise Overloaded(
+                    f"the request needs {needed:,} KV pages; {min(free.most, free.sure):,} are free"
+                )
             if num_rows > len(self._free_rows):
                 raise Overloaded(
                     f"the request needs {num_rows} places in the batch; "
                     f"{len(self._free_rows)} are free"
                 )
             rows = [self._free_rows.pop() for _ in range(num_rows)]
-            self._promised |= dict.fromkeys(rows, pages_per_row)
+            for row in rows:
+                self._promised[row] = replace(promise)
             return rows
 
-    def shrink_promise(self, row: int, extra_entries: int, cap: int) -> None:
-        """Lower a row's promise to what its heads can still grow to.
+    def has_room(self, num_rows: int, promise: Promise) -> bool:
+        """Whether `reserve` would find the pages now."""
+        with self._lock:
+            free = self._free_to_promise()
+        return num_rows * promise.most <= free.most and num_rows * promise.sure <= free.sure
+
+    def _free_to_promise(self) -> Promise:
+        promises = self._promised.values()
+        return Promise(
+            most=self._most_promised - sum(promise.most for promise in promises),
+            sure=self.num_pages - sum(promise.sure for promise in promises),
+        )
+
+    def settle(self, row: int, extra_entries: int, cap: int) -> None:
+        """Lower a row's promise to what it holds and what its heads can still grow to.
 
         Each head may grow by `extra_entries`, but stays within the larger of `cap` and its length
         plus one.
@@ -135,7 +170,31 @@ class KVPool:
         with self._lock:
             lengths = self._lengths[row]
             reach = (lengths + extra_entries).minimum((lengths + 1).clamp_min(cap))
-            self._promised[row] = int((-(-reach // self.page_size)).sum())
+            most, held = ((-(-n // self.page_size)).sum() for n in (reach, lengths))
+            self._promised[row] = Promise(int(most), int(held))
+
+    def missing_pages(self, rows: list[int]) -> int:
+        """Pages that `plan_step` of these rows lacks; 0 if it has what it needs."""
+        with self._lock:
+            free = self._free_to_promise().sure
+            if len(rows) * self.pages_for(1) <= free:
+                return 0
+            full = self._lengths[rows] % self.page_size == 0
+            return max(0, int(full.sum()) - free)
+
+    def evict(self, row: int) -> None:
+        """Frees a row's pages and keeps none for it; `readmit` it before it is written again."""
+        with self._lock:
+            self.clear(row)
+            self._promised[row].sure = 0
+
+    def readmit(self, row: int, num_pages: int, *, spare: int) -> bool:
+        """Keeps pages for an evicted row if, after that, `spare` others are free."""
+        with self._lock:
+            if num_pages + spare > self._free_to_promise().sure:
+                return False
+            self._promised[row].sure = num_pages
+            return True
 
     def release(self, row: int) -> None:
         """Frees a row, its pages and its promise."""
@@ -153,11 +212,13 @@ class KVPool:
     def stats(self) -> PoolStats:
         with self._lock:
             used = self.num_pages - self._num_free
+            free = self._free_to_promise()
             page_bytes = self.page_size * self.shape.kv_bytes(1)
             return PoolStats(
                 pages_total=self.num_pages,
                 pages_used=used,
-                pages_reserved=sum(self._promised.values()),
+                pages_reserved=sum(promise.most for promise in self._promised.values()),
+                pages_free=max(0, min(free.most, free.sure)),
                 page_size=self.page_size,
                 kv_bytes_used=used * page_bytes,
             )
@@ -180,8 +241,11 @@ class KVPool:
         self._values.view(-1, self.shape.head_dim)[slots] = layer.values.to(self.device)
         self._positions.view(-1)[slots] = layer.positions.to(self.device)
 
-    def read_layer(self, row: int, layer_idx: int, window_queries: Tensor) -> LayerKV:
-        """What the row holds of the layer, copied out, with the given window queries."""
+    def read_layer(self, row: int, layer_idx: int, window_queries: Tensor | None = None) -> LayerKV:
+        """What the row holds of the layer, copied out, with the given window queries, or none."""
+        if window_queries is None:
+            empty = (self.shape.num_heads, 0, self.shape.head_dim)
+            window_queries = torch.empty(empty, dtype=self.shape.dtype)
         with self._lock:
             slots = self._entry_slots(row, layer_idx)
             lengths = tuple(self._lengths[row, layer_idx].tolist())
@@ -274,6 +338,9 @@ class KVPool:
         num_new = int(full.sum())
         if not num_new:
             return
+        held = (lengths // self.page_size + 1).flatten(1).sum(1).tolist()  # with the new ones
+        for own, num_pages in zip(rows, held, strict=True):
+            self._promised[own].sure = max(self._promised[own].sure, num_pages)
         self._widen(int(lengths.max()) // self.page_size + 1)
         batch, layer, head = full.nonzero(as_tuple=True)
         row = torch.tensor(rows, device=self.device)[batch]

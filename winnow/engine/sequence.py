@@ -4,15 +4,16 @@ import threading
 from dataclasses import dataclass
 from enum import Enum, auto
 
-import torch
 from torch import Tensor
 
-from winnow.engine.kv_pool import KVPool
+from winnow.engine.kv_pool import KVPool, Promise
 from winnow.engine.query_ring import QueryRing
 from winnow.kv import LayerKV
 from winnow.models import DecoderModel
 from winnow.request import FinishReason, SamplingParams, Token
 from winnow.sampling import TokenHistory, sample, token_logprobs
+
+_ENDLESS = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class GenerationSpec:
     """What is to be generated from one prompt.
 
     max_prompt_entries: KV entries per (layer, KV head) that prefill will send at most.
-    decode_budget to redundancy_weight: as in PruningSettings.
+    decode_budget to kernel_size: as in PruningSettings.
     prompt_token_ids: only needed if `sampling.needs_prompt`.
     replayed: of each sequence, the tokens that another worker generated before it was lost: they
     are fed to the model one by one, instead of sampled, until the sequence is where it was. Empty:
@@ -34,6 +35,7 @@ class GenerationSpec:
     sampling: SamplingParams
     num_sequences: int = 1
     decode_budget: int | None = None
+    decode_floor: int | None = None
     recompress_interval: int = 128
     recompression: str = "snapkv"
     redundancy_weight: float = 0.1
@@ -53,9 +55,16 @@ class GenerationSpec:
     @property
     def growth_limit(self) -> int:
         """Entries per head above which decode cuts back to `decode_budget`."""
-        if self.decode_budget is None:
-            return 2**62
-        return self.decode_budget + self.recompress_interval
+        return self.limit_at(self.decode_budget)
+
+    def limit_at(self, budget: int | None) -> int:
+        """Entries per head above which decode cuts back to `budget`."""
+        return _ENDLESS if budget is None else budget + self.recompress_interval
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether entries may have to be scored, so that the last queries are kept."""
+        return self.decode_budget is not None or self.decode_floor is not None
 
 
 class _State(Enum):
@@ -64,15 +73,27 @@ class _State(Enum):
     DONE = auto()
 
 
-class Reservation:
-    """Memory and places in the batch promised to one request, and the KV that has arrived."""
+def promise_for(pool: KVPool, spec: GenerationSpec) -> Promise:
+    """What each sequence of the request is promised: room for its prompt at any rate."""
+    most, sure = spec.max_entries, min(spec.max_prompt_entries + 1, spec.max_entries)
+    return Promise(most=pool.pages_for(most), sure=pool.pages_for(sure))
 
-    def __init__(self, pool: KVPool, spec: GenerationSpec) -> None:
-        pages_per_row = pool.pages_for(spec.max_entries)
+
+class Reservation:
+    """Memory and places in the batch promised to one request, and the KV that has arrived.
+
+    order: counts the engine's requests.
+    """
+
+    def __init__(self, pool: KVPool, spec: GenerationSpec, order: int) -> None:
+        promise = promise_for(pool, spec)
         self.spec = spec
-        self.rows = pool.reserve(spec.num_sequences, pages_per_row)
-        self.num_pages = pages_per_row * spec.num_sequences
+        self.order = order
+        self.rows = pool.reserve(spec.num_sequences, promise)
+        self.num_pages = promise.most * spec.num_sequences
         self.recompressed_entries = 0  # over all its sequences
+        self.num_live = spec.num_sequences  # that have not ended
+        self.num_swapped = 0  # that wait in host memory
         self.cancelled = False  # released after it had started: the engine frees it
         self._pool = pool
         self._ring: QueryRing | None = None
@@ -88,7 +109,7 @@ class Reservation:
             if self._state is not _State.RESERVED:
                 return
             self._pool.write_layer(self.rows[0], layer)
-            if self.spec.decode_budget is not None:
+            if self.spec.is_observed:
                 self._seed_ring(layer)
 
     def _seed_ring(self, layer: LayerKV) -> None:
@@ -122,9 +143,8 @@ class Reservation:
         return self._ring.copy() if self._ring else None
 
     def _copy_row(self, row: int) -> None:
-        no_queries = torch.empty(0)
         for layer_idx in range(self._pool.shape.num_layers):
-            self._pool.write_layer(row, self._pool.read_layer(self.rows[0], layer_idx, no_queries))
+            self._pool.write_layer(row, self._pool.read_layer(self.rows[0], layer_idx))
 
     def abandon(self) -> bool:
         """Frees what is reserved, unless the engine runs it already; True if it was freed."""
@@ -160,10 +180,17 @@ class Sequence:
         self.sequence_idx = sequence_idx
         self.final_hidden: Tensor | None = final_hidden  # until the first token is sampled
         self.ring = ring
+        self.budget = spec.decode_budget
+        self.swapped: list[LayerKV] = []  # what it holds while it waits in host memory
         self.num_tokens = spec.num_prompt_tokens
         self.next_position = next_position
         self.history = TokenHistory(prompt=spec.prompt_token_ids)
         self._replayed = spec.replayed[sequence_idx] if spec.replayed else ()
+
+    @property
+    def growth_limit(self) -> int:
+        """Entries per head above which it is cut back to `budget`, which may have been lowered."""
+        return self.spec.limit_at(self.budget)
 
     @property
     def num_generated(self) -> int:

@@ -35,7 +35,7 @@ CODEC_UNSPECIFIED: Codec
 CODEC_RAW: Codec
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model_fingerprint", "num_prompt_tokens", "num_sequences", "max_prompt_entries", "sampling", "recompression", "prompt_token_ids", "wire_versions", "replayed")
+    __slots__ = ("request_id", "model_fingerprint", "num_prompt_tokens", "num_sequences", "max_prompt_entries", "sampling", "recompression", "prompt_token_ids", "wire_versions", "replayed", "origin")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,7 @@ class GenerateRequest(_message.Message):
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     WIRE_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     REPLAYED_FIELD_NUMBER: _ClassVar[int]
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model_fingerprint: str
     num_prompt_tokens: int
@@ -56,7 +57,32 @@ class GenerateRequest(_message.Message):
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     wire_versions: _containers.RepeatedScalarFieldContainer[int]
     replayed: _containers.RepeatedCompositeFieldContainer[ReplayedTokens]
-    def __init__(self, request_id: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_sequences: _Optional[int] = ..., max_prompt_entries: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., recompression: _Optional[_Union[Recompression, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., wire_versions: _Optional[_Iterable[int]] = ..., replayed: _Optional[_Iterable[_Union[ReplayedTokens, _Mapping]]] = ...) -> None: ...
+    origin: Origin
+    def __init__(self, request_id: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_sequences: _Optional[int] = ..., max_prompt_entries: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., recompression: _Optional[_Union[Recompression, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., wire_versions: _Optional[_Iterable[int]] = ..., replayed: _Optional[_Iterable[_Union[ReplayedTokens, _Mapping]]] = ..., origin: _Optional[_Union[Origin, _Mapping]] = ...) -> None: ...
+
+class Origin(_message.Message):
+    __slots__ = ("kv_address", "request_id", "fetch_token")
+    KV_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    FETCH_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    kv_address: str
+    request_id: str
+    fetch_token: bytes
+    def __init__(self, kv_address: _Optional[str] = ..., request_id: _Optional[str] = ..., fetch_token: _Optional[bytes] = ...) -> None: ...
+
+class FetchRequest(_message.Message):
+    __slots__ = ("request_id", "fetch_token", "into_request_id", "wire_version", "transfer_token")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    FETCH_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    INTO_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    fetch_token: bytes
+    into_request_id: str
+    wire_version: int
+    transfer_token: bytes
+    def __init__(self, request_id: _Optional[str] = ..., fetch_token: _Optional[bytes] = ..., into_request_id: _Optional[str] = ..., wire_version: _Optional[int] = ..., transfer_token: _Optional[bytes] = ...) -> None: ...
 
 class ReplayedTokens(_message.Message):
     __slots__ = ("token_ids",)
@@ -100,30 +126,50 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., num_logprobs: _Optional[int] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
 
 class Recompression(_message.Message):
-    __slots__ = ("decode_budget", "recompress_interval", "window_size", "kernel_size", "method", "redundancy_weight")
+    __slots__ = ("decode_budget", "recompress_interval", "window_size", "kernel_size", "method", "redundancy_weight", "decode_floor")
     DECODE_BUDGET_FIELD_NUMBER: _ClassVar[int]
     RECOMPRESS_INTERVAL_FIELD_NUMBER: _ClassVar[int]
     WINDOW_SIZE_FIELD_NUMBER: _ClassVar[int]
     KERNEL_SIZE_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
     REDUNDANCY_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FLOOR_FIELD_NUMBER: _ClassVar[int]
     decode_budget: int
     recompress_interval: int
     window_size: int
     kernel_size: int
     method: str
     redundancy_weight: float
-    def __init__(self, decode_budget: _Optional[int] = ..., recompress_interval: _Optional[int] = ..., window_size: _Optional[int] = ..., kernel_size: _Optional[int] = ..., method: _Optional[str] = ..., redundancy_weight: _Optional[float] = ...) -> None: ...
+    decode_floor: int
+    def __init__(self, decode_budget: _Optional[int] = ..., recompress_interval: _Optional[int] = ..., window_size: _Optional[int] = ..., kernel_size: _Optional[int] = ..., method: _Optional[str] = ..., redundancy_weight: _Optional[float] = ..., decode_floor: _Optional[int] = ...) -> None: ...
 
 class GenerateEvent(_message.Message):
-    __slots__ = ("admitted", "prefilled", "tokens")
+    __slots__ = ("admitted", "prefilled", "tokens", "leaving", "moved", "waiting")
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
     PREFILLED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
     admitted: Admitted
     prefilled: Prefilled
     tokens: Tokens
-    def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., prefilled: _Optional[_Union[Prefilled, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ...) -> None: ...
+    leaving: Leaving
+    moved: Moved
+    waiting: Waiting
+    def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., prefilled: _Optional[_Union[Prefilled, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., waiting: _Optional[_Union[Waiting, _Mapping]] = ...) -> None: ...
+
+class Leaving(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Waiting(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Moved(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Admitted(_message.Message):
     __slots__ = ("worker_id", "kv_address", "lease_s", "reserved_pages", "wire_version", "transfer_secret")
@@ -186,7 +232,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("worker_id", "model_fingerprint", "wire_versions", "draining", "running_sequences", "reserved_requests", "pages_total", "pages_used", "pages_reserved", "page_size", "kv_bytes_used", "open_transfers")
+    __slots__ = ("worker_id", "model_fingerprint", "wire_versions", "draining", "running_sequences", "reserved_requests", "pages_total", "pages_used", "pages_reserved", "page_size", "kv_bytes_used", "open_transfers", "swapped_sequences")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     WIRE_VERSIONS_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +245,7 @@ class StatusResponse(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_USED_FIELD_NUMBER: _ClassVar[int]
     OPEN_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    SWAPPED_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     model_fingerprint: str
     wire_versions: _containers.RepeatedScalarFieldContainer[int]
@@ -211,7 +258,8 @@ class StatusResponse(_message.Message):
     page_size: int
     kv_bytes_used: int
     open_transfers: int
-    def __init__(self, worker_id: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., wire_versions: _Optional[_Iterable[int]] = ..., draining: _Optional[bool] = ..., running_sequences: _Optional[int] = ..., reserved_requests: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_reserved: _Optional[int] = ..., page_size: _Optional[int] = ..., kv_bytes_used: _Optional[int] = ..., open_transfers: _Optional[int] = ...) -> None: ...
+    swapped_sequences: int
+    def __init__(self, worker_id: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., wire_versions: _Optional[_Iterable[int]] = ..., draining: _Optional[bool] = ..., running_sequences: _Optional[int] = ..., reserved_requests: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_reserved: _Optional[int] = ..., page_size: _Optional[int] = ..., kv_bytes_used: _Optional[int] = ..., open_transfers: _Optional[int] = ..., swapped_sequences: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ()
@@ -236,7 +284,7 @@ class PushFrame(_message.Message):
     def __init__(self, header: _Optional[_Union[TransferHeader, _Mapping]] = ..., layer: _Optional[_Union[LayerManifest, _Mapping]] = ..., data: _Optional[_Union[DataFrame, _Mapping]] = ..., trailer: _Optional[_Union[TransferTrailer, _Mapping]] = ...) -> None: ...
 
 class TransferHeader(_message.Message):
-    __slots__ = ("request_id", "attempt", "wire_version", "model_fingerprint", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "num_prompt_tokens", "dtype", "codec", "transfer_token")
+    __slots__ = ("request_id", "attempt", "wire_version", "model_fingerprint", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "num_prompt_tokens", "dtype", "codec", "transfer_token", "sequence_idx", "sequences_left")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -250,6 +298,8 @@ class TransferHeader(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_IDX_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_LEFT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     wire_version: int
@@ -263,7 +313,9 @@ class TransferHeader(_message.Message):
     dtype: DType
     codec: Codec
     transfer_token: bytes
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., wire_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., num_layers: _Optional[int] = ..., num_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., hidden_size: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., codec: _Optional[_Union[Codec, str]] = ..., transfer_token: _Optional[bytes] = ...) -> None: ...
+    sequence_idx: int
+    sequences_left: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., wire_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., num_layers: _Optional[int] = ..., num_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., hidden_size: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., codec: _Optional[_Union[Codec, str]] = ..., transfer_token: _Optional[bytes] = ..., sequence_idx: _Optional[int] = ..., sequences_left: _Optional[int] = ...) -> None: ...
 
 class LayerManifest(_message.Message):
     __slots__ = ("layer_idx", "head_lengths", "num_window_queries")
@@ -288,14 +340,28 @@ class DataFrame(_message.Message):
     def __init__(self, layer_idx: _Optional[int] = ..., offset: _Optional[int] = ..., crc32: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class TransferTrailer(_message.Message):
-    __slots__ = ("final_hidden", "digest", "report")
+    __slots__ = ("final_hidden", "digest", "report", "sequence")
     FINAL_HIDDEN_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     final_hidden: bytes
     digest: bytes
     report: PrefillReport
-    def __init__(self, final_hidden: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., report: _Optional[_Union[PrefillReport, _Mapping]] = ...) -> None: ...
+    sequence: SequenceState
+    def __init__(self, final_hidden: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., report: _Optional[_Union[PrefillReport, _Mapping]] = ..., sequence: _Optional[_Union[SequenceState, _Mapping]] = ...) -> None: ...
+
+class SequenceState(_message.Message):
+    __slots__ = ("token_ids", "next_position", "recompressed_entries", "at_floor")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_POSITION_FIELD_NUMBER: _ClassVar[int]
+    RECOMPRESSED_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    AT_FLOOR_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    next_position: int
+    recompressed_entries: int
+    at_floor: bool
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., next_position: _Optional[int] = ..., recompressed_entries: _Optional[int] = ..., at_floor: _Optional[bool] = ...) -> None: ...
 
 class PrefillReport(_message.Message):
     __slots__ = ("num_prompt_tokens", "num_selected_tokens", "selection_layer", "no_selection_reason", "rho", "computed_share", "kv_bytes_full", "kv_bytes_kept", "layer_entries", "next_position")

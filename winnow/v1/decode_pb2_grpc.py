@@ -215,6 +215,11 @@ class KvTransferStub:
                 request_serializer=winnow_dot_v1_dot_decode__pb2.PushFrame.SerializeToString,
                 response_deserializer=winnow_dot_v1_dot_decode__pb2.PushReceipt.FromString,
                 _registered_method=True)
+        self.Fetch = channel.unary_stream(
+                '/winnow.v1.KvTransfer/Fetch',
+                request_serializer=winnow_dot_v1_dot_decode__pb2.FetchRequest.SerializeToString,
+                response_deserializer=winnow_dot_v1_dot_decode__pb2.PushFrame.FromString,
+                _registered_method=True)
 
 
 class KvTransferServicer:
@@ -234,6 +239,18 @@ class KvTransferServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Fetch(self, request, context):
+        """Gives away a running request: stops it between two steps and sends what each of its sequences
+        needs to go on elsewhere, one transfer after another (header, layers and trailer as in Push,
+        `sequence` set). The request's Generate call says `moved` before the first frame.
+
+        Errors: NOT_FOUND (no such request, or none that runs), PERMISSION_DENIED (not its token),
+        ABORTED (fetched already).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KvTransferServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -241,6 +258,11 @@ def add_KvTransferServicer_to_server(servicer, server):
                     servicer.Push,
                     request_deserializer=winnow_dot_v1_dot_decode__pb2.PushFrame.FromString,
                     response_serializer=winnow_dot_v1_dot_decode__pb2.PushReceipt.SerializeToString,
+            ),
+            'Fetch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Fetch,
+                    request_deserializer=winnow_dot_v1_dot_decode__pb2.FetchRequest.FromString,
+                    response_serializer=winnow_dot_v1_dot_decode__pb2.PushFrame.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -271,6 +293,33 @@ class KvTransfer:
             '/winnow.v1.KvTransfer/Push',
             winnow_dot_v1_dot_decode__pb2.PushFrame.SerializeToString,
             winnow_dot_v1_dot_decode__pb2.PushReceipt.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/winnow.v1.KvTransfer/Fetch',
+            winnow_dot_v1_dot_decode__pb2.FetchRequest.SerializeToString,
+            winnow_dot_v1_dot_decode__pb2.PushFrame.FromString,
             options,
             channel_credentials,
             insecure,

@@ -78,7 +78,7 @@ class ChatMessage(_message.Message):
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
 
 class WinnowOptions(_message.Message):
-    __slots__ = ("method", "select_tokens", "window_size", "kernel_size", "observed_layers", "min_layer", "threshold", "latest_layer", "fixed_layer", "compression", "kv_budget", "kv_top_p", "decode_budget", "recompress_interval", "full_kv_below", "recompression", "redundancy_weight")
+    __slots__ = ("method", "select_tokens", "window_size", "kernel_size", "observed_layers", "min_layer", "threshold", "latest_layer", "fixed_layer", "compression", "kv_budget", "kv_top_p", "decode_budget", "recompress_interval", "full_kv_below", "recompression", "redundancy_weight", "decode_floor")
     METHOD_FIELD_NUMBER: _ClassVar[int]
     SELECT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     WINDOW_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +96,7 @@ class WinnowOptions(_message.Message):
     FULL_KV_BELOW_FIELD_NUMBER: _ClassVar[int]
     RECOMPRESSION_FIELD_NUMBER: _ClassVar[int]
     REDUNDANCY_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FLOOR_FIELD_NUMBER: _ClassVar[int]
     method: str
     select_tokens: int
     window_size: int
@@ -113,7 +114,8 @@ class WinnowOptions(_message.Message):
     full_kv_below: bool
     recompression: str
     redundancy_weight: float
-    def __init__(self, method: _Optional[str] = ..., select_tokens: _Optional[int] = ..., window_size: _Optional[int] = ..., kernel_size: _Optional[int] = ..., observed_layers: _Optional[int] = ..., min_layer: _Optional[int] = ..., threshold: _Optional[float] = ..., latest_layer: _Optional[int] = ..., fixed_layer: _Optional[int] = ..., compression: _Optional[str] = ..., kv_budget: _Optional[int] = ..., kv_top_p: _Optional[float] = ..., decode_budget: _Optional[int] = ..., recompress_interval: _Optional[int] = ..., full_kv_below: _Optional[bool] = ..., recompression: _Optional[str] = ..., redundancy_weight: _Optional[float] = ...) -> None: ...
+    decode_floor: int
+    def __init__(self, method: _Optional[str] = ..., select_tokens: _Optional[int] = ..., window_size: _Optional[int] = ..., kernel_size: _Optional[int] = ..., observed_layers: _Optional[int] = ..., min_layer: _Optional[int] = ..., threshold: _Optional[float] = ..., latest_layer: _Optional[int] = ..., fixed_layer: _Optional[int] = ..., compression: _Optional[str] = ..., kv_budget: _Optional[int] = ..., kv_top_p: _Optional[float] = ..., decode_budget: _Optional[int] = ..., recompress_interval: _Optional[int] = ..., full_kv_below: _Optional[bool] = ..., recompression: _Optional[str] = ..., redundancy_weight: _Optional[float] = ..., decode_floor: _Optional[int] = ...) -> None: ...
 
 class CompleteResponse(_message.Message):
     __slots__ = ("id", "choices", "usage")

@@ -143,7 +143,7 @@ async def test_another_models_prompt_is_refused(client: Client) -> None:
 
 
 async def test_no_memory_now_is_resource_exhausted(start_worker: StartWorker) -> None:
-    worker = await start_worker(kv_memory_bytes=1 << 20)
+    worker = await start_worker(kv_memory_bytes=1 << 20, kv_overcommit=1)
     async with Client(worker) as client:
         sampling = sampling_to_proto(replace(GREEDY, max_tokens=600))
         admitted = await client.admit(client.request(sampling=sampling))

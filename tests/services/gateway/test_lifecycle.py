@@ -206,7 +206,7 @@ async def test_a_worker_that_is_gone_is_passed_over(redis_url: str, service: Tes
 async def test_a_full_worker_passes_a_prompt_on_and_all_full_is_overloaded(
     model_path: Path, redis_url: str
 ) -> None:
-    memory = {"kv_memory_bytes": 1 << 20, "num_workers": 2}
+    memory = {"kv_memory_bytes": 1 << 20, "kv_overcommit": 1, "num_workers": 2}
     async with running_service(model_path, redis_url, **memory) as service:
         model = service.gateway.model.description
         router = Router(service.registry, model.fingerprint)

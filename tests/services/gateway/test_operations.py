@@ -87,7 +87,7 @@ async def test_without_decode_worker_it_is_healthy_but_not_ready(
 async def test_without_memory_a_request_is_told_to_try_again(
     model_path: Path, redis_url: str
 ) -> None:
-    small = {"kv_memory_bytes": 1 << 20, "max_n": 64}
+    small = {"kv_memory_bytes": 1 << 20, "kv_overcommit": 1, "max_n": 64}
     async with running_service(model_path, redis_url, **small) as service:
         service.prefiller.hold_jobs()
         body = {"model": MODEL_NAME, "prompt": ["a"] * 16, "max_tokens": 200}

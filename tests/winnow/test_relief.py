@@ -1,0 +1,173 @@
+"""What gives way when promises exceed the pool and sequences really grow."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.winnow import reference
+from tests.winnow.drive import admit, assert_empty, decode_all, ids, make_engine, spec
+from tests.winnow.test_prefill import prompt
+from winnow.engine.decode import DecodeEngine
+from winnow.engine.sequence import GenerationSpec
+from winnow.errors import Overloaded, Preempted
+from winnow.models import DecoderModel, load_model
+from winnow.request import SamplingParams
+
+LONG = SamplingParams(max_tokens=160, temperature=0, ignore_eos=True)
+PROMPT_TOKENS = 40
+
+
+@pytest.fixture
+def model(tiny_models: dict[str, Path]) -> DecoderModel:
+    return load_model(tiny_models["qwen2"])
+
+
+def tight_engine(
+    model: DecoderModel, num_sequences: float, swap_bytes: int = 1 << 30
+) -> DecodeEngine:
+    """Memory for so many of the sequences below at their longest, promised to four."""
+    return make_engine(
+        model,
+        memory=memory_for(model, spec("", PROMPT_TOKENS, LONG), num_sequences),
+        overcommit=4 / num_sequences + 0.01,
+        swap_bytes=swap_bytes,
+    )
+
+
+def memory_for(model: DecoderModel, request: GenerationSpec, times: float) -> int:
+    num_pages = model.shape.num_layers * model.shape.num_kv_heads * -(-request.max_entries // 16)
+    return int((times * num_pages + 1) * 16 * (model.shape.kv_bytes(1) + 4))
+
+
+def admit_four(engine: DecodeEngine, **more: object) -> dict[str, list[int]]:
+    prompts = {str(seed): prompt(PROMPT_TOKENS, seed) for seed in range(4)}
+    for name, token_ids in prompts.items():
+        admit(engine, spec(name, PROMPT_TOKENS, LONG, **more), token_ids)
+    return prompts
+
+
+@pytest.mark.parametrize("num_sequences", [1, 1.5, 2.3])
+def test_sequences_that_had_to_wait_get_their_own_tokens_all_the_same(
+    model: DecoderModel, tiny_models: dict[str, Path], num_sequences: float
+) -> None:
+    engine = tight_engine(model, num_sequences)
+    prompts = admit_four(engine)
+    answers = decode_all(engine)
+    network = reference.load(tiny_models["qwen2"])
+    for name, token_ids in prompts.items():
+        assert ids(answers[name]) == reference.greedy(network, token_ids, LONG.max_tokens), name
+    assert engine.relief_counts.swapped_out >= 2
+    assert engine.relief_counts.given_up == 0
+    assert_empty(engine)
+
+
+def test_the_youngest_waits_and_the_oldest_never_does(model: DecoderModel) -> None:
+    engine = tight_engine(model, 1.5)
+    admit_four(engine)
+    ended = []
+    while engine.stats().running_sequences:
+        outputs = engine.step()
+        if engine.stats().swapped_sequences and "0" not in ended:
+            assert "0" in {output.request_id for output in outputs}
+        ended += [output.request_id for output in outputs if output.finished]
+    assert ended == ["0", "1", "2", "3"]
+
+
+def test_nothing_new_is_let_in_before_those_who_wait(model: DecoderModel) -> None:
+    engine = tight_engine(model, 1.5)
+    admit_four(engine)
+    while not engine.stats().swapped_sequences:
+        engine.step()
+    with pytest.raises(Overloaded, match="wait for KV memory already"):
+        engine.reserve(spec("new", 1, replace(LONG, max_tokens=1)))
+    decode_all(engine)
+    engine.release(engine.reserve(spec("new", 1, LONG)))
+    assert_empty(engine)
+
+
+def test_without_host_memory_the_youngest_is_given_up_and_the_rest_go_on(
+    model: DecoderModel,
+) -> None:
+    engine = tight_engine(model, 2.3, swap_bytes=0)
+    prompts = admit_four(engine)
+    errors = {}
+    ended = set()
+    while engine.stats().running_sequences:
+        for output in engine.step():
+            if output.error is not None:
+                errors[output.request_id] = output.error
+            if output.finished:
+                ended.add(output.request_id)
+    assert ended == prompts.keys()
+    assert errors.keys() == {"2", "3"}
+    assert all(isinstance(error, Preempted) for error in errors.values())
+    assert engine.relief_counts.given_up == 2
+    assert_empty(engine)
+
+
+def test_one_of_several_answers_may_wait_while_the_others_end(model: DecoderModel) -> None:
+    engine = tight_engine(model, 2.3)
+    alone = make_engine(model)
+    for each in (engine, alone):
+        admit(each, spec("n", PROMPT_TOKENS, LONG, num_sequences=2), prompt(PROMPT_TOKENS, 1))
+        admit(each, spec("m", PROMPT_TOKENS, LONG, num_sequences=2), prompt(PROMPT_TOKENS, 2))
+    expected, got = decode_all(alone), decode_all(engine)
+    for name in ("n", "m"):
+        for idx in range(2):
+            assert ids(got[name], idx) == ids(expected[name], idx)
+    assert engine.relief_counts.swapped_out
+    assert_empty(engine)
+
+
+def test_who_leaves_while_it_waits_takes_its_memory_along(model: DecoderModel) -> None:
+    engine = tight_engine(model, 1.5)
+    admit(engine, spec("stays", PROMPT_TOKENS, LONG), prompt(PROMPT_TOKENS))
+    goes = admit(engine, spec("goes", PROMPT_TOKENS, LONG), prompt(PROMPT_TOKENS))
+    while not engine.stats().swapped_sequences:
+        engine.step()
+    engine.release(goes)
+    engine.step()
+    assert engine.stats().swapped_bytes == 0
+    assert len(ids(decode_all(engine)["stays"])) > 10
+    assert_empty(engine)
+
+
+def test_sequences_with_a_floor_shrink_before_any_has_to_wait(model: DecoderModel) -> None:
+    engine = tight_engine(model, 2.3)
+    admit_four(engine, decode_floor=32, recompress_interval=16)
+    answers = decode_all(engine)
+    assert all(len(tokens) == LONG.max_tokens for tokens in answers.values())
+    counts = engine.relief_counts
+    assert counts.shrunk >= 2
+    assert counts.swapped_out == 0
+    assert_empty(engine)
+
+
+def test_a_floor_changes_nothing_while_there_is_memory(
+    model: DecoderModel, tiny_models: dict[str, Path]
+) -> None:
+    engine = make_engine(model)
+    prompts = admit_four(engine, decode_floor=32)
+    answers = decode_all(engine)
+    network = reference.load(tiny_models["qwen2"])
+    for name, token_ids in prompts.items():
+        assert ids(answers[name]) == reference.greedy(network, token_ids, LONG.max_tokens)
+    assert engine.relief_counts.shrunk == engine.cut_counts.recompressions == 0
+
+
+def test_sequences_shrink_for_a_request_that_would_be_refused(model: DecoderModel) -> None:
+    big = spec("big", PROMPT_TOKENS, replace(LONG, max_tokens=3000))
+    engine = make_engine(model, memory=memory_for(model, big, 1.5))
+    admit(engine, replace(big, decode_floor=32, recompress_interval=16), prompt(PROMPT_TOKENS))
+    for _ in range(20):
+        engine.step()
+    other = replace(big, request_id="other")
+    with pytest.raises(Overloaded, match="pages"):
+        engine.reserve(other)
+    made: list[bool] = []
+    assert engine.request_room(other, lambda: made.append(True))
+    engine.step()
+    assert made == [True]
+    engine.release(engine.reserve(other))
+    assert not engine.request_room(other, lambda: made.append(True))  # nobody can give more
