@@ -36,6 +36,7 @@ from winnow.wire import (
     WIRE_VERSIONS,
     Expected,
     Grant,
+    Header,
     ReceiveBuffer,
     TransferDecoder,
     TransferEncoder,
@@ -187,9 +188,8 @@ def our_sender(
     push = channel.stream_unary(PUSH)
 
     def frames() -> Iterator[bytes]:
-        encoder = TransferEncoder(
-            "bench", 1, GRANT.ticket(1), "model", SHAPE, NUM_ENTRIES, frame_bytes=frame_bytes
-        )
+        header = Header("bench", 1, GRANT.ticket(1), "model", SHAPE, NUM_ENTRIES)
+        encoder = TransferEncoder(header, frame_bytes=frame_bytes)
         yield encoder.header()
         for idx in range(SHAPE.num_layers):
             yield from encoder.layer(replace(layer, layer_idx=idx))

@@ -212,10 +212,24 @@ def _require_choice(name: str, value: object, choices: Iterable[object]) -> None
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """What an attempt shows the decode worker. token: 32 bytes; empty before wire version 3."""
+    """What an attempt shows the decode worker. token: 32 bytes."""
 
     wire_version: int
-    token: bytes = field(default=b"", repr=False)
+    token: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceState:
+    """Where a running sequence is, besides its KV and its last queries.
+
+    next_position: as in PrefillReport, of its next token.
+    recompressed_entries: of its whole request.  at_floor: its budget was lowered to decode_floor.
+    """
+
+    token_ids: tuple[int, ...]
+    next_position: int
+    recompressed_entries: int = 0
+    at_floor: bool = False
 
 
 @dataclass(frozen=True, slots=True)

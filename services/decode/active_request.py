@@ -1,22 +1,28 @@
 """One admitted request, between its Generate call on the event loop and Push calls on threads.
 
 waiting ── begin_attempt ──▶ receiving ── arrive ──▶ running ──▶ closed
-▲                            │
-└────── drop_attempt ────────┘        (close: from anywhere)
+▲                            │                       └─ given_away ─▲
+└────── drop_attempt ────────┘                      (close: from anywhere)
 """
 
 import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
+
+from torch import Tensor
 
 from winnow.engine.decode import DecodeEngine, StepOutput
-from winnow.engine.sequence import GenerationSpec
+from winnow.engine.sequence import GenerationSpec, Sequence
 from winnow.errors import StaleAttempt, UnknownReservation, WinnowError
-from winnow.kv import LayerKV
-from winnow.request import PrefillReport
-from winnow.wire import Grant, Trailer
+from winnow.kv import LayerKV, ModelShape
+from winnow.request import PrefillReport, SequenceState
+from winnow.wire import Expected, Grant, Trailer
+
+_STEP_TIMEOUT_S = 10.0  # a step of a large batch, and what it recompresses
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +33,15 @@ class KVArrived:
     report: PrefillReport
 
 
-Event = KVArrived | StepOutput | WinnowError
+class Move(Enum):
+    """Stages of a request's way to another worker."""
+
+    DUE = auto()  # the worker drains
+    BEGUN = auto()  # no more tokens from here
+    OVER = auto()  # it has left, or got lost on the way
+
+
+Event = KVArrived | StepOutput | WinnowError | Move
 
 
 class ActiveRequest:
@@ -40,6 +54,7 @@ class ActiveRequest:
     def __init__(self, engine: DecodeEngine, spec: GenerationSpec, grant: Grant) -> None:
         self.spec = spec
         self.grant = grant
+        self.report: PrefillReport  # once all KV is in place
         self.reservation = engine.reserve(spec)
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self._engine = engine
@@ -67,21 +82,69 @@ class ActiveRequest:
         if superseded is not None:
             superseded()
 
-    def write_layer(self, attempt: int, layer: LayerKV) -> None:
+    def expected(self, fingerprint: str, shape: ModelShape, *, running: bool = False) -> Expected:
+        """What a transfer for it may contain: prefill's KV, or that of a running sequence."""
+        spec = self.reservation.spec
+        return Expected(
+            grant=self.grant,
+            fingerprint=fingerprint,
+            shape=shape,
+            num_prompt_tokens=spec.num_prompt_tokens,
+            max_entries=spec.max_entries if running else spec.max_prompt_entries,
+            max_window=spec.window_size,
+            max_generated=spec.sampling.max_tokens if running else None,
+        )
+
+    def write_layer(self, attempt: int, layer: LayerKV, sequence_idx: int = 0) -> None:
         """Copies a layer into the reservation's pages; raises as `begin_attempt` does."""
         with self._lock:
             self._require_newest(attempt)
-            self.reservation.write_layer(layer)
+            self.reservation.write_layer(layer, sequence_idx)
             self._last_sign_s = time.monotonic()
 
     def arrive(self, attempt: int, trailer: Trailer) -> None:
         """Everything is written: the request joins the batch; raises as `begin_attempt` does."""
+        self._note_arrival(attempt, trailer.report)
+        self._engine.start(self.reservation, trailer.final_hidden, trailer.report.next_position)
+
+    def arrive_running(
+        self,
+        attempt: int,
+        report: PrefillReport,
+        states: Mapping[int, SequenceState],
+        final_hidden: Tensor,
+    ) -> None:
+        """As `arrive`, for a request that ran at another worker; states: as DecodeEngine.resume."""
+        self._note_arrival(attempt, report)
+        self._engine.resume(self.reservation, states, final_hidden)
+
+    def _note_arrival(self, attempt: int, report: PrefillReport) -> None:
         with self._lock:
             self._require_newest(attempt)
+            self.report = report
             self._arrived = True
             self._cancel_transfer = None
-        self.post(KVArrived(attempt, trailer.report))  # before any step can post
-        self._engine.start(self.reservation, trailer.final_hidden, trailer.report.next_position)
+        self.post(KVArrived(attempt, report))  # before any step can post
+
+    def should_move(self) -> None:
+        """Says so to whoever reads the tokens, if there are any to come."""
+        if self._arrived:
+            self.post(Move.DUE)
+
+    @contextlib.contextmanager
+    def given_away(self) -> Iterator[list[Sequence]]:
+        """Its sequences, which do no more steps here; their pages are freed in the end.
+
+        Raises UnknownReservation if none runs, EngineFailed if the engine does not let go.
+        """
+        with self._engine.taken_out(self.reservation, _STEP_TIMEOUT_S) as sequences:
+            if not sequences:
+                raise UnknownReservation(f"no sequence of request {self.spec.request_id} runs")
+            self.post(Move.BEGUN)
+            try:
+                yield sequences
+            finally:
+                self.post(Move.OVER)
 
     def drop_attempt(self, attempt: int) -> None:
         """A transfer failed; its pages are free for the next attempt. No-op for an older one."""

@@ -77,6 +77,11 @@ class Admission:
         if not self._requests:
             self._idle.set()
 
+    def send_away(self) -> None:
+        """Asks that every running request move to another worker."""
+        for request in self._requests.values():
+            request.should_move()
+
     def deliver(self, outputs: list[StepOutput]) -> None:
         """Hands each request what a step gave it; a request that has left gets nothing."""
         for output in outputs:

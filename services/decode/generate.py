@@ -11,11 +11,12 @@ from grpc.aio import ServicerContext
 from services.common.messages import report_to_proto, tokens_to_proto
 from services.common.rpc import abort_aio
 from services.common.tracing import Span, context_in, span
-from services.decode.active_request import ActiveRequest, Event, KVArrived
+from services.decode.active_request import ActiveRequest, Event, KVArrived, Move
 from services.decode.admission import Admission
 from services.decode.metrics import DecodeMetrics
 from services.decode.spec import spec_from_request
-from winnow.engine.decode import DecodeEngine
+from services.decode.take_over import Fetcher
+from winnow.engine.decode import DecodeEngine, StepOutput
 from winnow.errors import EngineFailed, LeaseExpired, ModelMismatch, WinnowError
 from winnow.v1 import decode_pb2 as pb
 from winnow.v1.decode_pb2_grpc import DecodeServicer
@@ -41,7 +42,7 @@ class WorkerIdentity:
 
 
 class GenerateServicer(DecodeServicer):
-    """Serves Decode; `drain` is the worker's, `open_transfers` tells how many are open."""
+    """Serves Decode; `drain` is the worker's, `open_transfers` tells how many pushes are open."""
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class GenerateServicer(DecodeServicer):
         engine: DecodeEngine,
         admission: Admission,
         metrics: DecodeMetrics,
+        fetcher: Fetcher,
         drain: Callable[[float], Awaitable[int]],
         open_transfers: Callable[[], int],
         default_drain_s: float,
@@ -57,6 +59,7 @@ class GenerateServicer(DecodeServicer):
         self._engine = engine
         self._admission = admission
         self._metrics = metrics
+        self._fetcher = fetcher
         self._drain = drain
         self._open_transfers = open_transfers
         self._default_drain_s = default_drain_s
@@ -88,9 +91,13 @@ class GenerateServicer(DecodeServicer):
         try:
             own.add_event("admitted")
             await context.write(pb.GenerateEvent(admitted=self._admitted(request)))
+            if message.HasField("origin"):
+                self._fetcher.begin(request, message.origin)
             arrived = await self._next_before_lease_ends(request)
             own.add_event("KV in place")
             await context.write(_event_to_proto(arrived))
+            if self._admission.draining:
+                request.should_move()
             await _stream_tokens(request, context, self._identity.sign_of_life_s)
         finally:
             self._admission.remove(request)
@@ -160,8 +167,10 @@ async def _stream_tokens(
             if request.reservation.num_swapped:
                 await context.write(pb.GenerateEvent(waiting=pb.Waiting()))
             continue
+        if event is Move.OVER:
+            return
         await context.write(_event_to_proto(event))
-        if not isinstance(event, KVArrived | WinnowError) and event.finished:
+        if isinstance(event, StepOutput) and event.finished:
             return
 
 
@@ -173,6 +182,11 @@ def _event_to_proto(event: Event) -> pb.GenerateEvent:
         case KVArrived(attempt, report):
             prefilled = pb.Prefilled(attempt=attempt, report=report_to_proto(report))
             return pb.GenerateEvent(prefilled=prefilled)
+        case Move.DUE:
+            return pb.GenerateEvent(leaving=pb.Leaving())
+        case Move.BEGUN:
+            return pb.GenerateEvent(moved=pb.Moved())
+    assert isinstance(event, StepOutput)
     if event.error is not None:
         raise event.error
     tokens = tokens_to_proto(event.tokens, event.recompressed_entries, event.kv_bytes)

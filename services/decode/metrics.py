@@ -6,6 +6,7 @@ from services.common.metrics import BATCH_BUCKETS, TOKEN_BUCKETS_S, Metrics
 from winnow.engine.relief import ReliefCounts
 from winnow.errors import ERROR_CODES
 
+IN, OUT = "in", "out"
 RELIEF = tuple(field.name for field in fields(ReliefCounts))
 
 
@@ -64,7 +65,7 @@ class DecodeMetrics(Metrics):
 
     def _measure_transfers(self) -> None:
         self.received_bytes = self._counter(
-            "winnow_transfer_received_bytes", "Payload bytes received from prefill"
+            "winnow_transfer_received_bytes", "Payload bytes received"
         )
         self.transfers_in_flight = self._gauge(
             "winnow_transfers_in_flight", "Transfers begun and not ended"
@@ -74,6 +75,12 @@ class DecodeMetrics(Metrics):
             "Transfers refused or broken, by error code",
             "reason",
             ERROR_CODES,
+        )
+        self.sequences_moved = self._counter(
+            "winnow_sequences_moved",
+            "Running sequences that came from another worker, or went to one",
+            "direction",
+            (IN, OUT),
         )
         self.lease_expiries = self._counter(
             "winnow_lease_expiries", "Reservations whose KV did not come in time"

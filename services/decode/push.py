@@ -1,20 +1,14 @@
-"""KvTransfer: takes prefill's KV off the wire, on a sync gRPC server, a thread per transfer.
-
-Generic handlers without deserializer hand over each frame's bytes as they came; protobuf classes
-or asyncio would cost a third of the throughput (benchmarks/transfer.py).
-"""
+"""Push: takes prefill's KV off the wire."""
 
 import contextlib
 import logging
 import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from services.common.rpc import abort, server_options
-from services.common.tls import PeerTls, bind
+from services.common.rpc import abort
 from services.common.tracing import context_in, span
 from services.decode.active_request import ActiveRequest
 from services.decode.admission import Admission
@@ -22,21 +16,16 @@ from services.decode.metrics import DecodeMetrics
 from winnow.errors import TransferDamaged, WinnowError
 from winnow.kv import LayerKV, ModelShape
 from winnow.v1 import decode_pb2 as pb
-from winnow.wire import Expected, ReceiveBuffer, Trailer, TransferDecoder, read_header
+from winnow.wire import ReceiveBuffer, Trailer, TransferDecoder, read_header
 
 logger = logging.getLogger(__name__)
 
 MAX_OPEN_TRANSFERS = 32  # one per prefill worker that computes for this worker
-MAX_WAITING_TRANSFERS = 64
 FIRST_FRAME_TIMEOUT_S = 10.0
 
 
 class KvReceiver:
-    """Serves Push. At most MAX_OPEN_TRANSFERS at once, each with a receive buffer of its own.
-
-    Further ones wait without their frames being read, so that their senders wait too; those over
-    MAX_WAITING_TRANSFERS are refused with RESOURCE_EXHAUSTED.
-    """
+    """Serves Push of KvTransfer; MAX_OPEN_TRANSFERS at most, each with a receive buffer."""
 
     def __init__(
         self,
@@ -44,44 +33,19 @@ class KvReceiver:
         metrics: DecodeMetrics,
         fingerprint: str,
         shape: ModelShape,
-        peers: PeerTls | None,
     ) -> None:
-        self._credentials = peers.server_credentials() if peers else None
         self._admission = admission
         self._metrics = metrics
         self._fingerprint = fingerprint
         self._shape = shape
         self._buffers = deque(ReceiveBuffer() for _ in range(MAX_OPEN_TRANSFERS))
-        self._threads = ThreadPoolExecutor(MAX_OPEN_TRANSFERS, "winnow-kv")
-        self._server = grpc.server(
-            self._threads,
-            handlers=[self._handler()],
-            options=server_options(),
-            maximum_concurrent_rpcs=MAX_OPEN_TRANSFERS + MAX_WAITING_TRANSFERS,
-        )
 
     @property
     def open_transfers(self) -> int:
         return MAX_OPEN_TRANSFERS - len(self._buffers)
 
-    def start(self, host: str, port: int) -> int:
-        """The port that is served; 0 asks for any.  Raises InvalidSetting if it is taken."""
-        bound = bind(
-            self._server, host, port, self._credentials, what="KV transfers", param="kv_port"
-        )
-        self._server.start()
-        return bound
-
-    def stop(self) -> None:
-        """Breaks off open transfers and returns when every thread has ended."""
-        self._server.stop(grace=None).wait()
-        self._threads.shutdown()
-
-    def _handler(self) -> grpc.GenericRpcHandler:
-        push = grpc.stream_unary_rpc_method_handler(self._push)
-        return grpc.method_handlers_generic_handler("winnow.v1.KvTransfer", {"Push": push})
-
-    def _push(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+    def push(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        """The receipt, serialized, once all was received, checked and written."""
         try:
             parent = context_in(context.invocation_metadata())
             with span("kv.receive", parent, is_server=True), self._lent_buffer() as buffer:
@@ -106,7 +70,7 @@ class KvReceiver:
             header = read_header(first)
         with _refusal_logged(header.request_id):
             request = self._admission.find(header.request_id)
-            decoder = TransferDecoder(self._expected(request), buffer)
+            decoder = TransferDecoder(request.expected(self._fingerprint, self._shape), buffer)
             decoder.feed(first)
             request.begin_attempt(header.attempt, context.cancel)
             try:
@@ -117,17 +81,6 @@ class KvReceiver:
         self._metrics.received_bytes.inc(decoder.payload_bytes)
         receipt = pb.PushReceipt(payload_bytes=decoder.payload_bytes, num_layers=decoder.num_layers)
         return bytes(receipt.SerializeToString())
-
-    def _expected(self, request: ActiveRequest) -> Expected:
-        spec = request.spec
-        return Expected(
-            grant=request.grant,
-            fingerprint=self._fingerprint,
-            shape=self._shape,
-            num_prompt_tokens=spec.num_prompt_tokens,
-            max_entries=spec.max_prompt_entries,
-            max_window=spec.window_size,
-        )
 
 
 @contextlib.contextmanager

@@ -20,8 +20,11 @@ from services.decode.admission import Admission
 from services.decode.control_server import ControlServer
 from services.decode.engine_thread import EngineThread
 from services.decode.generate import GenerateServicer, WorkerIdentity
+from services.decode.give_away import KvGiver
+from services.decode.kv_server import KvServer
 from services.decode.metrics import DecodeMetrics
 from services.decode.push import KvReceiver
+from services.decode.take_over import Fetcher
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.kv_pool import KVPoolConfig
 from winnow.models import load_model
@@ -56,11 +59,15 @@ class DecodeWorker:
         logger.info("decode worker %s serves on %s", self.worker_id, self.address)
 
     async def drain(self, timeout_s: float) -> int:
-        """Admits nothing more and waits for what runs; requests left when it ended or gave up."""
+        """Admits nothing more, sends away what runs, and waits for what cannot move.
+
+        Returns the requests left when it ended or gave up.
+        """
         self.admission.draining = True
         self.metrics.draining.set(1)
         await self._control.announce_draining()
         self._heartbeat.hurry()
+        self.admission.send_away()
         return await self.admission.wait_until_idle(timeout_s)
 
     async def stop(self) -> None:
@@ -92,10 +99,14 @@ class DecodeWorker:
         started.push_async_callback(self._engine_thread.stop)
 
         model = self.engine.model
-        receiver = KvReceiver(self.admission, self.metrics, model.fingerprint, model.shape, peers)
-        started.push_async_callback(_in_thread, receiver.stop)
+        receiver = KvReceiver(self.admission, self.metrics, model.fingerprint, model.shape)
+        giver = KvGiver(self.admission, self.metrics, model.fingerprint, self.engine.pool)
+        kv_server = KvServer(receiver, giver, peers)
+        started.push_async_callback(_in_thread, kv_server.stop)
         self.metrics.transfers_in_flight.set_function(lambda: receiver.open_transfers)
-        self.kv_address = f"{advertised}:{receiver.start(host, settings.kv_port)}"
+        self.kv_address = f"{advertised}:{kv_server.start(host, settings.kv_port)}"
+        fetcher = Fetcher(model, self.metrics, peers)
+        started.push_async_callback(_in_thread, fetcher.stop)
 
         identity = WorkerIdentity(
             self.worker_id, self.kv_address, settings.kv_lease_s, settings.lease_s / 3
@@ -106,6 +117,7 @@ class DecodeWorker:
                 self.engine,
                 self.admission,
                 self.metrics,
+                fetcher,
                 self.drain,
                 lambda: receiver.open_transfers,
                 settings.drain_timeout_s,

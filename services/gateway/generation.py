@@ -142,9 +142,7 @@ async def _read_admitted(call: grpc.aio.UnaryStreamCall) -> pb.Admitted:
 
 
 def grant_in(admitted: pb.Admitted) -> Grant:
-    """What a worker granted; one before wire version 3 does not say."""
-    if not admitted.HasField("wire_version"):
-        return Grant()
+    """What a worker granted."""
     return Grant(admitted.wire_version, admitted.transfer_secret)
 
 

@@ -31,7 +31,7 @@ from winnow.errors import (
 from winnow.kv import LayerKV
 from winnow.models import DecoderModel
 from winnow.request import PrefillJob, PrefillOutcome, PrefillTimings
-from winnow.wire import TransferEncoder
+from winnow.wire import Header, TransferEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ class PrefillQueue:
         work.blocked_s += time.monotonic() - before_s
 
     def _encoder(self, job: PrefillJob) -> TransferEncoder:
-        return TransferEncoder(
+        header = Header(
             job.request_id,
             job.attempt,
             job.ticket,
@@ -220,6 +220,7 @@ class PrefillQueue:
             self._model.shape,
             len(job.token_ids),
         )
+        return TransferEncoder(header)
 
     def _deliver(self, work: _Work, end: Delivered | WinnowError) -> None:
         """Runs once when the push is over, in whichever thread ended it."""

@@ -4,10 +4,11 @@ One step is join → make room → forward → recompress → sample → emit. `
 every other method may be called from any thread.
 """
 
+import contextlib
 import itertools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +21,7 @@ from winnow.engine.relief import Relief, ReliefCounts, age, can_shrink
 from winnow.engine.sequence import GenerationSpec, Reservation, Sequence, promise_for
 from winnow.errors import EngineFailed, Overloaded, Preempted, WinnowError
 from winnow.models import DecoderModel
-from winnow.request import Token, require_range
+from winnow.request import SequenceState, Token, require_range
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class DecodeEngine:
         self._arrived: list[Sequence] = []
         self._reserved: set[Reservation] = set()
         self._wishes: list[_Wish] = []
+        self._taken_out: dict[Reservation, list[Sequence]] = {}
         self._order = itertools.count()
         self._changed = threading.Condition()
         self._cutter = Cutter(self.pool)
@@ -148,6 +150,54 @@ class DecodeEngine:
                 self._arrived += sequences
                 self._changed.notify_all()
 
+    def resume(
+        self,
+        reservation: Reservation,
+        states: Mapping[int, SequenceState],
+        final_hidden: Tensor,
+    ) -> None:
+        """Lets a request join that ran at another worker, and whose layers are all written.
+
+        states: of its sequences that have not ended, by sequence_idx.  final_hidden: as in
+        `start`; it only matters to a sequence without a token.
+        """
+        hidden = final_hidden.to(device=self.model.device, dtype=self.model.shape.dtype)
+        sequences = reservation.resume(states, hidden)
+        with self._changed:
+            self._reserved.discard(reservation)
+            if sequences is not None:
+                self._arrived += sequences
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def taken_out(self, reservation: Reservation, timeout_s: float) -> Iterator[list[Sequence]]:
+        """The request's sequences, out of the batch and between two steps; freed in the end.
+
+        Empty if none runs (any more).  Raises EngineFailed if the step takes longer than that.
+        """
+        sequences = self._take_out(reservation, timeout_s)
+        try:
+            yield sequences
+        finally:
+            for seq in sequences:
+                self.pool.release(seq.row)
+
+    def _take_out(self, reservation: Reservation, timeout_s: float) -> list[Sequence]:
+        with self._changed:
+            reservation.moving = True
+            self._changed.notify_all()
+
+            def is_out() -> bool:
+                return not any(seq.reservation is reservation for seq in self._everyone())
+
+            if not self._changed.wait_for(is_out, timeout_s):
+                reservation.moving = False
+                raise EngineFailed(f"the engine did no step within {timeout_s:g} s")
+            return self._taken_out.pop(reservation, [])
+
+    def _everyone(self) -> list[Sequence]:
+        return [*self._running, *self._arrived, *self._relief.swapped]
+
     def release(self, reservation: Reservation) -> None:
         """Ends a request wherever it is and frees its pages, at the latest before the next step."""
         freed = reservation.abandon()
@@ -205,17 +255,19 @@ class DecodeEngine:
         """Lets arrived sequences into the batch, swapped ones back, and cancelled ones out."""
         with self._changed:
             arrived, self._arrived = self._arrived, []
-            everyone = [*self._running, *arrived, *self._relief.swapped]
-            leaving = [seq for seq in everyone if seq.reservation.cancelled]
-            for seq in leaving:
+            going = [seq for seq in (*self._running, *arrived, *self._relief.swapped) if seq.goes]
+            for seq in going:
                 if seq.swapped:
                     self._relief.drop(seq)
-            self._running = [seq for seq in self._running + arrived if seq not in leaving]
-        for seq in leaving:
-            self.pool.release(seq.row)
-        for seq in arrived:
-            if seq not in leaving:
+                if seq.reservation.moving:
+                    self._taken_out.setdefault(seq.reservation, []).append(seq)
+                else:
+                    self.pool.release(seq.row)
+            arrived = [seq for seq in arrived if seq not in going]
+            for seq in arrived:
                 self._cutter.settle(seq)
+            self._running = [seq for seq in self._running if seq not in going] + arrived
+            self._changed.notify_all()
         self._swap_in()
 
     def _swap_in(self) -> None:

@@ -78,14 +78,14 @@ class Relief:
             for layer in seq.swapped:
                 self._pool.write_layer(seq.row, layer)
             self.drop(seq)
+            seq.swapped = []
             back.append(seq)
         return back
 
     def drop(self, seq: Sequence) -> None:
-        """Forgets what a sequence holds in host memory."""
+        """A sequence waits no more: it has its pages back, or leaves."""
         self.swapped.remove(seq)
         self.swapped_bytes -= sum(layer.nbytes for layer in seq.swapped)
-        seq.swapped = []
         seq.reservation.num_swapped -= 1
 
     def _readmit(self, seq: Sequence, num_running: int) -> bool:

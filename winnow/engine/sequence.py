@@ -1,7 +1,8 @@
 """A request in decode: what it asks for, the memory promised to it, its running sequences."""
 
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from winnow.engine.kv_pool import KVPool, Promise
 from winnow.engine.query_ring import QueryRing
 from winnow.kv import LayerKV
 from winnow.models import DecoderModel
-from winnow.request import FinishReason, SamplingParams, Token
+from winnow.request import FinishReason, SamplingParams, SequenceState, Token
 from winnow.sampling import TokenHistory, sample, token_logprobs
 
 _ENDLESS = 2**62
@@ -95,52 +96,82 @@ class Reservation:
         self.num_live = spec.num_sequences  # that have not ended
         self.num_swapped = 0  # that wait in host memory
         self.cancelled = False  # released after it had started: the engine frees it
+        self.moving = False  # its sequences leave the batch to be read out
         self._pool = pool
-        self._ring: QueryRing | None = None
+        self._rings: dict[int, QueryRing] = {}  # by sequence; of one prompt's, only the first's
         self._state = _State.RESERVED
         self._lock = threading.Lock()
 
-    def write_layer(self, layer: LayerKV) -> None:
+    def write_layer(self, layer: LayerKV, sequence_idx: int = 0) -> None:
         """Copies a layer into pages; its buffers may be reused afterwards.
 
+        sequence_idx: of a running request, whose KV it is; a prompt's is the first's.
         A reservation that was released meanwhile takes nothing.
         """
         with self._lock:
             if self._state is not _State.RESERVED:
                 return
-            self._pool.write_layer(self.rows[0], layer)
+            self._pool.write_layer(self.rows[sequence_idx], layer)
             if self.spec.is_observed:
-                self._seed_ring(layer)
+                self._seed_ring(layer, sequence_idx)
 
-    def _seed_ring(self, layer: LayerKV) -> None:
-        if self._ring is None:
-            self._ring = QueryRing(self._pool.shape, self.spec.window_size, self._pool.device)
-        self._ring.seed(layer.layer_idx, layer.window_queries.to(self._pool.device))
+    def _seed_ring(self, layer: LayerKV, sequence_idx: int) -> None:
+        pool = self._pool
+        if sequence_idx not in self._rings:
+            self._rings[sequence_idx] = QueryRing(pool.shape, self.spec.window_size, pool.device)
+        self._rings[sequence_idx].seed(layer.layer_idx, layer.window_queries.to(pool.device))
 
     def reset(self) -> None:
         """Drops what was written: another attempt begins."""
         with self._lock:
             if self._state is _State.RESERVED:
-                self._pool.clear(self.rows[0])
+                for row in self.rows:
+                    self._pool.clear(row)
 
     def begin(self, final_hidden: Tensor, next_position: int) -> list["Sequence"] | None:
         """The sequences that start from the KV in place; None if it was released meanwhile.
 
         final_hidden, next_position: as in DecodeEngine.start.
         """
-        with self._lock:
-            if self._state is not _State.RESERVED:
-                return None
-            self._state = _State.STARTED
+        if not self._starts():
+            return None
+        ring = self._rings.get(0)
         for row in self.rows[1:]:
             self._copy_row(row)
         return [
-            Sequence(self, row, idx, final_hidden, next_position, self._copied_ring())
+            Sequence(self, row, idx, final_hidden, next_position, ring.copy() if ring else None)
             for idx, row in enumerate(self.rows)
         ]
 
-    def _copied_ring(self) -> QueryRing | None:
-        return self._ring.copy() if self._ring else None
+    def resume(
+        self, states: Mapping[int, SequenceState], final_hidden: Tensor
+    ) -> list["Sequence"] | None:
+        """The sequences that go on from the KV in place; None if it was released meanwhile.
+
+        states: of those that have not ended, by sequence_idx.
+        """
+        if not self._starts():
+            return None
+        for idx, row in enumerate(self.rows):
+            if idx not in states:
+                self._pool.release(row)
+        self.num_live = len(states)
+        self.recompressed_entries = max(s.recompressed_entries for s in states.values())
+        sequences = []
+        for idx, state in states.items():
+            ring = self._rings.get(idx)
+            seq = Sequence(self, self.rows[idx], idx, final_hidden, state.next_position, ring)
+            seq.go_on(state)
+            sequences.append(seq)
+        return sequences
+
+    def _starts(self) -> bool:
+        """Whether it was still reserved; the engine's from now on."""
+        with self._lock:
+            if self._state is not _State.RESERVED:
+                return False
+            self._state = _State.STARTED
+            return True
 
     def _copy_row(self, row: int) -> None:
         for layer_idx in range(self._pool.shape.num_layers):
@@ -187,10 +218,39 @@ class Sequence:
         self.history = TokenHistory(prompt=spec.prompt_token_ids)
         self._replayed = spec.replayed[sequence_idx] if spec.replayed else ()
 
+    def go_on(self, state: SequenceState) -> None:
+        """Takes the place of a sequence that ran at another worker."""
+        if state.token_ids:
+            self.final_hidden = None
+        if state.at_floor:
+            self.budget = self.spec.decode_floor
+        self.history.generated.extend(state.token_ids)
+        self.num_tokens += len(state.token_ids)
+
+    def state(self) -> SequenceState:
+        """What another worker needs to go on, besides the KV and the last queries."""
+        return SequenceState(
+            token_ids=tuple(self.history.generated),
+            next_position=self.next_position,
+            recompressed_entries=self.reservation.recompressed_entries,
+            at_floor=self.budget != self.spec.decode_budget,
+        )
+
+    def read_layer(self, pool: KVPool, layer_idx: int) -> LayerKV:
+        """A copy of what it holds of the layer, with its last queries as window queries."""
+        held = self.swapped[layer_idx] if self.swapped else pool.read_layer(self.row, layer_idx)
+        queries = self.ring.ordered(layer_idx) if self.ring else held.window_queries
+        return replace(held, window_queries=queries)
+
     @property
     def growth_limit(self) -> int:
         """Entries per head above which it is cut back to `budget`, which may have been lowered."""
         return self.spec.limit_at(self.budget)
+
+    @property
+    def goes(self) -> bool:
+        """Whether it leaves the batch before the next step."""
+        return self.reservation.cancelled or self.reservation.moving
 
     @property
     def num_generated(self) -> int:

@@ -4,8 +4,11 @@ A transfer is a header, then for each layer in order a manifest and data frames,
 (PushFrame of proto/winnow/v1/decode.proto). Its digest is SHA-256 over, in the order of the
 frames: of header and manifests the field number (1 byte), the length (uint32) and the serialized
 message; of each data frame layer_idx (uint32), offset (uint64), payload length (uint32) and
-crc32 (uint32); then the bytes of `final_hidden`; from wire version 3 on, then those of `report`,
-serialized deterministically. All numbers little-endian.
+crc32 (uint32); then the bytes of `final_hidden`; then those of `report`, and of `sequence` where
+it is set, serialized deterministically. All numbers little-endian.
+
+What prefill sends and what a worker gives away are alike; a transfer of a running sequence says
+in its header which one it is, and in its trailer where it stands (`sequence`).
 """
 
 from winnow.wire.decoder import Expected, Trailer, TransferDecoder

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from winnow.errors import TransferDamaged, TransferMalformed, TransferMismatch
 from winnow.kv import LayerKV, ModelShape
-from winnow.request import PrefillReport
+from winnow.request import PrefillReport, SequenceState
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire.framing import DataFrame, Field, read_data_frame, split_frame
 from winnow.wire.grant import Grant
@@ -18,6 +18,7 @@ from winnow.wire.messages import (
     header_from_bytes,
     parse,
     report_from_proto,
+    state_from_proto,
 )
 
 
@@ -27,6 +28,7 @@ class Expected:
 
     grant: what was issued with the reservation.
     max_entries: KV entries per (layer, KV head). max_window: window queries per layer.
+    max_generated: tokens that a sequence which runs already may have; None: it is prefill's KV.
     """
 
     grant: Grant
@@ -35,14 +37,24 @@ class Expected:
     num_prompt_tokens: int
     max_entries: int
     max_window: int
+    max_generated: int | None = None
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of entries lie below."""
+        return self.num_prompt_tokens + (self.max_generated or 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trailer:
-    """The end of a transfer that arrived whole. final_hidden: [hidden_size], owned."""
+    """The end of a transfer that arrived whole. final_hidden: [hidden_size], owned.
+
+    state: of a sequence that runs already.
+    """
 
     final_hidden: Tensor
     report: PrefillReport
+    state: SequenceState | None = None
 
 
 class TransferDecoder:
@@ -155,7 +167,7 @@ class TransferDecoder:
     def _finish_layer(self) -> LayerKV:
         assert self._layer is not None
         kv = self._layer.views(self._expected.shape)
-        _require_ascending(kv, self._expected.num_prompt_tokens)
+        _require_ascending(kv, self._expected.num_positions)
         for name in ("keys", "values", "window_queries"):
             _require_finite(f"{name} of layer {kv.layer_idx}", getattr(kv, name))
         self._layer = None
@@ -166,18 +178,36 @@ class TransferDecoder:
         trailer, shape = parse(pb.TransferTrailer(), body), self._expected.shape
         if len(trailer.final_hidden) != shape.hidden_size * shape.dtype.itemsize:
             raise TransferMalformed(f"final hidden state has {len(trailer.final_hidden)} bytes")
-        version = self._expected.grant.wire_version
-        if self._digest.finish(trailer.final_hidden, trailer.report, version) != trailer.digest:
+        if self._digest.finish(trailer) != trailer.digest:
             raise TransferDamaged("digest of the transfer does not match")
-        if not 1 <= trailer.report.next_position <= self._expected.num_prompt_tokens:
-            raise TransferMalformed(
-                f"decoding is to go on at position {trailer.report.next_position} after "
-                f"{self._expected.num_prompt_tokens} prompt tokens"
-            )
+        self._require_position(trailer.report.next_position, 0)
+        state = self._read_state(trailer)
         hidden = torch.frombuffer(bytearray(trailer.final_hidden), dtype=shape.dtype)
         _require_finite("numbers of the final hidden state", hidden)
         self.complete = True
-        return Trailer(hidden, report_from_proto(trailer.report))
+        return Trailer(hidden, report_from_proto(trailer.report), state)
+
+    def _read_state(self, trailer: pb.TransferTrailer) -> SequenceState | None:
+        limit = self._expected.max_generated
+        if trailer.HasField("sequence") != (limit is not None):
+            raise TransferMalformed("a running sequence where prefill's KV is due, or the reverse")
+        if limit is None:
+            return None
+        num_generated = len(trailer.sequence.token_ids)
+        if num_generated > limit:
+            raise TransferMalformed(
+                f"the sequence has {num_generated} tokens; its request has max_tokens {limit}"
+            )
+        self._require_position(trailer.sequence.next_position, num_generated)
+        return state_from_proto(trailer.sequence)
+
+    def _require_position(self, next_position: int, num_generated: int) -> None:
+        num_prompt_tokens = self._expected.num_prompt_tokens
+        if not 1 <= next_position - num_generated <= num_prompt_tokens:
+            raise TransferMalformed(
+                f"decoding is to go on at position {next_position} after "
+                f"{num_prompt_tokens} prompt tokens and {num_generated} more"
+            )
 
 
 def _require_same(what: str, got: object, expected: object) -> None:
@@ -191,14 +221,13 @@ def _require_finite(what: str, tensor: Tensor) -> None:
         raise TransferMalformed(f"{what} are not finite")
 
 
-def _require_ascending(kv: LayerKV, num_prompt_tokens: int) -> None:
-    """Raise TransferMalformed unless each head's positions ascend within the prompt."""
+def _require_ascending(kv: LayerKV, num_positions: int) -> None:
+    """Raise TransferMalformed unless each head's positions ascend, from 0 to `num_positions`."""
     for rows in kv.head_slices():
         head = kv.positions[rows]
         if head.numel() and not (
-            head[0] >= 0 and head[-1] < num_prompt_tokens and bool((head[1:] > head[:-1]).all())
+            head[0] >= 0 and head[-1] < num_positions and bool((head[1:] > head[:-1]).all())
         ):
             raise TransferMalformed(
-                f"positions of layer {kv.layer_idx} do not ascend within "
-                f"{num_prompt_tokens} prompt tokens"
+                f"positions of layer {kv.layer_idx} do not ascend within {num_positions} tokens"
             )

@@ -5,11 +5,17 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from winnow.kv import LayerKV, ModelShape
-from winnow.request import PrefillReport, Ticket
+from winnow.kv import LayerKV
+from winnow.request import PrefillReport, SequenceState
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire.framing import MAX_PAYLOAD_BYTES, Field, join_data_frame, join_frame
-from winnow.wire.messages import Digest, Header, header_to_bytes, report_to_proto
+from winnow.wire.messages import (
+    Digest,
+    Header,
+    header_to_bytes,
+    report_to_proto,
+    state_to_proto,
+)
 
 FRAME_BYTES = 2 << 20
 
@@ -20,19 +26,9 @@ class TransferEncoder:
     frame_bytes: payload per data frame, 1 byte to MAX_PAYLOAD_BYTES.
     """
 
-    def __init__(
-        self,
-        request_id: str,
-        attempt: int,
-        ticket: Ticket,
-        fingerprint: str,
-        shape: ModelShape,
-        num_prompt_tokens: int,
-        *,
-        frame_bytes: int = FRAME_BYTES,
-    ) -> None:
+    def __init__(self, header: Header, *, frame_bytes: int = FRAME_BYTES) -> None:
         assert 1 <= frame_bytes <= MAX_PAYLOAD_BYTES
-        self._header = Header(request_id, attempt, ticket, fingerprint, shape, num_prompt_tokens)
+        self._header = header
         self._frame_bytes = frame_bytes
         self._digest = Digest()
 
@@ -55,12 +51,16 @@ class TransferEncoder:
             self._digest.add_data(kv.layer_idx, offset, num_bytes, crc32)
             yield frame
 
-    def trailer(self, final_hidden: Tensor, report: PrefillReport) -> bytes:
-        """The frame that ends the transfer. final_hidden: [hidden_size]."""
-        hidden = bytes(_bytes_of(final_hidden.to(self._header.shape.dtype)))
-        written = report_to_proto(report)
-        digest = self._digest.finish(hidden, written, self._header.ticket.wire_version)
-        trailer = pb.TransferTrailer(final_hidden=hidden, digest=digest, report=written)
+    def trailer(
+        self, final_hidden: Tensor, report: PrefillReport, state: SequenceState | None = None
+    ) -> bytes:
+        """The frame that ends the transfer. final_hidden: [hidden_size]; state: if it runs."""
+        trailer = pb.TransferTrailer(
+            final_hidden=bytes(_bytes_of(final_hidden.to(self._header.shape.dtype))),
+            report=report_to_proto(report),
+            sequence=None if state is None else state_to_proto(state),
+        )
+        trailer.digest = self._digest.finish(trailer)
         return join_frame(Field.TRAILER, trailer.SerializeToString())
 
     def _message(self, field: Field, body: bytes) -> bytes:

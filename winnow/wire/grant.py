@@ -1,10 +1,9 @@
-"""Leave to push one reservation's KV: which wire version, and who may.
+"""Leave to push one reservation's KV, or to fetch it: which wire version, and who may.
 
-Wire version 3 covers the report by the digest too, and adds a token to the header: an HMAC of the
-attempt's number under a secret that the decode worker draws for each reservation and tells the
-gateway alone. So only the prefill worker that was asked can push, and only the attempt it was
-asked for. Version 2 has no token; it is granted only to a gateway that offers nothing newer, which
-is what a release before this one does.
+The decode worker draws a secret for each reservation and tells the gateway alone. A transfer's
+header shows an HMAC of the attempt's number under it, so only the prefill worker that was asked
+can push, and only the attempt it was asked for; and only a worker that the gateway has chosen can
+fetch the request when it moves, which it can from wire version 4 on.
 """
 
 import hmac
@@ -15,41 +14,48 @@ from dataclasses import dataclass, field
 from winnow.errors import TransferForged, TransferMismatch
 from winnow.request import Ticket
 
-WIRE_VERSIONS = (2, 3)  # spoken by this release: the newest, and the one before it
-_FIRST_WITH_TOKEN = 3
-_FIRST_WITH_COVERED_REPORT = 3
-_UNSAID = 2  # spoken by peers that do not say
+WIRE_VERSIONS = (3, 4)  # spoken by this release: the newest, and the one before it
+FIRST_WITH_FETCH = 4
 _SECRET_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Issued by the decode worker with the reservation. secret: empty before wire version 3."""
+    """Issued by the decode worker with the reservation."""
 
-    wire_version: int = _UNSAID
-    secret: bytes = field(default=b"", repr=False)
+    wire_version: int
+    secret: bytes = field(repr=False)
 
     @classmethod
     def issue(cls, offered: Collection[int]) -> "Grant":
-        """The newest wire version of those offered; none offered means 2.
+        """The newest wire version of those offered.
 
         Raises TransferMismatch if this release speaks none of them.
         """
-        version = newest_common(offered or (_UNSAID,))
+        version = newest_common(offered)
         if version is None:
             raise TransferMismatch(
                 f"the gateway speaks wire versions {_listed(offered)}; this worker speaks "
                 f"{_listed(WIRE_VERSIONS)}"
             )
-        has_token = version >= _FIRST_WITH_TOKEN
-        return cls(version, secrets.token_bytes(_SECRET_BYTES) if has_token else b"")
+        return cls(version, secrets.token_bytes(_SECRET_BYTES))
 
     def ticket(self, attempt: int) -> Ticket:
         """What the attempt's prefill worker is given."""
-        if not self.secret:
-            return Ticket(self.wire_version)
-        token = hmac.digest(self.secret, attempt.to_bytes(4, "little"), "sha256")
-        return Ticket(self.wire_version, token)
+        return Ticket(self.wire_version, self._sign(attempt.to_bytes(4, "little")))
+
+    @property
+    def allows_fetch(self) -> bool:
+        """Whether a request that runs can move to another worker."""
+        return self.wire_version >= FIRST_WITH_FETCH
+
+    @property
+    def fetch_token(self) -> bytes:
+        """What the worker that the request moves to shows."""
+        return self._sign(b"fetch")
+
+    def _sign(self, message: bytes) -> bytes:
+        return hmac.digest(self.secret, message, "sha256")
 
     def require(self, shown: Ticket, attempt: int) -> None:
         """Raise TransferMismatch for another wire version, TransferForged for another token."""
@@ -61,10 +67,10 @@ class Grant:
         if not hmac.compare_digest(shown.token, self.ticket(attempt).token):
             raise TransferForged(f"the transfer does not show the token of attempt {attempt}")
 
-
-def covers_report(wire_version: int) -> bool:
-    """Whether a transfer's digest is also over the report in its trailer."""
-    return wire_version >= _FIRST_WITH_COVERED_REPORT
+    def require_fetch(self, token: bytes) -> None:
+        """Raise TransferForged for another token than `fetch_token`."""
+        if not hmac.compare_digest(token, self.fetch_token):
+            raise TransferForged("the fetch does not show this request's token")
 
 
 def newest_common(offered: Collection[int]) -> int | None:
@@ -73,4 +79,4 @@ def newest_common(offered: Collection[int]) -> int | None:
 
 
 def _listed(versions: Collection[int]) -> str:
-    return ", ".join(map(str, sorted(versions)))
+    return ", ".join(map(str, sorted(versions))) or "that it does not tell"

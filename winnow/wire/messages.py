@@ -10,10 +10,9 @@ from google.protobuf.message import DecodeError, Message
 
 from winnow.errors import TransferMalformed, TransferMismatch
 from winnow.kv import ModelShape
-from winnow.request import PrefillReport, Ticket
+from winnow.request import PrefillReport, SequenceState, Ticket
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire.framing import Field, split_frame
-from winnow.wire.grant import covers_report
 
 MAX_HEADER_BYTES = 4096
 MAX_REQUEST_ID_CHARS = 128
@@ -30,7 +29,10 @@ _Message = TypeVar("_Message", bound=Message)
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Whose KV follows, and how it is written. attempt counts from 1."""
+    """Whose KV follows, and how it is written. attempt counts from 1.
+
+    sequence_idx, sequences_left: of a running request, which sequence, and how many follow.
+    """
 
     request_id: str
     attempt: int
@@ -38,6 +40,8 @@ class Header:
     fingerprint: str
     shape: ModelShape
     num_prompt_tokens: int
+    sequence_idx: int = 0
+    sequences_left: int = 0
 
 
 class Digest:
@@ -52,10 +56,12 @@ class Digest:
     def add_data(self, layer_idx: int, offset: int, num_bytes: int, crc32: int) -> None:
         self._sha256.update(struct.pack("<IQII", layer_idx, offset, num_bytes, crc32))
 
-    def finish(self, final_hidden: bytes, report: pb.PrefillReport, wire_version: int) -> bytes:
-        self._sha256.update(final_hidden)
-        if covers_report(wire_version):
-            self._sha256.update(report.SerializeToString(deterministic=True))
+    def finish(self, trailer: pb.TransferTrailer) -> bytes:
+        """The digest, with all of the trailer but the digest in it."""
+        self._sha256.update(trailer.final_hidden)
+        self._sha256.update(trailer.report.SerializeToString(deterministic=True))
+        if trailer.HasField("sequence"):
+            self._sha256.update(trailer.sequence.SerializeToString(deterministic=True))
         return self._sha256.digest()
 
 
@@ -94,6 +100,8 @@ def header_from_bytes(body: bytes) -> Header:
         header.model_fingerprint,
         shape,
         header.num_prompt_tokens,
+        header.sequence_idx,
+        header.sequences_left,
     )
 
 
@@ -114,6 +122,8 @@ def header_to_bytes(header: Header) -> bytes:
         num_prompt_tokens=header.num_prompt_tokens,
         dtype=_DTYPE_NUMBERS[shape.dtype],
         codec=pb.CODEC_RAW,
+        sequence_idx=header.sequence_idx,
+        sequences_left=header.sequences_left,
     )
     return bytes(message.SerializeToString())
 
@@ -155,4 +165,22 @@ def report_from_proto(report: pb.PrefillReport) -> PrefillReport:
         kv_bytes_full=report.kv_bytes_full,
         kv_bytes_kept=report.kv_bytes_kept,
         layer_entries=tuple(report.layer_entries),
+    )
+
+
+def state_to_proto(state: SequenceState) -> pb.SequenceState:
+    return pb.SequenceState(
+        token_ids=state.token_ids,
+        next_position=state.next_position,
+        recompressed_entries=state.recompressed_entries,
+        at_floor=state.at_floor,
+    )
+
+
+def state_from_proto(state: pb.SequenceState) -> SequenceState:
+    return SequenceState(
+        token_ids=tuple(state.token_ids),
+        next_position=state.next_position,
+        recompressed_entries=state.recompressed_entries,
+        at_floor=state.at_floor,
     )

@@ -19,10 +19,11 @@ from winnow.kv import LayerKV
 from winnow.request import PruningSettings, SamplingParams
 from winnow.v1 import decode_pb2 as pb
 from winnow.v1.decode_pb2_grpc import DecodeStub
-from winnow.wire import WIRE_VERSIONS, Grant, TransferEncoder
+from winnow.wire import WIRE_VERSIONS, Grant, Header, TransferEncoder
 
 PROMPT = tuple(range(5, 45))
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+NOT_GRANTED = Grant(max(WIRE_VERSIONS), b"a secret of nobody's")
 Call = grpc.aio.UnaryStreamCall
 
 
@@ -93,15 +94,15 @@ class Client:
     ) -> list[bytes]:
         """The frames of one transfer; many per layer, as those of long prompts are."""
         model = self.worker.engine.model
-        encoder = TransferEncoder(
+        header = Header(
             request_id,
             attempt,
-            self.grants.get(request_id, Grant()).ticket(attempt),
+            self.grants.get(request_id, NOT_GRANTED).ticket(attempt),
             model.fingerprint,
             model.shape,
             result.report.num_prompt_tokens,
-            frame_bytes=4096,
         )
+        encoder = TransferEncoder(header, frame_bytes=4096)
         frames = [encoder.header()]
         for layer in layers:
             frames += encoder.layer(layer)

@@ -63,7 +63,7 @@ def other_wire_version(frames: list[bytes]) -> list[bytes]:
 
 def older_wire_version(frames: list[bytes]) -> list[bytes]:
     header = pb.PushFrame.FromString(frames[0])
-    header.header.wire_version = 2
+    header.header.wire_version = 3
     header.header.transfer_token = b""
     return [header.SerializeToString(), *frames[1:]]
 
@@ -239,17 +239,7 @@ async def test_transfers_over_the_cap_wait_their_turn(client: Client) -> None:
     assert [await token_ids_of(call) for call in calls] == [answer] * count
 
 
-async def test_a_gateway_that_offers_no_version_gets_the_one_before_tokens(client: Client) -> None:
-    call = await client.admit(client.request(wire_versions=()))
-    frames = client.frames()
-    header = pb.PushFrame.FromString(frames[0]).header
-    assert (header.wire_version, header.transfer_token) == (2, b"")
-    await client.push(frames)
-    await call.read()
-    assert await token_ids_of(call) == right_answer(client)
-
-
 async def test_a_gateway_without_common_version_is_refused(client: Client) -> None:
-    call = client.generate(client.request(wire_versions=(4, 5)))
+    call = client.generate(client.request(wire_versions=(5, 6)))
     assert await call.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert "versions 4, 5; this worker speaks 2, 3" in await call.details()
+    assert "versions 5, 6; this worker speaks 3, 4" in await call.details()

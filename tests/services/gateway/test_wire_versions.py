@@ -1,4 +1,4 @@
-"""This release beside one that speaks wire version 2 alone, as in a rolling upgrade."""
+"""This release beside one that speaks wire version 3 alone, as in a rolling upgrade."""
 
 from pathlib import Path
 
@@ -12,29 +12,16 @@ from winnow.v1 import decode_pb2 as pb
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-OLD = (2,)
+OLD = (3,)
 
 
 class OldServicer(GenerateServicer):
-    """Generate as before wire version 3: it knows none of the fields added since."""
+    """Generate as before wire version 4."""
 
     async def Generate(self, request: pb.GenerateRequest, context: ServicerContext) -> None:
-        request.ClearField("wire_versions")
-        await super().Generate(request, OldContext(context))
-
-
-class OldContext:
-    def __init__(self, context: ServicerContext) -> None:
-        self._context = context
-
-    async def write(self, event: pb.GenerateEvent) -> None:
-        if event.HasField("admitted"):
-            event.admitted.ClearField("wire_version")
-            event.admitted.ClearField("transfer_secret")
-        await self._context.write(event)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._context, name)
+        del request.wire_versions[:]
+        request.wire_versions.extend(OLD)
+        await super().Generate(request, context)
 
 
 async def answer(service: TestService) -> str:
@@ -57,7 +44,7 @@ async def test_an_older_decode_worker_is_pushed_to_as_it_knows(
         assert record.wire_versions == OLD
         assert await answer(service) == expected
         (job,) = service.prefiller.jobs
-        assert (job.ticket.wire_version, job.ticket.token) == (2, b"")
+        assert job.ticket.wire_version == 3
 
 
 async def test_a_worker_without_common_version_gets_nothing_and_is_reported(
@@ -66,14 +53,14 @@ async def test_a_worker_without_common_version_gets_nothing_and_is_reported(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("services.decode.worker.WIRE_VERSIONS", (4, 5))
+    monkeypatch.setattr("services.decode.worker.WIRE_VERSIONS", (5, 6))
     async with running_service(model_path, redis_url, namespace="newer") as service:
         refused = await service.http.post(
             "/v1/completions", json={"model": MODEL_NAME, "prompt": "a"}
         )
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "no_decode_worker"
-        assert "it speaks wire versions (4, 5); this gateway (2, 3)" in caplog.text
+        assert "it speaks wire versions (5, 6); this gateway (3, 4)" in caplog.text
         await service.http.get("/ready")
         metrics = (await service.http.get("/metrics")).text
         assert value(metrics, "winnow_incompatible_decode_workers") == 1

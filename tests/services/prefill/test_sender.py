@@ -13,11 +13,12 @@ from tests.services.prefill.receiver import GRANT, Receiver
 from winnow.engine.prefill import run_prefill
 from winnow.errors import PrefillFailed, RequestCancelled, WinnowError
 from winnow.models import DecoderModel
-from winnow.wire import TransferEncoder
+from winnow.wire import Header, TransferEncoder
 
 
 def encoder(model: DecoderModel) -> TransferEncoder:
-    return TransferEncoder("r1", 1, GRANT.ticket(1), model.fingerprint, model.shape, NUM_TOKENS)
+    header = Header("r1", 1, GRANT.ticket(1), model.fingerprint, model.shape, NUM_TOKENS)
+    return TransferEncoder(header)
 
 
 @pytest.fixture

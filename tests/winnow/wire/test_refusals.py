@@ -158,8 +158,8 @@ def test_a_transfer_without_trailer_is_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"wire_version": 1}, "wire version of the transfer is 1; 3 was agreed on"),
-        ({"wire_version": 2}, "wire version of the transfer is 2; 3 was agreed on"),
+        ({"wire_version": 1}, "wire version of the transfer is 1; 4 was agreed on"),
+        ({"wire_version": 3}, "wire version of the transfer is 3; 4 was agreed on"),
         ({"model_fingerprint": "xyz"}, "fingerprint of the transfer is xyz; this worker has abc"),
         ({"num_layers": 3}, "shape"),
         ({"dtype": pb.DTYPE_BFLOAT16}, "shape"),

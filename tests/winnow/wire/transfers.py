@@ -6,7 +6,7 @@ import torch
 
 from winnow.kv import LayerKV, ModelShape
 from winnow.request import PrefillReport
-from winnow.wire import WIRE_VERSIONS, Expected, Grant, TransferEncoder
+from winnow.wire import WIRE_VERSIONS, Expected, Grant, Header, TransferEncoder
 
 SHAPE = ModelShape(
     num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, hidden_size=32, dtype=torch.float32
@@ -70,9 +70,8 @@ def encode(
     report: PrefillReport = REPORT,
 ) -> list[bytes]:
     """Every frame of the transfer, in order."""
-    encoder = TransferEncoder(
-        "request-1", 1, GRANT.ticket(1), "abc", shape, NUM_PROMPT_TOKENS, frame_bytes=frame_bytes
-    )
+    header = Header("request-1", 1, GRANT.ticket(1), "abc", shape, NUM_PROMPT_TOKENS)
+    encoder = TransferEncoder(header, frame_bytes=frame_bytes)
     frames = [encoder.header()]
     for layer in layers:
         frames += encoder.layer(layer)

@@ -1,0 +1,84 @@
+"""Fetch: a running request leaves for another worker, with its KV, last queries and tokens."""
+
+import logging
+from collections.abc import Iterator
+
+import grpc
+import torch
+from google.protobuf.message import DecodeError
+
+from services.common.rpc import abort
+from services.decode.active_request import ActiveRequest
+from services.decode.admission import Admission
+from services.decode.metrics import OUT, DecodeMetrics
+from winnow.engine.kv_pool import KVPool
+from winnow.engine.sequence import Sequence
+from winnow.errors import TransferMalformed, UnknownReservation, WinnowError
+from winnow.request import Ticket
+from winnow.v1 import decode_pb2 as pb
+from winnow.wire import Header, TransferEncoder
+
+logger = logging.getLogger(__name__)
+
+
+class KvGiver:
+    """Serves Fetch of KvTransfer."""
+
+    def __init__(
+        self, admission: Admission, metrics: DecodeMetrics, fingerprint: str, pool: KVPool
+    ) -> None:
+        self._admission = admission
+        self._metrics = metrics
+        self._fingerprint = fingerprint
+        self._pool = pool
+
+    def fetch(self, body: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        """The frames of all its sequences; the request has left with the last one."""
+        try:
+            asked = _parse(body)
+            request = self._admission.find(asked.request_id)
+            request.grant.require_fetch(asked.fetch_token)
+            yield from self._give(request, asked)
+        except WinnowError as error:
+            logger.warning("fetch refused: %s", error)
+            abort(context, error)
+
+    def _give(self, request: ActiveRequest, asked: pb.FetchRequest) -> Iterator[bytes]:
+        with request.given_away() as sequences:
+            for left, seq in zip(reversed(range(len(sequences))), sequences, strict=True):
+                yield from self._frames(request, seq, asked, left)
+        self._metrics.sequences_moved.labels(OUT).inc(len(sequences))
+        about = {"request_id": request.spec.request_id}
+        logger.info("%d sequences moved to another worker", len(sequences), extra=about)
+
+    def _frames(
+        self, request: ActiveRequest, seq: Sequence, asked: pb.FetchRequest, left: int
+    ) -> Iterator[bytes]:
+        shape = self._pool.shape
+        header = Header(
+            request_id=asked.into_request_id,
+            attempt=1,
+            ticket=Ticket(asked.wire_version, asked.transfer_token),
+            fingerprint=self._fingerprint,
+            shape=shape,
+            num_prompt_tokens=seq.spec.num_prompt_tokens,
+            sequence_idx=seq.sequence_idx,
+            sequences_left=left,
+        )
+        encoder = TransferEncoder(header)
+        yield encoder.header()
+        for layer_idx in range(shape.num_layers):
+            if seq.reservation.cancelled:
+                raise UnknownReservation(f"request {request.spec.request_id} has ended")
+            yield from encoder.layer(seq.read_layer(self._pool, layer_idx))
+        hidden = torch.zeros(shape.hidden_size) if seq.final_hidden is None else seq.final_hidden
+        yield encoder.trailer(hidden, request.report, seq.state())
+
+
+def _parse(body: bytes) -> pb.FetchRequest:
+    asked = pb.FetchRequest()
+    try:
+        asked.MergeFromString(body)
+    except DecodeError as error:
+        raise TransferMalformed(f"FetchRequest cannot be read: {error}") from error
+    return asked

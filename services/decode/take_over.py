@@ -1,0 +1,144 @@
+"""The other end of a Fetch: a request that runs at another worker goes on here."""
+
+import logging
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+from torch import Tensor
+
+from services.common.rpc import error_from_rpc
+from services.common.tls import PeerTls, open_channel
+from services.decode.active_request import ActiveRequest
+from services.decode.metrics import IN, DecodeMetrics
+from winnow.errors import (
+    DeliveryFailed,
+    TransferDamaged,
+    TransferMalformed,
+    TransferMismatch,
+    WinnowError,
+)
+from winnow.kv import LayerKV
+from winnow.models import DecoderModel
+from winnow.request import PrefillReport, SequenceState
+from winnow.v1 import decode_pb2 as pb
+from winnow.wire import Header, ReceiveBuffer, Trailer, TransferDecoder
+
+logger = logging.getLogger(__name__)
+
+MAX_FETCHES = 4  # at once; further ones wait, and run on where they are meanwhile
+FETCH_TIMEOUT_S = 30.0
+_ATTEMPT = 1
+
+
+class Fetcher:
+    """Fetches requests in threads of its own."""
+
+    def __init__(self, model: DecoderModel, metrics: DecodeMetrics, peers: PeerTls | None) -> None:
+        self._model = model
+        self._metrics = metrics
+        self._peers = peers
+        self._threads = ThreadPoolExecutor(MAX_FETCHES, "winnow-fetch")
+
+    def begin(self, request: ActiveRequest, origin: pb.Origin) -> None:
+        """Returns at once; the request then runs, or gets a DeliveryFailed."""
+        if not request.grant.allows_fetch:
+            raise TransferMismatch(f"wire version {request.grant.wire_version} has no Fetch")
+        self._threads.submit(self._run, request, origin)
+
+    def stop(self) -> None:
+        """Returns when every thread has ended; requests that are closed end theirs."""
+        self._threads.shutdown(cancel_futures=True)
+
+    def _run(self, request: ActiveRequest, origin: pb.Origin) -> None:
+        try:
+            self._fetch(request, origin)
+        except WinnowError as error:
+            failure = f"KV could not be fetched from {origin.kv_address}: {error.message}"
+            request.post(DeliveryFailed(failure))
+        except Exception as error:  # nobody waits for the thread
+            logger.exception("a fetch broke", extra={"request_id": request.spec.request_id})
+            request.post(DeliveryFailed(f"a fetch broke: {error}"))
+
+    def _fetch(self, request: ActiveRequest, origin: pb.Origin) -> None:
+        ticket = request.grant.ticket(_ATTEMPT)
+        asked = pb.FetchRequest(
+            request_id=origin.request_id,
+            fetch_token=origin.fetch_token,
+            into_request_id=request.spec.request_id,
+            wire_version=ticket.wire_version,
+            transfer_token=ticket.token,
+        )
+        with open_channel(origin.kv_address, self._peers) as channel:
+            fetch = channel.unary_stream(
+                "/winnow.v1.KvTransfer/Fetch",
+                request_serializer=pb.FetchRequest.SerializeToString,
+                response_deserializer=None,  # frames stay bytes
+            )
+            frames = fetch(asked, timeout=FETCH_TIMEOUT_S)
+            request.begin_attempt(_ATTEMPT, frames.cancel)
+            try:
+                arrivals = self._take(frames, request)
+            except grpc.RpcError as error:
+                raise error_from_rpc(error) from error
+            finally:
+                frames.cancel()
+        request.arrive_running(_ATTEMPT, arrivals.report, arrivals.states, arrivals.final_hidden)
+        self._metrics.sequences_moved.labels(IN).inc(len(arrivals.states))
+
+    def _take(self, frames: Iterable[bytes], request: ActiveRequest) -> "_Arrivals":
+        expected = request.expected(self._model.fingerprint, self._model.shape, running=True)
+        arrivals = _Arrivals(request.spec.num_sequences, self._model.vocab_size)
+        buffer, decoder = ReceiveBuffer(), None
+        for frame in frames:
+            decoder = decoder or TransferDecoder(expected, buffer)
+            event = decoder.feed(frame)
+            if isinstance(event, Header):
+                arrivals.begin(event)
+            elif isinstance(event, LayerKV):
+                request.write_layer(_ATTEMPT, event, arrivals.sequence_idx)
+            elif isinstance(event, Trailer):
+                arrivals.end(event)
+                self._metrics.received_bytes.inc(decoder.payload_bytes)
+                decoder = None
+        arrivals.require_complete(between_transfers=decoder is None)
+        return arrivals
+
+
+class _Arrivals:
+    """The sequences of a Fetch as they arrive."""
+
+    report: PrefillReport
+    final_hidden: Tensor
+
+    def __init__(self, num_sequences: int, vocab_size: int) -> None:
+        self.states: dict[int, SequenceState] = {}
+        self.sequence_idx = -1
+        self._num_sequences = num_sequences
+        self._vocab_size = vocab_size
+        self._left: int | None = None  # after the one that arrives
+
+    def begin(self, header: Header) -> None:
+        idx, left = header.sequence_idx, header.sequences_left
+        if idx >= self._num_sequences or idx in self.states:
+            raise TransferMalformed(
+                f"sequence {idx} arrives; the request has {self._num_sequences}, each once"
+            )
+        if left != (self._left - 1 if self._left is not None else left):
+            raise TransferDamaged(f"{left} sequences are to follow where {self._left} were")
+        self.sequence_idx, self._left = idx, left
+
+    def end(self, trailer: Trailer) -> None:
+        assert trailer.state is not None
+        highest = max(trailer.state.token_ids, default=0)
+        if highest >= self._vocab_size:
+            raise TransferMalformed(
+                f"a sequence has token {highest}; the vocabulary has {self._vocab_size}"
+            )
+        self.states[self.sequence_idx] = trailer.state
+        self.report, self.final_hidden = trailer.report, trailer.final_hidden
+
+    def require_complete(self, *, between_transfers: bool) -> None:
+        """Raise TransferDamaged unless all sequences arrived whole."""
+        if self._left != 0 or not between_transfers:
+            raise TransferDamaged(f"the fetch ended after {len(self.states)} whole sequences")
