@@ -16,6 +16,7 @@ from winnow.errors import (
     ModelMismatch,
     NoDecodeWorker,
     Overloaded,
+    Preempted,
     RequestCancelled,
     TransferMismatch,
     UnknownReservation,
@@ -24,14 +25,14 @@ from winnow.errors import (
 from winnow.model_files import ModelDescription
 from winnow.request import PruningSettings, SamplingParams
 from winnow.v1 import decode_pb2 as pb
-from winnow.wire import WIRE_VERSIONS, Grant
+from winnow.wire import FIRST_WITH_FETCH, WIRE_VERSIONS, Grant
 
 logger = logging.getLogger(__name__)
 
 # Admission costs a worker no compute, so one that takes longer is as good as gone.
 _ADMISSION_TIMEOUT_S = 5.0
 # What a prompt meets whose worker is lost; another worker can go on.
-WORKER_LOST = (NoDecodeWorker, EngineFailed, DeliveryFailed, UnknownReservation)
+WORKER_LOST = (NoDecodeWorker, EngineFailed, DeliveryFailed, UnknownReservation, Preempted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +46,24 @@ class PromptRequest:
     pruning: PruningSettings
     trace_context: str = ""  # a traceparent
     replayed: tuple[tuple[int, ...], ...] = ()  # as in GenerationSpec
+    origin: pb.Origin | None = None  # where it runs already
+    assured: bool = False  # as in GenerationSpec
 
 
 class Generation:
     """An admitted prompt at one worker. Close it in any case: that frees what it holds there."""
 
-    def __init__(self, call: grpc.aio.UnaryStreamCall, place: Place, admitted: pb.Admitted) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        call: grpc.aio.UnaryStreamCall,
+        place: Place,
+        admitted: pb.Admitted,
+    ) -> None:
         self.worker_id: str = admitted.worker_id
         self.kv_address: str = admitted.kv_address
         self.grant = grant_in(admitted)
+        self._request_id = request_id
         self._call = call
         self._place = place
         place.count_pages(admitted.reserved_pages)
@@ -70,6 +80,15 @@ class Generation:
         if isinstance(error, NoDecodeWorker | RequestCancelled):
             return NoDecodeWorker(f"decode worker {self.worker_id} went away: {error.message}")
         return error
+
+    @property
+    def origin(self) -> pb.Origin:
+        """Where another worker can fetch it, once it runs."""
+        return pb.Origin(
+            kv_address=self.kv_address,
+            request_id=self._request_id,
+            fetch_token=self.grant.fetch_token,
+        )
 
     def suspect(self) -> None:
         """Note that the worker could not be reached: others are tried before it."""
@@ -92,7 +111,10 @@ async def open_generation(
     """
     message = _to_proto(request, model)
     refusals: list[WinnowError] = []
-    for worker in await router.candidates():
+    candidates = await router.candidates()
+    if request.origin is not None:
+        candidates = [worker for worker in candidates if FIRST_WITH_FETCH in worker.wire_versions]
+    for worker in candidates:
         try:
             return await _admit(router.enter(worker), message, deadline_s, request.trace_context)
         except (Overloaded, NoDecodeWorker, ModelMismatch, TransferMismatch) as error:
@@ -118,7 +140,7 @@ async def _admit(
     metadata = metadata_of(trace_context)
     call = place.stub.Generate(message, timeout=deadline_s, metadata=metadata)
     try:
-        return Generation(call, place, await _read_admitted(call))
+        return Generation(message.request_id, call, place, await _read_admitted(call))
     except BaseException as error:
         call.cancel()
         place.leave()
@@ -159,4 +181,6 @@ def _to_proto(request: PromptRequest, model: ModelDescription) -> pb.GenerateReq
         prompt_token_ids=request.token_ids if request.sampling.needs_prompt else (),
         wire_versions=WIRE_VERSIONS,
         replayed=[pb.ReplayedTokens(token_ids=token_ids) for token_ids in request.replayed],
+        origin=request.origin,
+        assured=request.assured,
     )

@@ -1,7 +1,8 @@
 """One prompt's life in the gateway, from the reservation of KV memory to its last token.
 
-A prompt whose decode worker is lost moves to another one: that one gets the prompt's KV anew, and
-replays the tokens that were generated, so the answer is the one that it would have been.
+A prompt whose decode worker is lost goes on at another one: that one gets the prompt's KV anew, and
+replays the tokens that were generated. A prompt whose worker drains moves to another one, which
+fetches all that the first one holds. Either way the answer is the one that it would have been.
 """
 
 import asyncio
@@ -13,7 +14,8 @@ from types import TracebackType
 
 from services.common.messages import report_from_proto, tokens_from_proto
 from services.common.tracing import context_of, span
-from services.gateway.generation import WORKER_LOST, Generation, PromptRequest, open_generation
+from services.gateway.calls import Calls
+from services.gateway.generation import WORKER_LOST, PromptRequest
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.prefiller import Prefiller
 from services.gateway.routing import Router
@@ -25,6 +27,7 @@ from winnow.errors import (
     NoDecodeWorker,
     NotFinite,
     Overloaded,
+    Preempted,
     PrefillFailed,
     TransferRefused,
     UnknownReservation,
@@ -40,22 +43,22 @@ logger = logging.getLogger(__name__)
 # What prefill tells at its end is worth this wait, not more.
 _TIMINGS_TIMEOUT_S = 2.0
 MAX_MIGRATIONS = 3
-# A worker that takes over is sought for this long: a lost one may be back by then.
-_PATIENCE_S = 30.0
-_PAUSE_S = 0.25
+_RUNS = (State.DECODING, State.MOVING)  # the worker has had all it needs
 
 
 @dataclass(slots=True)
 class Figures:
     """What became of a prompt so far.
 
-    attempts: prefills. migrations: times that it moved to another decode worker.
+    attempts: prefills. migrations: times that another decode worker had to compute it anew.
+    moves: times that another one fetched it.
     ttft_s: from its arrival to its first token. timings: None if the prefill worker delivered the
     KV but did not tell.
     """
 
     attempts: int = 0
     migrations: int = 0
+    moves: int = 0
     ttft_s: float | None = None
     report: PrefillReport | None = None
     timings: PrefillTimings | None = None
@@ -92,7 +95,8 @@ class PromptRun:
         self._deadline_s = deadline_s
         self._asked = request  # of the worker: anew at each
         self._generated: list[list[int]] = [[] for _ in range(request.num_sequences)]
-        self._generation: Generation | None = None
+        self._calls = Calls(service.router, service.model, self._left_s)
+        self._stopped_s = 0.0  # when its worker began to give it away
         self._prefill: asyncio.Task[PrefillOutcome] | None = None
         self._ended: set[int] = set()
         self._read: asyncio.Task[pb.GenerateEvent | None] | None = None
@@ -113,9 +117,7 @@ class PromptRun:
 
     async def _leave_worker(self) -> None:
         """Frees what decode and prefill hold for the prompt."""
-        generation, self._generation = self._generation, None
-        if generation is not None:
-            generation.close()
+        await self._calls.close()
         tasks = [task for task in (self._read, self._prefill) if task is not None]
         for task in tasks:
             task.cancel()
@@ -124,9 +126,7 @@ class PromptRun:
     async def admit(self) -> None:
         """Reserve KV memory for the prompt; raises as `open_generation`."""
         with span("admission", self.request.trace_context, prompt=self.request.request_id):
-            self._generation = await open_generation(
-                self._service.router, self.request, self._service.model, self._left_s()
-            )
+            await self._calls.admit(self.request)
         self._enter(State.ADMITTED)
         self._service.metrics.requests_admitted.inc()
         self._service.metrics.admission_seconds.observe(time.monotonic() - self._arrived_s)
@@ -141,20 +141,36 @@ class PromptRun:
         while True:
             try:
                 event = await self._next_event()
+                if event.HasField("moved"):
+                    await self._follow()
             except WORKER_LOST as error:
-                await self._move(error)
+                await self._recover(error)
                 continue
             if event.HasField("prefilled"):
-                self.figures.report = report_from_proto(event.prefilled.report)
-                self._enter(State.DECODING)
+                self._note_arrival(event.prefilled)
+            elif event.HasField("leaving"):
+                self._calls.begin_move(replace(self.request, replayed=self._replayed()))
             elif event.HasField("tokens"):
                 yield self._note(event.tokens)
+
+    def _note_arrival(self, prefilled: pb.Prefilled) -> None:
+        if self.state is State.MOVING:
+            self._calls.end_move()
+            self.figures.moves += 1
+            self._service.metrics.move_seconds.observe(time.monotonic() - self._stopped_s)
+        self.figures.report = report_from_proto(prefilled.report)
+        self._enter(State.DECODING)
+
+    async def _follow(self) -> None:
+        self._stopped_s = time.monotonic()
+        self._enter(State.MOVING)
+        await self._calls.follow_move()
 
     def _begin_prefill(self) -> None:
         self._enter(State.PREFILLING)
         self._prefill = asyncio.create_task(self._prefill_job())
 
-    async def _move(self, error: WinnowError) -> None:
+    async def _recover(self, error: WinnowError) -> None:
         """Goes on at another worker.  Raises `error` where that would not help, or not again."""
         figures = self.figures
         if isinstance(error, NotFinite) or figures.migrations == MAX_MIGRATIONS:
@@ -164,42 +180,33 @@ class PromptRun:
         num_generated = sum(map(len, self._generated))
         self._warn("after %d tokens: %s; another worker takes over", num_generated, error)
         self._enter(State.LOST)
-        assert self._generation is not None
-        self._generation.suspect()
+        self._calls.current.suspect()
         await self._leave_worker()
         self._asked = replace(
             self.request,
             request_id=f"{self.request.request_id}.{figures.migrations}",
-            replayed=tuple(map(tuple, self._generated)) if num_generated else (),
+            replayed=self._replayed(),
+            assured=self._asked.assured or isinstance(error, Preempted),
         )
-        self._generation = await self._another_worker(error)
+        try:
+            await self._calls.admit_elsewhere(self._asked)
+        except (NoDecodeWorker, Overloaded) as none:
+            raise NoDecodeWorker(f"{error.message}; nobody took over: {none.message}") from none
         self._begin_prefill()
 
-    async def _another_worker(self, loss: WinnowError) -> Generation:
-        """Waits a while for a worker with room; raises NoDecodeWorker, or as `open_generation`."""
-        give_up_s = time.monotonic() + _PATIENCE_S
-        while True:
-            try:
-                return await open_generation(
-                    self._service.router, self._asked, self._service.model, self._left_s()
-                )
-            except (NoDecodeWorker, Overloaded) as error:
-                if time.monotonic() > give_up_s:
-                    raise NoDecodeWorker(
-                        f"{loss.message}; none took over within {_PATIENCE_S:g} s: {error.message}"
-                    ) from error
-                await asyncio.sleep(_PAUSE_S)
+    def _replayed(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(map(tuple, self._generated)) if any(self._generated) else ()
 
     async def finish(self) -> None:
         """Every sequence has ended, by itself or at a stop string."""
-        assert self._prefill is not None and self._generation is not None
+        assert self._prefill is not None
         try:
             async with asyncio.timeout(_TIMINGS_TIMEOUT_S):
                 self.figures.timings = (await self._prefill).timings
         except (WinnowError, TimeoutError) as error:
             self._warn("prefill delivered the KV, but then failed: %r", error)
         if len(self._ended) == self.request.num_sequences:
-            await self._generation.next_event()  # the call's end, so that it is not cancelled
+            await self._calls.current.next_event()  # the call's end, so that it is not cancelled
         self._enter(State.FINISHED)
 
     def _note(self, tokens: pb.Tokens) -> list[Token]:
@@ -214,30 +221,28 @@ class PromptRun:
 
     async def _next_event(self) -> pb.GenerateEvent:
         """The worker's next event, or the failure of prefill if that is earlier."""
-        event = await (self._step() if self.state is State.DECODING else self._prefilled())
+        event = await (self._step() if self.state in _RUNS else self._prefilled())
         if event is None:
             raise EngineFailed("the decode worker ended its answer before the last token")
         return event
 
     async def _step(self) -> pb.GenerateEvent | None:
-        assert self._generation is not None
-        return await self._soon(self._generation.next_event())
+        return await self._soon(self._calls.current.next_event())
 
     async def _soon(self, event: Awaitable[pb.GenerateEvent | None]) -> pb.GenerateEvent | None:
         """The event, of a worker that has all it needs; raises NoDecodeWorker if it is silent."""
-        assert self._generation is not None
         silence_s = self._service.silence_s
         try:
             async with asyncio.timeout(silence_s):
                 return await event
         except TimeoutError as error:
             raise NoDecodeWorker(
-                f"decode worker {self._generation.worker_id} said nothing for {silence_s:g} s"
+                f"decode worker {self._calls.current.worker_id} said nothing for {silence_s:g} s"
             ) from error
 
     async def _prefilled(self) -> pb.GenerateEvent | None:
-        assert self._generation is not None and self._prefill is not None
-        self._read = asyncio.create_task(self._generation.next_event())
+        assert self._prefill is not None
+        self._read = asyncio.create_task(self._calls.current.next_event())
         await asyncio.wait({self._read, self._prefill}, return_when=asyncio.FIRST_COMPLETED)
         if not self._read.done():
             self._prefill.result()
@@ -252,13 +257,12 @@ class PromptRun:
             except DeliveryFailed:
                 raise  # at this decode worker, another prefill worker does no better
             except (PrefillFailed, TransferRefused) as error:
-                if self.state is State.DECODING or isinstance(error, UnknownReservation):
+                if self.state in _RUNS or isinstance(error, UnknownReservation):
                     raise
                 self._warn("prefill attempt %d of %d failed: %s", attempt, last, error)
         return await self._attempt(last)
 
     async def _attempt(self, attempt: int) -> PrefillOutcome:
-        assert self._generation is not None
         self.figures.attempts += 1
         with span("prefill", self.request.trace_context, attempt=attempt) as attempt_span:
             job = PrefillJob(
@@ -266,8 +270,8 @@ class PromptRun:
                 attempt=attempt,
                 token_ids=self.request.token_ids,
                 pruning=self.request.pruning,
-                kv_address=self._generation.kv_address,
-                ticket=self._generation.grant.ticket(attempt),
+                kv_address=self._calls.current.kv_address,
+                ticket=self._calls.current.grant.ticket(attempt),
                 deadline_s=self._left_s(),
                 trace_context=context_of(attempt_span),
             )

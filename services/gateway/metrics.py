@@ -55,9 +55,15 @@ class GatewayMetrics(Metrics):
         self.prefill_retries = self._counter("winnow_prefill_retries", "Prefills tried again")
         self.migrations = self._counter(
             "winnow_migrations",
-            "Prompts that went on at another decode worker, by what befell the first",
+            "Prompts computed anew for another decode worker, by what befell the first",
             "reason",
             (error.code for error in WORKER_LOST),
+        )
+        self.move_seconds = self._histogram(
+            "winnow_move_seconds",
+            "From a draining decode worker's last token of a prompt until another one has all "
+            "that it held",
+            REQUEST_BUCKETS_S,
         )
 
     def _count_tokens(self) -> None:

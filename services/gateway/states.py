@@ -1,7 +1,8 @@
 """The states of a prompt in the gateway.
 
-                           ┌─── LOST ◀──┐
-                           ▼     ▲      │
+                           ┌─── LOST ◀──┬─── MOVING
+                           ▼     ▲      │     ▲ │
+                           │     │      │     │ ▼
 RECEIVED ─▶ ADMITTED ─▶ PREFILLING ─▶ DECODING ─▶ FINISHED
 └────────────┴────────────┴────────────┴────────▶ FAILED, CANCELLED
 """
@@ -16,6 +17,7 @@ class State(StrEnum):
     ADMITTED = "admitted"  # KV memory is reserved at a decode worker
     PREFILLING = "prefilling"  # a prefill worker has been asked
     DECODING = "decoding"  # the KV is in place; tokens come
+    MOVING = "moving"  # its decode worker gives it to another one
     LOST = "lost"  # its decode worker is; another one is sought
     FINISHED = "finished"
     FAILED = "failed"
@@ -33,6 +35,7 @@ NEXT = {
     State.RECEIVED: _ENDS | {State.ADMITTED},
     State.ADMITTED: _ENDS | {State.PREFILLING},
     State.PREFILLING: _ENDS | {State.DECODING, State.LOST},
-    State.DECODING: _ENDS | {State.FINISHED, State.LOST},
+    State.DECODING: _ENDS | {State.FINISHED, State.MOVING, State.LOST},
+    State.MOVING: _ENDS | {State.DECODING, State.LOST},
     State.LOST: _ENDS | {State.PREFILLING},
 }

@@ -106,6 +106,18 @@ def test_without_host_memory_the_youngest_is_given_up_and_the_rest_go_on(
     assert_empty(engine)
 
 
+def test_who_has_its_memory_assured_never_gives_way(model: DecoderModel) -> None:
+    engine = tight_engine(model, 2.3, swap_bytes=0)
+    admit(engine, spec("old", PROMPT_TOKENS, LONG), prompt(PROMPT_TOKENS, 1))
+    admit(engine, spec("other", PROMPT_TOKENS, LONG), prompt(PROMPT_TOKENS, 2))
+    admit(engine, spec("young", PROMPT_TOKENS, LONG, assured=True), prompt(PROMPT_TOKENS, 3))
+    failed = set()
+    while engine.stats().running_sequences:
+        failed |= {output.request_id for output in engine.step() if output.error}
+    assert failed == {"other"}
+    assert_empty(engine)
+
+
 def test_one_of_several_answers_may_wait_while_the_others_end(model: DecoderModel) -> None:
     engine = tight_engine(model, 2.3)
     alone = make_engine(model)

@@ -66,4 +66,4 @@ class Cutter:
     def settle(self, seq: Sequence) -> None:
         """Lowers the sequence's promise to what it can still come to hold."""
         tokens_left = seq.spec.sampling.max_tokens - seq.num_generated
-        self._pool.settle(seq.row, tokens_left, seq.growth_limit + 1)
+        self._pool.settle(seq.row, tokens_left, seq.growth_limit + 1, assured=seq.spec.assured)

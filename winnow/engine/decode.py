@@ -292,7 +292,8 @@ class DecodeEngine:
         while self.pool.missing_pages([seq.row for seq in staying if seq.final_hidden is None]):
             if self._relief.shrink_one(staying):
                 continue
-            youngest = staying.pop()
+            youngest = [seq for seq in staying if not seq.spec.assured][-1]
+            staying.remove(youngest)
             try:
                 self._swap_out(youngest)
             except Preempted as error:

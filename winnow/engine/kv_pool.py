@@ -161,17 +161,17 @@ class KVPool:
             sure=self.num_pages - sum(promise.sure for promise in promises),
         )
 
-    def settle(self, row: int, extra_entries: int, cap: int) -> None:
+    def settle(self, row: int, extra_entries: int, cap: int, *, assured: bool = False) -> None:
         """Lower a row's promise to what it holds and what its heads can still grow to.
 
         Each head may grow by `extra_entries`, but stays within the larger of `cap` and its length
-        plus one.
+        plus one.  assured: that is kept for it, too.
         """
         with self._lock:
             lengths = self._lengths[row]
             reach = (lengths + extra_entries).minimum((lengths + 1).clamp_min(cap))
             most, held = ((-(-n // self.page_size)).sum() for n in (reach, lengths))
-            self._promised[row] = Promise(int(most), int(held))
+            self._promised[row] = Promise(int(most), int(most if assured else held))
 
     def missing_pages(self, rows: list[int]) -> int:
         """Pages that `plan_step` of these rows lacks; 0 if it has what it needs."""
@@ -179,8 +179,10 @@ class KVPool:
             free = self._free_to_promise().sure
             if len(rows) * self.pages_for(1) <= free:
                 return 0
-            full = self._lengths[rows] % self.page_size == 0
-            return max(0, int(full.sum()) - free)
+            needed = (self._lengths[rows] // self.page_size + 1).flatten(1).sum(1).tolist()
+            kept = [self._promised[row].sure for row in rows]
+            more: int = sum(max(0, own - sure) for own, sure in zip(needed, kept, strict=True))
+            return max(0, more - free)
 
     def evict(self, row: int) -> None:
         """Frees a row's pages and keeps none for it; `readmit` it before it is written again."""

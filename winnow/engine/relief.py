@@ -3,7 +3,7 @@
 First, sequences that allow it shrink to their `decode_floor`, those with the most entries first.
 Then whole sequences wait in host memory, the youngest first; the oldest comes back first, before
 any new request is let in, so each one ends. What does not fit there either is given up: its
-request has to be computed anew.
+request has to be computed anew, with its memory assured.
 """
 
 from dataclasses import dataclass

@@ -27,6 +27,7 @@ class GenerationSpec:
     replayed: of each sequence, the tokens that another worker generated before it was lost: they
     are fed to the model one by one, instead of sampled, until the sequence is where it was. Empty:
     none.
+    assured: its memory is set aside to the last token, so that it never gives way to others.
     Sequence i of `num_sequences` samples with seed + i.
     """
 
@@ -44,6 +45,7 @@ class GenerationSpec:
     kernel_size: int = 7
     prompt_token_ids: tuple[int, ...] = ()
     replayed: tuple[tuple[int, ...], ...] = ()
+    assured: bool = False
 
     @property
     def max_entries(self) -> int:
@@ -76,7 +78,8 @@ class _State(Enum):
 
 def promise_for(pool: KVPool, spec: GenerationSpec) -> Promise:
     """What each sequence of the request is promised: room for its prompt at any rate."""
-    most, sure = spec.max_entries, min(spec.max_prompt_entries + 1, spec.max_entries)
+    most = spec.max_entries
+    sure = most if spec.assured else min(spec.max_prompt_entries + 1, most)
     return Promise(most=pool.pages_for(most), sure=pool.pages_for(sure))
 
 

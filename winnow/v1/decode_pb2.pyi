@@ -35,7 +35,7 @@ CODEC_UNSPECIFIED: Codec
 CODEC_RAW: Codec
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model_fingerprint", "num_prompt_tokens", "num_sequences", "max_prompt_entries", "sampling", "recompression", "prompt_token_ids", "wire_versions", "replayed", "origin")
+    __slots__ = ("request_id", "model_fingerprint", "num_prompt_tokens", "num_sequences", "max_prompt_entries", "sampling", "recompression", "prompt_token_ids", "wire_versions", "replayed", "origin", "assured")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,7 @@ class GenerateRequest(_message.Message):
     WIRE_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     REPLAYED_FIELD_NUMBER: _ClassVar[int]
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    ASSURED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model_fingerprint: str
     num_prompt_tokens: int
@@ -58,7 +59,8 @@ class GenerateRequest(_message.Message):
     wire_versions: _containers.RepeatedScalarFieldContainer[int]
     replayed: _containers.RepeatedCompositeFieldContainer[ReplayedTokens]
     origin: Origin
-    def __init__(self, request_id: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_sequences: _Optional[int] = ..., max_prompt_entries: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., recompression: _Optional[_Union[Recompression, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., wire_versions: _Optional[_Iterable[int]] = ..., replayed: _Optional[_Iterable[_Union[ReplayedTokens, _Mapping]]] = ..., origin: _Optional[_Union[Origin, _Mapping]] = ...) -> None: ...
+    assured: bool
+    def __init__(self, request_id: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_sequences: _Optional[int] = ..., max_prompt_entries: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., recompression: _Optional[_Union[Recompression, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., wire_versions: _Optional[_Iterable[int]] = ..., replayed: _Optional[_Iterable[_Union[ReplayedTokens, _Mapping]]] = ..., origin: _Optional[_Union[Origin, _Mapping]] = ..., assured: _Optional[bool] = ...) -> None: ...
 
 class Origin(_message.Message):
     __slots__ = ("kv_address", "request_id", "fetch_token")

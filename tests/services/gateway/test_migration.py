@@ -1,7 +1,7 @@
 """A decode worker is lost under a prompt, and another one takes over."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from services.gateway import lifecycle
+from services.decode import take_over
+from services.decode.worker import DecodeWorker
+from services.gateway import calls, lifecycle
 from services.gateway.lifecycle import PromptRun, Service
 from services.gateway.states import State
 from tests.services.exposed import value
@@ -20,6 +22,7 @@ from winnow.errors import (
     EngineFailed,
     NoDecodeWorker,
     NotFinite,
+    TransferDamaged,
     UnknownReservation,
     WinnowError,
 )
@@ -43,18 +46,25 @@ async def parts(several: TestService) -> AsyncIterator[Service]:
         yield parts
 
 
+def worker_of(service: TestService, run: PromptRun) -> DecodeWorker:
+    (worker,) = (w for w in service.workers if w.worker_id == run._calls.current.worker_id)
+    return worker
+
+
 async def kill_worker_of(service: TestService, run: PromptRun) -> None:
     """Its connections break, and the registry forgets it."""
-    assert run._generation is not None
-    (worker,) = (w for w in service.workers if w.worker_id == run._generation.worker_id)
+    worker = worker_of(service, run)
     await worker.stop()
     service.workers.remove(worker)
 
 
 async def answers(
-    service: TestService, run: PromptRun, kill_after: int | None = None
+    service: TestService,
+    run: PromptRun,
+    harm_after: int | None = None,
+    harm: Callable[[TestService, PromptRun], Awaitable[None]] = kill_worker_of,
 ) -> list[list[int]]:
-    """Each sequence's token ids; the worker is killed after that many steps."""
+    """Each sequence's token ids; the worker is harmed after that many steps."""
     token_ids: list[list[int]] = [[] for _ in range(run.request.num_sequences)]
     num_steps = 0
     async with run:
@@ -64,8 +74,8 @@ async def answers(
                 num_steps += 1
                 for token in tokens:
                     token_ids[token.sequence_idx].append(token.token_id)
-                if num_steps == kill_after:
-                    await kill_worker_of(service, run)
+                if num_steps == harm_after:
+                    await harm(service, run)
                 if len(run._ended) == run.request.num_sequences:
                     break
         await run.finish()
@@ -75,7 +85,7 @@ async def answers(
 async def test_the_answer_is_what_it_would_have_been(several: TestService, parts: Service) -> None:
     expected = await answers(several, make_run(parts, LONG))
     run = make_run(parts, LONG)
-    assert await answers(several, run, kill_after=20) == expected
+    assert await answers(several, run, harm_after=20) == expected
     assert run.state is State.FINISHED
     assert (run.figures.migrations, run.figures.attempts) == (1, 2)
     await several.until_idle()
@@ -150,18 +160,113 @@ async def test_broken_numbers_and_endless_losses_end_the_prompt(
     run = make_run(parts)
     error = NotFinite("the logits are not finite")
     with pytest.raises(NotFinite):
-        await run._move(error)
+        await run._recover(error)
     run.figures.migrations = lifecycle.MAX_MIGRATIONS
     with pytest.raises(EngineFailed, match="broke again"):
-        await run._move(EngineFailed("broke again"))
+        await run._recover(EngineFailed("broke again"))
 
 
 async def test_without_another_worker_the_loss_is_told(
     model_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lifecycle, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(calls, "_PATIENCE_S", 0.5)
     async with running_service(model_path, redis_url) as service, parts_of(service) as alone:
         with pytest.raises(NoDecodeWorker):
-            await answers(service, make_run(alone, LONG), kill_after=5)
+            await answers(service, make_run(alone, LONG), harm_after=5)
         peers = alone.router._peers.values()
         assert {(peer.num_places, peer.pages_held) for peer in peers} <= {(0, 0)}
+
+
+async def drain_worker_of(service: TestService, run: PromptRun) -> None:
+    """As on SIGTERM: it returns when the worker may be stopped."""
+    draining.append(asyncio.create_task(worker_of(service, run).drain(60)))
+
+
+draining: list[asyncio.Task[int]] = []
+
+
+async def drained(model_path: Path, redis_url: str, **changes: object) -> tuple[PromptRun, bool]:
+    """A run whose worker drains, and whether its answer was the one that it would have been."""
+    async with running_service(model_path, redis_url, **changes) as service:
+        async with parts_of(service) as parts:
+            expected = await answers(service, make_run(parts, LONG))
+            run = make_run(parts, LONG)
+            got = await answers(service, run, harm_after=20, harm=drain_worker_of)
+        assert await draining.pop() == 0
+        await service.until_idle()
+        metrics = (await service.http.get("/metrics")).text
+        assert value(metrics, "winnow_move_seconds_count") == run.figures.moves
+    return run, got == expected
+
+
+async def test_a_prompt_moves_off_a_draining_worker_with_its_kv(
+    model_path: Path, redis_url: str
+) -> None:
+    run, is_right = await drained(model_path, redis_url, num_workers=2)
+    assert is_right
+    figures = run.figures
+    assert (figures.moves, figures.migrations, figures.attempts) == (1, 0, 1)  # one prefill
+
+
+async def test_a_prompt_without_another_worker_ends_where_it_is(
+    model_path: Path, redis_url: str
+) -> None:
+    run, is_right = await drained(model_path, redis_url, num_workers=1)
+    assert is_right
+    assert run.figures.moves == 0
+
+
+async def test_a_prompt_does_not_move_to_a_worker_that_cannot_fetch(
+    model_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.decode.worker.WIRE_VERSIONS", (3,))
+    run, is_right = await drained(model_path, redis_url, num_workers=2)
+    assert is_right
+    assert run.figures.moves == 0
+
+
+async def test_a_move_that_breaks_off_is_made_good_by_replay(
+    model_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: object) -> None:
+        raise TransferDamaged("a bit flipped")
+
+    monkeypatch.setattr(take_over._Arrivals, "end", breaks)
+    run, is_right = await drained(model_path, redis_url, num_workers=2)
+    assert is_right
+    figures = run.figures
+    assert (figures.moves, figures.migrations, figures.attempts) == (0, 1, 2)
+
+
+async def test_who_leaves_while_a_worker_is_sought_leaves_nothing(
+    model_path: Path, redis_url: str
+) -> None:
+    several = running_service(model_path, redis_url, num_workers=2)
+    async with several as service, parts_of(service) as parts:
+        for num_steps in (1, 2, 3, 5, 8):
+            run = make_run(parts, LONG)
+            async with run:
+                await run.admit()
+                async with aclosing(run.tokens()) as steps:
+                    await anext(steps)
+                    run._calls.begin_move(LONG)
+                    for _ in range(num_steps):
+                        await anext(steps)
+            await service.until_idle()
+        peers = parts.router._peers.values()
+        assert {(peer.num_places, peer.pages_held) for peer in peers} <= {(0, 0)}
+
+
+async def test_a_prompt_that_is_given_up_for_want_of_memory_is_computed_anew(
+    model_path: Path, redis_url: str
+) -> None:
+    tight = {"kv_memory_bytes": 1 << 20, "kv_overcommit": 4, "swap_bytes": 0}
+    async with running_service(model_path, redis_url, **tight) as service:
+        async with parts_of(service) as parts:
+            request = replace(LONG, num_sequences=1)
+            alone = await answers(service, make_run(parts, request))
+            runs = [make_run(parts, replace(request, request_id=f"p{i}")) for i in range(3)]
+            got = await asyncio.gather(*(answers(service, run) for run in runs))
+            assert got == [alone] * 3
+            assert sum(run.figures.migrations for run in runs) > 0
+        await service.until_idle()
