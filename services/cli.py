@@ -205,9 +205,12 @@ def _eval(args: argparse.Namespace) -> None:
 def _ready_message(settings: Settings) -> str:
     url = f"{settings.scheme}://{settings.host}:{settings.port}"
     grpc = f", gRPC on {settings.host}:{settings.grpc_port}" if settings.grpc_port else ""
+    admin = (
+        f", admin on {settings.decode_host}:{settings.admin_port}" if settings.admin_port else ""
+    )
     body = f'{{"model": "{settings.served_name}", "prompt": "Once upon a time", "max_tokens": 32}}'
     return (
-        f"Winnow serves {settings.served_name} on {url}{grpc}; Ctrl-C stops it.\n"
+        f"Winnow serves {settings.served_name} on {url}{grpc}{admin}; Ctrl-C stops it.\n"
         f"  curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
     )
 

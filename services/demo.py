@@ -39,7 +39,7 @@ class Answer:
 def running_service() -> Iterator[str]:
     """The base URL of a service started for this demo; stopped as Ctrl-C would."""
     command = [sys.executable, "-m", "services.cli", "serve", "--log-level", "warning"]
-    ports = ["--port", "0", "--grpc-port", "0"]
+    ports = ["--port", "0", "--grpc-port", "0", "--admin-port", "0"]
     with subprocess.Popen([*command, *ports], stdout=subprocess.PIPE, text=True) as process:
         try:
             yield _read_url(process)

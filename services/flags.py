@@ -39,6 +39,7 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
         "host",
         "port",
         "grpc_port",
+        "admin_port",
         "gateway_metrics_port",
         "prefill_metrics_port",
     ),

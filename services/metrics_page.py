@@ -14,13 +14,13 @@ Made from the code by `make docs`; a test holds it to what the processes expose.
 
 Every process serves `/metrics` on a port of its own (`gateway_metrics_port`,
 `prefill_metrics_port`, `metrics_port`; 0 is any free one) and announces it in the registry.
-Prometheus finds all of them, wherever Ray placed them, through the gateway:
+Prometheus finds all of them, wherever Ray placed them, through the gateway's `admin_port`:
 
 ```yaml
 scrape_configs:
   - job_name: winnow
     http_sd_configs:
-      - url: http://gateway:8000/metrics/targets
+      - url: http://gateway:8002/metrics/targets
         refresh_interval: 15s
 ```
 

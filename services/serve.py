@@ -79,12 +79,13 @@ def run_service(settings: Settings, progress: Progress, ready: Callable[[Setting
 def with_ports(settings: Settings) -> Settings:
     """`settings` with any free port in place of 0; raises InvalidSetting if one is taken."""
     ports: dict[str, int] = {}
-    for name in ("port", "grpc_port"):
+    hosts = {"port": settings.host, "grpc_port": settings.host, "admin_port": settings.decode_host}
+    for name, host in hosts.items():
         wanted = getattr(settings, name)
         if wanted == 0:
-            ports[name] = free_port(settings.host, besides=ports.values())
+            ports[name] = free_port(host, besides=ports.values())
         elif wanted is not None:
-            _require_free(settings.host, wanted, name)
+            _require_free(host, wanted, name)
     return settings.model_copy(update=ports)
 
 

@@ -29,11 +29,15 @@ def free_port(host: str = "127.0.0.1", besides: Collection[int] = ()) -> int:
     raise InvalidSetting(f"no free port on {host}: {error.strerror or error}") from error
 
 
-def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens on the port.  Raises OSError if that cannot be."""
+def listening(host: str, port: int, *, share: bool = False) -> socket.socket:
+    """A socket that listens on the port.  Raises OSError if that cannot be.
+
+    share: other processes that share it too may listen there already.
+    """
     probe = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(share))
         probe.bind((host, port))
         probe.listen(1)  # bound but not listening does not collide with a listener everywhere
     except OSError:

@@ -66,10 +66,16 @@ class Settings(BaseModel):
     grpc_port: Port | None = Field(
         8001, description="port of the public gRPC API; 0 is any free one, null is none"
     )
+    admin_port: Port | None = Field(
+        8002,
+        description="port of what operators ask a gateway (/metrics, /metrics/targets, /ready with "
+        "details), on decode_host and without a key; 0 is any free one, null is none",
+    )
     decode_host: str = Field(
         "127.0.0.1",
         min_length=1,
-        description="address on which decode workers listen, and every process's /metrics",
+        description="address on which decode workers listen, every process's /metrics, and "
+        "admin_port",
     )
     decode_advertised_host: str | None = Field(
         None, description="address they announce to gateway and prefill (default: decode_host)"

@@ -19,6 +19,7 @@ from services.common.registry import open_registry
 from services.common.settings import Settings, load_settings
 from services.common.tracing import configure_tracing
 from services.decode.replica import Decode
+from services.gateway.admin import AdminServer
 from services.gateway.gateway import Gateway
 from services.gateway.grpc_api import GrpcServer
 from services.gateway.rest import create_api
@@ -93,6 +94,7 @@ class GatewayReplica:
         self._registry = await asyncio.to_thread(open_registry, settings)
         self._gateway = Gateway(settings, self._registry, HandlePrefiller(prefill))
         self._grpc: GrpcServer | None = None
+        self._admin: AdminServer | None = None
         self._exposition = Exposition(self._gateway.metrics, settings.served_name, self._registry)
         await self._exposition.start(
             settings.decode_host,
@@ -103,6 +105,9 @@ class GatewayReplica:
         if settings.grpc_port is not None:
             self._grpc = GrpcServer(self._gateway)
             await self._grpc.start(settings.host, settings.grpc_port)
+        if settings.admin_port is not None:
+            self._admin = AdminServer(self._gateway)
+            await self._admin.start(settings.decode_host, settings.admin_port)
 
     def __serve_build_asgi_app__(self) -> Any:  # noqa: ANN401 - as Serve wants it
         return create_api(self._gateway)
@@ -120,6 +125,8 @@ class GatewayReplica:
         """Serve awaits this when the replica is to go, after its requests have ended."""
         if self._grpc is not None:
             await self._grpc.stop(_SHUTDOWN_MARGIN_S)
+        if self._admin is not None:
+            await self._admin.stop()
         await self._exposition.stop()
         await self._gateway.close()
         await self._registry.close()

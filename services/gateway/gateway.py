@@ -37,6 +37,10 @@ class Readiness:
     def ready(self) -> bool:
         return self.decode_workers > 0 and self.prefill and not self.ending
 
+    @property
+    def status(self) -> str:
+        return "ready" if self.ready else "not ready"
+
 
 class Gateway:
     """Routes requests to decode and prefill; holds a tokenizer but no weights.

@@ -1,4 +1,4 @@
-"""The REST API: OpenAI's completions and chat, and what operators ask a service."""
+"""The REST API: OpenAI's completions and chat, and the probes of a load balancer."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -8,7 +8,6 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.common.metrics import CONTENT_TYPE, render
 from services.common.tracing import context_in
 from services.gateway.access import KeyGuard, key_of
 from services.gateway.answer import Answer
@@ -32,7 +31,7 @@ def create_api(gateway: Gateway) -> FastAPI:
     _add_completions(api, gateway)
     _add_tokenizer(api, gateway)
     _add_models(api, gateway)
-    _add_operations(api, gateway)
+    _add_probes(api, gateway)
     return api
 
 
@@ -95,7 +94,9 @@ def _add_models(api: FastAPI, gateway: Gateway) -> None:
         return card
 
 
-def _add_operations(api: FastAPI, gateway: Gateway) -> None:
+def _add_probes(api: FastAPI, gateway: Gateway) -> None:
+    """They need no key, so they tell a status and nothing else; admin.py tells more."""
+
     @api.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
@@ -103,28 +104,7 @@ def _add_operations(api: FastAPI, gateway: Gateway) -> None:
     @api.get("/ready")
     async def ready() -> Response:
         readiness = await gateway.readiness()
-        body = {
-            "status": "ready" if readiness.ready else "not ready",
-            "decode_workers": readiness.decode_workers,
-            "prefill": readiness.prefill,
-            "ending": readiness.ending,
-        }
-        return JSONResponse(body, 200 if readiness.ready else 503)
-
-    @api.get("/metrics/targets")
-    async def targets() -> list[dict[str, Any]]:
-        """Where all processes serve /metrics, for Prometheus's http_sd_configs."""
-        return [
-            {
-                "targets": [target.address],
-                "labels": {"worker": target.worker_id, "__winnow_role": target.role},
-            }
-            for target in await gateway.targets()
-        ]
-
-    @api.get("/metrics")
-    async def metrics() -> Response:
-        return Response(render(gateway.metrics.registry), media_type=CONTENT_TYPE)
+        return JSONResponse({"status": readiness.status}, 200 if readiness.ready else 503)
 
 
 class LastAnswers:

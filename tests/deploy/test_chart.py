@@ -278,7 +278,26 @@ def test_only_gateway_and_prefill_reach_decode() -> None:
     peers = [p["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for p in inner["from"]]
     assert peers == ["serve", "head"]
     assert inner["ports"] == [{"port": "grpc"}, {"port": "kv"}]
-    assert metrics["ports"] == [{"port": "metrics"}]
+    assert metrics == {"from": [{"namespaceSelector": {}}], "ports": [{"port": "metrics"}]}
+
+
+def test_only_scrapers_reach_what_operators_ask() -> None:
+    team = "networkPolicy.scrapers[0].namespaceSelector.matchLabels.team=ops"
+    done = helm("template", "r", str(CHART), "--set", team)
+    manifests = [m for m in yaml.safe_load_all(done.stdout) if m]
+    (serve,) = [
+        m["spec"]["ingress"]
+        for m in manifests
+        if (m["kind"], m["metadata"]["name"]) == ("NetworkPolicy", "r-winnow-serve")
+    ]
+    api, admin = serve
+    assert api == {"ports": [{"port": 8000}, {"port": 8001}]}
+    assert admin["from"] == [{"namespaceSelector": {"matchLabels": {"team": "ops"}}}]
+    names = ("gateway-metrics", "prefill-metrics", "admin")
+    assert admin["ports"] == [{"port": name} for name in names]
+    services = {m["metadata"]["name"]: m["spec"] for m in manifests if m["kind"] == "Service"}
+    assert [port["name"] for port in services["r-winnow"]["ports"]] == ["http", "grpc"]
+    assert services["r-winnow-admin"]["type"] == "ClusterIP"
 
 
 def test_a_pod_outlives_its_drain_and_its_lease() -> None:
@@ -318,6 +337,8 @@ def test_alerts_and_dashboards_are_the_shared_ones() -> None:
         (["gateway.ingress.enabled=true"], "/gateway/ingress/host"),
         (["gateway.httpRoute.enabled=true"], "/gateway/httpRoute/parentRefs"),
         (["settings.port=3"], "port"),
+        (["settings.admin_port=3"], "admin_port"),
+        (["networkPolicy.scrapers=null"], "scrapers"),  # an empty list would be everybody
         (["model.device=tpu"], "/model/device"),
         (["decode.kvMemoryBytes=lots"], "/decode/kvMemoryBytes"),
         (["mode=rayservice", "redis.existingSecret=s"], "ray.gcsRedisAddress is needed"),

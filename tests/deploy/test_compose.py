@@ -66,7 +66,8 @@ def test_the_stack_answers_and_is_scraped(stack: Stack, tmp_path: Path) -> None:
     answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
     assert answer["choices"][0]["text"].strip()
     assert answer["usage"]["winnow"]["kv_bytes_kept"] < answer["usage"]["winnow"]["kv_bytes_full"]
-    prometheus = Prometheus(tmp_path, f"{url}/metrics/targets")
+    admin_url = f"http://127.0.0.1:{stack.ports['gateway WINNOW_ADMIN_PORT']}"
+    prometheus = Prometheus(tmp_path, f"{admin_url}/metrics/targets")
     try:
         deadline_s = time.monotonic() + 30
         while len(prometheus_roles(prometheus)) < 4:

@@ -18,7 +18,7 @@ from deploy.grafana.build import DASHBOARDS, FOLDER, to_json
 from services.common.ports import free_port
 from services.metrics_page import ROLES, render_page
 from tests.deploy.test_alerts import ROOT
-from tests.e2e.winnow_process import WinnowServe
+from tests.e2e.winnow_process import FREE_PORTS, WinnowServe
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
@@ -33,7 +33,7 @@ class Prometheus:
 
     def __init__(self, folder: Path, targets_url: str) -> None:
         config = (ROOT / "deploy/prometheus/prometheus.yaml").read_text()
-        config = config.replace("http://gateway:8000/metrics/targets", targets_url)
+        config = config.replace("http://gateway:8002/metrics/targets", targets_url)
         config = re.sub(r"interval: 15s", "interval: 1s", config)
         (folder / "prometheus.yaml").write_text(config)
         rules = (ROOT / "deploy/prometheus/alerts.yaml").read_text()
@@ -67,27 +67,31 @@ class Prometheus:
 @pytest.fixture(scope="module")
 def service(
     tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
+) -> Iterator[WinnowServe]:
     pruning = ("select_tokens=128", "kv_budget=64", "min_layer=1", "observed_layers=1")
     flags = [flag for change in pruning for flag in ("--pruning", change)]
-    arguments = ["--model", str(tiny_models["qwen2"]), "--port", "0", "--grpc-port", "0", *flags]
+    arguments = ["--model", str(tiny_models["qwen2"]), *FREE_PORTS, *flags]
     serve = WinnowServe(
         tmp_path_factory.mktemp("serve"), [*arguments, "--kv-memory-bytes", "64MiB"]
     )
     try:
-        yield serve.wait_until_ready()
+        serve.wait_until_ready()
+        yield serve
     finally:
         serve.kill()
 
 
 @pytest.fixture(scope="module")
-def prometheus(service: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+def prometheus(
+    service: WinnowServe, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Prometheus]:
     """After some seconds of load, while it goes on."""
-    prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), f"{service}/metrics/targets")
+    targets_url = f"{service.admin_url()}/metrics/targets"
+    prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), targets_url)
     try:
         with ThreadPoolExecutor(3) as threads:
             until_s = time.monotonic() + LOAD_S
-            for done in [threads.submit(_ask_until, service, until_s, i) for i in range(3)]:
+            for done in [threads.submit(_ask_until, service.url, until_s, i) for i in range(3)]:
                 done.result()
         yield prometheus
     finally:

@@ -73,7 +73,16 @@ def model(tiny_models: dict[str, Path]) -> Path:
 
 
 def flags(model: Path, port: int) -> list[str]:
-    numbers = ["--port", str(port), "--grpc-port", "null", "--kv-memory-bytes", "64MiB"]
+    numbers = [
+        "--port",
+        str(port),
+        "--grpc-port",
+        "null",
+        "--admin-port",
+        "null",
+        "--kv-memory-bytes",
+        "64MiB",
+    ]
     return ["--model", str(model), *numbers]
 
 
@@ -142,7 +151,7 @@ def test_a_new_version_is_rolled_out_under_load_and_no_request_fails(
     port = free_port()
     small = ("--prefill-num-cpus", "0.3", "--decode-num-cpus", "0.3", "--num-threads", "1")
     several = (*flags(model, port), *small, "--decode-workers", "2")
-    for name in ("grpc", "gateway-metrics", "prefill-metrics"):  # the next replica's too
+    for name in ("grpc", "admin", "gateway-metrics", "prefill-metrics"):  # the next replica's too
         several += (f"--{name}-port", str(free_port()))
     deploy(several, tmp_path, cluster)
     wait_until_ready(f"http://127.0.0.1:{port}", cluster)

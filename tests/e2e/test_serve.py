@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.winnow_process import WinnowServe, winnow
+from tests.e2e.winnow_process import FREE_PORTS, WinnowServe, winnow
 from tests.services.exposed import value
 from winnow.local import Winnow
 from winnow.request import SamplingParams
@@ -22,7 +22,6 @@ from winnow.request import SamplingParams
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
 PROMPT = "the quick brown fox jumps over the lazy dog " * 20
-FREE_PORTS = ("--port", "0", "--grpc-port", "0")
 PRUNING = ("--pruning", "select_tokens=128", "--pruning", "kv_budget=64")
 
 
@@ -74,9 +73,9 @@ def test_streams_tokens(url: str, model: Path) -> None:
     assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
 
 
-def worker_metrics(url: str, role: str) -> str:
+def worker_metrics(admin_url: str, role: str) -> str:
     """Where the first process of that role serves its metrics."""
-    groups = httpx.get(f"{url}/metrics/targets").json()
+    groups = httpx.get(f"{admin_url}/metrics/targets").json()
     addresses = [g["targets"][0] for g in groups if g["labels"]["__winnow_role"] == role]
     return f"http://{addresses[0]}"
 
@@ -84,8 +83,10 @@ def worker_metrics(url: str, role: str) -> str:
 def test_a_client_that_leaves_cancels_decode_and_prefill(
     service: WinnowServe, url: str, model: Path
 ) -> None:
+    admin_url = service.admin_url()
+
     def num_cancelled() -> float:
-        return metric(url, "winnow_requests_finished_total", reason="cancelled")
+        return metric(admin_url, "winnow_requests_finished_total", reason="cancelled")
 
     before = num_cancelled()
     body = {"model": model.name, "prompt": PROMPT, "max_tokens": 4000, "ignore_eos": True}
@@ -94,7 +95,7 @@ def test_a_client_that_leaves_cancels_decode_and_prefill(
         next(response.iter_lines())
     until("cancelled while decoding", lambda: num_cancelled() == before + 1)
     stopped = "winnow_prefill_failures_total"
-    prefill = worker_metrics(url, "prefill")
+    prefill = worker_metrics(admin_url, "prefill")
     patience_s = itertools.cycle((0.05, 0.1, 0.15, 0.2, 0.3))  # one of them ends in mid-prefill
     num_left = 1
     while metric(prefill, stopped, reason="cancelled") == 0:
@@ -104,7 +105,7 @@ def test_a_client_that_leaves_cancels_decode_and_prefill(
             httpx.post(f"{url}/v1/completions", json=long, timeout=next(patience_s))
         num_left += 1
     until("all are cancelled", lambda: num_cancelled() == before + num_left)
-    until("nothing runs", lambda: metric(url, "winnow_requests_running") == 0)
+    until("nothing runs", lambda: metric(admin_url, "winnow_requests_running") == 0)
 
 
 def test_idles_quietly_and_within_its_memory(service: WinnowServe, url: str) -> None:
@@ -168,7 +169,7 @@ def _is_ours(process: psutil.Process) -> bool:
 def test_a_taken_port_is_one_clear_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = winnow("serve", "--port", str(port), "--grpc-port", "0")
+        done = winnow("serve", "--port", str(port), "--grpc-port", "0", "--admin-port", "0")
     assert done.returncode == 2
     assert (
         done.stderr == f"winnow: port {port} on 127.0.0.1 cannot be used: Address already in use\n"

@@ -18,7 +18,7 @@ def test_everything_is_encrypted(
 ) -> None:
     variables = {f"WINNOW_{name.upper()}": str(path) for name, path in tls_files.items()}
     model = tiny_models["qwen2"]
-    arguments = ["--model", str(model), "--port", "0", "--grpc-port", "null"]
+    arguments = ["--model", str(model), "--port", "0", "--grpc-port", "null", "--admin-port", "0"]
     service = WinnowServe(tmp_path, [*arguments, "--kv-memory-bytes", "64MiB"], **variables)
     try:
         url = service.wait_until_ready()

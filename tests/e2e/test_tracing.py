@@ -12,7 +12,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from tests.e2e.winnow_process import WinnowServe
+from tests.e2e.winnow_process import FREE_PORTS, WinnowServe
 from winnow.v1 import inference_pb2 as pb
 from winnow.v1.inference_pb2_grpc import InferenceStub
 
@@ -97,7 +97,7 @@ def collector() -> Iterator[Collector]:
 def service(
     collector: Collector, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[WinnowServe]:
-    arguments = ["--model", str(tiny_models["qwen2"]), "--port", "0", "--grpc-port", "0"]
+    arguments = ["--model", str(tiny_models["qwen2"]), *FREE_PORTS]
     pruning = ["--pruning", "select_tokens=128", "--pruning", "kv_budget=64"]
     traced = ["--otlp-endpoint", collector.url, "--kv-memory-bytes", "64MiB"]
     service = WinnowServe(tmp_path_factory.mktemp("serve"), [*arguments, *pruning, *traced])

@@ -12,6 +12,7 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 STOP_TIMEOUT_S = 60
+FREE_PORTS = ("--port", "0", "--grpc-port", "0", "--admin-port", "0")
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -58,13 +59,20 @@ class WinnowServe:
         self._message = message
         found = re.search(r"https?://[\d.]+:\d+", message)
         assert found, f"no ready message but {message!r}\n{self.stderr.read_text()}"
-        return found.group()
+        self.url = found.group()
+        return self.url
 
     def grpc_address(self) -> str:
         """Of the ready message too."""
         found = re.search(r"gRPC on ([\d.]+:\d+)", self._message)
         assert found
         return found.group(1)
+
+    def admin_url(self) -> str:
+        """Of the ready message too."""
+        found = re.search(r"admin on ([\d.]+:\d+)", self._message)
+        assert found
+        return f"http://{found.group(1)}"
 
     def processes(self) -> set[psutil.Process]:
         """All processes of the service seen so far."""

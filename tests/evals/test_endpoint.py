@@ -62,7 +62,7 @@ async def test_a_busy_service_is_asked_again(
         running = asyncio.create_task(run(*flags))
         refused = 0.0
         while not refused:
-            metrics = (await small.http.get("/metrics")).text
+            metrics = (await small.admin.get("/metrics")).text
             refused = value(metrics, "winnow_requests_refused_total", reason="overloaded")
         small.prefiller.hold.set()
         assert await running == 0

@@ -16,6 +16,7 @@ from services.common.registry import RedisRegistry
 from services.common.settings import Settings
 from services.common.tls import PeerTls
 from services.decode.worker import DecodeWorker
+from services.gateway.admin import AdminServer
 from services.gateway.gateway import Gateway
 from services.gateway.grpc_api import GrpcServer
 from services.gateway.rest import create_api
@@ -79,6 +80,7 @@ class TestService:
     grpc_address: str
     openai: AsyncOpenAI
     http: httpx.AsyncClient
+    admin: httpx.AsyncClient
 
     async def until_idle(self, timeout_s: float = 20) -> None:
         """Returns when prefill and decode hold nothing any more."""
@@ -129,7 +131,9 @@ async def running_service(
         running.push_async_callback(grpc_server.stop)
         grpc_port = await grpc_server.start("127.0.0.1", 0)
         url = await _start_http(running, gateway)
+        admin_url = await _start_admin(running, gateway)
         http = await running.enter_async_context(httpx.AsyncClient(base_url=url, timeout=60))
+        admin = await running.enter_async_context(httpx.AsyncClient(base_url=admin_url, timeout=60))
         openai = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
         running.push_async_callback(openai.close)
         yield TestService(
@@ -142,6 +146,7 @@ async def running_service(
             f"127.0.0.1:{grpc_port}",
             openai,
             http,
+            admin,
         )
 
 
@@ -176,6 +181,12 @@ def _start_prefill(running: AsyncExitStack, settings: Settings) -> QueuePrefille
     queue.start()
     running.push_async_callback(asyncio.to_thread, queue.stop)
     return QueuePrefiller(queue)
+
+
+async def _start_admin(running: AsyncExitStack, gateway: Gateway) -> str:
+    server = AdminServer(gateway)
+    running.push_async_callback(server.stop)
+    return f"http://127.0.0.1:{await server.start('127.0.0.1', 0)}"
 
 
 async def _start_http(running: AsyncExitStack, gateway: Gateway) -> str:

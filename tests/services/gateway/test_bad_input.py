@@ -403,7 +403,7 @@ async def test_goes_on_serving_after_bad_input(service: TestService) -> None:
     for body, _ in BODIES:
         await service.http.post(COMPLETIONS, content=body)
     await assert_serves(service)
-    metrics = (await service.http.get("/metrics")).text
+    metrics = (await service.admin.get("/metrics")).text
     assert value(metrics, "winnow_requests_refused_total", reason="invalid_request") > 0
 
 
@@ -418,6 +418,6 @@ async def test_a_client_that_leaves_in_mid_body_is_no_error_of_ours(
     await writer.wait_closed()
     refused = "winnow_requests_refused_total"
     async with asyncio.timeout(5):
-        while value((await service.http.get("/metrics")).text, refused, reason="cancelled") < 1:
+        while value((await service.admin.get("/metrics")).text, refused, reason="cancelled") < 1:
             pass
     assert "unexpected error" not in caplog.text

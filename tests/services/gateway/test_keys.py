@@ -88,6 +88,11 @@ async def test_probes_need_no_key(service: TestService) -> None:
         assert (await service.http.get(path)).status_code == 200
 
 
+async def test_the_operators_port_needs_no_key(service: TestService) -> None:
+    for path in ("/health", "/ready", "/metrics", "/metrics/targets"):
+        assert (await service.admin.get(path)).status_code == 200
+
+
 async def test_requests_a_minute_are_limited(service: TestService) -> None:
     assert [(await post(service, FEW)).status_code for _ in range(3)] == [200, 200, 429]
     refused = await post(service, FEW)
@@ -135,8 +140,7 @@ async def test_refusals_are_counted_and_keys_are_in_no_log(
 ) -> None:
     caplog.set_level("DEBUG")
     await post(service, UNKNOWN)
-    headers = {"authorization": f"Bearer {FREE}"}
-    metrics = (await service.http.get("/metrics", headers=headers)).text
+    metrics = (await service.admin.get("/metrics")).text
     assert value(metrics, "winnow_requests_refused_total", reason="invalid_api_key") >= 1
     ours = "\n".join(r.getMessage() for r in caplog.records if r.name.startswith("services"))
     assert UNKNOWN not in ours and FREE not in ours

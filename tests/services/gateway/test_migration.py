@@ -147,7 +147,7 @@ async def test_a_client_sees_one_stream(model_path: Path, redis_url: str) -> Non
 
         expected = await stream(kill=False)
         assert await stream(kill=True) == expected
-        metrics = (await service.http.get("/metrics")).text
+        metrics = (await service.admin.get("/metrics")).text
         reasons = ("no_decode_worker", "engine_failed")
         moved = [value(metrics, "winnow_migrations_total", reason=reason) for reason in reasons]
         assert sum(moved) == 1

@@ -1,12 +1,16 @@
 """What operators and tools ask besides completions."""
 
+import socket
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
+from services.gateway.admin import AdminServer
 from tests.services.exposed import samples, value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
+from winnow.errors import InvalidSetting
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -55,7 +59,9 @@ async def test_refuses_bad_tokenizer_requests(
 
 async def test_is_ready_with_a_worker_and_prefill(service: TestService) -> None:
     assert (await service.http.get("/health")).json() == {"status": "ok"}
-    response = await service.http.get("/ready")
+    probed = await service.http.get("/ready")
+    assert (probed.status_code, probed.json()) == (200, {"status": "ready"})
+    response = await service.admin.get("/ready")
     assert response.status_code == 200
     assert response.json() == {
         "status": "ready",
@@ -65,12 +71,38 @@ async def test_is_ready_with_a_worker_and_prefill(service: TestService) -> None:
     }
 
 
+@pytest.mark.parametrize("path", ["/metrics", "/metrics/targets"])
+async def test_the_api_s_port_tells_nothing_of_the_inside(service: TestService, path: str) -> None:
+    assert (await service.http.get(path)).status_code == 404
+
+
+async def test_gateways_of_one_machine_share_the_operators_port(service: TestService) -> None:
+    first, second = AdminServer(service.gateway), AdminServer(service.gateway)
+    port = await first.start("127.0.0.1", 0)
+    assert await second.start("127.0.0.1", port) == port
+    await first.stop()
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as admin:
+        assert (await admin.get("/metrics/targets")).json()[0]["labels"]["__winnow_role"]
+        await second.stop()
+        with pytest.raises(httpx.TransportError):
+            await admin.get("/health")
+
+
+async def test_an_operators_port_that_is_taken_is_named(service: TestService) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InvalidSetting, match=f"admin_port {port} on 127.0.0.1 cannot be used"):
+            await AdminServer(service.gateway).start("127.0.0.1", port)
+
+
 async def test_without_decode_worker_it_is_healthy_but_not_ready(
     model_path: Path, redis_url: str
 ) -> None:
     async with running_service(model_path, redis_url, num_workers=0) as service:
         assert (await service.http.get("/health")).status_code == 200
-        response = await service.http.get("/ready")
+        probed = await service.http.get("/ready")
+        assert (probed.status_code, probed.json()) == (503, {"status": "not ready"})
+        response = await service.admin.get("/ready")
         assert (response.status_code, response.json()["decode_workers"]) == (503, 0)
         body = {"model": MODEL_NAME, "prompt": "a"}
         refused = await service.http.post("/v1/completions", json=body)
@@ -96,7 +128,7 @@ async def test_without_memory_a_request_is_told_to_try_again(
         assert refused.headers["retry-after"] == "1"
         error = refused.json()["error"]
         assert (error["type"], error["code"]) == ("rate_limit_error", "overloaded")
-        metrics = (await service.http.get("/metrics")).text
+        metrics = (await service.admin.get("/metrics")).text
         assert value(metrics, "winnow_requests_refused_total", reason="overloaded") == 1
         await service.until_idle()
 
@@ -106,7 +138,7 @@ async def test_metrics_tell_what_clients_got(model_path: Path, redis_url: str) -
         await service.openai.completions.create(
             model=MODEL_NAME, prompt="a b c", max_tokens=5, extra_body={"ignore_eos": True}
         )
-        text = (await service.http.get("/metrics")).text
+        text = (await service.admin.get("/metrics")).text
     assert value(text, "winnow_requests_finished_total", reason="length") == 1
     waiting = samples(text)["winnow_requests_waiting"]
     assert set(waiting.values()) == {0.0}
@@ -136,7 +168,8 @@ async def test_a_gateway_that_ends_serves_on_but_sends_clients_elsewhere(
         service.gateway.ending = True
         last = await service.http.post("/v1/completions", json=body)
         assert (last.status_code, last.headers["connection"]) == (200, "close")
-        ready = await service.http.get("/ready")
+        assert (await service.http.get("/ready")).status_code == 503
+        ready = await service.admin.get("/ready")
         assert (ready.status_code, ready.json()["ending"]) == (503, True)
 
 

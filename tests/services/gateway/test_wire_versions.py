@@ -62,5 +62,5 @@ async def test_a_worker_without_common_version_gets_nothing_and_is_reported(
         assert refused.json()["error"]["code"] == "no_decode_worker"
         assert "it speaks wire versions (5, 6); this gateway (3, 4)" in caplog.text
         await service.http.get("/ready")
-        metrics = (await service.http.get("/metrics")).text
+        metrics = (await service.admin.get("/metrics")).text
         assert value(metrics, "winnow_incompatible_decode_workers") == 1
