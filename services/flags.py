@@ -32,7 +32,9 @@ _WORKER = {
     ),
 }
 _PEERS = ("peer_cert_file", "peer_key_file", "peer_ca_file", "peer_name")
-DECODE_GROUPS: Mapping[str, Sequence[str]] = _WORKER | {"Who may connect": _PEERS}
+DECODE_GROUPS: Mapping[str, Sequence[str]] = _WORKER | {
+    "Who may connect": ("redis_ca_file", *_PEERS)
+}
 SERVE_GROUPS: Mapping[str, Sequence[str]] = {
     "Model": (*_WORKER["Model"], "pruning"),
     "Addresses": (
@@ -43,7 +45,7 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
         "gateway_metrics_port",
         "prefill_metrics_port",
     ),
-    "Who may connect": ("api_keys_file", "tls_cert_file", "tls_key_file", *_PEERS),
+    "Who may connect": ("redis_ca_file", "api_keys_file", "tls_cert_file", "tls_key_file", *_PEERS),
     "How many": ("prefill_replicas", "decode_workers", "gateway_replicas"),
     "At its end": ("drain_notice_s",),
     "What a request may ask for": (

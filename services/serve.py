@@ -100,12 +100,14 @@ def _require_free(host: str, port: int, name: str) -> None:
 
 
 def _check(settings: Settings) -> None:
+    from services.common.redis_access import require_redis  # noqa: PLC0415 - loads Redis' client
     from services.common.tls import PeerTls, public_credentials  # noqa: PLC0415 - loads gRPC
     from services.gateway.served_model import ServedModel  # noqa: PLC0415 - loads transformers
 
     ServedModel.load(settings)
     public_credentials(settings)
     PeerTls.load(settings)
+    require_redis(settings)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ DOORS = {
         "services/serve.py",
     ),
     "fastapi": ("services/gateway/",),
-    "redis": ("services/common/registry.py",),
+    "redis": ("services/common/redis_access.py", "services/common/registry.py"),
     "prometheus_client": ("services/common/metrics.py",),
     "opentelemetry": ("services/common/tracing.py",),
     "transformers": (

@@ -10,13 +10,15 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from redis import RedisError
 from redis.asyncio import Redis
 
+from services.common.redis_access import malformed_url, redis_options, require_redis
 from services.common.settings import Settings
-from winnow.errors import InvalidSetting, RegistryUnavailable
+from winnow.errors import RegistryUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -128,15 +130,11 @@ class LeasedRecords:
 class RedisRegistry:
     """One key per record, `<namespace>:<kind>:<worker_id>`, which Redis expires with the lease."""
 
-    def __init__(self, url: str, namespace: str) -> None:
+    def __init__(self, url: str, namespace: str, ca_file: Path | None = None) -> None:
         try:
-            self._redis = Redis.from_url(
-                url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
-            )
+            self._redis = Redis.from_url(url, **redis_options(ca_file, _TIMEOUT_S))
         except ValueError as error:
-            raise InvalidSetting(
-                "setting redis_url: it must be like redis://host:6379/0", param="redis_url"
-            ) from error
+            raise malformed_url() from error
         self._namespace = namespace
 
     async def put(self, record: Record, lease_s: float) -> None:
@@ -189,10 +187,13 @@ def _unavailable(error: RedisError) -> RegistryUnavailable:
 def open_registry(settings: Settings) -> Registry:
     """The registry that the settings name.
 
-    Raises InvalidSetting if that is Ray's, and this process is not part of a Ray cluster.
+    Raises InvalidSetting if that is a Redis that does not let this process in, or Ray's, and this
+    process is not part of a Ray cluster.
     """
     if settings.redis_url is not None:
-        return RedisRegistry(settings.redis_url.get_secret_value(), settings.namespace)
+        require_redis(settings)
+        url = settings.redis_url.get_secret_value()
+        return RedisRegistry(url, settings.namespace, settings.redis_ca_file)
     from services.common.ray_registry import open_ray_registry  # noqa: PLC0415 - Ray loads slowly
 
     return open_ray_registry(settings.namespace)

@@ -116,6 +116,11 @@ class Settings(BaseModel):
     redis_url: SecretStr | None = Field(
         None, description="registry of workers in Redis (default: an actor of Ray's)"
     )
+    redis_ca_file: Path | None = Field(
+        None,
+        description="authority that signed Redis' certificate, PEM, for a rediss:// URL "
+        "(default: those this machine trusts)",
+    )
     namespace: str = Field(
         "winnow", pattern=r"^[A-Za-z0-9_-]{1,64}$", description="keeps services apart in a registry"
     )
@@ -214,7 +219,7 @@ class Settings(BaseModel):
             raise ValueError("it names no model")
         return str(Path(model).resolve()) if Path(model).is_dir() else model
 
-    @field_validator("api_keys_file", *_TLS_FILES, *_PEER_FILES)
+    @field_validator("api_keys_file", "redis_ca_file", *_TLS_FILES, *_PEER_FILES)
     @classmethod
     def _absolute_file(cls, path: Path | None) -> Path | None:
         """As for the model's folder."""
@@ -236,6 +241,14 @@ class Settings(BaseModel):
             if given and len(given) < len(names):
                 missing = ", ".join(sorted(set(names) - set(given)))
                 raise ValueError(f"{given[0]} is set without {missing}")
+        return self
+
+    @model_validator(mode="after")
+    def _encrypted_redis(self) -> Self:
+        """An authority is named by whoever wants TLS; with redis:// there would be none."""
+        url = self.redis_url.get_secret_value() if self.redis_url else ""
+        if self.redis_ca_file is not None and not url.startswith("rediss://"):
+            raise ValueError("redis_ca_file is set, but redis_url does not begin with rediss://")
         return self
 
     @property

@@ -23,6 +23,11 @@ class Access:
         self._keys = None if path is None else ApiKeys(path)
         self._limits = None if path is None else RateLimits(settings)
 
+    async def close(self) -> None:
+        """Drop the connections to where limits are counted."""
+        if self._limits is not None:
+            await self._limits.close()
+
     def require(self, authorization: str | None) -> ApiKey | None:
         """The caller's key, None where none is needed; raises InvalidKey."""
         return None if self._keys is None else self._keys.require(authorization)

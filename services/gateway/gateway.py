@@ -120,7 +120,8 @@ class Gateway:
         return await self._registry.targets()
 
     async def close(self) -> None:
-        """Close the channels to decode workers."""
+        """Close the connections to decode workers, and to where limits are counted."""
+        await self.access.close()
         await self._router.close()
 
 

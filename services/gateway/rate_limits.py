@@ -6,11 +6,12 @@ Without Redis each gateway process counts for itself.
 import logging
 import time
 
-import limits.aio.strategies
 from limits import RateLimitItem, RateLimitItemPerMinute
+from limits.aio.storage import MemoryStorage, RedisStorage
+from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from limits.errors import StorageError
-from limits.storage import storage_from_string
 
+from services.common.redis_access import RedisPool, open_redis_pool
 from services.common.settings import Settings
 from services.gateway.keys import ApiKey
 from winnow.errors import RateLimited
@@ -18,23 +19,32 @@ from winnow.errors import RateLimited
 logger = logging.getLogger(__name__)
 
 # A Redis that does not answer must not keep requests waiting.
-_REDIS: dict[str, str | float] = {
-    "implementation": "redispy",
-    "socket_timeout": 0.5,
-    "socket_connect_timeout": 0.5,
-}
+_TIMEOUT_S = 0.5
+
+
+def _storage(pool: RedisPool | None) -> RedisStorage | MemoryStorage:
+    if pool is None:
+        return MemoryStorage()
+    return RedisStorage(
+        "async+redis://",
+        implementation="redispy",
+        wrap_exceptions=True,
+        connection_pool=pool,  # type: ignore[arg-type]  # described, but left out of its types
+    )
 
 
 class RateLimits:
     """Sliding minutes, approximated by two counters per limit."""
 
     def __init__(self, settings: Settings) -> None:
-        url = settings.redis_url.get_secret_value() if settings.redis_url else "memory://"
-        url = url.replace("unix://", "redis+unix://", 1) if url.startswith("unix://") else url
-        more = {} if url == "memory://" else _REDIS
-        storage = storage_from_string(f"async+{url}", wrap_exceptions=True, **more)
-        self._limiter = limits.aio.strategies.SlidingWindowCounterRateLimiter(storage)
+        self._pool = open_redis_pool(settings, _TIMEOUT_S)
+        self._limiter = SlidingWindowCounterRateLimiter(_storage(self._pool))
         self._namespace = f"{settings.namespace}:limits"
+
+    async def close(self) -> None:
+        """Drop the connections; the counts stay."""
+        if self._pool is not None:
+            await self._pool.aclose()
 
     async def charge(self, key: ApiKey, what: str, limit: int | None, amount: int) -> None:
         """Counts `amount` of `what`; raises RateLimited, and counts nothing, if that is too much.

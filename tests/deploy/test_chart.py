@@ -59,7 +59,7 @@ SWITCHES: dict[str, list[str]] = {
         "redis.existingSecret=ours",
         "ray.gcsRedisAddress=redis://ours:6379",
     ],
-    "external Redis": ["redis.existingSecret=ours"],
+    "external Redis": ["redis.existingSecret=ours", "redis.caSecret=authority"],
     "bare": ["networkPolicy.enabled=false", "serviceAccount.create=false"],
     "claim": ["model.volume.existingClaim=models", "model.source=/models/x"],
     "settings": ["settings.request_timeout_s=600", "pruning.kv_budget=64", "model.name=tiny"],
@@ -180,6 +180,7 @@ def test_whatever_is_named_exists(rendered: list[dict[str, Any]]) -> None:
     }
     given = {
         ("Secret", "ours"),
+        ("Secret", "authority"),
         ("Secret", "public"),
         ("Secret", "peers"),
         ("Secret", "keys"),
@@ -334,6 +335,7 @@ def test_alerts_and_dashboards_are_the_shared_ones() -> None:
         (["decode.replicas=0"], "/decode/replicas"),
         (["decode.replica=2"], "replica"),
         (["redis.enabled=false"], "/redis/existingSecret"),
+        (["redis.caSecret=ca"], "redis.caSecret is for the Redis of redis.existingSecret"),
         (["gateway.ingress.enabled=true"], "/gateway/ingress/host"),
         (["gateway.httpRoute.enabled=true"], "/gateway/httpRoute/parentRefs"),
         (["settings.port=3"], "port"),

@@ -88,6 +88,10 @@ capabilities:
 - name: WINNOW_{{ upper $name }}
   value: {{ ternary $value (toJson $value) (kindIs "string" $value) | quote }}
 {{- end }}
+{{- if .Values.redis.caSecret }}
+- name: WINNOW_REDIS_CA_FILE
+  value: /etc/winnow/redis/ca.crt
+{{- end }}
 {{- if .Values.peerTlsSecret }}
 - name: WINNOW_PEER_CERT_FILE
   value: /etc/winnow/peer/tls.crt
@@ -165,6 +169,11 @@ capabilities:
 {{- define "winnow.mounts" -}}
 - name: tmp
   mountPath: /tmp
+{{- if .Values.redis.caSecret }}
+- name: redis-ca
+  mountPath: /etc/winnow/redis
+  readOnly: true
+{{- end }}
 {{- if .Values.peerTlsSecret }}
 - name: peer-tls
   mountPath: /etc/winnow/peer
@@ -179,6 +188,13 @@ capabilities:
 {{- define "winnow.volumes" -}}
 - name: tmp
   emptyDir: {}
+{{- with .Values.redis.caSecret }}
+- name: redis-ca
+  secret:
+    secretName: {{ . }}
+    items:
+      - {key: ca.crt, path: ca.crt}
+{{- end }}
 {{- with .Values.peerTlsSecret }}
 - name: peer-tls
   secret:

@@ -1,0 +1,171 @@
+"""A Redis with password and TLS: who is let in, and what is said to who is not."""
+
+import logging
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+import trustme
+
+from services.common.ports import free_port
+from services.common.redis_access import require_redis
+from services.common.registry import MetricsTarget, open_registry
+from services.common.settings import Settings
+from services.gateway.keys import ApiKey
+from services.gateway.rate_limits import RateLimits
+from tests.e2e.winnow_process import winnow
+from winnow.errors import InvalidSetting, RateLimited
+
+PASSWORD = "open-sesame"
+WRONG = "hunter2"
+TARGET = MetricsTarget("worker-1", "10.0.0.1:9400", "decode", "tiny")
+
+
+class GuardedRedis:
+    """A redis-server that speaks TLS alone and asks for a password."""
+
+    def __init__(self, folder: Path, authority: trustme.CA) -> None:
+        self.ca_file = folder / "ca.pem"
+        self.port = free_port()
+        issued = authority.issue_cert("localhost")
+        authority.cert_pem.write_to_path(self.ca_file)
+        issued.cert_chain_pems[0].write_to_path(folder / "cert.pem")
+        issued.private_key_pem.write_to_path(folder / "key.pem")
+        options = {
+            "bind": "127.0.0.1",
+            "port": 0,
+            "tls-port": self.port,
+            "tls-cert-file": folder / "cert.pem",
+            "tls-key-file": folder / "key.pem",
+            "tls-ca-cert-file": self.ca_file,
+            "tls-auth-clients": "no",
+            "requirepass": PASSWORD,
+            "save": "",
+            "dir": folder,
+        }
+        flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+        self.process = subprocess.Popen(["redis-server", *flags], stdout=subprocess.DEVNULL)
+        self._wait_until_it_listens()
+
+    def _wait_until_it_listens(self) -> None:
+        deadline_s = time.monotonic() + 20
+        with redis.Redis(port=self.port, socket_connect_timeout=1) as client:
+            while "refused" in _complaint(client):
+                assert time.monotonic() < deadline_s, "redis-server does not start"
+                time.sleep(0.02)
+
+    def url(self, password: str = PASSWORD, host: str = "localhost") -> str:
+        return f"rediss://:{password}@{host}:{self.port}/0"
+
+    def settings(self, password: str = PASSWORD, host: str = "localhost") -> Settings:
+        return Settings(redis_url=self.url(password, host), redis_ca_file=self.ca_file)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+
+
+def _complaint(client: redis.Redis) -> str:
+    try:
+        client.ping()
+    except redis.ConnectionError as error:  # it listens, but not to plain text
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GuardedRedis]:
+    server = GuardedRedis(tmp_path_factory.mktemp("redis"), authority)
+    yield server
+    server.stop()
+
+
+async def test_registers_over_tls_with_a_password(guarded: GuardedRedis) -> None:
+    registry = open_registry(guarded.settings())
+    await registry.put(TARGET, lease_s=30)
+    assert await registry.targets() == [TARGET]
+    await registry.remove(TARGET.worker_id)
+    await registry.close()
+
+
+async def test_counts_rate_limits_over_tls_with_a_password(
+    guarded: GuardedRedis, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = ApiKey(name="few", sha256="0" * 64, requests_per_minute=1)
+    gateways = [RateLimits(guarded.settings()) for _ in range(2)]
+    await gateways[0].charge(key, "requests", 1, 1)
+    with pytest.raises(RateLimited):
+        await gateways[1].charge(key, "requests", 1, 1)
+    assert "not counted" not in caplog.text
+    for gateway in gateways:
+        await gateway.close()
+
+
+def test_a_wrong_password_is_refused_and_not_shown(
+    guarded: GuardedRedis, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(InvalidSetting) as refused:
+        open_registry(guarded.settings(WRONG))
+    assert refused.value.message == "Redis does not take the name and password of redis_url"
+    assert WRONG not in caplog.text
+
+
+async def test_rate_limits_do_not_log_a_wrong_password(
+    guarded: GuardedRedis, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    key = ApiKey(name="few", sha256="0" * 64, requests_per_minute=1)
+    limits = RateLimits(guarded.settings(WRONG))
+    await limits.charge(key, "requests", 1, 1)
+    await limits.close()
+    assert "rate limits are not counted" in caplog.text
+    assert WRONG not in caplog.text
+
+
+def test_a_certificate_of_a_stranger_is_not_trusted(guarded: GuardedRedis, tmp_path: Path) -> None:
+    other = tmp_path / "other.pem"
+    trustme.CA().cert_pem.write_to_path(other)
+    for settings in (
+        Settings(redis_url=guarded.url(), redis_ca_file=other),
+        Settings(redis_url=guarded.url()),
+    ):
+        with pytest.raises(InvalidSetting, match="Redis' certificate is not trusted: self-signed"):
+            require_redis(settings)
+
+
+def test_a_certificate_of_another_name_is_not_trusted(guarded: GuardedRedis) -> None:
+    with pytest.raises(InvalidSetting, match="not trusted: IP address mismatch"):
+        require_redis(guarded.settings(host="127.0.0.1"))
+
+
+def test_an_authority_that_is_no_use_is_named(guarded: GuardedRedis, tmp_path: Path) -> None:
+    missing = tmp_path / "none.pem"
+    with pytest.raises(InvalidSetting, match=r"none\.pem cannot be used: No such file"):
+        require_redis(Settings(redis_url=guarded.url(), redis_ca_file=missing))
+    with pytest.raises(ValueError, match="does not begin with rediss://"):
+        Settings(redis_url="redis://localhost", redis_ca_file=guarded.ca_file)
+
+
+def test_a_redis_that_is_away_may_come_later(caplog: pytest.LogCaptureFixture) -> None:
+    require_redis(Settings(redis_url=f"redis://:{WRONG}@127.0.0.1:{free_port()}/0"))
+    assert "Redis does not answer" in caplog.text
+    assert WRONG not in caplog.text
+
+
+@pytest.mark.e2e
+def test_a_worker_with_a_wrong_password_ends_with_one_clear_line(guarded: GuardedRedis) -> None:
+    done = winnow(
+        "decode",
+        WINNOW_REDIS_URL=guarded.url(WRONG),
+        WINNOW_REDIS_CA_FILE=str(guarded.ca_file),
+    )
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last == "winnow: Redis does not take the name and password of redis_url"
+    assert WRONG not in done.stderr + done.stdout
