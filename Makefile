@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test chaos packages check format bench train docs proto lock clean setup
+.PHONY: demo test chaos packages check audit format bench train docs proto lock clean setup
 
 setup: $(STAMP)
 
@@ -52,6 +52,13 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy -p training -p benchmarks
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive \
+		winnow services evals training benchmarks deploy
+	$(MAKE) --no-print-directory audit
+
+# Known vulnerabilities of what is pinned, where an index can be asked; see deploy/audit.py.
+audit: $(STAMP)
+	$(BIN)/python -m deploy.audit
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -1,0 +1,83 @@
+"""The audit asks a real server of vulnerabilities, this test's own, through pip-audit."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from deploy.audit import IGNORED, PINNED, audit, pins
+from services.common.ports import free_port
+
+VULNERABLE = {
+    "id": "PYSEC-2026-1",
+    "summary": "it breaks",
+    "affected": [
+        {
+            "package": {"name": "broken", "ecosystem": "PyPI"},
+            "ranges": [{"type": "ECOSYSTEM", "events": [{"introduced": "0"}, {"fixed": "1.1"}]}],
+        }
+    ],
+}
+
+
+class _Vulnerabilities(BaseHTTPRequestHandler):
+    """As api.osv.dev: one package has a vulnerability."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        known = asked["package"]["name"] == "broken"
+        body = json.dumps({"vulns": [VULNERABLE]} if known else {}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *values: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture(scope="module")
+def options() -> Iterator[list[str]]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Vulnerabilities)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield ["--vulnerability-service", "osv", "--osv-url", f"http://127.0.0.1:{server.server_port}"]
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def lock(tmp_path: Path) -> Path:
+    path = tmp_path / "requirements.lock"
+    path.write_text("broken==1.0 \\\n    --hash=sha256:00\nwhole==2.0\n    # via broken==1.0\n")
+    return path
+
+
+def test_a_known_vulnerability_fails_the_check(lock: Path, options: list[str]) -> None:
+    outcome = audit([lock], {}, options)
+    assert outcome.failed
+    assert "broken 1.0 has PYSEC-2026-1, fixed in 1.1" in outcome.text
+    assert "2 of 2 packages were looked up" in outcome.text
+
+
+def test_one_that_is_ignored_does_not(lock: Path, options: list[str]) -> None:
+    assert not audit([lock], {"PYSEC-2026-1": "not called"}, options).failed
+
+
+def test_without_network_it_says_so_and_does_not_fail(lock: Path) -> None:
+    nobody = f"http://127.0.0.1:{free_port()}"
+    outcome = audit([lock], {}, ["--vulnerability-service", "osv", "--osv-url", nobody])
+    assert not outcome.failed
+    assert "nobody could be asked about vulnerabilities: " in outcome.text
+    assert "refused" in outcome.text
+
+
+def test_everything_that_is_installed_is_asked_about() -> None:
+    names = {pin.partition("==")[0] for pin in pins(PINNED)}
+    assert names >= {"torch", "ray", "grpcio", "fastapi", "redis", "pytest"}
+    assert all(reason for reason in IGNORED.values())
