@@ -8,6 +8,8 @@ WinnowError
 │   ├── PromptTooLong       more prompt tokens than the model or the operator allows
 │   ├── BodyTooLarge        the HTTP body is over the limit
 │   ├── BodyTooSlow         the HTTP body did not come in its time
+│   ├── BodyEncoded         the HTTP body is compressed
+│   ├── HeadersTooLarge     the HTTP request line and headers are over the limit
 │   └── UnknownModel        the service does not serve that model
 ├── InvalidKey              no API key, or one that does not exist (any more)
 ├── Overloaded              no KV memory or queue place now; try again later
@@ -82,6 +84,14 @@ class BodyTooLarge(InvalidRequest):
 
 class BodyTooSlow(InvalidRequest):
     code = "body_too_slow"
+
+
+class BodyEncoded(InvalidRequest):
+    code = "body_encoded"
+
+
+class HeadersTooLarge(InvalidRequest):
+    code = "headers_too_large"
 
 
 class UnknownModel(InvalidRequest):
@@ -195,6 +205,8 @@ _STATUS: dict[type[WinnowError], Status] = {
     InvalidRequest: Status(400, "INVALID_ARGUMENT", "invalid_request_error"),
     BodyTooLarge: Status(413, "INVALID_ARGUMENT", "invalid_request_error"),
     BodyTooSlow: Status(408, "DEADLINE_EXCEEDED", "timeout_error"),
+    BodyEncoded: Status(415, "INVALID_ARGUMENT", "invalid_request_error"),
+    HeadersTooLarge: Status(431, "INVALID_ARGUMENT", "invalid_request_error"),
     UnknownModel: Status(404, "NOT_FOUND", "invalid_request_error"),
     InvalidKey: Status(401, "UNAUTHENTICATED", "authentication_error"),
     Overloaded: Status(429, "RESOURCE_EXHAUSTED", "rate_limit_error"),

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from starlette.requests import ClientDisconnect, Request
 
-from winnow.errors import BodyTooLarge, BodyTooSlow, InvalidRequest, RequestCancelled
+from winnow.errors import BodyEncoded, BodyTooLarge, BodyTooSlow, InvalidRequest, RequestCancelled
 
 logger = logging.getLogger(__name__)
 
@@ -17,14 +17,19 @@ _DISCARDED_BYTES = 64 << 20
 _DISCARD_TIMEOUT_S = 0.5
 # At the largest body allowed, a slow line's time; a client that drips must not hold on for ever.
 BODY_TIMEOUT_S = 60.0
+_PLAIN = "identity"
 
 
 async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     """The JSON object in the request's body.
 
-    Raises BodyTooLarge as soon as more than `max_bytes` are announced or have come, BodyTooSlow
-    after BODY_TIMEOUT_S, and InvalidRequest for anything but a JSON object in UTF-8.
+    Raises BodyEncoded for a compressed one: unpacked, a few bytes could fill the memory. Raises
+    BodyTooLarge as soon as more than `max_bytes` are announced or have come, BodyTooSlow after
+    BODY_TIMEOUT_S, and InvalidRequest for anything but a JSON object in UTF-8.
     """
+    encoding = request.headers.get("content-encoding", _PLAIN)
+    if encoding.lower() != _PLAIN:
+        raise BodyEncoded(f"content-encoding {encoding!r} is not taken; send the body as it is")
     return parse_json(await read_body(request, max_bytes))
 
 

@@ -12,6 +12,7 @@ from services.common.tracing import context_in
 from services.gateway.access import KeyGuard, key_of
 from services.gateway.answer import Answer
 from services.gateway.gateway import Gateway
+from services.gateway.header_limit import HeaderLimit
 from services.gateway.http_errors import add_error_handlers
 from services.gateway.json_body import read_json
 from services.gateway.openai_asks import AskReader, OpenAIAsk
@@ -28,6 +29,7 @@ def create_api(gateway: Gateway) -> FastAPI:
     add_error_handlers(api, gateway.metrics)
     api.add_middleware(LastAnswers, gateway=gateway)
     api.add_middleware(KeyGuard, access=gateway.access, metrics=gateway.metrics)
+    api.add_middleware(HeaderLimit, metrics=gateway.metrics)
     _add_completions(api, gateway)
     _add_tokenizer(api, gateway)
     _add_models(api, gateway)

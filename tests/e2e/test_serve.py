@@ -73,6 +73,14 @@ def test_streams_tokens(url: str, model: Path) -> None:
     assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
 
 
+def test_headers_over_the_limit_are_refused_behind_the_proxy_too(url: str, model: Path) -> None:
+    body = {"model": model.name, "prompt": PROMPT, "max_tokens": 5}
+    headers = {"x-long": "a" * 40_000}
+    refused = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
+    assert refused.status_code == 431
+    assert refused.json()["error"]["code"] == "headers_too_large"
+
+
 def worker_metrics(admin_url: str, role: str) -> str:
     """Where the first process of that role serves its metrics."""
     groups = httpx.get(f"{admin_url}/metrics/targets").json()
@@ -106,6 +114,23 @@ def test_a_client_that_leaves_cancels_decode_and_prefill(
         num_left += 1
     until("all are cancelled", lambda: num_cancelled() == before + num_left)
     until("nothing runs", lambda: metric(admin_url, "winnow_requests_running") == 0)
+
+
+def test_a_request_with_another_one_s_id_neither_ends_nor_sees_it(url: str, model: Path) -> None:
+    """Ray Serve takes the id of its requests from a header, so anybody can name one in use."""
+    headers = {"x-request-id": "theirs"}
+    body = {"model": model.name, "prompt": PROMPT, "max_tokens": 300, "ignore_eos": True}
+    ask = {"method": "POST", "url": f"{url}/v1/completions", "headers": headers, "timeout": 60}
+    with httpx.stream(json=body | {"stream": True}, **ask) as theirs:
+        lines = theirs.iter_lines()
+        first = json.loads(next(lines).removeprefix("data: "))
+        with httpx.stream(json=body | {"stream": True}, **ask) as other:
+            begun = json.loads(next(other.iter_lines()).removeprefix("data: "))
+        assert begun["id"] != first["id"]  # and it was cancelled by leaving
+        events = [line.removeprefix("data: ") for line in lines if line]
+    assert events.pop() == "[DONE]"
+    assert {json.loads(event)["id"] for event in events} == {first["id"]}
+    assert json.loads(events[-1])["choices"][0]["finish_reason"] == "length"
 
 
 def test_idles_quietly_and_within_its_memory(service: WinnowServe, url: str) -> None:

@@ -9,7 +9,7 @@ from services.decode.push import MAX_OPEN_TRANSFERS
 from tests.services.decode.client import GREEDY, PROMPT, Client, error_of, events_of, token_ids_of
 from tests.services.decode.conftest import StartWorker
 from tests.winnow.drive import admit, decode_all, ids, make_engine, spec
-from winnow.errors import LeaseExpired, StaleAttempt, UnknownReservation
+from winnow.errors import LeaseExpired, StaleAttempt, TransferForged, UnknownReservation
 from winnow.v1 import decode_pb2 as pb
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -175,6 +175,25 @@ async def test_a_second_attempt_is_refused_once_the_kv_is_in_place(client: Clien
     await client.push(client.frames())
     with pytest.raises(StaleAttempt, match="already in place"):
         await client.push(client.frames(attempt=2))
+    call.cancel()
+
+
+async def test_a_recorded_transfer_cannot_be_played_again(client: Client) -> None:
+    sampling = client.request().sampling
+    sampling.max_tokens = 4000
+    call = await client.admit(client.request(sampling=sampling))
+    recorded = client.frames()
+    await client.push(recorded)
+    with pytest.raises(StaleAttempt):
+        await client.push(recorded)
+    call.cancel()
+    await client.until_idle()
+    with pytest.raises(UnknownReservation):
+        await client.push(recorded)
+    call = await client.admit(client.request())  # the same id, with another secret
+    push = await client.refused_push(recorded)
+    assert push.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert isinstance(error_from_rpc(push), TransferForged)
     call.cancel()
 
 
