@@ -22,7 +22,7 @@ IGNORED: Mapping[str, str] = {}
 
 _PIN = re.compile(r"^[A-Za-z0-9._-]+==[^\s;\\]+", re.MULTILINE)
 _REQUEST_TIMEOUT_S = 10
-_TIMEOUT_S = 300
+_TIMEOUT_S = 120
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 
-from services.gateway.openai_types import ChatMessage
+from services.gateway.openai_types import ROLES, ChatMessage
 from winnow.errors import InvalidRequest, InvalidSetting, UnsupportedParameter
-
-ROLES = ("system", "developer", "user", "assistant")
 
 
 def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:

@@ -3,8 +3,8 @@
 from typing import Any
 
 from services.gateway.ask import Ask, Prompt, Wishes, make_ask
-from services.gateway.chat import ROLES
 from services.gateway.gateway import Gateway
+from services.gateway.openai_types import ROLES
 from winnow.errors import InvalidRequest, InvalidSetting
 from winnow.v1 import inference_pb2 as pb
 

@@ -1,18 +1,38 @@
 """The bodies of OpenAI's API that Winnow takes, and how a wrong one is named.
 
 Fields that are absent or null have OpenAI's default. Ranges are checked where the value is used,
-so that REST and gRPC share the checks.
+so that REST and gRPC share the checks; here they are only told, for /openapi.json.
 """
 
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from winnow.errors import InvalidRequest, InvalidSetting, UnknownParameter
+from winnow.request import MAX_LOGPROBS
 
 Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+ROLES = ("system", "developer", "user", "assistant")
 _SHOWN_CHARS = 60
+
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+_PROMPTS = [
+    {"type": "string", "minLength": 1},
+    _TOKEN_IDS,
+    {"type": "array", "items": {"anyOf": [{"type": "string"}, _TOKEN_IDS]}, "minItems": 1},
+]
+
+
+def _told(**schema: Any) -> Any:  # noqa: ANN401 - a field's, as pydantic types them
+    """What a field's schema says beyond its type."""
+    return Field(None, json_schema_extra=schema)
+
+
+def _not_null(schema: dict[str, Any]) -> None:
+    """Leaves out of a field's schema what only its checks may see."""
+    schema.pop("default")
+    schema["anyOf"] = [one for one in schema["anyOf"] if one != {"type": "null"}]
 
 
 class _Body(BaseModel):
@@ -58,18 +78,18 @@ class _Generation(_Body):
     """What completions and chat share."""
 
     model: str
-    max_tokens: Integer | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Integer | None = None
-    min_p: float | None = None
-    seed: Integer | None = None
+    max_tokens: Integer | None = _told(minimum=1)
+    temperature: float | None = _told(minimum=0, maximum=2)
+    top_p: float | None = _told(exclusiveMinimum=0, maximum=1)
+    top_k: Integer | None = _told(minimum=0)
+    min_p: float | None = _told(minimum=0, maximum=1)
+    seed: Integer | None = _told(minimum=0)
     stop: str | list[str] | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
+    presence_penalty: float | None = _told(minimum=-2, maximum=2)
+    frequency_penalty: float | None = _told(minimum=-2, maximum=2)
+    repetition_penalty: float | None = _told(exclusiveMinimum=0, maximum=10)
     logit_bias: dict[str, float] | None = None
-    n: Integer | None = None
+    n: Integer | None = _told(minimum=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
@@ -79,26 +99,29 @@ class _Generation(_Body):
 
 class CompletionRequest(_Generation):
     # Text, token ids, or a list of either; prompts.py tells them apart, and names what is wrong.
-    prompt: Any
-    logprobs: Integer | None = None
+    prompt: Annotated[Any, WithJsonSchema({"anyOf": _PROMPTS})]
+    logprobs: Integer | None = _told(minimum=0, maximum=MAX_LOGPROBS)
     echo: bool | None = None
 
 
 class TextPart(_Body):
-    type: str
+    type: str = Field(json_schema_extra={"enum": ["text"]})
     text: str | None = None
 
 
 class ChatMessage(_Body):
-    role: str
-    content: str | list[TextPart] | None = None
+    # Content may be absent here, so that chat.py can say which message has none.
+    model_config = ConfigDict(json_schema_extra={"required": ["role", "content"]})
+
+    role: str = Field(json_schema_extra={"enum": list(ROLES)})
+    content: str | list[TextPart] | None = Field(None, json_schema_extra=_not_null)
     name: str | None = None
     refusal: str | None = None
 
 
 class ChatRequest(_Generation):
-    messages: list[ChatMessage]
-    max_completion_tokens: Integer | None = None
+    messages: list[ChatMessage] = Field(json_schema_extra={"minItems": 1})
+    max_completion_tokens: Integer | None = _told(minimum=1)
     logprobs: bool | None = None
     top_logprobs: Integer | None = None
 

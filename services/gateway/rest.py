@@ -17,6 +17,7 @@ from services.gateway.http_errors import add_error_handlers
 from services.gateway.json_body import read_json
 from services.gateway.openai_asks import AskReader, OpenAIAsk
 from services.gateway.openai_format import AnswerFormat, ChatFormat, CompletionFormat
+from services.gateway.openapi import describe
 from services.gateway.tokenize_api import detokenize, tokenize
 
 _T = TypeVar("_T")
@@ -24,7 +25,8 @@ _T = TypeVar("_T")
 
 def create_api(gateway: Gateway) -> FastAPI:
     """The ASGI application that serves `gateway`, which stays its owner's to close."""
-    # Swagger's pages would fetch scripts from elsewhere.
+    # Swagger's pages would fetch scripts from elsewhere; FastAPI sees no bodies where they are read
+    # by hand, so openapi.py describes them.
     api = FastAPI(title="Winnow", docs_url=None, redoc_url=None, openapi_url=None)
     add_error_handlers(api, gateway.metrics)
     api.add_middleware(LastAnswers, gateway=gateway)
@@ -34,6 +36,7 @@ def create_api(gateway: Gateway) -> FastAPI:
     _add_tokenizer(api, gateway)
     _add_models(api, gateway)
     _add_probes(api, gateway)
+    _add_description(api, gateway)
     return api
 
 
@@ -107,6 +110,14 @@ def _add_probes(api: FastAPI, gateway: Gateway) -> None:
     async def ready() -> Response:
         readiness = await gateway.readiness()
         return JSONResponse({"status": readiness.status}, 200 if readiness.ready else 503)
+
+
+def _add_description(api: FastAPI, gateway: Gateway) -> None:
+    document = describe(needs_key=gateway.settings.api_keys_file is not None)
+
+    @api.get("/openapi.json")
+    async def description() -> dict[str, Any]:
+        return document
 
 
 class LastAnswers:
