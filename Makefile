@@ -70,6 +70,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.transfer
 	$(BIN)/python -m benchmarks.end_to_end
 	$(BIN)/python -m benchmarks.overload
+	$(BIN)/python -m benchmarks.migration
 
 train: $(STAMP)
 	$(BIN)/python -m training.train
