@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from winnow.completion import Completion, CompletionStream, generation_spec, prefill_into
-from winnow.engine.decode import DecodeEngine, StepOutput
+from winnow.engine.decode import DecodeEngine
+from winnow.engine.outputs import StepOutput
 from winnow.engine.prefill import PrefillResult, require_prompt
 from winnow.engine.sequence import Reservation
 from winnow.errors import Overloaded

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from winnow.engine.decode import StepOutput
+from winnow.engine.outputs import StepOutput
 from winnow.engine.prefill import PrefillResult, run_prefill
 from winnow.engine.sequence import GenerationSpec, Reservation
 from winnow.models import DecoderModel

@@ -15,7 +15,8 @@ from enum import Enum, auto
 
 from torch import Tensor
 
-from winnow.engine.decode import DecodeEngine, StepOutput
+from winnow.engine.decode import DecodeEngine
+from winnow.engine.outputs import StepOutput
 from winnow.engine.sequence import GenerationSpec, Sequence
 from winnow.errors import StaleAttempt, UnknownReservation, WinnowError
 from winnow.kv import LayerKV, ModelShape

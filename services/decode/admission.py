@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 
 from services.decode.active_request import ActiveRequest
-from winnow.engine.decode import DecodeEngine, StepOutput
+from winnow.engine.decode import DecodeEngine
+from winnow.engine.outputs import StepOutput
 from winnow.engine.sequence import GenerationSpec
 from winnow.errors import (
     InvalidSetting,

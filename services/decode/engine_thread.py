@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 
 from services.decode.metrics import RELIEF, DecodeMetrics
-from winnow.engine.decode import DecodeEngine, StepOutput
+from winnow.engine.decode import DecodeEngine
+from winnow.engine.outputs import StepOutput
 from winnow.errors import EngineFailed, WinnowError
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from services.decode.admission import Admission
 from services.decode.metrics import DecodeMetrics
 from services.decode.spec import spec_from_request
 from services.decode.take_over import Fetcher
-from winnow.engine.decode import DecodeEngine, StepOutput
+from winnow.engine.decode import DecodeEngine
+from winnow.engine.outputs import StepOutput
 from winnow.errors import EngineFailed, LeaseExpired, ModelMismatch, WinnowError
 from winnow.v1 import decode_pb2 as pb
 from winnow.v1.decode_pb2_grpc import DecodeServicer

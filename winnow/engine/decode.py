@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from winnow.engine.cutting import CutCounts, Cutter
-from winnow.engine.kv_pool import KVPool, KVPoolConfig, PoolStats
+from winnow.engine.kv_pool import KVPool, KVPoolConfig
+from winnow.engine.outputs import EngineStats, StepOutput
 from winnow.engine.paged_attention import PagedAttention
 from winnow.engine.relief import Relief, ReliefCounts, age, can_shrink
 from winnow.engine.sequence import GenerationSpec, Reservation, Sequence, promise_for
@@ -24,39 +25,6 @@ from winnow.models import DecoderModel
 from winnow.request import SequenceState, Token, require_range
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What one step did for one request; after `finished` or an `error` nothing more follows.
-
-    tokens: new ones; none of a sequence that replays.
-    recompressed_entries: dropped so far, over layers, heads and sequences.
-    kv_bytes: keys and values that the request's sequences held when their tokens were sampled.
-    """
-
-    request_id: str
-    tokens: tuple[Token, ...]
-    recompressed_entries: int
-    kv_bytes: int
-    finished: bool
-    error: WinnowError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """reserved_requests: admitted, KV not complete yet.
-
-    swapped_sequences, swapped_bytes: what waits in host memory for pages.
-    kv_unpruned_bytes: what the running sequences would hold had nothing been pruned.
-    """
-
-    pool: PoolStats
-    running_sequences: int
-    reserved_requests: int
-    swapped_sequences: int
-    swapped_bytes: int
-    kv_unpruned_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

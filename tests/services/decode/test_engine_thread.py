@@ -6,8 +6,9 @@ from services.decode.engine_thread import EngineThread
 from services.decode.metrics import DecodeMetrics
 from tests.services.decode.client import GREEDY, PROMPT
 from tests.winnow.drive import admit, spec
-from winnow.engine.decode import DecodeEngine, StepOutput
+from winnow.engine.decode import DecodeEngine
 from winnow.engine.kv_pool import KVPoolConfig
+from winnow.engine.outputs import StepOutput
 from winnow.errors import EngineFailed, WinnowError
 from winnow.models import load_model
 

@@ -1,0 +1,40 @@
+"""What a decode engine tells: of each step, and of itself."""
+
+from dataclasses import dataclass
+
+from winnow.engine.kv_pool import PoolStats
+from winnow.errors import WinnowError
+from winnow.request import Token
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step did for one request; after `finished` or an `error` nothing more follows.
+
+    tokens: new ones; none of a sequence that replays.
+    recompressed_entries: dropped so far, over layers, heads and sequences.
+    kv_bytes: keys and values that the request's sequences held when their tokens were sampled.
+    """
+
+    request_id: str
+    tokens: tuple[Token, ...]
+    recompressed_entries: int
+    kv_bytes: int
+    finished: bool
+    error: WinnowError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """reserved_requests: admitted, KV not complete yet.
+
+    swapped_sequences, swapped_bytes: what waits in host memory for pages.
+    kv_unpruned_bytes: what the running sequences would hold had nothing been pruned.
+    """
+
+    pool: PoolStats
+    running_sequences: int
+    reserved_requests: int
+    swapped_sequences: int
+    swapped_bytes: int
+    kv_unpruned_bytes: int
