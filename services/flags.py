@@ -14,6 +14,8 @@ _WORKER = {
         "decode_advertised_host",
         "decode_port",
         "kv_port",
+        "decode_advertised_port",
+        "kv_advertised_port",
         "metrics_port",
         "kv_memory_bytes",
         "page_size",

@@ -35,6 +35,7 @@ _TLS_FILES = ("tls_cert_file", "tls_key_file")
 _PEER_FILES = ("peer_cert_file", "peer_key_file", "peer_ca_file")
 
 Port = Annotated[int, Field(ge=0, le=65535)]
+KnownPort = Annotated[int, Field(ge=1, le=65535)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -82,6 +83,12 @@ class Settings(BaseModel):
     )
     decode_port: Port = Field(0, description="port of Decode; 0 is any free one")
     kv_port: Port = Field(0, description="port of KvTransfer; 0 is any free one")
+    decode_advertised_port: KnownPort | None = Field(
+        None, description="port of Decode as they announce it, behind NAT (default: decode_port)"
+    )
+    kv_advertised_port: KnownPort | None = Field(
+        None, description="port of KvTransfer as they announce it (default: kv_port)"
+    )
     metrics_port: Port = Field(
         0, description="port of a decode worker's /metrics; 0 is any free one"
     )

@@ -42,7 +42,7 @@ class DecodeWorker:
     def __init__(self, settings: Settings) -> None:
         self.worker_id = new_worker_id()
         self.metrics = DecodeMetrics(settings.served_name)
-        self.address = ""  # host:port, of Decode and of KvTransfer, once started
+        self.address = ""  # host:port as announced, of Decode and of KvTransfer, once started
         self.kv_address = ""
         self.metrics_port = 0
         self._settings = settings
@@ -104,7 +104,8 @@ class DecodeWorker:
         kv_server = KvServer(receiver, giver, peers)
         started.push_async_callback(_in_thread, kv_server.stop)
         self.metrics.transfers_in_flight.set_function(lambda: receiver.open_transfers)
-        self.kv_address = f"{advertised}:{kv_server.start(host, settings.kv_port)}"
+        kv_port = kv_server.start(host, settings.kv_port)
+        self.kv_address = f"{advertised}:{settings.kv_advertised_port or kv_port}"
         fetcher = Fetcher(model, self.metrics, peers)
         started.push_async_callback(_in_thread, fetcher.stop)
 
@@ -126,7 +127,7 @@ class DecodeWorker:
         )
         started.push_async_callback(self._control.stop)
         port = await self._control.start(host, settings.decode_port)
-        self.address = f"{advertised}:{port}"
+        self.address = f"{advertised}:{settings.decode_advertised_port or port}"
 
         metrics_server = start_metrics_server(self.metrics.registry, settings.metrics_port, host)
         started.push_async_callback(_in_thread, metrics_server.close)

@@ -56,6 +56,14 @@ async def test_registers_itself(worker: DecodeWorker, registry: RedisRegistry) -
     assert not record.draining
 
 
+async def test_announces_the_ports_that_lead_to_it(
+    start_worker: StartWorker, registry: RedisRegistry
+) -> None:
+    worker = await start_worker(decode_advertised_port=17000, kv_advertised_port=17001)
+    record = next(r for r in await registry.workers() if r.worker_id == worker.worker_id)
+    assert (record.address, record.kv_address) == ("127.0.0.1:17000", "127.0.0.1:17001")
+
+
 async def test_renews_its_record(start_worker: StartWorker, registry: RedisRegistry) -> None:
     worker = await start_worker(lease_s=0.6)
     async with Client(worker) as client, asyncio.timeout(20):
