@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.victim import LEASE_S, Victim
+from tests.chaos.linked_stack import LinkedStack
+from tests.chaos.victim import KV_LEASE_S, LEASE_S, REQUEST_TIMEOUT_S, Victim
 from tests.deploy.conftest import services  # noqa: F401 - a fixture
-from tests.deploy.stack import Stack
 
 
 @pytest.fixture(scope="package")
@@ -15,9 +15,14 @@ def victim(
     services: dict[str, Any],  # noqa: F811 - the fixture
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Victim]:
-    """The Compose services, with a short lease."""
-    stack = Stack(
-        services, tmp_path_factory.mktemp("chaos"), WINNOW_LEASE_S=str(LEASE_S), OMP_NUM_THREADS="1"
+    """The Compose services, with short leases."""
+    stack = LinkedStack(
+        services,
+        tmp_path_factory.mktemp("chaos"),
+        WINNOW_LEASE_S=str(LEASE_S),
+        WINNOW_KV_LEASE_S=str(KV_LEASE_S),
+        WINNOW_REQUEST_TIMEOUT_S=str(REQUEST_TIMEOUT_S),
+        OMP_NUM_THREADS="1",
     )
     try:
         stack.start_all()
@@ -32,3 +37,4 @@ def nothing_is_left(victim: Victim) -> Iterator[None]:
     yield
     victim.restore()
     victim.require_idle()
+    victim.require_as_before()

@@ -1,25 +1,37 @@
 """The processes that the cases do harm to, and what is asked of them meanwhile."""
 
-import os
+import contextlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import grpc
+import httpx
 import openai
 import psutil
+import redis
 
-from tests.deploy.stack import Stack
+from tests.chaos.holdings import Holdings, registered_pids
+from tests.chaos.linked_stack import LinkedStack
+from tests.deploy.stack import START_TIMEOUT_S
+from tests.services.exposed import value
 from winnow.v1 import decode_pb2 as pb
 from winnow.v1.decode_pb2_grpc import DecodeStub
 
 LEASE_S = 3.0
+KV_LEASE_S = 45.0
+REQUEST_TIMEOUT_S = 90.0
 WORKERS = ("decode-1", "decode-2")
+REPLICAS = {"gateway": ":Gateway", "prefill": ":Prefill"}  # and how Ray titles their processes
 PROMPT = (
     "The pass key is 48219. Remember it. 48219 is the pass key. " + "The grass is green. " * 200
 )
-NUM_TOKENS = 400
+NUM_TOKENS = 200
+_SOON_S = 30.0
+_PAUSE_S = 0.02
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -31,14 +43,23 @@ class Piece:
     at_s: float
 
 
+class NoReplica(Exception):
+    """Ray has not started it again yet."""
+
+
 class Victim:
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: LinkedStack) -> None:
         self.stack = stack
-        port = stack.ports["gateway WINNOW_PORT"]
+        self.network = stack.network
+        self._first_seen: dict[int, Holdings] = {}
+        self.url = f"http://127.0.0.1:{stack.ports['gateway WINNOW_PORT']}"
         self.openai = openai.OpenAI(
-            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120
         )
-        self.expected = "".join(piece.text for piece in self.stream())
+        started_s = time.monotonic()
+        quiet = list(self.stream())
+        self.expected = "".join(piece.text for piece in quiet)
+        self.quiet_s = quiet[0].at_s - started_s  # to the first token, with nothing amiss
 
     def stream(self) -> Iterator[Piece]:
         """One answer of NUM_TOKENS tokens, as it comes."""
@@ -57,16 +78,24 @@ class Victim:
                 yield Piece(choice.text, choice.finish_reason, time.monotonic())
 
     def kill(self, name: str) -> None:
-        """SIGKILL; it is started again by `restore`."""
-        self.stack.processes[name].kill()
-        self.stack.processes[name].wait()
+        """SIGKILL.  Ray starts the gateway and prefill again, `restore` the others."""
+        self._process(name).kill()
+        if name not in REPLICAS:
+            self.stack.processes[name].wait()
 
     def stop(self, name: str) -> None:
         """SIGSTOP; it goes on with `restore`."""
-        self.stack.processes[name].send_signal(signal.SIGSTOP)
+        self._process(name).send_signal(signal.SIGSTOP)
+
+    def _process(self, name: str) -> psutil.Process:
+        """The one that does the work of that name; raises NoReplica."""
+        if name in REPLICAS:
+            return self.replica(name)
+        return psutil.Process(self.stack.processes[name].pid)
 
     def restore(self) -> None:
-        """Every process runs again."""
+        """Every process runs again, reaches the others, and is known to them."""
+        self.network.heal()
         for name, process in self.stack.processes.items():
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)
@@ -74,7 +103,21 @@ class Victim:
                 self.stack.start_redis()
             else:
                 self.stack.start(name)
-        self.stack.wait_until_healthy("gateway", *WORKERS)
+        for name in REPLICAS:
+            with contextlib.suppress(NoReplica):
+                self.replica(name).send_signal(signal.SIGCONT)
+        _soon(lambda: self._whole() or None, "the service is not whole again", START_TIMEOUT_S)
+
+    def _whole(self) -> bool:
+        """Whether the gateway finds prefill and decode, and the registry tells of nobody else."""
+        try:
+            workers = [self.stack.processes[name].pid for name in WORKERS]
+            replicas = [self.replica(name).pid for name in REPLICAS]
+            known = registered_pids(self.stack.ports["redis"])
+            expected = {"worker": sorted(workers), "metrics": sorted(workers + replicas)}
+            return known == expected and self.ready()["decode_workers"] == len(WORKERS)
+        except (httpx.TransportError, redis.RedisError, NoReplica):
+            return False
 
     def status(self, name: str) -> pb.StatusResponse:
         address = f"127.0.0.1:{self.stack.ports[f'{name} WINNOW_DECODE_PORT']}"
@@ -83,17 +126,41 @@ class Victim:
 
     def generating(self) -> str:
         """The worker that generates now."""
-        while True:
-            for name in WORKERS:
-                if self.status(name).running_sequences:
-                    return name
+        return self._worker_with("running_sequences")
 
     def admitting(self) -> str:
         """The worker that waits for KV now."""
-        while True:
-            for name in WORKERS:
-                if self.status(name).reserved_requests:
-                    return name
+        return self._worker_with("reserved_requests")
+
+    def receiving(self) -> str:
+        """The worker that takes KV now."""
+        return self._worker_with("open_transfers")
+
+    def _worker_with(self, what: str) -> str:
+        return _soon(
+            lambda: next((n for n in WORKERS if getattr(self.status(n), what)), None),
+            f"no worker has {what}",
+        )
+
+    def held_back(self, link: str) -> str:
+        """The worker that a silent link keeps something from."""
+        links = self.network.links
+        return _soon(
+            lambda: next((n for n in WORKERS if links[f"{n} {link}"].num_held_bytes), None),
+            f"nobody sends to a {link} port",
+        )
+
+    def ready(self) -> dict[str, Any]:
+        """What the gateway says of itself."""
+        return dict(httpx.get(f"{self.url}/ready", timeout=10).json())
+
+    def wait_until_waiting_for(self, leg: str) -> None:
+        """Returns when a prompt waits for `admission` or `prefill`."""
+        _soon(lambda: self._num_waiting_for(leg) or None, f"no prompt waits for {leg}")
+
+    def _num_waiting_for(self, leg: str) -> float:
+        text = httpx.get(f"{self.url}/metrics", timeout=10).text
+        return value(text, "winnow_requests_waiting", reason=leg)
 
     def require_idle(self, timeout_s: float = 30) -> None:
         """Returns when no worker holds anything; raises with what one still holds."""
@@ -102,15 +169,35 @@ class Victim:
             while held := _held(self.status(name)):
                 assert time.monotonic() < deadline_s, f"{name} still holds {held}"
 
-    def replica(self, deployment: str) -> psutil.Process:
-        """Ray's process of a Serve deployment."""
-        gateway = psutil.Process(self.stack.processes["gateway"].pid)
-        found = [p for p in gateway.children(recursive=True) if deployment in _title(p)]
-        assert found, f"no replica of {deployment}"
-        return found[0]
+    def require_as_before(self, timeout_s: float = 60) -> None:
+        """Returns when no process holds more threads or sockets than when it was first seen."""
+        for name, process in self.processes().items():
+            before = self._first_seen.setdefault(process.pid, Holdings.of(process))
+            deadline_s = time.monotonic() + timeout_s
+            while not (now := Holdings.of(process)).is_within(before):
+                assert time.monotonic() < deadline_s, f"{name} holds {now}, before {before}"
+                time.sleep(_PAUSE_S)
 
-    def kill_replica(self, deployment: str) -> None:
-        os.kill(self.replica(deployment).pid, signal.SIGKILL)
+    def processes(self) -> dict[str, psutil.Process]:
+        """Those that serve requests, by name."""
+        return {name: self._process(name) for name in (*WORKERS, *REPLICAS)}
+
+    def replica(self, name: str) -> psutil.Process:
+        """Ray's process of the gateway or of prefill; raises NoReplica."""
+        service = psutil.Process(self.stack.processes["gateway"].pid)
+        for process in service.children(recursive=True):
+            if REPLICAS[name] in _title(process):
+                return process
+        raise NoReplica(name)
+
+
+def _soon(look: Callable[[], _T | None], otherwise: str, timeout_s: float = _SOON_S) -> _T:
+    """What `look` sees, once it sees something."""
+    deadline_s = time.monotonic() + timeout_s
+    while (seen := look()) is None:
+        assert time.monotonic() < deadline_s, otherwise
+        time.sleep(_PAUSE_S)
+    return seen
 
 
 def _held(status: pb.StatusResponse) -> dict[str, int]:

@@ -1,0 +1,78 @@
+"""Every process is killed and stopped in every state of a prompt (services/gateway/states.py).
+
+Silent links hold a prompt in its state until the harm is done. ADMITTED lasts no time of its own:
+prefill is asked at once.
+"""
+
+import time
+from collections.abc import Callable
+
+import httpx
+import openai
+import pytest
+
+from services.gateway.states import State
+from tests.chaos.asking import OVERHEAD_S, ask, meanwhile
+from tests.chaos.linked_stack import CONTROL, KV
+from tests.chaos.network import SILENT
+from tests.chaos.victim import LEASE_S, REQUEST_TIMEOUT_S, WORKERS, Victim
+
+pytestmark = [pytest.mark.e2e, pytest.mark.chaos, pytest.mark.lengthy, pytest.mark.timeout(300)]
+
+STOPPED_S = 2 * LEASE_S
+
+
+def received(victim: Victim) -> str:
+    victim.wait_until_waiting_for("admission")
+    return victim.held_back(CONTROL)
+
+
+def prefilling(victim: Victim) -> str:
+    victim.wait_until_waiting_for("prefill")
+    return victim.admitting()
+
+
+def decoding(victim: Victim) -> str:
+    return victim.generating()
+
+
+def lost(victim: Victim) -> str:
+    (other,) = set(WORKERS) - {first := victim.generating()}
+    victim.network.become(SILENT, f"{other} {CONTROL}")
+    victim.kill(first)
+    return received(victim)
+
+
+# How a prompt gets there; returns the decode worker that it needs next.
+REACH: dict[State, Callable[[Victim], str]] = {
+    State.RECEIVED: received,
+    State.PREFILLING: prefilling,
+    State.DECODING: decoding,
+    State.LOST: lost,
+}
+HELD_BY = {State.RECEIVED: CONTROL, State.PREFILLING: KV}
+
+
+@pytest.mark.parametrize("harm", ["kill", "stop"])
+@pytest.mark.parametrize("target", ["decode", "prefill", "gateway", "redis"])
+@pytest.mark.parametrize("state", REACH)
+def test_the_answer_is_whole_or_ends_in_one_error(
+    victim: Victim, state: State, target: str, harm: str
+) -> None:
+    def do_harm() -> None:
+        worker = REACH[state](victim)
+        getattr(victim, harm)(worker if target == "decode" else target)
+        victim.network.heal()
+        time.sleep(STOPPED_S if harm == "stop" else 0)
+        victim.restore()
+
+    if state in HELD_BY:
+        victim.network.become(SILENT, *(f"{name} {HELD_BY[state]}" for name in WORKERS))
+    started_s = time.monotonic()
+    with meanwhile(do_harm):
+        if (target, harm) == ("gateway", "kill"):
+            with pytest.raises((openai.APIError, httpx.HTTPError)):
+                ask(victim)
+        else:
+            ask(victim).require_whole(victim)
+        assert time.monotonic() - started_s < REQUEST_TIMEOUT_S + OVERHEAD_S
