@@ -59,7 +59,10 @@ class Gateway:
         self.access = Access(settings)
         description = self.model.description
         self._registry = registry
-        self._router = Router(registry, description.fingerprint, PeerTls.load(settings))
+        # Workers that live come back into an emptied registry with their next heartbeat.
+        self._router = Router(
+            registry, description.fingerprint, PeerTls.load(settings), refill_s=settings.lease_s
+        )
         self._prefiller = prefiller
         self._service = Service(
             self._router,

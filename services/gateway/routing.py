@@ -55,15 +55,22 @@ class Router:
     """Knows the live workers and holds one channel to each.
 
     Records are some seconds old, so the pages of this gateway's own requests count against a
-    worker in addition. When the registry does not answer, the last known records go on serving.
+    worker in addition. When the registry does not answer, the last known records go on serving;
+    likewise for `refill_s` when it has lost all of them, as a Redis that was restarted has.
     """
 
     def __init__(
-        self, registry: Registry, fingerprint: str, peer_tls: PeerTls | None = None
+        self,
+        registry: Registry,
+        fingerprint: str,
+        peer_tls: PeerTls | None = None,
+        refill_s: float = 0.0,
     ) -> None:
         self._peer_tls = peer_tls
         self._registry = registry
         self._fingerprint = fingerprint
+        self._refill_s = refill_s
+        self._filled_s = -refill_s  # when the registry last knew a worker
         self._records: list[WorkerRecord] | None = None
         self._read_s = -_REFRESH_S
         self._refreshing = asyncio.Lock()
@@ -124,7 +131,7 @@ class Router:
     async def _refresh(self) -> None:
         before = {record.worker_id for record in self._records or []}
         try:
-            self._records = await self._registry.workers()
+            self._records = self._believed(await self._registry.workers())
         except RegistryUnavailable as error:
             if self._records is None:
                 raise
@@ -132,6 +139,15 @@ class Router:
         self._read_s = time.monotonic()
         self._report_new_faults(before)
         await self._forget_gone({record.worker_id for record in self._records})
+
+    def _believed(self, records: list[WorkerRecord]) -> list[WorkerRecord]:
+        """What the registry says, unless it may just have lost what it knew."""
+        now_s = time.monotonic()
+        if records:
+            self._filled_s = now_s
+        elif now_s - self._filled_s < self._refill_s:
+            return self._records or []
+        return records
 
     async def _forget_gone(self, known: set[str]) -> None:
         """Close the channels to workers that are gone and have no request of ours any more."""

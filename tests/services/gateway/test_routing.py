@@ -117,6 +117,30 @@ async def test_the_last_known_workers_serve_on_when_the_registry_is_gone(
     await registry.close()
 
 
+async def test_the_last_known_workers_serve_on_while_an_emptied_registry_fills_again(
+    registry: RedisRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.gateway.routing._REFRESH_S", 0)
+    await registry.put(RECORD, 30)
+    patient, hasty = Router(registry, "f", refill_s=60), Router(registry, "f")
+    assert await order(patient) == await order(hasty) == ["a"]
+    await registry.remove("a")
+    assert (await order(patient), await order(hasty)) == (["a"], [])
+    await registry.put(replace(RECORD, worker_id="b"), 30)
+    assert await order(patient) == ["b"]
+
+
+async def test_the_last_worker_that_drains_and_leaves_gets_nothing_more(
+    registry: RedisRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.gateway.routing._REFRESH_S", 0)
+    router = Router(registry, "f", refill_s=60)
+    await registry.put(replace(RECORD, draining=True), 30)
+    assert await order(router) == []
+    await registry.remove("a")
+    assert await order(router) == []
+
+
 async def test_a_registry_that_never_answered_is_unavailable(tmp_path: Path) -> None:
     registry = RedisRegistry(f"unix://{tmp_path}/none.sock", "routing")
     with pytest.raises(RegistryUnavailable):
