@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.linked_stack import LinkedStack
-from tests.chaos.victim import KV_LEASE_S, LEASE_S, REQUEST_TIMEOUT_S, Victim
+from tests.chaos.victim import Victim, running_victim
 from tests.deploy.conftest import services  # noqa: F401 - a fixture
 
 
@@ -15,20 +14,8 @@ def victim(
     services: dict[str, Any],  # noqa: F811 - the fixture
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Victim]:
-    """The Compose services, with short leases."""
-    stack = LinkedStack(
-        services,
-        tmp_path_factory.mktemp("chaos"),
-        WINNOW_LEASE_S=str(LEASE_S),
-        WINNOW_KV_LEASE_S=str(KV_LEASE_S),
-        WINNOW_REQUEST_TIMEOUT_S=str(REQUEST_TIMEOUT_S),
-        OMP_NUM_THREADS="1",
-    )
-    try:
-        stack.start_all()
-        yield Victim(stack)
-    finally:
-        stack.stop()
+    with running_victim(services, tmp_path_factory.mktemp("chaos")) as victim:
+        yield victim
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,9 @@
-"""The Compose services with a link of the network between any two processes that talk."""
+"""The Compose services with a network between them that can fail, and clocks that can be wrong."""
 
 from pathlib import Path
 from typing import Any
 
+from tests.chaos.clocks import Clocks
 from tests.chaos.network import Network
 from tests.deploy.stack import Stack
 
@@ -22,6 +23,7 @@ class LinkedStack(Stack):
     def __init__(self, services: dict[str, Any], folder: Path, **changes: str) -> None:
         super().__init__(services, folder, **changes)
         self.network = Network()
+        self.clocks = Clocks(folder)
 
     def _variables(self, name: str, service: dict[str, Any]) -> dict[str, str]:
         variables = super()._variables(name, service)
@@ -32,6 +34,9 @@ class LinkedStack(Stack):
         redis = lead(f"{name} {REDIS}", self.ports["redis"])
         variables["WINNOW_REDIS_URL"] = f"redis://127.0.0.1:{redis}/0"
         return variables
+
+    def _start(self, name: str, command: list[str], variables: dict[str, str]) -> None:
+        super()._start(name, command, variables | self.clocks.variables(name))
 
     def stop(self) -> None:
         super().stop()

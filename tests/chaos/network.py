@@ -48,13 +48,13 @@ def _down(condition: Condition) -> bool:
 class Link:
     """One listening port of the proxy.
 
-    target_port: where it leads to; connections made from then on do. Belongs to the network's
-    event loop.
+    target_port: where it leads to; connections made from then on do. num_held: connections and
+    pieces of data that wait. Belongs to the network's event loop.
     """
 
     def __init__(self) -> None:
         self.target_port = 0
-        self.num_held_bytes = 0
+        self.num_held = 0
         self._condition = CLEAR
         self._changed = asyncio.Event()
         self._connections: set[asyncio.Task[None]] = set()
@@ -121,20 +121,20 @@ class Link:
         """Returns when the source has ended and the target could know it."""
         with contextlib.suppress(OSError):
             while data := await source.read(_CHUNK_BYTES):
-                self.num_held_bytes += len(data)
-                try:
-                    condition = self._condition
-                    await asyncio.sleep(condition.delay_s + len(data) / condition.bytes_per_s)
-                    await self._until(direction)
-                finally:
-                    self.num_held_bytes -= len(data)
+                condition = self._condition
+                await asyncio.sleep(condition.delay_s + len(data) / condition.bytes_per_s)
+                await self._until(direction)
                 target.write(data)
                 await target.drain()
         await self._until(direction)
 
     async def _until(self, direction: _Direction) -> None:
-        while not direction(self._condition):
-            await self._changed.wait()
+        self.num_held += 1
+        try:
+            while not direction(self._condition):
+                await self._changed.wait()
+        finally:
+            self.num_held -= 1
 
     async def _forget(self, writer: asyncio.StreamWriter) -> None:
         self._writers.remove(writer)

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -51,6 +52,7 @@ class Victim:
     def __init__(self, stack: LinkedStack) -> None:
         self.stack = stack
         self.network = stack.network
+        self.clocks = stack.clocks
         self._first_seen: dict[int, Holdings] = {}
         self.url = f"http://127.0.0.1:{stack.ports['gateway WINNOW_PORT']}"
         self.openai = openai.OpenAI(
@@ -96,6 +98,7 @@ class Victim:
     def restore(self) -> None:
         """Every process runs again, reaches the others, and is known to them."""
         self.network.heal()
+        self.clocks.jump(0)
         for name, process in self.stack.processes.items():
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)
@@ -146,7 +149,7 @@ class Victim:
         """The worker that a silent link keeps something from."""
         links = self.network.links
         return _soon(
-            lambda: next((n for n in WORKERS if links[f"{n} {link}"].num_held_bytes), None),
+            lambda: next((n for n in WORKERS if links[f"{n} {link}"].num_held), None),
             f"nobody sends to a {link} port",
         )
 
@@ -178,9 +181,33 @@ class Victim:
                 assert time.monotonic() < deadline_s, f"{name} holds {now}, before {before}"
                 time.sleep(_PAUSE_S)
 
+    def sizes(self) -> list[tuple[str, int, int]]:
+        """Name, pid and memory in bytes of each process that serves requests and lives."""
+        found = []
+        for name in (*WORKERS, *REPLICAS):
+            with contextlib.suppress(NoReplica, psutil.NoSuchProcess):
+                process = self._process(name)
+                found.append((name, process.pid, process.memory_info().rss))
+        return found
+
+    def log_bytes(self) -> int:
+        """The sizes of the decode workers' logs."""
+        return sum(self.stack.log(name).stat().st_size for name in WORKERS)
+
+    def created_s(self) -> int:
+        """When an answer says that it was made."""
+        answer = self.openai.completions.create(model="winnow-tiny", prompt="Yes", max_tokens=1)
+        return answer.created
+
     def processes(self) -> dict[str, psutil.Process]:
         """Those that serve requests, by name."""
         return {name: self._process(name) for name in (*WORKERS, *REPLICAS)}
+
+    def logging(self) -> Iterator[psutil.Process]:
+        """All processes of Python: Winnow's and Ray's."""
+        yield from (self._process(name) for name in WORKERS)
+        service = psutil.Process(self.stack.processes["gateway"].pid)
+        yield from (p for p in service.children(recursive=True) if _title(p).startswith("ray::"))
 
     def replica(self, name: str) -> psutil.Process:
         """Ray's process of the gateway or of prefill; raises NoReplica."""
@@ -189,6 +216,25 @@ class Victim:
             if REPLICAS[name] in _title(process):
                 return process
         raise NoReplica(name)
+
+
+@contextlib.contextmanager
+def running_victim(services: dict[str, Any], folder: Path) -> Iterator[Victim]:
+    """The Compose services, with short leases."""
+    stack = LinkedStack(
+        services,
+        folder,
+        WINNOW_LEASE_S=str(LEASE_S),
+        WINNOW_KV_LEASE_S=str(KV_LEASE_S),
+        WINNOW_REQUEST_TIMEOUT_S=str(REQUEST_TIMEOUT_S),
+        WINNOW_MAX_WAITING_PREFILLS="16",
+        OMP_NUM_THREADS="1",
+    )
+    try:
+        stack.start_all()
+        yield Victim(stack)
+    finally:
+        stack.stop()
 
 
 def _soon(look: Callable[[], _T | None], otherwise: str, timeout_s: float = _SOON_S) -> _T:

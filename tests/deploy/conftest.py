@@ -1,27 +1,17 @@
 """What the tests of Compose share."""
 
-import subprocess
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import yaml
 
-from tests.deploy.stack import COMPOSE, Stack
+from tests.deploy.stack import Stack, compose_services
 
 
 @pytest.fixture(scope="session")
 def services() -> dict[str, Any]:
     """As Compose itself reads the file."""
-    done = subprocess.run(
-        ["docker-compose", "-f", str(COMPOSE), "config"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(yaml.safe_load(done.stdout)["services"])
+    return compose_services()
 
 
 @pytest.fixture(scope="package")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
 from services.common.ports import free_port
 from tests.e2e.winnow_process import ROOT, environment
@@ -18,6 +19,19 @@ COMPOSE = ROOT / "deploy" / "compose.yaml"
 DOCKERFILE = ROOT / "deploy" / "Dockerfile.winnow"
 OURS = ("gateway", "decode-1", "decode-2")
 START_TIMEOUT_S = 150
+
+
+def compose_services() -> dict[str, Any]:
+    """The services as Compose itself reads the file."""
+    done = subprocess.run(
+        ["docker-compose", "-f", str(COMPOSE), "config"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(yaml.safe_load(done.stdout)["services"])
 
 
 class Stack:
@@ -68,7 +82,7 @@ class Stack:
         return variables
 
     def _start(self, name: str, command: list[str], variables: dict[str, str]) -> None:
-        with (self._folder / f"{name}.txt").open("w") as log:
+        with self.log(name).open("w") as log:
             process = subprocess.Popen(
                 command,
                 env=environment(**variables),
@@ -79,6 +93,10 @@ class Stack:
                 start_new_session=True,
             )
         self.processes[name] = process
+
+    def log(self, name: str) -> Path:
+        """Where a service's output goes."""
+        return self._folder / f"{name}.txt"
 
     def copy(self, name: str, to: str) -> None:
         """One more service like `name`, with ports of its own."""
