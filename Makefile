@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test chaos packages check audit format bench train docs proto lock clean setup
+.PHONY: demo test chaos soak packages check audit format bench train docs proto lock clean setup
 
 setup: $(STAMP)
 
@@ -24,8 +24,9 @@ demo: $(STAMP)
 test: $(STAMP) packages $(BIN)/helm
 	$(BIN)/python -m pytest
 
-# The tests talk to a real Redis and a real Prometheus, and look at pages in a real browser.
-PROGRAMS := redis-server chromium prometheus docker-compose
+# The tests talk to a real Redis and a real Prometheus, look at pages in a real browser, and compile
+# a clock that can be set.
+PROGRAMS := redis-server chromium prometheus docker-compose g++
 packages:
 	@missing=""; for program in $(PROGRAMS); do \
 		command -v $$program >/dev/null || missing="$$missing $$program"; done; \
@@ -46,6 +47,10 @@ $(BIN)/helm: | $(STAMP)
 
 chaos: $(STAMP) packages
 	$(BIN)/python -m pytest -s -m chaos tests/chaos
+
+SOAK_MINUTES ?= 30
+soak: $(STAMP) packages
+	$(BIN)/python -m tests.soak --minutes $(SOAK_MINUTES)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -2,11 +2,13 @@
 
 import argparse
 import asyncio
+import contextlib
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TextIO, TypeAlias
 
 from services import flags
 from services.common.logs import configure_logging
@@ -17,6 +19,9 @@ from winnow.errors import WinnowError
 
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
+# Read by the Hugging Face libraries when they are imported. A bar has no place in a log, and a
+# model would not load where the log finds no room for it.
+_NO_PROGRESS_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
 
 _SETTINGS_HELP = (
     "Every setting can also be given as a variable (--max-n is WINNOW_MAX_N) or in a YAML file "
@@ -154,6 +159,7 @@ def _serve(args: argparse.Namespace) -> None:
 
 
 def _decode(args: argparse.Namespace) -> None:
+    os.environ.setdefault(_NO_PROGRESS_BARS, "1")
     from services.decode.main import run_decode  # noqa: PLC0415 - loads transformers
 
     settings = _settings(args)
@@ -216,7 +222,10 @@ def _ready_message(settings: Settings) -> str:
 
 
 class _ProgressLine:
-    """What happens now, on one line that is written over; on its own lines without a terminal."""
+    """What happens now, on one line that is written over; on its own lines without a terminal.
+
+    It is left out where it cannot be written: a full disk must not keep a service from starting.
+    """
 
     def __init__(self) -> None:
         self._started_s = time.monotonic()
@@ -225,15 +234,19 @@ class _ProgressLine:
     def show(self, text: str) -> None:
         if sys.stderr.isatty():
             seconds = time.monotonic() - self._started_s
-            print(f"\r\033[Kwinnow: {text} ({seconds:.0f} s)", end="", file=sys.stderr, flush=True)
+            self._write(f"\r\033[Kwinnow: {text} ({seconds:.0f} s)", sys.stderr)
         elif text != self._last:
-            print(f"winnow: {text}", file=sys.stderr, flush=True)
+            self._write(f"winnow: {text}\n", sys.stderr)
         self._last = text
 
     def end(self, message: str) -> None:
         if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-        print(message, flush=True)
+            self._write("\r\033[K", sys.stderr)
+        self._write(f"{message}\n", sys.stdout)
+
+    def _write(self, text: str, stream: TextIO) -> None:
+        with contextlib.suppress(OSError):
+            print(text, end="", file=stream, flush=True)
 
 
 if __name__ == "__main__":

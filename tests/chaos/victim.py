@@ -54,14 +54,22 @@ class Victim:
         self.network = stack.network
         self.clocks = stack.clocks
         self._first_seen: dict[int, Holdings] = {}
-        self.url = f"http://127.0.0.1:{stack.ports['gateway WINNOW_PORT']}"
-        self.openai = openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120
-        )
+        self._connect()
         started_s = time.monotonic()
         quiet = list(self.stream())
         self.expected = "".join(piece.text for piece in quiet)
         self.quiet_s = quiet[0].at_s - started_s  # to the first token, with nothing amiss
+
+    def _connect(self) -> None:
+        self.url = f"http://127.0.0.1:{self.stack.ports['gateway WINNOW_PORT']}"
+        self.openai = openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120
+        )
+
+    def restart_gateway(self) -> None:
+        """With prefill and Ray; it is at another port then."""
+        self.stack.restart("gateway")
+        self._connect()
 
     def stream(self) -> Iterator[Piece]:
         """One answer of NUM_TOKENS tokens, as it comes."""
