@@ -43,17 +43,31 @@ def test_logs_that_find_no_room_cost_no_request(victim: Victim) -> None:
     assert victim.log_bytes() > log_bytes
 
 
-def test_a_worker_starts_where_its_log_finds_no_room(victim: Victim) -> None:
-    log = victim.stack.log("decode-1")
-    victim.kill("decode-1")
+@contextmanager
+def no_room_for_the_log(victim: Victim, name: str) -> Iterator[None]:
+    """Of the process of that name that is started next."""
+    log = victim.stack.log(name)
     log.unlink()
     log.symlink_to("/dev/full")
     try:
+        yield
+    finally:
+        log.unlink()
+
+
+def test_a_worker_starts_where_its_log_finds_no_room(victim: Victim) -> None:
+    with no_room_for_the_log(victim, "decode-1"):
+        victim.kill("decode-1")
         victim.restore()
         victim.kill("decode-2")
         ask(victim).require_whole(victim)
-    finally:
-        log.unlink()
+
+
+@pytest.mark.lengthy
+def test_a_gateway_starts_where_its_log_finds_no_room(victim: Victim) -> None:
+    with no_room_for_the_log(victim, "gateway"):
+        victim.restart_gateway()
+        ask(victim).require_whole(victim)
 
 
 def require_same_stream_over_a_jump(victim: Victim, hours: int, *names: str) -> None:
@@ -61,7 +75,7 @@ def require_same_stream_over_a_jump(victim: Victim, hours: int, *names: str) -> 
     ask(victim).require_whole(victim)
 
 
-@pytest.mark.parametrize("hours", [6, -6])
+@pytest.mark.parametrize("hours", [pytest.param(6, marks=pytest.mark.lengthy), -6])
 def test_the_clocks_of_workers_and_redis_jump_under_a_request(victim: Victim, hours: int) -> None:
     require_same_stream_over_a_jump(victim, hours, *WORKERS, "redis")
 
