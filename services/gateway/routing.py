@@ -70,7 +70,7 @@ class Router:
         self._registry = registry
         self._fingerprint = fingerprint
         self._refill_s = refill_s
-        self._filled_s = -refill_s  # when the registry last knew a worker
+        self._filled_s = -refill_s  # when the registry last knew a worker, or was away
         self._records: list[WorkerRecord] | None = None
         self._read_s = -_REFRESH_S
         self._refreshing = asyncio.Lock()
@@ -136,6 +136,7 @@ class Router:
             if self._records is None:
                 raise
             logger.warning("%s; %d workers are known from before", error, len(self._records))
+            self._filled_s = time.monotonic()  # what it has forgotten when it is back comes again
         self._read_s = time.monotonic()
         self._report_new_faults(before)
         await self._forget_gone({record.worker_id for record in self._records})

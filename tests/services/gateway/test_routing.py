@@ -130,6 +130,22 @@ async def test_the_last_known_workers_serve_on_while_an_emptied_registry_fills_a
     assert await order(patient) == ["b"]
 
 
+async def test_the_last_known_workers_serve_on_when_the_registry_comes_back_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.gateway.routing._REFRESH_S", 0)
+    with running_redis(tmp_path) as url:
+        registry = RedisRegistry(url, "routing")
+        await registry.put(RECORD, 30)
+        router = Router(registry, "f", refill_s=60)
+        assert await order(router) == ["a"]
+    router._filled_s = -60  # it was away for longer than that
+    assert await order(router) == ["a"]
+    with running_redis(tmp_path):
+        assert await order(router) == ["a"]
+        await registry.close()
+
+
 async def test_the_last_worker_that_drains_and_leaves_gets_nothing_more(
     registry: RedisRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
