@@ -20,6 +20,7 @@ WinnowError
 ├── DeadlineExceeded        the request did not end in its time
 ├── RequestCancelled        the client went away
 ├── PrefillFailed           prefill could not compute or deliver the prompt
+│   ├── PrefillLost         the prefill worker died, or there is none at the moment
 │   └── DeliveryFailed      the decode worker could not be reached, or took no KV
 ├── TransferRefused         the KV that arrived is not what was announced
 │   ├── UnknownReservation  no admitted request has that id (any more)
@@ -138,6 +139,10 @@ class RequestCancelled(WinnowError):
 
 class PrefillFailed(WinnowError):
     code = "prefill_failed"
+
+
+class PrefillLost(PrefillFailed):
+    code = "prefill_lost"
 
 
 class DeliveryFailed(PrefillFailed):

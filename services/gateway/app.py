@@ -24,7 +24,7 @@ from services.gateway.gateway import Gateway
 from services.gateway.grpc_api import GrpcServer
 from services.gateway.rest import create_api
 from services.prefill.worker import Prefill
-from winnow.errors import DeadlineExceeded, PrefillFailed, WinnowError
+from winnow.errors import DeadlineExceeded, PrefillFailed, PrefillLost, WinnowError
 from winnow.request import PrefillJob, PrefillOutcome
 
 Handle = DeploymentHandle[Any]
@@ -68,7 +68,7 @@ class HandlePrefiller:
                 raise error.cause from None
             raise PrefillFailed(f"the prefill worker broke: {error.cause!r}") from error
         except (RayError, RayServeException) as error:
-            raise PrefillFailed(f"the prefill worker was lost: {error!r}") from error
+            raise PrefillLost(f"the prefill worker was lost: {error!r}") from error
 
     async def ready(self) -> bool:
         response = self._handle.ready.remote()

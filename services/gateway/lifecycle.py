@@ -6,7 +6,9 @@ fetches all that the first one holds. Either way the answer is the one that it w
 """
 
 import asyncio
+import itertools
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import dataclass, replace
@@ -29,6 +31,7 @@ from winnow.errors import (
     Overloaded,
     Preempted,
     PrefillFailed,
+    PrefillLost,
     TransferRefused,
     UnknownReservation,
     WinnowError,
@@ -44,6 +47,9 @@ logger = logging.getLogger(__name__)
 _TIMINGS_TIMEOUT_S = 2.0
 MAX_MIGRATIONS = 3
 _RUNS = (State.DECODING, State.MOVING)  # the worker has had all it needs
+# Ray starts another prefill worker in place of a lost one; calls meet the loss until it has.
+_PREFILL_PATIENCE_S = 30.0
+_PAUSE_S = 0.25
 
 
 @dataclass(slots=True)
@@ -249,18 +255,30 @@ class PromptRun:
         return await self._soon(self._read)
 
     async def _prefill_job(self) -> PrefillOutcome:
-        """Prefill, tried again on a failure that another worker may not have."""
-        last = self._service.prefill_attempts
-        for attempt in range(1, last):
+        """Prefill, tried again on a failure that another worker may not have.
+
+        A worker that is lost costs no try, but _PREFILL_PATIENCE_S at most.
+        """
+        tries_left, give_up_s = self._service.prefill_attempts, math.inf
+        for attempt in itertools.count(1):
             try:
                 return await self._attempt(attempt)
             except DeliveryFailed:
                 raise  # at this decode worker, another prefill worker does no better
+            except PrefillLost as error:
+                give_up_s = min(give_up_s, time.monotonic() + _PREFILL_PATIENCE_S)
+                if self.state in _RUNS or time.monotonic() > give_up_s:
+                    raise
+                self._warn("prefill attempt %d: %s", attempt, error)
+                await asyncio.sleep(_PAUSE_S)
             except (PrefillFailed, TransferRefused) as error:
+                tries_left -= 1
                 if self.state in _RUNS or isinstance(error, UnknownReservation):
                     raise
-                self._warn("prefill attempt %d of %d failed: %s", attempt, last, error)
-        return await self._attempt(last)
+                if not tries_left:
+                    raise
+                self._warn("prefill attempt %d failed, %d are left: %s", attempt, tries_left, error)
+        raise AssertionError("attempts do not end")
 
     async def _attempt(self, attempt: int) -> PrefillOutcome:
         self.figures.attempts += 1

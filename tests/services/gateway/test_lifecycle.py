@@ -23,6 +23,7 @@ from winnow.errors import (
     NoDecodeWorker,
     Overloaded,
     PrefillFailed,
+    PrefillLost,
     TransferDamaged,
     WinnowError,
 )
@@ -124,6 +125,25 @@ async def test_the_last_attempts_failure_ends_the_prompt(
 ) -> None:
     service.prefiller.failures = [PrefillFailed("first"), PrefillFailed("second")]
     assert str(await failure(make_run(parts))) == "second"
+
+
+async def test_a_lost_prefill_worker_costs_no_try(service: TestService, parts: Service) -> None:
+    expected = await complete(make_run(parts))
+    service.prefiller.failures = [PrefillLost("lost")] * 4 + [PrefillFailed("one of two tries")]
+    run = make_run(parts)
+    assert await complete(run) == expected
+    assert run.figures.attempts == 6
+
+
+async def test_prefill_that_stays_lost_ends_the_prompt(
+    service: TestService, parts: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.gateway.lifecycle._PREFILL_PATIENCE_S", 0.5)
+    error = PrefillLost("lost")
+    service.prefiller.failures = [error] * 10
+    assert await failure(make_run(parts)) is error
+    assert len(service.prefiller.failures) > 0
+    service.prefiller.failures.clear()
 
 
 async def test_a_failure_that_another_attempt_would_meet_too_is_final(
