@@ -126,7 +126,7 @@ class Victim:
             replicas = [self.replica(name).pid for name in REPLICAS]
             known = registered_pids(self.stack.ports["redis"])
             expected = {"worker": sorted(workers), "metrics": sorted(workers + replicas)}
-            return known == expected and self.ready()["decode_workers"] == len(WORKERS)
+            return known == expected and self.ready().get("decode_workers") == len(WORKERS)
         except (httpx.TransportError, redis.RedisError, NoReplica):
             return False
 

@@ -82,7 +82,7 @@ class Stack:
         return variables
 
     def _start(self, name: str, command: list[str], variables: dict[str, str]) -> None:
-        with self.log(name).open("w") as log:
+        with self.log(name).open("a") as log:
             process = subprocess.Popen(
                 command,
                 env=environment(**variables),

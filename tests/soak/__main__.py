@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import sys
-import tempfile
 from pathlib import Path
 
 from tests.chaos.victim import running_victim
@@ -17,12 +16,13 @@ def main() -> int:
     parser.add_argument("--max-requests", type=int, default=100_000)
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--logs", type=Path, default=Path("build/soak"), help="folder (default: %(default)s)"
+    )
     flags = parser.parse_args()
     plan = Plan(flags.minutes, flags.max_requests, flags.clients, flags.seed)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        running_victim(compose_services(), Path(folder)) as victim,
-    ):
+    flags.logs.mkdir(parents=True, exist_ok=True)
+    with running_victim(compose_services(), flags.logs.resolve()) as victim:
         report = asyncio.run(soak(victim, plan))
     sys.stdout.writelines(f"{line}\n" for line in report.lines())
     return 0 if report.passed else 1
