@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 2.0
 _SCAN_BATCH = 1000
+# RuntimeError is uvloop's word for writing to a connection that the other end has just reset.
+_BROKEN = (RedisError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +143,13 @@ class RedisRegistry:
         key, lease_ms = self._key(record.KIND, record.worker_id), max(1, round(lease_s * 1000))
         try:
             await self._redis.set(key, record_to_json(record), px=lease_ms)
-        except RedisError as error:
+        except _BROKEN as error:
             raise _unavailable(error) from error
 
     async def remove(self, worker_id: str) -> None:
         try:
             await self._redis.delete(*(self._key(kind, worker_id) for kind in _KINDS))
-        except RedisError as error:
+        except _BROKEN as error:
             raise _unavailable(error) from error
 
     async def workers(self) -> list[WorkerRecord]:
@@ -161,7 +163,7 @@ class RedisRegistry:
         try:
             keys = [k async for k in self._redis.scan_iter(match=pattern, count=_SCAN_BATCH)]
             values = await self._redis.mget(sorted(set(keys))) if keys else []
-        except RedisError as error:
+        except _BROKEN as error:
             raise _unavailable(error) from error
         return [record for value in values if value and (record := _readable(cls, value))]
 
@@ -180,7 +182,7 @@ def _readable(cls: type[_R], value: bytes | str) -> _R | None:
         return None
 
 
-def _unavailable(error: RedisError) -> RegistryUnavailable:
+def _unavailable(error: Exception) -> RegistryUnavailable:
     return RegistryUnavailable(f"the registry in Redis does not answer: {error}")
 
 

@@ -61,7 +61,7 @@ class RateLimits:
         try:
             if not await self._limiter.hit(item, key.name, what, cost=amount):
                 raise await self._refusal(item, key, what, limit)
-        except StorageError as error:
+        except (StorageError, RuntimeError) as error:  # RuntimeError as in services.common.registry
             logger.warning("rate limits are not counted: %s", error)
 
     async def _refusal(

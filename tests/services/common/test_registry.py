@@ -6,12 +6,14 @@ import dataclasses
 import json
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 import redis
+import uvloop
 
 from services.common.ports import free_port
 from services.common.ray_registry import RayRegistry, remove_ray_registry
@@ -26,6 +28,7 @@ from services.common.registry import (
     record_to_json,
 )
 from services.common.settings import Settings
+from tests.chaos.network import Network
 from winnow.errors import InvalidSetting, RegistryUnavailable
 
 RECORD = WorkerRecord(
@@ -247,3 +250,34 @@ def test_refuses_a_malformed_url_without_showing_it() -> None:
         open_registry(Settings(redis_url="http://:hunter2@h"))  # type: ignore[arg-type]
     assert "redis_url" in raised.value.message
     assert "hunter2" not in raised.value.message
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_a_connection_that_is_reset_is_a_registry_that_does_not_answer(
+    redis_server: RedisProcess, run: Callable[[Coroutine[Any, Any, int]], int]
+) -> None:
+    async def num_failures(port: int) -> int:
+        registry = RedisRegistry(f"redis://127.0.0.1:{port}/0", "resets")
+        try:
+            return sum(await asyncio.gather(*(_puts(registry, network) for _ in range(4))))
+        finally:
+            await registry.close()
+
+    network = Network()
+    try:
+        assert run(num_failures(network.lead("redis", redis_server.port))) > 0
+    finally:
+        network.close()
+
+
+async def _puts(registry: Registry, network: Network) -> int:
+    """How many of some puts the registry did not answer, with resets in between."""
+    num_failed = 0
+    for _ in range(100):
+        network.reset("redis")
+        try:
+            await registry.put(RECORD, lease_s=30)
+        except RegistryUnavailable:
+            num_failed += 1
+        await asyncio.sleep(0.002)
+    return num_failed
