@@ -13,6 +13,7 @@ from tests.chaos.asking import (
     meanwhile,
     require_in_time,
     require_next_token_in_time,
+    say,
 )
 from tests.chaos.victim import KV_LEASE_S, LEASE_S, Victim
 
@@ -30,6 +31,26 @@ def test_a_decode_worker_is_lost_while_it_generates(victim: Victim, harm: str) -
 def test_a_decode_worker_is_killed_before_the_first_token(victim: Victim) -> None:
     with meanwhile(lambda: victim.kill(victim.admitting())):
         ask(victim).require_whole(victim)
+
+
+def test_a_decode_worker_drains_while_it_generates(victim: Victim) -> None:
+    moves = victim.num_moves()
+    asked = ask(victim, 30, lambda: victim.drain(victim.generating()))
+    asked.require_whole(victim)
+    assert victim.num_moves() == moves + 1
+    say(f"drain of a decode worker to the next token: {asked.silence_s:.2f} s")
+
+
+@pytest.mark.lengthy
+def test_the_worker_that_takes_over_from_a_draining_one_is_killed(victim: Victim) -> None:
+    def drain_and_kill() -> None:
+        draining = victim.generating()
+        (other,) = {"decode-1", "decode-2"} - {draining}
+        victim.drain(draining)
+        victim.kill(other)
+        victim.stack.start(draining)
+
+    ask(victim, 30, drain_and_kill).require_whole(victim)
 
 
 @pytest.mark.lengthy

@@ -30,6 +30,7 @@ PROMPT = (
     "The pass key is 48219. Remember it. 48219 is the pass key. " + "The grass is green. " * 200
 )
 NUM_TOKENS = 200
+DRAIN_TIMEOUT_S = 60.0
 _SOON_S = 30.0
 _PAUSE_S = 0.02
 _T = TypeVar("_T")
@@ -62,6 +63,7 @@ class Victim:
 
     def _connect(self) -> None:
         self.url = f"http://127.0.0.1:{self.stack.ports['gateway WINNOW_PORT']}"
+        self.admin_url = f"http://127.0.0.1:{self.stack.ports['gateway WINNOW_ADMIN_PORT']}"
         self.openai = openai.OpenAI(
             base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120
         )
@@ -92,6 +94,17 @@ class Victim:
         self._process(name).kill()
         if name not in REPLICAS:
             self.stack.processes[name].wait()
+
+    def drain(self, name: str) -> None:
+        """SIGTERM; returns when it has ended in peace, and is started again by `restore`."""
+        process = self.stack.processes[name]
+        process.terminate()
+        assert process.wait(DRAIN_TIMEOUT_S) == 0
+
+    def num_moves(self) -> int:
+        """Requests that went on at another worker with what the first one held."""
+        metrics = httpx.get(f"{self.admin_url}/metrics", timeout=10).text
+        return int(value(metrics, "winnow_move_seconds_count"))
 
     def stop(self, name: str) -> None:
         """SIGSTOP; it goes on with `restore`."""
@@ -163,14 +176,14 @@ class Victim:
 
     def ready(self) -> dict[str, Any]:
         """What the gateway says of itself."""
-        return dict(httpx.get(f"{self.url}/ready", timeout=10).json())
+        return dict(httpx.get(f"{self.admin_url}/ready", timeout=10).json())
 
     def wait_until_waiting_for(self, leg: str) -> None:
         """Returns when a prompt waits for `admission` or `prefill`."""
         _soon(lambda: self._num_waiting_for(leg) or None, f"no prompt waits for {leg}")
 
     def _num_waiting_for(self, leg: str) -> float:
-        text = httpx.get(f"{self.url}/metrics", timeout=10).text
+        text = httpx.get(f"{self.admin_url}/metrics", timeout=10).text
         return value(text, "winnow_requests_waiting", reason=leg)
 
     def require_idle(self, timeout_s: float = 30) -> None:

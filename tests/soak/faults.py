@@ -15,13 +15,14 @@ _LINKS = (
     *(f"{name} {port}" for name in WORKERS for port in (CONTROL, KV, REDIS)),
     f"gateway {REDIS}",
 )
+_TARGETS = {"kill": _PROCESSES, "stop": _PROCESSES, "drain": WORKERS}
 _CRAWLING = Condition(bytes_per_s=1e6, delay_s=0.05)
 KILL = "kill"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """what: kill, stop, silence, reset or slow. lasts_s: until it is put right."""
+    """what: kill, drain, stop, silence, reset or slow. lasts_s: until it is put right."""
 
     what: str
     target: str
@@ -32,6 +33,8 @@ class Fault:
         match self.what:
             case "kill":
                 victim.kill(self.target)
+            case "drain":
+                victim.drain(self.target)
             case "stop":
                 victim.stop(self.target)
             case "silence":
@@ -47,7 +50,7 @@ class Fault:
 def random_faults(rng: random.Random) -> Iterator[Fault]:
     """Without end."""
     while True:
-        what = rng.choice((KILL, KILL, "stop", "silence", "reset", "slow"))
-        target = rng.choice(_PROCESSES if what in (KILL, "stop") else _LINKS)
-        lasts_s = 0.0 if what in (KILL, "reset") else rng.uniform(0.5, 2) * LEASE_S
+        what = rng.choice((KILL, KILL, "drain", "stop", "silence", "reset", "slow"))
+        target = rng.choice(_TARGETS.get(what, _LINKS))
+        lasts_s = 0.0 if what in (KILL, "drain", "reset") else rng.uniform(0.5, 2) * LEASE_S
         yield Fault(what, target, lasts_s)
