@@ -100,11 +100,19 @@ def require_next_token_in_time(victim: Victim, what: str, harm: Callable[[], Non
 
 
 def require_first_token_in_time(
-    victim: Victim, what: str, limit_s: float, harm: Callable[[], None]
+    victim: Victim,
+    what: str,
+    limit_s: float,
+    before: Callable[[], None],
+    harm: Callable[[], None] = lambda: None,
 ) -> None:
-    """The same stream, whose first token harm keeps back by `limit_s` at most."""
+    """The same stream, whose first token is kept back by `limit_s` at most.
+
+    By what is done before, and by the harm that is done meanwhile.
+    """
 
     def measure() -> Measured:
+        before()
         with meanwhile(harm):
             asked = ask(victim)
         asked.require_whole(victim)

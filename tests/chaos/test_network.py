@@ -81,26 +81,34 @@ def test_a_kv_transfer_is_reset(victim: Victim) -> None:
 @pytest.mark.lengthy
 @pytest.mark.parametrize("condition", [SILENT, NOTHING_UP, NOTHING_DOWN])
 def test_a_kv_transfer_goes_silent(victim: Victim, condition: Condition) -> None:
-    def silence_one() -> None:
+    def silence_both() -> None:
         victim.network.become(condition, *of_workers(KV))
+
+    def heal_the_other() -> None:
         (other,) = set(WORKERS) - {victim.admitting()}
         victim.network.become(CLEAR, f"{other} {KV}")
 
-    require_first_token_in_time(victim, f"{condition} on KV", KEEPALIVE_S, silence_one)
+    require_first_token_in_time(
+        victim, f"{condition} on KV", KEEPALIVE_S, silence_both, heal_the_other
+    )
 
 
 def test_a_worker_that_does_not_answer_is_passed_over(victim: Victim) -> None:
-    def silence_one() -> None:
+    def silence_both() -> None:
+        victim.network.become(SILENT, *of_workers(CONTROL))
+
+    def heal_the_other() -> None:
         (other,) = set(WORKERS) - {victim.held_back(CONTROL)}
         victim.network.become(CLEAR, f"{other} {CONTROL}")
 
-    victim.network.become(SILENT, *of_workers(CONTROL))
-    require_first_token_in_time(victim, "silence at admission", ADMISSION_TIMEOUT_S, silence_one)
+    require_first_token_in_time(
+        victim, "silence at admission", ADMISSION_TIMEOUT_S, silence_both, heal_the_other
+    )
 
 
 @pytest.mark.lengthy
 def test_both_workers_are_cut_off_in_mid_stream(victim: Victim) -> None:
-    with pytest.raises(openai.APIError, match="none took over") as raised:
+    with pytest.raises(openai.APIError) as raised:
         ask(victim, 30, lambda: victim.network.become(SILENT, *of_workers(CONTROL)))
     assert raised.value.code == "no_decode_worker"
     # The gateway cannot tell them; they notice themselves, though nothing heals.
@@ -120,9 +128,8 @@ def test_both_workers_are_cut_off_before_admission(victim: Victim) -> None:
 def test_nobody_reaches_redis(victim: Victim) -> None:
     def silence() -> None:
         victim.network.become(SILENT, *(f"{name} {REDIS}" for name in OURS))
+        time.sleep(1)  # what the gateway has read before is old by then
 
-    silence()
-    time.sleep(1)  # what the gateway has read before is old by then
     require_first_token_in_time(victim, "silence of Redis", REDIS_TIMEOUT_S, silence)
 
 
