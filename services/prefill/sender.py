@@ -71,6 +71,7 @@ class Push:
         self._num_layers = 0  # handed over
         self._complete = False  # all has been handed over
         self._wire_bytes = 0
+        self._moved_s = 0.0  # when a frame has left last
         self._call: grpc.Future | None = None
 
     def open(self, channels: Channels, timeout_s: float) -> None:
@@ -107,11 +108,26 @@ class Push:
         raise self._stalled()
 
     def finish(self, result: PrefillResult) -> None:
-        """Hands over what comes last and returns; `on_end` tells when it has arrived."""
+        """Hands over what comes last and returns; `on_end` tells when it has arrived.
+
+        That is soon, or the transfer ends: gRPC's keepalive cannot see to it, for its pings wait
+        behind frames that nobody takes.
+        """
         with self._changed:
             self._waiting.append(result)
             self._complete = True
+            self._moved_s = time.monotonic()
             self._changed.notify_all()
+        threading.Thread(target=self._watch, name="kv-push-end", daemon=True).start()
+
+    def _watch(self) -> None:
+        with self._changed:
+            while not self._ended:
+                left_s = self._moved_s + self._stall_timeout_s - time.monotonic()
+                if left_s <= 0:
+                    break
+                self._changed.wait(left_s)
+        self.abort(self._stalled())  # no-op after its end
 
     def abort(self, error: WinnowError) -> None:
         """Ends the transfer with `error`, unless it has ended."""
@@ -132,6 +148,7 @@ class Push:
         """What gRPC sends; it asks for the next frame when the last one has left."""
         for frame in self._encoded():
             self._wire_bytes += len(frame)
+            self._moved_s = time.monotonic()
             yield frame
 
     def _encoded(self) -> Iterator[bytes]:
@@ -163,8 +180,7 @@ class Push:
         error = self._error or self._failure(call)
         self._error = error
         self._end()
-        lost = not call.cancelled() and call.code() is grpc.StatusCode.UNAVAILABLE
-        channels.give_back(self._job.kv_address, lost=lost)
+        channels.give_back(self._job.kv_address, lost=isinstance(error, DeliveryFailed))
         self._on_end(error or Delivered(now - self._started_s, now, self._wire_bytes))
 
     def _failure(self, call: grpc.Future) -> WinnowError | None:

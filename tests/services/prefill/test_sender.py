@@ -10,8 +10,8 @@ from services.prefill.channels import Channels
 from services.prefill.sender import LAYERS_AHEAD, Delivered, Push
 from tests.services.prefill.conftest import NUM_TOKENS, PRUNING, MakeJob
 from tests.services.prefill.receiver import GRANT, Receiver
-from winnow.engine.prefill import run_prefill
-from winnow.errors import PrefillFailed, RequestCancelled, WinnowError
+from winnow.engine.prefill import PrefillResult, run_prefill
+from winnow.errors import DeliveryFailed, PrefillFailed, RequestCancelled, WinnowError
 from winnow.models import DecoderModel
 from winnow.wire import Header, TransferEncoder
 
@@ -19,6 +19,17 @@ from winnow.wire import Header, TransferEncoder
 def encoder(model: DecoderModel) -> TransferEncoder:
     header = Header("r1", 1, GRANT.ticket(1), model.fingerprint, model.shape, NUM_TOKENS)
     return TransferEncoder(header)
+
+
+def hand_over(push: Push, model: DecoderModel) -> PrefillResult:
+    layers = run_prefill(model, range(1, NUM_TOKENS + 1), PRUNING)
+    while True:
+        try:
+            layer = next(layers)
+        except StopIteration as end:
+            return end.value
+        assert layer is not None
+        push.send(layer)
 
 
 @pytest.fixture
@@ -37,6 +48,29 @@ def test_a_stalled_worker_stops_the_engine_s_wait(
             push.send(layer)
     assert len(layers) > LAYERS_AHEAD
     assert 0.2 <= time.monotonic() - started_s < 10
+
+
+def test_a_worker_that_takes_everything_and_says_nothing_is_not_waited_for(
+    model: DecoderModel,
+    ends: "SimpleQueue[Delivered | WinnowError]",
+    make_job: MakeJob,
+    receiver: Receiver,
+) -> None:
+    released = threading.Event()
+
+    def wait(layer_idx: int) -> None:
+        released.wait(30)
+
+    receiver.before_layer = wait
+    channels = Channels()
+    push = Push(make_job(), encoder(model), ends.put, stall_timeout_s=0.5)
+    push.open(channels, timeout_s=30)
+    push.finish(hand_over(push, model))
+    end = ends.get(timeout=20)
+    released.set()
+    assert isinstance(end, DeliveryFailed)
+    assert ends.empty()
+    channels.close()
 
 
 def test_aborting_wakes_the_engine_and_the_receiver(
