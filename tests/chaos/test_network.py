@@ -25,6 +25,7 @@ ADMISSION_TIMEOUT_S = 5.0  # services/gateway/generation.py
 PATIENCE_S = 30.0  # services/gateway/lifecycle.py
 REDIS_TIMEOUT_S = 2.0  # services/common/registry.py
 KEEPALIVE_S = 30.0  # services/common/rpc.py, interval and timeout
+STALL_TIMEOUT_S = 15.0  # services/prefill/sender.py
 SLOW = Condition(bytes_per_s=4e6, delay_s=0.02)
 CRAWLING = Condition(bytes_per_s=2e5)
 NOTHING_UP = replace(CLEAR, up=False)
@@ -89,7 +90,7 @@ def test_a_kv_transfer_goes_silent(victim: Victim, condition: Condition) -> None
         victim.network.become(CLEAR, f"{other} {KV}")
 
     require_first_token_in_time(
-        victim, f"{condition} on KV", KEEPALIVE_S, silence_both, heal_the_other
+        victim, f"{condition} on KV", STALL_TIMEOUT_S, silence_both, heal_the_other
     )
 
 
