@@ -138,9 +138,12 @@ class ActiveRequest:
 
         Raises UnknownReservation if none runs, EngineFailed if the engine does not let go.
         """
+        nothing = UnknownReservation(f"no sequence of request {self.spec.request_id} runs")
+        if not self._arrived:
+            raise nothing
         with self._engine.taken_out(self.reservation, _STEP_TIMEOUT_S) as sequences:
             if not sequences:
-                raise UnknownReservation(f"no sequence of request {self.spec.request_id} runs")
+                raise nothing
             self.post(Move.BEGUN)
             try:
                 yield sequences
@@ -153,6 +156,11 @@ class ActiveRequest:
             if attempt == self._attempt and not self._arrived and not self._closed:
                 self._cancel_transfer = None
                 self.reservation.reset()
+
+    @property
+    def last_sign_s(self) -> float:
+        """When KV last arrived; time.monotonic()."""
+        return self._last_sign_s
 
     def lease_left_s(self, lease_s: float) -> float:
         """Seconds until the request has seen no KV for `lease_s`; endless once all has arrived."""

@@ -33,7 +33,7 @@ _ANSWER_MARGIN_S = 0.25
 class WorkerIdentity:
     """Who the worker is. kv_address: host:port of KvTransfer; lease_s: seconds without any KV.
 
-    sign_of_life_s: a request that waits for memory says so this often.
+    sign_of_life_s: a request whose KV arrives, or that waits for memory, says so this often.
     """
 
     worker_id: str
@@ -94,7 +94,7 @@ class GenerateServicer(DecodeServicer):
             await context.write(pb.GenerateEvent(admitted=self._admitted(request)))
             if message.HasField("origin"):
                 self._fetcher.begin(request, message.origin)
-            arrived = await self._next_before_lease_ends(request)
+            arrived = await self._next_before_lease_ends(request, context)
             own.add_event("KV in place")
             await context.write(_event_to_proto(arrived))
             if self._admission.draining:
@@ -115,13 +115,18 @@ class GenerateServicer(DecodeServicer):
             transfer_secret=request.grant.secret,
         )
 
-    async def _next_before_lease_ends(self, request: ActiveRequest) -> Event:
+    async def _next_before_lease_ends(
+        self, request: ActiveRequest, context: ServicerContext
+    ) -> Event:
         """The request's first event; raises LeaseExpired when its KV stays away."""
-        lease_s = self._identity.lease_s
+        lease_s, seen_s = self._identity.lease_s, request.last_sign_s
         while (left_s := request.lease_left_s(lease_s)) > 0:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(None if left_s == float("inf") else left_s):
+                async with asyncio.timeout(min(left_s, self._identity.sign_of_life_s)):
                     return await request.events.get()
+            if request.last_sign_s != seen_s:
+                seen_s = request.last_sign_s
+                await context.write(pb.GenerateEvent(waiting=pb.Waiting()))
         self._metrics.lease_expiries.inc()
         raise LeaseExpired(
             f"no KV came for {lease_s:g} seconds; the reservation of request "

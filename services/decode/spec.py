@@ -40,6 +40,7 @@ def spec_from_request(request: pb.GenerateRequest, vocab_size: int) -> Generatio
         prompt_token_ids=tuple(request.prompt_token_ids),
         replayed=tuple(tuple(sequence.token_ids) for sequence in request.replayed),
         assured=request.assured,
+        moved=request.HasField("origin"),
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
-from torch import Tensor
+import torch
 
 from services.common.rpc import error_from_rpc
 from services.common.tls import PeerTls, open_channel
@@ -27,7 +27,7 @@ from winnow.wire import Header, ReceiveBuffer, Trailer, TransferDecoder
 logger = logging.getLogger(__name__)
 
 MAX_FETCHES = 4  # at once; further ones wait, and run on where they are meanwhile
-FETCH_TIMEOUT_S = 30.0
+FETCH_TIMEOUT_S = 120.0  # the gateway gives up earlier on one in which nothing arrives
 _ATTEMPT = 1
 
 
@@ -75,8 +75,10 @@ class Fetcher:
                 request_serializer=pb.FetchRequest.SerializeToString,
                 response_deserializer=None,  # frames stay bytes
             )
+            calls: list[grpc.Call] = []
+            request.begin_attempt(_ATTEMPT, lambda: [call.cancel() for call in calls])
             frames = fetch(asked, timeout=FETCH_TIMEOUT_S)
-            request.begin_attempt(_ATTEMPT, frames.cancel)
+            calls.append(frames)
             try:
                 arrivals = self._take(frames, request)
             except grpc.RpcError as error:
@@ -88,7 +90,7 @@ class Fetcher:
 
     def _take(self, frames: Iterable[bytes], request: ActiveRequest) -> "_Arrivals":
         expected = request.expected(self._model.fingerprint, self._model.shape, running=True)
-        arrivals = _Arrivals(request.spec.num_sequences, self._model.vocab_size)
+        arrivals = _Arrivals(request.spec.num_sequences, self._model)
         buffer, decoder = ReceiveBuffer(), None
         for frame in frames:
             decoder = decoder or TransferDecoder(expected, buffer)
@@ -109,13 +111,13 @@ class _Arrivals:
     """The sequences of a Fetch as they arrive."""
 
     report: PrefillReport
-    final_hidden: Tensor
 
-    def __init__(self, num_sequences: int, vocab_size: int) -> None:
+    def __init__(self, num_sequences: int, model: DecoderModel) -> None:
+        self.final_hidden = torch.zeros(model.shape.hidden_size)
         self.states: dict[int, SequenceState] = {}
         self.sequence_idx = -1
         self._num_sequences = num_sequences
-        self._vocab_size = vocab_size
+        self._vocab_size = model.vocab_size
         self._left: int | None = None  # after the one that arrives
 
     def begin(self, header: Header) -> None:
@@ -136,7 +138,9 @@ class _Arrivals:
                 f"a sequence has token {highest}; the vocabulary has {self._vocab_size}"
             )
         self.states[self.sequence_idx] = trailer.state
-        self.report, self.final_hidden = trailer.report, trailer.final_hidden
+        self.report = trailer.report
+        if not trailer.state.token_ids:  # nobody else looks at it
+            self.final_hidden = trailer.final_hidden
 
     def require_complete(self, *, between_transfers: bool) -> None:
         """Raise TransferDamaged unless all sequences arrived whole."""

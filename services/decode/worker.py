@@ -33,6 +33,7 @@ from winnow.wire import WIRE_VERSIONS
 logger = logging.getLogger(__name__)
 
 _EVERY_ADDRESS = ("0.0.0.0", "::", "[::]")  # noqa: S104 - compared, not bound
+_MAX_SIGN_OF_LIFE_S = 5.0  # a gateway's lease may be shorter than this worker's
 _T = TypeVar("_T")
 
 
@@ -110,7 +111,10 @@ class DecodeWorker:
         started.push_async_callback(_in_thread, fetcher.stop)
 
         identity = WorkerIdentity(
-            self.worker_id, self.kv_address, settings.kv_lease_s, settings.lease_s / 3
+            self.worker_id,
+            self.kv_address,
+            settings.kv_lease_s,
+            min(settings.lease_s / 3, _MAX_SIGN_OF_LIFE_S),
         )
         self._control = ControlServer(
             GenerateServicer(

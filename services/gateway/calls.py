@@ -1,17 +1,19 @@
 """The open Generate calls of one prompt: where it runs, and where it is about to go on."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
 from services.gateway.generation import Generation, PromptRequest, open_generation
 from services.gateway.routing import Router
-from winnow.errors import NoDecodeWorker, Overloaded, UnknownReservation
+from winnow.errors import NoDecodeWorker, Overloaded, UnknownReservation, WinnowError
 from winnow.model_files import ModelDescription
+from winnow.v1 import decode_pb2 as pb
 
-# A worker that takes over is sought for this long after a loss: the lost one may be back by then.
-_PATIENCE_S = 30.0
+logger = logging.getLogger(__name__)
+
 _PAUSE_S = 0.25
 
 
@@ -31,33 +33,56 @@ class Calls:
         self._left_s = left_s
         self._open: list[Generation] = []
         self._next: asyncio.Task[Generation] | None = None
+        self._fetching: Generation | None = None
+        self._stopped = False  # the current worker has, for another one to go on
         self._num_moves = 0
 
     async def admit(self, request: PromptRequest) -> None:
         """Reserve KV memory for the prompt; raises as `open_generation`."""
         self.current = await self._admitted(request)
 
-    async def admit_elsewhere(self, request: PromptRequest) -> None:
-        """As `admit`, but waits a while for a worker with room."""
-        self.current = await self._sought(request, time.monotonic() + _PATIENCE_S)
+    async def admit_elsewhere(self, request: PromptRequest, patience_s: float) -> None:
+        """As `admit`, but waits so long for a worker with room."""
+        self.current = await self._sought(request, time.monotonic() + patience_s)
 
     def begin_move(self, request: PromptRequest) -> None:
         """Seeks a worker that fetches the prompt, which runs on meanwhile."""
-        if self._next is not None or not self.current.grant.allows_fetch:
-            return
-        self._num_moves += 1
-        asked = replace(
-            request,
-            request_id=f"{request.request_id}.m{self._num_moves}",
-            origin=self.current.origin,
-        )
-        self._next = asyncio.create_task(self._sought(asked, float("inf")))
+        if self._next is None and self.current.grant.allows_fetch:
+            self._stopped, self._fetching = False, None
+            self._next = asyncio.create_task(self._move(request, self.current.origin))
 
     async def follow_move(self) -> None:
-        """The worker has stopped and gives the prompt away: from now on, the other one's events."""
-        if self._next is None:
-            raise UnknownReservation("the decode worker gave the prompt to nobody that was asked")
+        """The worker has stopped and gives the prompt away: from now on, the other one's events.
+
+        Returns once that one has said something; raises what became of the fetch otherwise.
+        """
+        self._stopped = True
+        if self._next is None or self._fetching is None:
+            raise UnknownReservation("no worker is there that fetches the prompt")
         self.current, self._next = await self._next, None
+
+    async def _move(self, request: PromptRequest, origin: pb.Origin) -> Generation:
+        """A worker that fetches.  One that cannot is followed by another while the prompt runs."""
+        while True:
+            self._num_moves += 1
+            request_id = f"{request.request_id}.m{self._num_moves}"
+            asked = replace(request, request_id=request_id, origin=origin)
+            self._fetching = await self._sought(asked, float("inf"))
+            try:
+                await self._fetching.peek()
+                return self._fetching
+            except WinnowError as error:
+                about = {"request_id": request.request_id}
+                logger.warning("it could not move: %s", error, extra=about)
+                if self._stopped:
+                    raise UnknownReservation(f"it could not move: {error.message}") from error
+                self._drop(self._fetching)
+                self._fetching = None
+                await asyncio.sleep(_PAUSE_S)
+
+    def _drop(self, call: Generation) -> None:
+        call.close()
+        self._open.remove(call)
 
     def end_move(self) -> None:
         """The other worker has all it needs; the first one may forget the prompt."""

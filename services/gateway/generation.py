@@ -64,12 +64,20 @@ class Generation:
         self.kv_address: str = admitted.kv_address
         self.grant = grant_in(admitted)
         self._request_id = request_id
+        self._peeked: pb.GenerateEvent | None = None
         self._call = call
         self._place = place
         place.count_pages(admitted.reserved_pages)
 
+    async def peek(self) -> None:
+        """Returns when the worker has said something, for `next_event` to tell; raises as it."""
+        self._peeked = await self.next_event()
+
     async def next_event(self) -> pb.GenerateEvent | None:
         """What happens next at the worker; None at the end.  Raises the error it ended with."""
+        if self._peeked is not None:
+            event, self._peeked = self._peeked, None
+            return event
         try:
             event = await self._call.read()
         except grpc.aio.AioRpcError as error:

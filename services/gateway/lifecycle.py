@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import TypeVar
 
 from services.common.messages import report_from_proto, tokens_from_proto
 from services.common.tracing import context_of, span
@@ -42,6 +43,8 @@ from winnow.v1 import decode_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 
 # What prefill tells at its end is worth this wait, not more.
 _TIMINGS_TIMEOUT_S = 2.0
@@ -49,6 +52,8 @@ MAX_MIGRATIONS = 3
 _RUNS = (State.DECODING, State.MOVING)  # the worker has had all it needs
 # Ray starts another prefill worker in place of a lost one; calls meet the loss until it has.
 _PREFILL_PATIENCE_S = 30.0
+# A worker that takes over is sought for this long after a loss: the lost one may be back by then.
+_PATIENCE_S = 30.0
 _PAUSE_S = 0.25
 
 
@@ -155,7 +160,7 @@ class PromptRun:
             if event.HasField("prefilled"):
                 self._note_arrival(event.prefilled)
             elif event.HasField("leaving"):
-                self._calls.begin_move(replace(self.request, replayed=self._replayed()))
+                self._calls.begin_move(replace(self._asked, replayed=self._replayed()))
             elif event.HasField("tokens"):
                 yield self._note(event.tokens)
 
@@ -170,7 +175,7 @@ class PromptRun:
     async def _follow(self) -> None:
         self._stopped_s = time.monotonic()
         self._enter(State.MOVING)
-        await self._calls.follow_move()
+        await self._soon(self._calls.follow_move())
 
     def _begin_prefill(self) -> None:
         self._enter(State.PREFILLING)
@@ -186,16 +191,18 @@ class PromptRun:
         num_generated = sum(map(len, self._generated))
         self._warn("after %d tokens: %s; another worker takes over", num_generated, error)
         self._enter(State.LOST)
-        self._calls.current.suspect()
+        is_lost = not isinstance(error, Preempted)
+        if is_lost:
+            self._calls.current.suspect()
         await self._leave_worker()
         self._asked = replace(
             self.request,
             request_id=f"{self.request.request_id}.{figures.migrations}",
             replayed=self._replayed(),
-            assured=self._asked.assured or isinstance(error, Preempted),
+            assured=self._asked.assured or not is_lost,
         )
         try:
-            await self._calls.admit_elsewhere(self._asked)
+            await self._calls.admit_elsewhere(self._asked, _PATIENCE_S if is_lost else math.inf)
         except (NoDecodeWorker, Overloaded) as none:
             raise NoDecodeWorker(f"{error.message}; nobody took over: {none.message}") from none
         self._begin_prefill()
@@ -235,7 +242,7 @@ class PromptRun:
     async def _step(self) -> pb.GenerateEvent | None:
         return await self._soon(self._calls.current.next_event())
 
-    async def _soon(self, event: Awaitable[pb.GenerateEvent | None]) -> pb.GenerateEvent | None:
+    async def _soon(self, event: Awaitable[_T]) -> _T:
         """The event, of a worker that has all it needs; raises NoDecodeWorker if it is silent."""
         silence_s = self._service.silence_s
         try:

@@ -59,6 +59,7 @@ def test_a_token_stream_whose_way_back_is_dead_needs_none(victim: Victim) -> Non
     ask(victim, 30, silence).require_whole(victim)
 
 
+@pytest.mark.lengthy
 def test_a_token_stream_is_reset(victim: Victim) -> None:
     def reset() -> None:
         victim.network.reset(f"{victim.generating()} {CONTROL}")
@@ -146,6 +147,7 @@ def test_redis_is_hard_to_reach(victim: Victim, harm: str) -> None:
         ask(victim).require_whole(victim)
 
 
+@pytest.mark.lengthy
 def test_a_worker_without_redis_leaves_the_routing_and_comes_back(victim: Victim) -> None:
     victim.network.become(SILENT, f"decode-1 {REDIS}")
     require_workers(victim, 1, LEASE_S)

@@ -31,6 +31,7 @@ def no_room_for_files(victim: Victim) -> Iterator[None]:
                 process.rlimit(psutil.RLIMIT_FSIZE, limits)
 
 
+@pytest.mark.lengthy
 def test_logs_that_find_no_room_cost_no_request(victim: Victim) -> None:
     with no_room_for_files(victim):
         log_bytes = victim.log_bytes()

@@ -1,21 +1,49 @@
 """What gives way when promises exceed the pool and sequences really grow."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.winnow import reference
-from tests.winnow.drive import admit, assert_empty, decode_all, ids, make_engine, spec
+from tests.winnow.drive import UNPRUNED, admit, assert_empty, ids, make_engine, prefill_all, spec
 from tests.winnow.test_prefill import prompt
 from winnow.engine.decode import DecodeEngine
-from winnow.engine.sequence import GenerationSpec
+from winnow.engine.sequence import GenerationSpec, Reservation
 from winnow.errors import Overloaded, Preempted
+from winnow.kv import LayerKV
 from winnow.models import DecoderModel, load_model
-from winnow.request import SamplingParams
+from winnow.request import SamplingParams, SequenceState, Token
 
 LONG = SamplingParams(max_tokens=160, temperature=0, ignore_eos=True)
 PROMPT_TOKENS = 40
+
+
+Moved = tuple[SequenceState, list[LayerKV]]
+
+
+def require_backed(engine: DecodeEngine) -> None:
+    """What is kept for rows is there, and covers what they hold."""
+    pool = engine.pool
+    kept = {row: promise.sure for row, promise in pool._promised.items()}
+    assert sum(kept.values()) <= pool.num_pages
+    held = -(-pool.lengths(list(kept)) // pool.page_size) if kept else None
+    for row_idx, row in enumerate(kept):
+        assert held is not None and int(held[row_idx].sum()) <= kept[row]
+
+
+def decode_all(engine: DecodeEngine) -> dict[str, list[Token]]:
+    """As drive.decode_all; every page stays accounted for."""
+    tokens: dict[str, list[Token]] = {}
+    while engine.stats().running_sequences:
+        for output in engine.step():
+            assert output.error is None
+            tokens.setdefault(output.request_id, []).extend(output.tokens)
+        require_backed(engine)
+    return tokens
 
 
 @pytest.fixture
@@ -183,3 +211,116 @@ def test_sequences_shrink_for_a_request_that_would_be_refused(model: DecoderMode
     assert made == [True]
     engine.release(engine.reserve(other))
     assert not engine.request_room(other, lambda: made.append(True))  # nobody can give more
+
+
+def test_nobody_shrinks_for_a_request_that_would_not_fit_all_the_same(model: DecoderModel) -> None:
+    small = spec("small", PROMPT_TOKENS, LONG, decode_floor=32, recompress_interval=16)
+    large = spec("large", PROMPT_TOKENS, replace(LONG, max_tokens=3000))
+    engine = make_engine(model, memory=memory_for(model, large, 1.0))
+    kept = admit(
+        engine,
+        replace(large, request_id="kept", max_prompt_entries=PROMPT_TOKENS),
+        prompt(PROMPT_TOKENS),
+    )
+    engine.step()
+    engine.release(kept)
+    engine.step()
+    admit(
+        engine,
+        replace(large, request_id="other", sampling=replace(LONG, max_tokens=2000)),
+        prompt(PROMPT_TOKENS),
+    )
+    admit(engine, small, prompt(PROMPT_TOKENS))
+    for _ in range(10):
+        engine.step()
+    made: list[bool] = []
+    assert engine.request_room(large, lambda: made.append(True))
+    engine.step()
+    assert made == [True]
+    assert engine.relief_counts.shrunk == 0
+
+
+def running_at(engine: DecodeEngine, request: GenerationSpec, num_steps: int) -> Moved:
+    """What a request holds after some steps, taken out of another engine."""
+    reservation = admit(engine, request, prompt(request.num_prompt_tokens))
+    for _ in range(num_steps):
+        engine.step()
+    taken = threading.Thread(target=lambda: result.append(take(engine, reservation)))
+    result: list[Moved] = []
+    taken.start()
+    while taken.is_alive():
+        engine.step()
+    return result[0]
+
+
+def take(engine: DecodeEngine, reservation: Reservation) -> Moved:
+    with engine.taken_out(reservation, 20) as (seq,):
+        layers = range(engine.model.shape.num_layers)
+        return seq.state(), [seq.read_layer(engine.pool, layer_idx) for layer_idx in layers]
+
+
+def write(reservation: Reservation, layers: list[LayerKV]) -> None:
+    for layer in layers:
+        reservation.write_layer(layer)
+
+
+def test_a_request_that_moves_in_takes_no_page_that_others_were_promised(
+    model: DecoderModel,
+) -> None:
+    """It holds more than its prompt, and arrives while others do."""
+    moving = spec("moved", 4, replace(LONG, max_tokens=64), decode_floor=16)
+    state, layers = running_at(make_engine(model), moving, 50)
+    engine = make_engine(model, memory=memory_for(model, moving, 2.0), overcommit=4)
+    moved = engine.reserve(replace(moving, moved=True))
+    others = []
+    with pytest.raises(Overloaded):
+        for name in "abcdef":
+            others.append(engine.reserve(spec(name, 16, replace(LONG, max_tokens=40))))
+    write(moved, layers)
+    require_backed(engine)
+    arriving, result = prefill_all(model, prompt(16), UNPRUNED)
+    for other in others:
+        write(other, arriving)
+    require_backed(engine)
+    engine.resume(moved, {0: state}, result.final_hidden)
+    for other in others:
+        engine.release(other)
+    assert len(ids(decode_all(engine)["moved"])) == 64 - len(state.token_ids)
+    assert_empty(engine)
+
+
+def test_what_a_worker_has_just_taken_over_can_shrink_before_it_has_done_a_step(
+    model: DecoderModel,
+) -> None:
+    moving = spec("moved", PROMPT_TOKENS, LONG, decode_floor=16)
+    state, layers = running_at(make_engine(model), moving, 56)  # a step before a full page
+    engine = make_engine(
+        model, memory=memory_for(model, moving, 1.0), overcommit=4, swap_bytes=1 << 30
+    )
+    moved = engine.reserve(replace(moving, moved=True))
+    write(moved, layers)
+    engine.resume(moved, {0: state}, torch.zeros(model.shape.hidden_size))
+    engine._join()
+    filler = engine.reserve(spec("filler", 60, replace(LONG, max_tokens=1)))
+    for _ in range(30):
+        engine.step()
+        require_backed(engine)
+    engine.release(filler)
+    assert len(ids(decode_all(engine)["moved"])) > 0
+    assert_empty(engine)
+
+
+def test_a_request_can_be_taken_out_while_it_is_still_being_started(model: DecoderModel) -> None:
+    engine = make_engine(model)
+    reservation = engine.reserve(spec("early", PROMPT_TOKENS, LONG))
+    layers, result = prefill_all(model, prompt(PROMPT_TOKENS), UNPRUNED)
+    write(reservation, layers)
+    with ThreadPoolExecutor(1) as thread:
+        taking = thread.submit(take, engine, reservation)
+        while not reservation.moving:
+            pass
+        engine.start(reservation, result.final_hidden, result.report.next_position)
+        engine.step()
+        state, _ = taking.result()
+    assert state.token_ids == ()
+    assert_empty(engine)

@@ -20,9 +20,8 @@ class CutCounts:
 class Cutter:
     """Cuts sequences of one pool. scaling: the attention logits' factor, known after a step."""
 
-    scaling: float
-
     def __init__(self, pool: KVPool) -> None:
+        self.scaling: float | None = None
         self.counts = CutCounts()
         self._pool = pool
 
@@ -41,7 +40,7 @@ class Cutter:
 
     def cut(self, seq: Sequence) -> None:
         """Cuts every layer to the sequence's budget, and its promise to what it can now reach."""
-        assert seq.ring is not None and seq.budget is not None
+        assert seq.ring is not None and seq.budget is not None and self.scaling is not None
         kept = dropped = 0
         for layer_idx in range(self._pool.shape.num_layers):
             before = self._pool.read_layer(seq.row, layer_idx, seq.ring.ordered(layer_idx))

@@ -19,7 +19,7 @@ from winnow.engine.kv_pool import KVPool, KVPoolConfig
 from winnow.engine.outputs import EngineStats, StepOutput
 from winnow.engine.paged_attention import PagedAttention
 from winnow.engine.relief import Relief, ReliefCounts, age, can_shrink
-from winnow.engine.sequence import GenerationSpec, Reservation, Sequence, promise_for
+from winnow.engine.sequence import GenerationSpec, Reservation, Sequence
 from winnow.errors import EngineFailed, Overloaded, Preempted, WinnowError
 from winnow.models import DecoderModel
 from winnow.request import SequenceState, Token, require_range
@@ -102,6 +102,7 @@ class DecodeEngine:
             if self._relief.swapped or not any(map(can_shrink, self._running)):
                 return False
             self._wishes.append(_Wish(self._within_context(spec), done))
+            self._changed.notify_all()
             return True
 
     def start(self, reservation: Reservation, final_hidden: Tensor, next_position: int) -> None:
@@ -156,7 +157,9 @@ class DecodeEngine:
             self._changed.notify_all()
 
             def is_out() -> bool:
-                return not any(seq.reservation is reservation for seq in self._everyone())
+                """A request whose KV has just arrived still counts as reserved, until `start`."""
+                is_in = any(seq.reservation is reservation for seq in self._everyone())
+                return not is_in and reservation not in self._reserved
 
             if not self._changed.wait_for(is_out, timeout_s):
                 reservation.moving = False
@@ -178,7 +181,9 @@ class DecodeEngine:
     def wait_for_work(self, timeout_s: float) -> bool:
         """Blocks until there is something for `step` to do; False if the time passed first."""
         with self._changed:
-            busy = self._changed.wait_for(lambda: bool(self._running or self._arrived), timeout_s)
+            busy = self._changed.wait_for(
+                lambda: bool(self._running or self._arrived or self._wishes), timeout_s
+            )
             return busy or bool(self._relief.swapped)  # which may have room by now
 
     def stats(self) -> EngineStats:
@@ -239,25 +244,24 @@ class DecodeEngine:
         self._swap_in()
 
     def _swap_in(self) -> None:
-        with self._changed:
-            back = self._relief.swap_in(len(self._running))
-            self._running = sorted([*self._running, *back], key=age)
+        while (seq := self._relief.swap_in_oldest(len(self._running))) is not None:
+            with self._changed:
+                self._relief.drop(seq)
+                seq.swapped = []
+                self._running = sorted([*self._running, seq], key=age)
 
     def _grant_wishes(self) -> None:
         with self._changed:
             wishes, self._wishes = self._wishes, []
         for wish in wishes:
-            promise = promise_for(self.pool, wish.spec)
-            while not self.pool.has_room(wish.spec.num_sequences, promise):
-                if not self._relief.shrink_one(self._running):
-                    break
+            self._relief.shrink_for(wish.spec, self._running)
             wish.done()
 
     def _make_room(self) -> dict[Sequence, Token | WinnowError]:
         """Frees the pages that the next token needs; the sequences given up for that, and why."""
         given_up: dict[Sequence, Token | WinnowError] = {}
         staying = list(self._running)
-        while self.pool.missing_pages([seq.row for seq in staying if seq.final_hidden is None]):
+        while not self.pool.claim([seq.row for seq in staying if seq.final_hidden is None]):
             if self._relief.shrink_one(staying):
                 continue
             youngest = [seq for seq in staying if not seq.spec.assured][-1]
@@ -270,8 +274,10 @@ class DecodeEngine:
         return given_up
 
     def _swap_out(self, seq: Sequence) -> None:
+        """Copies without the lock, so that nobody else waits for it."""
+        layers = self._relief.copy_out(seq)
         with self._changed:
-            self._relief.swap_out(seq)
+            self._relief.add(seq, layers)
             self._running = [other for other in self._running if other is not seq]
 
     def _forward(self, batch: list[Sequence]) -> Tensor:

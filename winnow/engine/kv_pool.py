@@ -3,8 +3,8 @@
 Because pages are per head, heads of different lengths cost nothing but the rest of their last page.
 A row is a sequence's place in the batch. Rows and pages are promised together (`reserve`). The
 pages for what a row holds, or is about to receive, are always there. Those that it may still grow
-into are too, unless promises exceed the pool by `overcommit`; then whoever runs the rows asks
-`missing_pages` before a step, and makes some of them give way.
+into are too, unless promises exceed the pool by `overcommit`; so whoever runs the rows claims what
+a step takes before it, and makes some of them give way where that fails.
 
 Every method may be called from any thread; pages of different rows are never written by the same
 call, so prefill's KV arrives while other rows decode.
@@ -148,11 +148,18 @@ class KVPool:
                 self._promised[row] = replace(promise)
             return rows
 
-    def has_room(self, num_rows: int, promise: Promise) -> bool:
-        """Whether `reserve` would find the pages now."""
+    def has_room(self, num_rows: int, promise: Promise, freed: Promise | None = None) -> bool:
+        """Whether `reserve` would succeed, once `freed` were free besides."""
         with self._lock:
-            free = self._free_to_promise()
-        return num_rows * promise.most <= free.most and num_rows * promise.sure <= free.sure
+            free, num_free_rows = self._free_to_promise(), len(self._free_rows)
+        if freed is not None:
+            free = Promise(free.most + freed.most, free.sure + freed.sure)
+        has_pages = num_rows * promise.most <= free.most and num_rows * promise.sure <= free.sure
+        return has_pages and num_rows <= num_free_rows
+
+    def promised(self, row: int) -> Promise:
+        with self._lock:
+            return replace(self._promised[row])
 
     def _free_to_promise(self) -> Promise:
         promises = self._promised.values()
@@ -170,19 +177,21 @@ class KVPool:
         with self._lock:
             lengths = self._lengths[row]
             reach = (lengths + extra_entries).minimum((lengths + 1).clamp_min(cap))
-            most, held = ((-(-n // self.page_size)).sum() for n in (reach, lengths))
-            self._promised[row] = Promise(int(most), int(most if assured else held))
+            most, held = (int((-(-n // self.page_size)).sum()) for n in (reach, lengths))
+            most = min(most, self._promised[row].most)
+            self._promised[row] = Promise(most, most if assured else held)
 
-    def missing_pages(self, rows: list[int]) -> int:
-        """Pages that `plan_step` of these rows lacks; 0 if it has what it needs."""
+    def claim(self, rows: list[int]) -> bool:
+        """Keeps the pages that `plan_step` of these rows takes; False if there are too few."""
         with self._lock:
-            free = self._free_to_promise().sure
-            if len(rows) * self.pages_for(1) <= free:
-                return 0
             needed = (self._lengths[rows] // self.page_size + 1).flatten(1).sum(1).tolist()
-            kept = [self._promised[row].sure for row in rows]
-            more: int = sum(max(0, own - sure) for own, sure in zip(needed, kept, strict=True))
-            return max(0, more - free)
+            promises = [self._promised[row] for row in rows]
+            wanted = [max(0, own - p.sure) for own, p in zip(needed, promises, strict=True)]
+            if sum(wanted) > self._free_to_promise().sure:
+                return False
+            for promise, more in zip(promises, wanted, strict=True):
+                promise.sure += more
+            return True
 
     def evict(self, row: int) -> None:
         """Frees a row's pages and keeps none for it; `readmit` it before it is written again."""
@@ -340,9 +349,6 @@ class KVPool:
         num_new = int(full.sum())
         if not num_new:
             return
-        held = (lengths // self.page_size + 1).flatten(1).sum(1).tolist()  # with the new ones
-        for own, num_pages in zip(rows, held, strict=True):
-            self._promised[own].sure = max(self._promised[own].sure, num_pages)
         self._widen(int(lengths.max()) // self.page_size + 1)
         batch, layer, head = full.nonzero(as_tuple=True)
         row = torch.tensor(rows, device=self.device)[batch]

@@ -8,10 +8,13 @@ request has to be computed anew, with its memory assured.
 
 from dataclasses import dataclass
 
+import torch
+
 from winnow.engine.cutting import Cutter
-from winnow.engine.kv_pool import KVPool
-from winnow.engine.sequence import Sequence
+from winnow.engine.kv_pool import KVPool, Promise
+from winnow.engine.sequence import GenerationSpec, Sequence, promise_for
 from winnow.errors import Preempted
+from winnow.kv import LayerKV
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,10 @@ class ReliefCounts:
 
 
 class Relief:
-    """Belongs to the engine's thread. swap_bytes: of keys, values and positions in host memory."""
+    """Belongs to the engine's thread. swap_bytes: of keys, values and positions in host memory.
+
+    What waits is read by other threads too: `add` and `drop` need the engine's lock.
+    """
 
     def __init__(self, pool: KVPool, cutter: Cutter, swap_bytes: int) -> None:
         self.counts = ReliefCounts()
@@ -36,7 +42,7 @@ class Relief:
 
     def shrink_one(self, running: list[Sequence]) -> bool:
         """Shrinks the sequence with the most entries of those that still can; False if none."""
-        able = [seq for seq in running if can_shrink(seq)]
+        able = self._able(running)
         if not able:
             return False
         lengths = self._pool.lengths([seq.row for seq in able])  # [B, L, H_kv]
@@ -46,41 +52,63 @@ class Relief:
         self._count(shrunk=1)
         return True
 
-    def swap_out(self, seq: Sequence) -> None:
-        """Moves what the sequence holds to host memory; raises Preempted if it has no room."""
-        layers = [
-            self._pool.read_layer(seq.row, layer_idx).to("cpu")
-            for layer_idx in range(self._pool.shape.num_layers)
-        ]
-        num_bytes = sum(layer.nbytes for layer in layers)
+    def shrink_for(self, spec: GenerationSpec, running: list[Sequence]) -> None:
+        """Shrinks sequences until the request has room; none if all together would not do."""
+        promise, count = promise_for(self._pool, spec), spec.num_sequences
+        if self._pool.has_room(count, promise, self._gain(running)):
+            while not self._pool.has_room(count, promise) and self.shrink_one(running):
+                pass
+
+    def _able(self, running: list[Sequence]) -> list[Sequence]:
+        known = self._cutter.scaling is not None  # it is not before the worker's first step
+        return [seq for seq in running if known and can_shrink(seq)]
+
+    def _gain(self, running: list[Sequence]) -> Promise:
+        """Pages that shrinking everybody would free at least."""
+        gain = Promise(0, 0)
+        for seq in self._able(running):
+            assert seq.spec.decode_floor is not None
+            now, floor = self._pool.promised(seq.row), seq.spec.decode_floor
+            reach = self._pool.pages_for(seq.spec.limit_at(floor) + 1)
+            gain.most += max(0, now.most - reach)
+            gain.sure += max(0, now.sure - self._pool.pages_for(floor))
+        return gain
+
+    def copy_out(self, seq: Sequence) -> list[LayerKV]:
+        """What the sequence holds, in host memory; raises Preempted if there is no room."""
+        shape = self._pool.shape
+        num_entries = int(self._pool.lengths([seq.row]).sum())
+        num_bytes = shape.kv_bytes(num_entries) + num_entries * torch.int32.itemsize
         if self.swapped_bytes + num_bytes > self._swap_bytes:
             self._count(given_up=1)
             raise Preempted(
                 f"KV memory ran short, and {num_bytes:,} bytes do not fit into swap_bytes "
                 f"{self._swap_bytes:,}, of which {self.swapped_bytes:,} are taken"
             )
+        layers = range(shape.num_layers)
+        return [self._pool.read_layer(seq.row, layer_idx).to("cpu") for layer_idx in layers]
+
+    def add(self, seq: Sequence, layers: list[LayerKV]) -> None:
+        """The sequence waits from now on, and its pages are free."""
         seq.swapped = layers
         seq.reservation.num_swapped += 1
-        self.swapped_bytes += num_bytes
+        self.swapped_bytes += sum(layer.nbytes for layer in layers)
         self.swapped = sorted([*self.swapped, seq], key=age)
         self._pool.evict(seq.row)
         self._count(swapped_out=1)
 
-    def swap_in(self, num_running: int) -> list[Sequence]:
-        """Sequences that have their pages back.
+    def swap_in_oldest(self, num_running: int) -> Sequence | None:
+        """The sequence that has waited longest, with its pages back; None if they are not free.
 
-        Besides its own, each needs a page for every head of the batch, so that it is not sent
-        away again at once.
+        Besides its own, it needs a page for every head of the batch, so that it is not sent away
+        again at once.
         """
-        back: list[Sequence] = []
-        while self.swapped and self._readmit(self.swapped[0], num_running + len(back)):
-            seq = self.swapped[0]
-            for layer in seq.swapped:
-                self._pool.write_layer(seq.row, layer)
-            self.drop(seq)
-            seq.swapped = []
-            back.append(seq)
-        return back
+        if not self.swapped or not self._readmit(self.swapped[0], num_running):
+            return None
+        seq = self.swapped[0]
+        for layer in seq.swapped:
+            self._pool.write_layer(seq.row, layer)
+        return seq
 
     def drop(self, seq: Sequence) -> None:
         """A sequence waits no more: it has its pages back, or leaves."""

@@ -28,6 +28,7 @@ class GenerationSpec:
     are fed to the model one by one, instead of sampled, until the sequence is where it was. Empty:
     none.
     assured: its memory is set aside to the last token, so that it never gives way to others.
+    moved: it comes with what it holds at another worker, which may be more than its prompt.
     Sequence i of `num_sequences` samples with seed + i.
     """
 
@@ -46,6 +47,7 @@ class GenerationSpec:
     prompt_token_ids: tuple[int, ...] = ()
     replayed: tuple[tuple[int, ...], ...] = ()
     assured: bool = False
+    moved: bool = False
 
     @property
     def max_entries(self) -> int:
@@ -77,9 +79,9 @@ class _State(Enum):
 
 
 def promise_for(pool: KVPool, spec: GenerationSpec) -> Promise:
-    """What each sequence of the request is promised: room for its prompt at any rate."""
+    """What each sequence of the request is promised: room for what arrives at any rate."""
     most = spec.max_entries
-    sure = most if spec.assured else min(spec.max_prompt_entries + 1, most)
+    sure = most if spec.assured or spec.moved else min(spec.max_prompt_entries + 1, most)
     return Promise(most=pool.pages_for(most), sure=pool.pages_for(sure))
 
 
@@ -101,7 +103,7 @@ class Reservation:
         self.cancelled = False  # released after it had started: the engine frees it
         self.moving = False  # its sequences leave the batch to be read out
         self._pool = pool
-        self._rings: dict[int, QueryRing] = {}  # by sequence; of one prompt's, only the first's
+        self._rings: dict[int, QueryRing] = {}  # by sequence; a prompt's is the first's
         self._state = _State.RESERVED
         self._lock = threading.Lock()
 
@@ -138,11 +140,10 @@ class Reservation:
         """
         if not self._starts():
             return None
-        ring = self._rings.get(0)
-        for row in self.rows[1:]:
-            self._copy_row(row)
+        for idx in range(1, self.spec.num_sequences):
+            self._copy_first(idx)
         return [
-            Sequence(self, row, idx, final_hidden, next_position, ring.copy() if ring else None)
+            Sequence(self, row, idx, final_hidden, next_position, self._rings.pop(idx, None))
             for idx, row in enumerate(self.rows)
         ]
 
@@ -162,7 +163,7 @@ class Reservation:
         self.recompressed_entries = max(s.recompressed_entries for s in states.values())
         sequences = []
         for idx, state in states.items():
-            ring = self._rings.get(idx)
+            ring = self._rings.pop(idx, None)
             seq = Sequence(self, self.rows[idx], idx, final_hidden, state.next_position, ring)
             seq.go_on(state)
             sequences.append(seq)
@@ -176,9 +177,13 @@ class Reservation:
             self._state = _State.STARTED
             return True
 
-    def _copy_row(self, row: int) -> None:
+    def _copy_first(self, idx: int) -> None:
+        """Gives a sequence what the first one has."""
         for layer_idx in range(self._pool.shape.num_layers):
-            self._pool.write_layer(row, self._pool.read_layer(self.rows[0], layer_idx))
+            layer = self._pool.read_layer(self.rows[0], layer_idx)
+            self._pool.write_layer(self.rows[idx], layer)
+        if 0 in self._rings:
+            self._rings[idx] = self._rings[0].copy()
 
     def abandon(self) -> bool:
         """Frees what is reserved, unless the engine runs it already; True if it was freed."""

@@ -81,8 +81,8 @@ class DecodeServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Stops admission, lets what runs finish, and answers when nothing runs any more or the
-        deadline of the call has passed. The worker stays up; the caller stops the process.
+        """Stops admission, asks that what runs move to other workers (`leaving`), lets what cannot finish,
+        and answers when nothing runs any more or the deadline of the call has passed. The worker stays up; the caller stops the process.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -244,8 +244,8 @@ class KvTransferServicer:
         needs to go on elsewhere, one transfer after another (header, layers and trailer as in Push,
         `sequence` set). The request's Generate call says `moved` before the first frame.
 
-        Errors: NOT_FOUND (no such request, or none that runs), PERMISSION_DENIED (not its token),
-        ABORTED (fetched already).
+        Errors: NOT_FOUND (no such request, or none that runs here any more), PERMISSION_DENIED (not its
+        token), INTERNAL (the engine does not let go of it).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -194,9 +194,9 @@ class TransferDecoder:
         if limit is None:
             return None
         num_generated = len(trailer.sequence.token_ids)
-        if num_generated > limit:
+        if num_generated >= limit:
             raise TransferMalformed(
-                f"the sequence has {num_generated} tokens; its request has max_tokens {limit}"
+                f"the sequence runs with {num_generated} tokens; its max_tokens is {limit}"
             )
         self._require_position(trailer.sequence.next_position, num_generated)
         return state_from_proto(trailer.sequence)

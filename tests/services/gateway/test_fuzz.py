@@ -48,7 +48,7 @@ def drawn_requests() -> list[tuple[str, bytes]]:
     drawn: list[tuple[str, bytes]] = []
 
     @given(path=PATHS, changes=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4))
-    @settings(max_examples=400, deadline=None, derandomize=True)
+    @settings(max_examples=200, deadline=None, derandomize=True)
     def draw_changed(path: str, changes: dict[str, Any]) -> None:
         drawn.append((path, json.dumps(USUAL | changes).encode()))
 

@@ -5,13 +5,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from services.decode import take_over
+from services.decode.take_over import Fetcher
 from services.decode.worker import DecodeWorker
-from services.gateway import calls, lifecycle
+from services.gateway import lifecycle
 from services.gateway.lifecycle import PromptRun, Service
 from services.gateway.states import State
 from tests.services.exposed import value
@@ -169,7 +171,7 @@ async def test_broken_numbers_and_endless_losses_end_the_prompt(
 async def test_without_another_worker_the_loss_is_told(
     model_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calls, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(lifecycle, "_PATIENCE_S", 0.5)
     async with running_service(model_path, redis_url) as service, parts_of(service) as alone:
         with pytest.raises(NoDecodeWorker):
             await answers(service, make_run(alone, LONG), harm_after=5)
@@ -194,7 +196,7 @@ async def drained(model_path: Path, redis_url: str, **changes: object) -> tuple[
             got = await answers(service, run, harm_after=20, harm=drain_worker_of)
         assert await draining.pop() == 0
         await service.until_idle()
-        metrics = (await service.http.get("/metrics")).text
+        metrics = (await service.admin.get("/metrics")).text
         assert value(metrics, "winnow_move_seconds_count") == run.figures.moves
     return run, got == expected
 
@@ -236,6 +238,24 @@ async def test_a_move_that_breaks_off_is_made_good_by_replay(
     assert is_right
     figures = run.figures
     assert (figures.moves, figures.migrations, figures.attempts) == (0, 1, 2)
+
+
+async def test_a_worker_that_cannot_fetch_is_followed_by_one_that_can(
+    model_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch, tries = Fetcher._fetch, []
+
+    def fails_once(self: Fetcher, *arguments: Any) -> None:
+        tries.append(arguments)
+        if len(tries) == 1:
+            raise NoDecodeWorker("no route to the host")
+        fetch(self, *arguments)
+
+    monkeypatch.setattr(Fetcher, "_fetch", fails_once)
+    run, is_right = await drained(model_path, redis_url, num_workers=2)
+    assert is_right
+    assert len(tries) == 2
+    assert (run.figures.moves, run.figures.migrations) == (1, 0)
 
 
 async def test_who_leaves_while_a_worker_is_sought_leaves_nothing(

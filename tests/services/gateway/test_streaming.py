@@ -126,7 +126,7 @@ async def test_an_error_before_the_first_token_has_its_http_status(service: Test
 async def test_an_error_in_mid_stream_is_the_streams_last_event(
     model_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.gateway.calls._PATIENCE_S", 0.3)
+    monkeypatch.setattr("services.gateway.lifecycle._PATIENCE_S", 0.3)
     async with running_service(model_path, redis_url) as service:
         body = BODY | {"max_tokens": 4000}
         async with service.http.stream("POST", "/v1/completions", json=body) as response:
