@@ -112,12 +112,7 @@ class DecodeEngine:
         goes on, from the prefill's report.
         """
         hidden = final_hidden.to(device=self.model.device, dtype=self.model.shape.dtype)
-        sequences = reservation.begin(hidden, next_position)
-        with self._changed:
-            self._reserved.discard(reservation)
-            if sequences is not None:
-                self._arrived += sequences
-                self._changed.notify_all()
+        self._enqueue(reservation, reservation.begin(hidden, next_position))
 
     def resume(
         self,
@@ -131,12 +126,13 @@ class DecodeEngine:
         `start`; it only matters to a sequence without a token.
         """
         hidden = final_hidden.to(device=self.model.device, dtype=self.model.shape.dtype)
-        sequences = reservation.resume(states, hidden)
+        self._enqueue(reservation, reservation.resume(states, hidden))
+
+    def _enqueue(self, reservation: Reservation, sequences: list[Sequence] | None) -> None:
         with self._changed:
             self._reserved.discard(reservation)
-            if sequences is not None:
-                self._arrived += sequences
-                self._changed.notify_all()
+            self._arrived += sequences or ()
+            self._changed.notify_all()
 
     @contextlib.contextmanager
     def taken_out(self, reservation: Reservation, timeout_s: float) -> Iterator[list[Sequence]]:
@@ -174,9 +170,8 @@ class DecodeEngine:
         freed = reservation.abandon()
         with self._changed:
             self._reserved.discard(reservation)
-            if not freed:
-                reservation.cancelled = True
-                self._changed.notify_all()
+            reservation.cancelled = not freed
+            self._changed.notify_all()
 
     def wait_for_work(self, timeout_s: float) -> bool:
         """Blocks until there is something for `step` to do; False if the time passed first."""
@@ -348,5 +343,6 @@ class DecodeEngine:
     def _retire(self, ended: list[Sequence]) -> None:
         with self._changed:
             self._running = [seq for seq in self._running if seq not in ended]
+            self._changed.notify_all()
         for seq in ended:
             self.pool.release(seq.row)
