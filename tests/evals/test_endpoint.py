@@ -55,7 +55,7 @@ async def test_a_busy_service_is_asked_again(
     redis_url: str,  # noqa: F811 - the fixture
     tmp_path: Path,
 ) -> None:
-    memory = {"kv_memory_bytes": 1_300_000}
+    memory = {"kv_memory_bytes": 1_300_000, "kv_overcommit": 1}
     async with running_service(tiny_models["llama"], redis_url, **memory) as small:
         small.prefiller.hold_jobs()  # until one was refused
         flags = ("--endpoint", f"{small.url}/v1", "--batch-size", "6", "-o", str(tmp_path / "run"))
