@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import openai
 
-NUM_CLIENTS = 4
+NUM_CLIENTS = 2  # more would keep two cores from starting anything
 
 
 class Load:
