@@ -7,7 +7,7 @@ from tests.deploy.balancer import Balancer
 from tests.deploy.stack import Stack
 from tests.load import NUM_CLIENTS, load
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 PROMPT = "The pass key is 48219. Remember it. 48219 is the pass key. " + "The grass is green. " * 60
 
