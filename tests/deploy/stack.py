@@ -18,7 +18,7 @@ from tests.e2e.winnow_process import ROOT, environment
 COMPOSE = ROOT / "deploy" / "compose.yaml"
 DOCKERFILE = ROOT / "deploy" / "Dockerfile.winnow"
 OURS = ("gateway", "decode-1", "decode-2")
-START_TIMEOUT_S = 150
+START_TIMEOUT_S = 300
 
 
 def compose_services() -> dict[str, Any]:
