@@ -35,7 +35,7 @@ def test_a_decode_worker_is_killed_before_the_first_token(victim: Victim) -> Non
 
 def test_a_decode_worker_drains_while_it_generates(victim: Victim) -> None:
     moves = victim.num_moves()
-    asked = ask(victim, 30, lambda: victim.drain(victim.generating()))
+    asked = ask(victim, 5, lambda: victim.drain(victim.generating()))
     asked.require_whole(victim)
     assert victim.num_moves() == moves + 1
     say(f"drain of a decode worker to the next token: {asked.silence_s:.2f} s")
