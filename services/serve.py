@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
@@ -80,18 +81,18 @@ def with_ports(settings: Settings) -> Settings:
     """`settings` with any free port in place of 0; raises InvalidSetting if one is taken."""
     ports: dict[str, int] = {}
     hosts = {"port": settings.host, "grpc_port": settings.host, "admin_port": settings.decode_host}
-    for name, host in hosts.items():
-        wanted = getattr(settings, name)
-        if wanted == 0:
-            ports[name] = free_port(host, besides=ports.values())
-        elif wanted is not None:
-            _require_free(host, wanted, name)
+    with contextlib.ExitStack() as held:  # so that no two of them are the same
+        for name, host in hosts.items():
+            wanted = getattr(settings, name)
+            if wanted is not None:
+                ports[name] = wanted or free_port(host)
+                held.enter_context(_claim(host, ports[name], name))
     return settings.model_copy(update=ports)
 
 
-def _require_free(host: str, port: int, name: str) -> None:
+def _claim(host: str, port: int, name: str) -> socket.socket:
     try:
-        listening(host, port).close()
+        return listening(host, port)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InvalidSetting(

@@ -2,7 +2,6 @@
 
 import random
 import socket
-from collections.abc import Collection
 
 from winnow.errors import InvalidSetting
 
@@ -12,15 +11,10 @@ _CANDIDATES = range(20_000, 32_768)
 _MAX_TRIES = 100
 
 
-def free_port(host: str = "127.0.0.1", besides: Collection[int] = ()) -> int:
-    """A port that nobody listens on, and that is none of `besides`.
-
-    Raises InvalidSetting if there is none, or no such host.
-    """
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nobody listens on.  Raises InvalidSetting if there is none, or no such host."""
     error = OSError("every one that was tried is taken")
     for port in random.sample(_CANDIDATES, _MAX_TRIES):
-        if port in besides:
-            continue
         try:
             listening(host, port).close()
             return port

@@ -280,9 +280,7 @@ class PromptRun:
                 await asyncio.sleep(_PAUSE_S)
             except (PrefillFailed, TransferRefused) as error:
                 tries_left -= 1
-                if self.state in _RUNS or isinstance(error, UnknownReservation):
-                    raise
-                if not tries_left:
+                if self.state in _RUNS or isinstance(error, UnknownReservation) or not tries_left:
                     raise
                 self._warn("prefill attempt %d failed, %d are left: %s", attempt, tries_left, error)
         raise AssertionError("attempts do not end")

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from services.common import ports
-from services.common.ports import free_port
+from services.common.ports import free_port, listening
+from services.common.settings import load_settings
+from services.serve import with_ports
 from winnow.errors import InvalidSetting
 
 
@@ -18,13 +20,22 @@ def test_a_free_port_is_none_that_the_kernel_gives_away_by_itself() -> None:
         pass
 
 
-def test_ports_that_are_taken_or_spoken_for_are_passed_over(
+def test_ports_that_are_taken_are_passed_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ports, "_MAX_TRIES", 3)
     first = free_port()
     monkeypatch.setattr(ports, "_CANDIDATES", range(first, first + 3))
-    with socket.create_server(("127.0.0.1", first + 1)):
-        assert free_port(besides=[first]) == first + 2
-        with pytest.raises(InvalidSetting, match="no free port on"):
-            free_port(besides=[first, first + 2])
+    with listening("127.0.0.1", first), listening("127.0.0.1", first + 1):
+        assert free_port() == first + 2
+        with (
+            listening("127.0.0.1", first + 2),
+            pytest.raises(InvalidSetting, match="no free port on"),
+        ):
+            free_port()
+
+
+def test_two_settings_cannot_name_one_port() -> None:
+    port = free_port()
+    with pytest.raises(InvalidSetting, match=f"grpc_port {port} on 127.0.0.1 cannot be used"):
+        with_ports(load_settings({"port": port, "grpc_port": port}))
