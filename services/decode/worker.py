@@ -87,7 +87,6 @@ class DecodeWorker:
     async def _start(self, started: AsyncExitStack) -> None:
         settings = self._settings
         host = settings.decode_host
-        advertised = _advertised_host(settings)
         peers = PeerTls.load(settings)
         registry = await _in_thread(lambda: open_registry(settings))
         started.push_async_callback(registry.close)
@@ -99,15 +98,8 @@ class DecodeWorker:
         self._engine_thread.start()
         started.push_async_callback(self._engine_thread.stop)
 
-        model = self.engine.model
-        receiver = KvReceiver(self.admission, self.metrics, model.fingerprint, model.shape)
-        giver = KvGiver(self.admission, self.metrics, model.fingerprint, self.engine.pool)
-        kv_server = KvServer(receiver, giver, peers)
-        started.push_async_callback(_in_thread, kv_server.stop)
-        self.metrics.transfers_in_flight.set_function(lambda: receiver.open_transfers)
-        kv_port = kv_server.start(host, settings.kv_port)
-        self.kv_address = f"{advertised}:{settings.kv_advertised_port or kv_port}"
-        fetcher = Fetcher(model, self.metrics, peers)
+        receiver = self._start_data_plane(started, peers)
+        fetcher = Fetcher(self.engine.model, self.metrics, peers)
         started.push_async_callback(_in_thread, fetcher.stop)
 
         identity = WorkerIdentity(
@@ -131,7 +123,7 @@ class DecodeWorker:
         )
         started.push_async_callback(self._control.stop)
         port = await self._control.start(host, settings.decode_port)
-        self.address = f"{advertised}:{settings.decode_advertised_port or port}"
+        self.address = f"{_advertised_host(settings)}:{settings.decode_advertised_port or port}"
 
         metrics_server = start_metrics_server(self.metrics.registry, settings.metrics_port, host)
         started.push_async_callback(_in_thread, metrics_server.close)
@@ -139,6 +131,19 @@ class DecodeWorker:
         self._heartbeat = Heartbeat(registry, self._records, settings.lease_s)
         started.push_async_callback(self._heartbeat.stop)
         await self._heartbeat.start()
+
+    def _start_data_plane(self, started: AsyncExitStack, peers: PeerTls | None) -> KvReceiver:
+        """KvTransfer: takes prefill's KV, and gives running requests away."""
+        settings, model = self._settings, self.engine.model
+        receiver = KvReceiver(self.admission, self.metrics, model.fingerprint, model.shape)
+        giver = KvGiver(self.admission, self.metrics, model.fingerprint, self.engine.pool)
+        server = KvServer(receiver, giver, peers)
+        started.push_async_callback(_in_thread, server.stop)
+        self.metrics.transfers_in_flight.set_function(lambda: receiver.open_transfers)
+        port = server.start(settings.decode_host, settings.kv_port)
+        advertised = _advertised_host(settings)
+        self.kv_address = f"{advertised}:{settings.kv_advertised_port or port}"
+        return receiver
 
     def _load_engine(self) -> DecodeEngine:
         settings = self._settings
