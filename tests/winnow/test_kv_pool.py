@@ -3,8 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from winnow.engine.kv_pool import KVPool, KVPoolConfig, Promise
-from winnow.errors import InvalidSetting, Overloaded
+from winnow.engine.kv_pool import KVPool, KVPoolConfig
+from winnow.engine.promises import Promise
+from winnow.errors import InvalidSetting
 from winnow.kv import LayerKV, ModelShape
 
 SHAPE = ModelShape(
@@ -103,18 +104,6 @@ def extend(layer: LayerKV, new: torch.Tensor, position: int) -> LayerKV:
         head_lengths=tuple(length + 1 for length in layer.head_lengths),
         window_queries=layer.window_queries,
     )
-
-
-def test_promises_are_refused_when_pages_or_rows_run_out() -> None:
-    pool = make_pool(num_pages=100, rows=2)
-    with pytest.raises(InvalidSetting, match="needs 101 KV pages; the worker has 100 in all"):
-        pool.reserve(1, Promise(101, 101))
-    pool.reserve(1, Promise(60, 60))
-    with pytest.raises(Overloaded, match="needs 41 KV pages; 40 are free"):
-        pool.reserve(1, Promise(41, 41))
-    with pytest.raises(Overloaded, match="needs 2 places in the batch; 1 are free"):
-        pool.reserve(2, Promise(10, 10))
-    pool.reserve(1, Promise(40, 40))
 
 
 def test_a_promise_shrinks_to_what_the_heads_can_reach() -> None:

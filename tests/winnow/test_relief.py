@@ -28,7 +28,7 @@ Moved = tuple[SequenceState, list[LayerKV]]
 def require_backed(engine: DecodeEngine) -> None:
     """What is kept for rows is there, and covers what they hold."""
     pool = engine.pool
-    kept = {row: promise.sure for row, promise in pool._promised.items()}
+    kept = {row: promise.sure for row, promise in pool._promises._by_row.items()}
     assert sum(kept.values()) <= pool.num_pages
     held = -(-pool.lengths(list(kept)) // pool.page_size) if kept else None
     for row_idx, row in enumerate(kept):

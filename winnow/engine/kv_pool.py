@@ -11,14 +11,16 @@ call, so prefill's KV arrives while other rows decode.
 """
 
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from winnow.errors import InvalidSetting, Overloaded
+from winnow.engine.promises import Promise, Promises
+from winnow.errors import InvalidSetting
 from winnow.kv import LayerKV, ModelShape
 
+_NOTHING = Promise(0, 0)
 _FIRST_PAGE = 1  # page 0 fills the unused ends of page tables and is never promised
 
 
@@ -45,14 +47,6 @@ class KVPoolConfig:
                 param="kv_memory_bytes",
             )
         return num_pages
-
-
-@dataclass(slots=True)
-class Promise:
-    """Pages of a row. most: that it may come to hold; sure: that are kept for it, used or not."""
-
-    most: int
-    sure: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +104,7 @@ class KVPool:
         self._table = torch.zeros(*heads, 1, dtype=torch.int64, device=device)
         self._free_pages = torch.arange(_FIRST_PAGE, size[0], device=device)  # a stack
         self._num_free = self.num_pages
-        self._free_rows = list(reversed(range(num_rows)))
-        self._most_promised = int(self.num_pages * config.overcommit)
-        self._promised: dict[int, Promise] = {}  # by row
+        self._promises = Promises(self.num_pages, num_rows, config.overcommit)
         self._lock = threading.RLock()
 
     # Promises
@@ -127,46 +119,17 @@ class KVPool:
 
         Raises InvalidSetting if the pool could never hold them, Overloaded if it cannot now.
         """
-        needed = num_rows * promise.most
-        if needed > self.num_pages:
-            raise InvalidSetting(
-                f"the request needs {needed:,} KV pages; the worker has {self.num_pages:,} in all"
-            )
         with self._lock:
-            free = self._free_to_promise()
-            if needed > free.most or num_rows * promise.sure > free.sure:
-                raise Overloaded(
-                    f"the request needs {needed:,} KV pages; {min(free.most, free.sure):,} are free"
-                )
-            if num_rows > len(self._free_rows):
-                raise Overloaded(
-                    f"the request needs {num_rows} places in the batch; "
-                    f"{len(self._free_rows)} are free"
-                )
-            rows = [self._free_rows.pop() for _ in range(num_rows)]
-            for row in rows:
-                self._promised[row] = replace(promise)
-            return rows
+            return self._promises.give(num_rows, promise)
 
-    def has_room(self, num_rows: int, promise: Promise, freed: Promise | None = None) -> bool:
+    def has_room(self, num_rows: int, promise: Promise, freed: Promise = _NOTHING) -> bool:
         """Whether `reserve` would succeed, once `freed` were free besides."""
         with self._lock:
-            free, num_free_rows = self._free_to_promise(), len(self._free_rows)
-        if freed is not None:
-            free = Promise(free.most + freed.most, free.sure + freed.sure)
-        has_pages = num_rows * promise.most <= free.most and num_rows * promise.sure <= free.sure
-        return has_pages and num_rows <= num_free_rows
+            return self._promises.has_room(num_rows, promise, freed)
 
     def promised(self, row: int) -> Promise:
         with self._lock:
-            return replace(self._promised[row])
-
-    def _free_to_promise(self) -> Promise:
-        promises = self._promised.values()
-        return Promise(
-            most=self._most_promised - sum(promise.most for promise in promises),
-            sure=self.num_pages - sum(promise.sure for promise in promises),
-        )
+            return self._promises.of(row)
 
     def settle(self, row: int, extra_entries: int, cap: int, *, assured: bool = False) -> None:
         """Lower a row's promise to what it holds and what its heads can still grow to.
@@ -178,41 +141,30 @@ class KVPool:
             lengths = self._lengths[row]
             reach = (lengths + extra_entries).minimum((lengths + 1).clamp_min(cap))
             most, held = (int((-(-n // self.page_size)).sum()) for n in (reach, lengths))
-            most = min(most, self._promised[row].most)
-            self._promised[row] = Promise(most, most if assured else held)
+            self._promises.change(row, Promise(most, most if assured else held))
 
     def claim(self, rows: list[int]) -> bool:
         """Keeps the pages that `plan_step` of these rows takes; False if there are too few."""
         with self._lock:
             needed = (self._lengths[rows] // self.page_size + 1).flatten(1).sum(1).tolist()
-            promises = [self._promised[row] for row in rows]
-            wanted = [max(0, own - p.sure) for own, p in zip(needed, promises, strict=True)]
-            if sum(wanted) > self._free_to_promise().sure:
-                return False
-            for promise, more in zip(promises, wanted, strict=True):
-                promise.sure += more
-            return True
+            return self._promises.secure(dict(zip(rows, needed, strict=True)))
 
     def evict(self, row: int) -> None:
         """Frees a row's pages and keeps none for it; `readmit` it before it is written again."""
         with self._lock:
             self.clear(row)
-            self._promised[row].sure = 0
+            self._promises.unsecure(row)
 
     def readmit(self, row: int, num_pages: int, *, spare: int) -> bool:
         """Keeps pages for an evicted row if, after that, `spare` others are free."""
         with self._lock:
-            if num_pages + spare > self._free_to_promise().sure:
-                return False
-            self._promised[row].sure = num_pages
-            return True
+            return self._promises.secure({row: num_pages}, spare=spare)
 
     def release(self, row: int) -> None:
         """Frees a row, its pages and its promise."""
         with self._lock:
             self.clear(row)
-            del self._promised[row]
-            self._free_rows.append(row)
+            self._promises.take_back(row)
 
     def clear(self, row: int) -> None:
         """Frees a row's pages; the promise stays."""
@@ -223,12 +175,12 @@ class KVPool:
     def stats(self) -> PoolStats:
         with self._lock:
             used = self.num_pages - self._num_free
-            free = self._free_to_promise()
+            free = self._promises.free()
             page_bytes = self.page_size * self.shape.kv_bytes(1)
             return PoolStats(
                 pages_total=self.num_pages,
                 pages_used=used,
-                pages_reserved=sum(promise.most for promise in self._promised.values()),
+                pages_reserved=self._promises.most_in_all(),
                 pages_free=max(0, min(free.most, free.sure)),
                 page_size=self.page_size,
                 kv_bytes_used=used * page_bytes,

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from winnow.engine.cutting import Cutter
-from winnow.engine.kv_pool import KVPool, Promise
+from winnow.engine.kv_pool import KVPool
+from winnow.engine.promises import Promise
 from winnow.engine.sequence import GenerationSpec, Sequence, promise_for
 from winnow.errors import Preempted
 from winnow.kv import LayerKV

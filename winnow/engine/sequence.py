@@ -7,7 +7,8 @@ from enum import Enum, auto
 
 from torch import Tensor
 
-from winnow.engine.kv_pool import KVPool, Promise
+from winnow.engine.kv_pool import KVPool
+from winnow.engine.promises import Promise
 from winnow.engine.query_ring import QueryRing
 from winnow.kv import LayerKV
 from winnow.models import DecoderModel
