@@ -36,11 +36,22 @@ def decoding(victim: Victim) -> str:
     return victim.generating()
 
 
+def moving(victim: Victim) -> str:
+    victim.network.become(SILENT, f"{(draining := victim.generating())} {KV}")
+    victim.begin_drain(draining)
+    assert victim.held_back(KV) == draining  # from whom the other one fetches
+    return draining
+
+
 def lost(victim: Victim) -> str:
-    (other,) = set(WORKERS) - {first := victim.generating()}
-    victim.network.become(SILENT, f"{other} {CONTROL}")
+    victim.network.become(SILENT, f"{other_than(first := victim.generating())} {CONTROL}")
     victim.kill(first)
     return received(victim)
+
+
+def other_than(worker: str) -> str:
+    (other,) = set(WORKERS) - {worker}
+    return other
 
 
 # How a prompt gets there; returns the decode worker that it needs next.
@@ -48,6 +59,7 @@ REACH: dict[State, Callable[[Victim], str]] = {
     State.RECEIVED: received,
     State.PREFILLING: prefilling,
     State.DECODING: decoding,
+    State.MOVING: moving,
     State.LOST: lost,
 }
 HELD_BY = {State.RECEIVED: CONTROL, State.PREFILLING: KV}
@@ -76,3 +88,15 @@ def test_the_answer_is_whole_or_ends_in_one_error(
         else:
             ask(victim).require_whole(victim)
         assert time.monotonic() - started_s < REQUEST_TIMEOUT_S + OVERHEAD_S
+
+
+@pytest.mark.parametrize("harm", ["kill", "stop"])
+def test_who_was_to_take_over_is_lost_in_the_move(victim: Victim, harm: str) -> None:
+    def do_harm() -> None:
+        getattr(victim, harm)(other_than(moving(victim)))
+        victim.network.heal()
+        time.sleep(STOPPED_S if harm == "stop" else 0)
+        victim.restore()
+
+    with meanwhile(do_harm):
+        ask(victim).require_whole(victim)

@@ -55,6 +55,7 @@ class Victim:
         self.network = stack.network
         self.clocks = stack.clocks
         self._first_seen: dict[int, Holdings] = {}
+        self._leaving: set[str] = set()
         self._connect()
         started_s = time.monotonic()
         quiet = list(self.stream())
@@ -97,9 +98,17 @@ class Victim:
 
     def drain(self, name: str) -> None:
         """SIGTERM; returns when it has ended in peace, and is started again by `restore`."""
-        process = self.stack.processes[name]
-        process.terminate()
-        assert process.wait(DRAIN_TIMEOUT_S) == 0
+        self.begin_drain(name)
+        assert self._end_of_drain(name) == 0
+
+    def begin_drain(self, name: str) -> None:
+        """SIGTERM; `restore` waits for its end."""
+        self.stack.processes[name].terminate()
+        self._leaving.add(name)
+
+    def _end_of_drain(self, name: str) -> int:
+        self._leaving.remove(name)
+        return self.stack.processes[name].wait(DRAIN_TIMEOUT_S)
 
     def num_moves(self) -> int:
         """Requests that went on at another worker with what the first one held."""
@@ -120,10 +129,14 @@ class Victim:
         """Every process runs again, reaches the others, and is known to them."""
         self.network.heal()
         self.clocks.jump(0)
+        for process in self.stack.processes.values():
+            process.send_signal(signal.SIGCONT)
+        for name in list(self._leaving):
+            assert self._end_of_drain(name) in (0, -signal.SIGKILL)
         for name, process in self.stack.processes.items():
             if process.poll() is None:
-                process.send_signal(signal.SIGCONT)
-            elif name == "redis":
+                continue
+            if name == "redis":
                 self.stack.start_redis()
             else:
                 self.stack.start(name)

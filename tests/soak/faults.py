@@ -18,6 +18,9 @@ _LINKS = (
 _TARGETS = {"kill": _PROCESSES, "stop": _PROCESSES, "drain": WORKERS}
 _CRAWLING = Condition(bytes_per_s=1e6, delay_s=0.05)
 KILL = "kill"
+_ENDING = (KILL, "drain")
+# In the second half of a soak nobody ends these, so that it shows whether their memory grows.
+_SPARED = ("decode-1", "prefill")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,11 @@ class Fault:
     what: str
     target: str
     lasts_s: float = 0.0
+
+    @property
+    def is_spared_late(self) -> bool:
+        """Whether it only befalls in the first half."""
+        return self.what in _ENDING and self.target in _SPARED
 
     def befall(self, victim: Victim) -> None:
         """Returns when it is over and every process is there again."""
@@ -52,5 +60,5 @@ def random_faults(rng: random.Random) -> Iterator[Fault]:
     while True:
         what = rng.choice((KILL, KILL, "drain", "stop", "silence", "reset", "slow"))
         target = rng.choice(_TARGETS.get(what, _LINKS))
-        lasts_s = 0.0 if what in (KILL, "drain", "reset") else rng.uniform(0.5, 2) * LEASE_S
+        lasts_s = 0.0 if what in (*_ENDING, "reset") else rng.uniform(0.5, 2) * LEASE_S
         yield Fault(what, target, lasts_s)

@@ -71,7 +71,7 @@ async def soak(victim: Victim, plan: Plan) -> Report:
             for idx in range(plan.num_clients)
         ]
         sampling = tasks.create_task(_sample(victim, memory))
-        failing = tasks.create_task(_fail(victim, random.Random(plan.seed), stopped))
+        failing = tasks.create_task(_fail(victim, plan, stopped))
         await asyncio.wait(clients, timeout=plan.minutes * 60)
         stopped.set()
         await asyncio.wait(clients)
@@ -91,10 +91,13 @@ async def _sample(victim: Victim, memory: Memory) -> None:
         await asyncio.sleep(_SAMPLE_S)
 
 
-async def _fail(victim: Victim, rng: random.Random, stopped: asyncio.Event) -> Counter[str]:
+async def _fail(victim: Victim, plan: Plan, stopped: asyncio.Event) -> Counter[str]:
     """One fault after the other, with pauses; returns what befell."""
     done: Counter[str] = Counter()
+    rng, half_time_s = random.Random(plan.seed), time.monotonic() + plan.minutes * 60 / 2
     for fault in random_faults(rng):
+        if fault.is_spared_late and time.monotonic() > half_time_s:
+            continue
         try:
             async with asyncio.timeout(rng.uniform(0, _MAX_PAUSE_S)):
                 await stopped.wait()
