@@ -18,6 +18,8 @@ _WORKER = {
         "kv_advertised_port",
         "metrics_port",
         "kv_memory_bytes",
+        "kv_overcommit",
+        "swap_bytes",
         "page_size",
         "max_batch_size",
         "lease_s",

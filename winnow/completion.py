@@ -29,7 +29,6 @@ class CompletionStream:
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.recompressed_entries = 0
-        self.kv_bytes = 0
         self._pieces = pieces
 
     def __iter__(self) -> Iterator[str]:
@@ -41,7 +40,7 @@ class CompletionStream:
             raise output.error
         (token,) = output.tokens
         self.token_ids.append(token.token_id)
-        self.recompressed_entries, self.kv_bytes = output.recompressed_entries, output.kv_bytes
+        self.recompressed_entries = output.recompressed_entries
         piece = text.feed(token.token_id)
         self.finish_reason = FinishReason.STOP if text.stopped else token.finish_reason
         return piece

@@ -170,9 +170,12 @@ SERVICE = Dashboard(
             ),
             Panel(
                 "KV pool promised",
-                "Pages promised to admitted requests, of all; over 1 with kv_overcommit",
+                "To admitted requests, of all that can be promised now",
                 SHARE,
-                {"": "sum(winnow_kv_pages_reserved{@}) / sum(winnow_kv_pages{@})"},
+                {
+                    "": "sum(winnow_kv_pages_reserved{@}) / "
+                    "(sum(winnow_kv_pages_reserved{@}) + sum(winnow_kv_pages_free{@}))"
+                },
                 limits=(0.8, 0.95),
             ),
             Panel(
@@ -196,12 +199,18 @@ SERVICE = Dashboard(
                 {"": rate("winnow_prefill_retries_total")},
             ),
             Panel(
-                "Moved to another decode worker",
+                "Computed anew at another decode worker",
                 "Prompts whose decode worker was lost, by what befell it",
                 RATE,
                 {"{{reason}}": rate("winnow_migrations_total", "reason")},
                 limits=(0.01, 0.1),
                 stacked=True,
+            ),
+            Panel(
+                "Moved to another decode worker",
+                "Prompts whose decode worker drained: the pause of each in its tokens",
+                SECONDS,
+                quantiles("winnow_move_seconds"),
             ),
             Panel(
                 "Prompt lengths",

@@ -99,12 +99,11 @@ def recompression_from_proto(message: pb.Recompression) -> PruningSettings:
     )
 
 
-def tokens_to_proto(tokens: Iterable[Token], recompressed_entries: int, kv_bytes: int) -> pb.Tokens:
+def tokens_to_proto(tokens: Iterable[Token], recompressed_entries: int) -> pb.Tokens:
     """What one engine step gave a request."""
     return pb.Tokens(
         tokens=[_token_to_proto(token) for token in tokens],
         recompressed_entries=recompressed_entries,
-        kv_bytes=kv_bytes,
     )
 
 

@@ -195,5 +195,4 @@ def _event_to_proto(event: Event) -> pb.GenerateEvent:
     assert isinstance(event, StepOutput)
     if event.error is not None:
         raise event.error
-    tokens = tokens_to_proto(event.tokens, event.recompressed_entries, event.kv_bytes)
-    return pb.GenerateEvent(tokens=tokens)
+    return pb.GenerateEvent(tokens=tokens_to_proto(event.tokens, event.recompressed_entries))

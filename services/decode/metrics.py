@@ -25,7 +25,11 @@ class DecodeMetrics(Metrics):
         self.pages_total = self._gauge("winnow_kv_pages", "Pages of the pool")
         self.pages_used = self._gauge("winnow_kv_pages_used", "Pages with entries")
         self.pages_reserved = self._gauge(
-            "winnow_kv_pages_reserved", "Pages promised to admitted requests"
+            "winnow_kv_pages_reserved",
+            "Pages promised to admitted requests; with kv_overcommit, of more than there are",
+        )
+        self.pages_free = self._gauge(
+            "winnow_kv_pages_free", "Pages that a request could be promised now"
         )
         self.kv_used_ratio = self._gauge(
             "winnow_kv_used_ratio", "Pages with entries, of all; what a pool is scaled by"

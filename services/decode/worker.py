@@ -167,6 +167,7 @@ class DecodeWorker:
         metrics.pages_used.set_function(lambda: engine.stats().pool.pages_used)
         metrics.kv_used_ratio.set_function(lambda: engine.stats().pool.used_ratio)
         metrics.pages_reserved.set_function(lambda: engine.stats().pool.pages_reserved)
+        metrics.pages_free.set_function(lambda: engine.stats().pool.pages_free)
         metrics.kv_bytes.set_function(lambda: engine.stats().pool.kv_bytes_used)
         metrics.kv_unpruned_bytes.set_function(lambda: engine.stats().kv_unpruned_bytes)
         metrics.swapped_sequences.set_function(lambda: engine.stats().swapped_sequences)

@@ -328,14 +328,12 @@ class DecodeEngine:
         ended = {token.sequence_idx for token in tokens if token.finish_reason}
         new = {seq.sequence_idx for seq in sequences if seq.is_new}
         leaving = [seq for seq in sequences if errors or seq.sequence_idx in ended]
-        kv_bytes = sum(self.pool.kv_bytes(seq.row) for seq in sequences)
         self._retire(leaving)
         reservation.num_live -= len(leaving)
         return StepOutput(
             request_id=reservation.spec.request_id,
             tokens=tuple(token for token in tokens if token.sequence_idx in new),
             recompressed_entries=reservation.recompressed_entries,
-            kv_bytes=kv_bytes,
             finished=bool(errors) or not reservation.num_live,
             error=errors[0] if errors else None,
         )

@@ -186,11 +186,6 @@ class KVPool:
                 kv_bytes_used=used * page_bytes,
             )
 
-    def kv_bytes(self, row: int) -> int:
-        """Bytes of keys and values of the row's entries."""
-        with self._lock:
-            return self.shape.kv_bytes(int(self._lengths[row].sum()))
-
     # Whole layers
 
     def write_layer(self, row: int, layer: LayerKV) -> None:

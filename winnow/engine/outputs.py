@@ -13,13 +13,11 @@ class StepOutput:
 
     tokens: new ones; none of a sequence that replays.
     recompressed_entries: dropped so far, over layers, heads and sequences.
-    kv_bytes: keys and values that the request's sequences held when their tokens were sampled.
     """
 
     request_id: str
     tokens: tuple[Token, ...]
     recompressed_entries: int
-    kv_bytes: int
     finished: bool
     error: WinnowError | None = None
 

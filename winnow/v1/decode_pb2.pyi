@@ -198,14 +198,12 @@ class Prefilled(_message.Message):
     def __init__(self, attempt: _Optional[int] = ..., report: _Optional[_Union[PrefillReport, _Mapping]] = ...) -> None: ...
 
 class Tokens(_message.Message):
-    __slots__ = ("tokens", "recompressed_entries", "kv_bytes")
+    __slots__ = ("tokens", "recompressed_entries")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     RECOMPRESSED_ENTRIES_FIELD_NUMBER: _ClassVar[int]
-    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     tokens: _containers.RepeatedCompositeFieldContainer[Token]
     recompressed_entries: int
-    kv_bytes: int
-    def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., recompressed_entries: _Optional[int] = ..., kv_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., recompressed_entries: _Optional[int] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("sequence_idx", "token_id", "logprob", "top_logprobs", "finish_reason")

@@ -1,0 +1,24 @@
+import argparse
+from collections.abc import Iterable, Mapping
+
+from services.common.settings import Settings
+from services.flags import DECODE_GROUPS, SERVE_GROUPS, add_settings_flags, settings_from_flags
+
+
+def named(groups: Mapping[str, Iterable[str]]) -> set[str]:
+    return {name for names in groups.values() for name in names}
+
+
+def test_serve_has_a_flag_for_every_setting_but_the_secret_one() -> None:
+    assert set(Settings.model_fields) - named(SERVE_GROUPS) == {"redis_url"}
+
+
+def test_what_decode_takes_serve_takes_too() -> None:
+    assert named(DECODE_GROUPS) <= named(SERVE_GROUPS)
+
+
+def test_a_flag_becomes_its_setting() -> None:
+    parser = argparse.ArgumentParser()
+    add_settings_flags(parser, SERVE_GROUPS)
+    args = parser.parse_args(["--kv-overcommit", "2", "--pruning", "kv_budget=64"])
+    assert settings_from_flags(args) == {"kv_overcommit": "2", "pruning": {"kv_budget": 64}}
