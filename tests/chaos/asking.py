@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from tests.chaos.victim import LEASE_S, Piece, Victim
+from tests.chaos.victim import LEASE_S, NUM_ENDLESS_TOKENS, Piece, Victim
 
 # What a promise about time allows besides the lease and the replay: noticing, connecting, routing.
 OVERHEAD_S = 2.0
@@ -47,7 +47,7 @@ class Asked:
         assert [p.finish_reason for p in self.pieces if p.finish_reason] == ["length"]
 
 
-def ask(victim: Victim, after: int = 0, harm: Callable[[], None] | None = None) -> Asked:
+def ask(victim: Victim, after: int = 0, harm: Callable[[], object] | None = None) -> Asked:
     """The whole stream, with harm done after so many pieces; raises what the client gets."""
     asked = Asked()
     for piece in victim.stream():
@@ -59,7 +59,16 @@ def ask(victim: Victim, after: int = 0, harm: Callable[[], None] | None = None) 
 
 
 @contextmanager
-def meanwhile(harm: Callable[[], None]) -> Iterator[None]:
+def broken_off(victim: Victim, within_s: float) -> Iterator[None]:
+    """The block asks for ENDLESS and gives it up; `within_s` after that nobody holds anything."""
+    before = victim.num_generated()
+    yield
+    victim.require_idle(within_s)
+    assert victim.num_generated() - before < NUM_ENDLESS_TOKENS
+
+
+@contextmanager
+def meanwhile(harm: Callable[[], object]) -> Iterator[None]:
     """Does harm while the block runs; raises what became of it."""
     with ThreadPoolExecutor(1) as thread:
         done = thread.submit(harm)
@@ -87,14 +96,19 @@ def require_in_time(victim: Victim, what: str, measure: Callable[[], Measured]) 
     raise AssertionError(f"{what}: too late, {MAX_TRIES} times")
 
 
-def require_next_token_in_time(victim: Victim, what: str, harm: Callable[[], None]) -> None:
-    """The same stream, in which harm makes a pause of the lease and the replay at most."""
+def require_next_token_in_time(
+    victim: Victim, what: str, harm: Callable[[], object], lease_s: float = LEASE_S
+) -> None:
+    """The same stream, in which harm makes a pause of the lease and the replay at most.
+
+    lease_s: 0 where the loss is noticed at once.
+    """
 
     def measure() -> Measured:
         asked = ask(victim, 30, harm)
         asked.require_whole(victim)
-        limit_s = LEASE_S + asked.replay_s
-        return Measured(asked.silence_s, limit_s, f"lease {LEASE_S:g} s + replay")
+        of = f"lease {lease_s:g} s + replay"
+        return Measured(asked.silence_s, lease_s + asked.replay_s, of)
 
     require_in_time(victim, f"{what} to the next token", measure)
 

@@ -33,6 +33,7 @@ class Condition:
 
 CLEAR = Condition()
 SILENT = Condition(up=False, down=False)
+CRAWLING = Condition(bytes_per_s=2e5)
 
 _Direction = Callable[[Condition], bool]
 

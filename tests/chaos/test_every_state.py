@@ -1,9 +1,10 @@
 """Every process is killed and stopped in every state of a prompt (services/gateway/states.py).
 
-Silent links hold a prompt in its state until the harm is done. ADMITTED lasts no time of its own:
-prefill is asked at once.
+Silent and crawling links hold a prompt in its state until the harm is done. ADMITTED lasts no time
+of its own: prefill is asked at once.
 """
 
+import asyncio
 import time
 from collections.abc import Callable
 
@@ -12,10 +13,10 @@ import openai
 import pytest
 
 from services.gateway.states import State
-from tests.chaos.asking import OVERHEAD_S, ask, meanwhile
+from tests.chaos.asking import OVERHEAD_S, ask, broken_off, meanwhile
 from tests.chaos.linked_stack import CONTROL, KV
-from tests.chaos.network import SILENT
-from tests.chaos.victim import LEASE_S, REQUEST_TIMEOUT_S, WORKERS, Victim
+from tests.chaos.network import CRAWLING, SILENT
+from tests.chaos.victim import LEASE_S, REQUEST_TIMEOUT_S, WORKERS, Victim, other_than
 
 pytestmark = [pytest.mark.e2e, pytest.mark.chaos, pytest.mark.lengthy, pytest.mark.timeout(300)]
 
@@ -37,9 +38,9 @@ def decoding(victim: Victim) -> str:
 
 
 def moving(victim: Victim) -> str:
-    victim.network.become(SILENT, f"{(draining := victim.generating())} {KV}")
+    victim.network.become(CRAWLING, f"{(draining := victim.generating())} {KV}")
     victim.begin_drain(draining)
-    assert victim.held_back(KV) == draining  # from whom the other one fetches
+    victim.wait_until_giving(draining)
     return draining
 
 
@@ -47,11 +48,6 @@ def lost(victim: Victim) -> str:
     victim.network.become(SILENT, f"{other_than(first := victim.generating())} {CONTROL}")
     victim.kill(first)
     return received(victim)
-
-
-def other_than(worker: str) -> str:
-    (other,) = set(WORKERS) - {worker}
-    return other
 
 
 # How a prompt gets there; returns the decode worker that it needs next.
@@ -63,6 +59,13 @@ REACH: dict[State, Callable[[Victim], str]] = {
     State.LOST: lost,
 }
 HELD_BY = {State.RECEIVED: CONTROL, State.PREFILLING: KV}
+FREED_S = 10.0
+
+
+def hold(victim: Victim, state: State) -> None:
+    """Keeps the next prompt from going beyond the state, if it does not last by itself."""
+    if state in HELD_BY:
+        victim.network.become(SILENT, *(f"{name} {HELD_BY[state]}" for name in WORKERS))
 
 
 @pytest.mark.parametrize("harm", ["kill", "stop"])
@@ -78,8 +81,7 @@ def test_the_answer_is_whole_or_ends_in_one_error(
         time.sleep(STOPPED_S if harm == "stop" else 0)
         victim.restore()
 
-    if state in HELD_BY:
-        victim.network.become(SILENT, *(f"{name} {HELD_BY[state]}" for name in WORKERS))
+    hold(victim, state)
     started_s = time.monotonic()
     with meanwhile(do_harm):
         if (target, harm) == ("gateway", "kill"):
@@ -100,3 +102,11 @@ def test_who_was_to_take_over_is_lost_in_the_move(victim: Victim, harm: str) -> 
 
     with meanwhile(do_harm):
         ask(victim).require_whole(victim)
+
+
+@pytest.mark.parametrize("state", REACH)
+def test_a_client_that_goes_away_frees_what_it_held(victim: Victim, state: State) -> None:
+    hold(victim, state)
+    with broken_off(victim, FREED_S):
+        asyncio.run(victim.leave(lambda: REACH[state](victim)))
+        victim.restore()

@@ -1,5 +1,6 @@
 """Processes are killed and stopped under a request; the client gets the answer all the same."""
 
+import asyncio
 import time
 
 import httpx
@@ -10,12 +11,14 @@ from tests.chaos.asking import (
     Asked,
     Measured,
     ask,
+    broken_off,
     meanwhile,
     require_in_time,
     require_next_token_in_time,
-    say,
 )
-from tests.chaos.victim import KV_LEASE_S, LEASE_S, Victim
+from tests.chaos.linked_stack import KV
+from tests.chaos.network import CRAWLING
+from tests.chaos.victim import ENDLESS, KV_LEASE_S, LEASE_S, WORKERS, Victim, other_than
 
 pytestmark = [pytest.mark.e2e, pytest.mark.chaos, pytest.mark.timeout(300)]
 
@@ -25,7 +28,8 @@ def test_a_decode_worker_is_lost_while_it_generates(victim: Victim, harm: str) -
     def lose() -> None:
         getattr(victim, harm)(victim.generating())
 
-    require_next_token_in_time(victim, f"{harm} of a decode worker", lose)
+    lease_s = 0 if harm == "kill" else LEASE_S  # its connections break at once
+    require_next_token_in_time(victim, f"{harm} of a decode worker", lose, lease_s)
 
 
 def test_a_decode_worker_is_killed_before_the_first_token(victim: Victim) -> None:
@@ -34,29 +38,37 @@ def test_a_decode_worker_is_killed_before_the_first_token(victim: Victim) -> Non
 
 
 def test_a_decode_worker_drains_while_it_generates(victim: Victim) -> None:
-    moves = victim.num_moves()
-    asked = ask(victim, 5, lambda: victim.drain(victim.generating()))
-    asked.require_whole(victim)
-    assert victim.num_moves() == moves + 1
-    say(f"drain of a decode worker to the next token: {asked.silence_s:.2f} s")
+    num_moves = victim.num_moves()
+
+    def measure() -> Measured:
+        asked = ask(victim, 5, lambda: victim.begin_drain(victim.generating()))
+        asked.require_whole(victim)
+        return Measured(asked.silence_s, 0, "no lease, no replay")
+
+    require_in_time(victim, "drain of a decode worker to the next token", measure)
+    assert victim.num_moves() > num_moves
 
 
 @pytest.mark.lengthy
 def test_the_worker_that_takes_over_from_a_draining_one_is_killed(victim: Victim) -> None:
+    before = victim.num_computed_anew()
+
     def drain_and_kill() -> None:
-        draining = victim.generating()
-        (other,) = {"decode-1", "decode-2"} - {draining}
-        victim.drain(draining)
-        victim.kill(other)
+        num_moves = victim.num_moves()
+        victim.begin_drain(draining := victim.generating())
+        victim.wait_until_moved(num_moves + 1)
+        victim.kill(other_than(draining))
+        assert victim.end_of_drain(draining) == 0
         victim.stack.start(draining)
 
-    ask(victim, 30, drain_and_kill).require_whole(victim)
+    ask(victim, 5, drain_and_kill).require_whole(victim)
+    assert victim.num_computed_anew() == before + 1
 
 
 @pytest.mark.lengthy
 def test_both_decode_workers_are_killed_and_one_comes_back(victim: Victim) -> None:
     def lose_both() -> None:
-        for name in ("decode-1", "decode-2"):
+        for name in WORKERS:
             victim.kill(name)
         victim.stack.start("decode-1")
 
@@ -72,12 +84,17 @@ def test_redis_is_killed_and_comes_back_empty(victim: Victim) -> None:
 
 
 def test_the_prefill_worker_is_killed_under_a_prompt(victim: Victim) -> None:
-    def kill_while_it_prefills() -> None:
-        victim.admitting()
-        victim.kill("prefill")
+    before = victim.num_prefilled_anew()
+    victim.network.become(CRAWLING, *(f"{name} {KV}" for name in WORKERS))
 
-    with meanwhile(kill_while_it_prefills):
+    def kill_while_it_sends() -> None:
+        victim.receiving()
+        victim.kill("prefill")
+        victim.network.heal()
+
+    with meanwhile(kill_while_it_sends):
         ask(victim).require_whole(victim)
+    assert victim.num_prefilled_anew() > before
 
 
 @pytest.mark.lengthy
@@ -95,23 +112,21 @@ def test_a_prefill_worker_that_hangs_costs_the_prompt_its_lease(victim: Victim) 
 
 
 def test_the_gateway_is_killed_and_is_back_for_the_next_request(victim: Victim) -> None:
-    with pytest.raises((openai.APIError, httpx.HTTPError)):
-        ask(victim, 10, lambda: victim.kill("gateway"))
-    victim.require_idle()  # nobody reads these tokens any more
+    with broken_off(victim, 10), pytest.raises((openai.APIError, httpx.HTTPError)):
+        for num_pieces, _ in enumerate(victim.stream(ENDLESS)):
+            if num_pieces == 10:
+                victim.kill("gateway")
     victim.restore()
     ask(victim).require_whole(victim)
 
 
-def test_a_client_that_goes_away_frees_what_it_held(victim: Victim) -> None:
-    stream = victim.stream()
-    for _ in range(5):
-        next(stream)
-    stream.close()  # type: ignore[attr-defined]
-    victim.require_idle(10)
+def test_a_client_that_goes_away_in_mid_stream_frees_what_it_held(victim: Victim) -> None:
+    with broken_off(victim, 5):
+        asyncio.run(victim.leave(victim.generating))
 
 
 @pytest.mark.lengthy
-def test_a_client_that_reads_slowly_gets_everything(victim: Victim) -> None:
+def test_a_client_that_stops_reading_for_a_while_gets_everything(victim: Victim) -> None:
     asked = Asked()
     for piece in victim.stream():
         asked.take(piece)

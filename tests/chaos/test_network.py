@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import openai
@@ -9,14 +10,17 @@ import pytest
 
 from tests.chaos.asking import (
     OVERHEAD_S,
+    Measured,
     ask,
+    broken_off,
     meanwhile,
     require_first_token_in_time,
+    require_in_time,
     require_next_token_in_time,
 )
 from tests.chaos.linked_stack import CONTROL, KV, REDIS
-from tests.chaos.network import CLEAR, SILENT, Condition
-from tests.chaos.victim import LEASE_S, WORKERS, Victim
+from tests.chaos.network import CLEAR, CRAWLING, SILENT, Condition
+from tests.chaos.victim import ENDLESS, LEASE_S, WORKERS, Victim, other_than
 from tests.deploy.stack import OURS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.chaos, pytest.mark.timeout(300)]
@@ -27,7 +31,6 @@ REDIS_TIMEOUT_S = 2.0  # services/common/registry.py
 KEEPALIVE_S = 30.0  # services/common/rpc.py, interval and timeout
 STALL_TIMEOUT_S = 15.0  # services/prefill/sender.py
 SLOW = Condition(bytes_per_s=4e6, delay_s=0.02)
-CRAWLING = Condition(bytes_per_s=2e5)
 NOTHING_UP = replace(CLEAR, up=False)
 NOTHING_DOWN = replace(CLEAR, down=False)
 
@@ -64,7 +67,7 @@ def test_a_token_stream_is_reset(victim: Victim) -> None:
     def reset() -> None:
         victim.network.reset(f"{victim.generating()} {CONTROL}")
 
-    require_next_token_in_time(victim, "reset of a token stream", reset)
+    require_next_token_in_time(victim, "reset of a token stream", reset, lease_s=0)
 
 
 def test_a_kv_transfer_is_reset(victim: Victim) -> None:
@@ -87,8 +90,7 @@ def test_a_kv_transfer_goes_silent(victim: Victim, condition: Condition) -> None
         victim.network.become(condition, *of_workers(KV))
 
     def heal_the_other() -> None:
-        (other,) = set(WORKERS) - {victim.admitting()}
-        victim.network.become(CLEAR, f"{other} {KV}")
+        victim.network.become(CLEAR, f"{other_than(victim.admitting())} {KV}")
 
     require_first_token_in_time(
         victim, f"{condition} on KV", STALL_TIMEOUT_S, silence_both, heal_the_other
@@ -100,8 +102,7 @@ def test_a_worker_that_does_not_answer_is_passed_over(victim: Victim) -> None:
         victim.network.become(SILENT, *of_workers(CONTROL))
 
     def heal_the_other() -> None:
-        (other,) = set(WORKERS) - {victim.held_back(CONTROL)}
-        victim.network.become(CLEAR, f"{other} {CONTROL}")
+        victim.network.become(CLEAR, f"{other_than(victim.held_back(CONTROL))} {CONTROL}")
 
     require_first_token_in_time(
         victim, "silence at admission", ADMISSION_TIMEOUT_S, silence_both, heal_the_other
@@ -110,11 +111,26 @@ def test_a_worker_that_does_not_answer_is_passed_over(victim: Victim) -> None:
 
 @pytest.mark.lengthy
 def test_both_workers_are_cut_off_in_mid_stream(victim: Victim) -> None:
-    with pytest.raises(openai.APIError) as raised:
-        ask(victim, 30, lambda: victim.network.become(SILENT, *of_workers(CONTROL)))
-    assert raised.value.code == "no_decode_worker"
-    # The gateway cannot tell them; they notice themselves, though nothing heals.
-    victim.require_idle(KEEPALIVE_S + OVERHEAD_S)
+    """The gateway cannot tell them; they notice themselves, though nothing heals."""
+
+    def cut_off() -> float:
+        victim.generating()
+        victim.network.become(SILENT, *of_workers(CONTROL))
+        return time.monotonic()
+
+    def measure() -> Measured:
+        with ThreadPoolExecutor(1) as thread:
+            harm = thread.submit(cut_off)
+            freed = thread.submit(victim.require_idle, KEEPALIVE_S + OVERHEAD_S)
+            with pytest.raises(openai.APIError) as raised:
+                list(victim.stream(ENDLESS))
+            seconds = time.monotonic() - harm.result()
+            freed.result()
+        assert raised.value.code == "no_decode_worker"
+        return Measured(seconds, LEASE_S + PATIENCE_S, "lease + looking for another")
+
+    with broken_off(victim, OVERHEAD_S):
+        require_in_time(victim, "cut off from all workers to the error", measure)
 
 
 @pytest.mark.lengthy

@@ -1,9 +1,10 @@
 """The processes that the cases do harm to, and what is asked of them meanwhile."""
 
+import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ import redis
 from tests.chaos.holdings import Holdings, registered_pids
 from tests.chaos.linked_stack import LinkedStack
 from tests.deploy.stack import START_TIMEOUT_S
-from tests.services.exposed import value
+from tests.services.exposed import samples, value
 from winnow.v1 import decode_pb2 as pb
 from winnow.v1.decode_pb2_grpc import DecodeStub
 
@@ -29,7 +30,18 @@ REPLICAS = {"gateway": ":Gateway", "prefill": ":Prefill"}  # and how Ray titles 
 PROMPT = (
     "The pass key is 48219. Remember it. 48219 is the pass key. " + "The grass is green. " * 200
 )
-NUM_TOKENS = 200
+ONE_ANSWER: dict[str, Any] = {
+    "model": "winnow-tiny",
+    "prompt": PROMPT,
+    "max_tokens": 200,
+    "temperature": 0.8,
+    "seed": 11,
+    "stream": True,
+    "ignore_eos": True,
+}
+# Minutes of work: where nothing is held soon after these were asked for, they were broken off.
+ENDLESS = ONE_ANSWER | {"n": 8, "max_tokens": 4000}
+NUM_ENDLESS_TOKENS = 8 * 4000
 DRAIN_TIMEOUT_S = 60.0
 _SOON_S = 30.0
 _PAUSE_S = 0.02
@@ -43,6 +55,11 @@ class Piece:
     text: str
     finish_reason: str | None
     at_s: float
+
+
+def other_than(worker: str) -> str:
+    (other,) = set(WORKERS) - {worker}
+    return other
 
 
 class NoReplica(Exception):
@@ -74,21 +91,32 @@ class Victim:
         self.stack.restart("gateway")
         self._connect()
 
-    def stream(self) -> Iterator[Piece]:
-        """One answer of NUM_TOKENS tokens, as it comes."""
-        chunks = self.openai.completions.create(
-            model="winnow-tiny",
-            prompt=PROMPT,
-            max_tokens=NUM_TOKENS,
-            temperature=0.8,
-            seed=11,
-            stream=True,
-            extra_body={"ignore_eos": True},
-        )
+    def stream(self, body: Mapping[str, Any] = ONE_ANSWER) -> Iterator[Piece]:
+        """What is asked for, as it comes."""
+        given = dict(body)
+        own = {"ignore_eos": given.pop("ignore_eos")}
+        chunks: openai.Stream[Any] = self.openai.completions.create(**given, extra_body=own)
         with chunks:
             for chunk in chunks:
                 choice = chunk.choices[0]
                 yield Piece(choice.text, choice.finish_reason, time.monotonic())
+
+    async def leave(self, reached: Callable[[], object]) -> None:
+        """Asks for ENDLESS, and goes away when `reached` has returned."""
+
+        async def read() -> None:
+            async with httpx.AsyncClient(timeout=None) as client:
+                url = f"{self.url}/v1/completions"
+                async with client.stream("POST", url, json=ENDLESS) as answer:
+                    async for _ in answer.aiter_bytes():
+                        pass
+
+        reading = asyncio.create_task(read())
+        try:
+            await asyncio.to_thread(reached)
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
 
     def kill(self, name: str) -> None:
         """SIGKILL.  Ray starts the gateway and prefill again, `restore` the others."""
@@ -99,21 +127,38 @@ class Victim:
     def drain(self, name: str) -> None:
         """SIGTERM; returns when it has ended in peace, and is started again by `restore`."""
         self.begin_drain(name)
-        assert self._end_of_drain(name) == 0
+        assert self.end_of_drain(name) == 0
 
     def begin_drain(self, name: str) -> None:
         """SIGTERM; `restore` waits for its end."""
         self.stack.processes[name].terminate()
         self._leaving.add(name)
 
-    def _end_of_drain(self, name: str) -> int:
+    def end_of_drain(self, name: str) -> int:
+        """Its exit code."""
         self._leaving.remove(name)
         return self.stack.processes[name].wait(DRAIN_TIMEOUT_S)
 
     def num_moves(self) -> int:
-        """Requests that went on at another worker with what the first one held."""
-        metrics = httpx.get(f"{self.admin_url}/metrics", timeout=10).text
-        return int(value(metrics, "winnow_move_seconds_count"))
+        """Prompts that went on at another worker with what the first one held."""
+        return int(value(self._metrics(), "winnow_move_seconds_count"))
+
+    def num_computed_anew(self) -> int:
+        """Times that a prompt went on at another worker because the first one was lost."""
+        return int(sum(samples(self._metrics())["winnow_migrations_total"].values()))
+
+    def num_prefilled_anew(self) -> int:
+        """Prefills that were tried again."""
+        return int(value(self._metrics(), "winnow_prefill_retries_total"))
+
+    def num_generated(self) -> int:
+        """Tokens, by both workers since they were started."""
+        ports = (self.stack.ports[f"{name} WINNOW_METRICS_PORT"] for name in WORKERS)
+        texts = (httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text for port in ports)
+        return sum(int(value(text, "winnow_decode_batch_size_sum")) for text in texts)
+
+    def _metrics(self) -> str:
+        return httpx.get(f"{self.admin_url}/metrics", timeout=10).text
 
     def stop(self, name: str) -> None:
         """SIGSTOP; it goes on with `restore`."""
@@ -132,7 +177,7 @@ class Victim:
         for process in self.stack.processes.values():
             process.send_signal(signal.SIGCONT)
         for name in list(self._leaving):
-            assert self._end_of_drain(name) in (0, -signal.SIGKILL)
+            assert self.end_of_drain(name) in (0, -signal.SIGKILL)
         for name, process in self.stack.processes.items():
             if process.poll() is None:
                 continue
@@ -173,6 +218,19 @@ class Victim:
         """The worker that takes KV now."""
         return self._worker_with("open_transfers")
 
+    def wait_until_moved(self, num_moves: int) -> None:
+        """Returns when so many prompts have moved."""
+        _soon(lambda: self.num_moves() >= num_moves or None, "nothing moves")
+
+    def wait_until_giving(self, name: str) -> None:
+        """Returns when it has stopped generating, but still holds what it generated from."""
+
+        def gives() -> bool:
+            status = self.status(name)
+            return not status.running_sequences and bool(status.pages_used)
+
+        _soon(lambda: gives() or None, f"{name} gives nothing away")
+
     def _worker_with(self, what: str) -> str:
         return _soon(
             lambda: next((n for n in WORKERS if getattr(self.status(n), what)), None),
@@ -196,8 +254,7 @@ class Victim:
         _soon(lambda: self._num_waiting_for(leg) or None, f"no prompt waits for {leg}")
 
     def _num_waiting_for(self, leg: str) -> float:
-        text = httpx.get(f"{self.admin_url}/metrics", timeout=10).text
-        return value(text, "winnow_requests_waiting", reason=leg)
+        return value(self._metrics(), "winnow_requests_waiting", reason=leg)
 
     def require_idle(self, timeout_s: float = 30) -> None:
         """Returns when no worker holds anything; raises with what one still holds."""

@@ -2,13 +2,8 @@
 
 import itertools
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -19,8 +14,8 @@ from services.common.settings import Settings
 from services.decode.metrics import DecodeMetrics
 from services.gateway.metrics import GatewayMetrics
 from services.prefill.metrics import PrefillMetrics
+from tests.deploy.chart import CHART, helm
 
-CHART = Path(__file__).parents[2] / "k8s" / "winnow"
 EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
 VERSIONS = ("1.27", "1.30", "1.34", "1.37")
 CUSTOM = {"ray.io", "monitoring.coreos.com", "keda.sh", "gateway.networking.k8s.io"}
@@ -47,6 +42,11 @@ SWITCHES: dict[str, list[str]] = {
         "monitoring.prometheusUrl=http://prometheus:9090",
     ],
     "tls": ["gateway.tlsSecret=public", "peerTlsSecret=peers", "gateway.apiKeysSecret=keys"],
+    "tls and a key for the test": [
+        "gateway.tlsSecret=public",
+        "gateway.apiKeysSecret=keys",
+        "gateway.testKeySecret=key",
+    ],
     "ray with tls": ["mode=rayservice", "gateway.tlsSecret=public", "peerTlsSecret=peers"],
     "ray": ["mode=rayservice", "prefill.replicas=3", "prefill.podAnnotations.a=b"],
     "ray upgraded step by step": [
@@ -68,21 +68,6 @@ CASES = {path.stem: ["-f", str(path)] for path in EXAMPLES} | {
     name: [flag for change in changes for flag in ("--set", change)]
     for name, changes in SWITCHES.items()
 }
-
-
-def helm(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    own = Path(sys.executable).parent / "helm"  # where `make packages` puts it
-    program = str(own) if own.exists() else shutil.which("helm")
-    assert program is not None, "helm is missing: run `make packages`"
-    environment = os.environ | {"HELM_CACHE_HOME": "/tmp/helm-cache"}
-    return subprocess.run(
-        [program, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env=environment,
-    )
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
@@ -184,6 +169,7 @@ def test_whatever_is_named_exists(rendered: list[dict[str, Any]]) -> None:
         ("Secret", "public"),
         ("Secret", "peers"),
         ("Secret", "keys"),
+        ("Secret", "key"),
         ("PersistentVolumeClaim", "models"),
         ("ServiceAccount", "default"),
     }

@@ -1,12 +1,15 @@
 """`winnow serve` with TLS on every connection, as separate processes."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
 import pytest
 
 from services.common.tls import trusting
-from tests.e2e.winnow_process import WinnowServe, winnow
+from tests.deploy.chart import helm_test_script
+from tests.e2e.winnow_process import WinnowServe, environment, winnow
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
@@ -34,5 +37,22 @@ def test_everything_is_encrypted(
         healthy = winnow("health", f"{url}/ready", **variables)
         assert healthy.returncode == 0, healthy.stderr
         assert winnow("health", f"{url}/ready").returncode == 2
+        require_helm_test(url, tls_files["tls_cert_file"])
     finally:
         service.kill()
+
+
+def require_helm_test(url: str, certificate: Path) -> None:
+    """`helm test` finds the service well, also where it would have to show a key and has none."""
+    variables = environment(URL=url, TLS_CERT_FILE=str(certificate))
+    for found, values in (("usage", ()), ("status", ("gateway.apiKeysSecret=keys",))):
+        done = subprocess.run(
+            [sys.executable, "-c", helm_test_script("gateway.tlsSecret=public", *values)],
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert found in done.stdout

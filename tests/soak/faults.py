@@ -20,7 +20,7 @@ _CRAWLING = Condition(bytes_per_s=1e6, delay_s=0.05)
 KILL = "kill"
 _ENDING = (KILL, "drain")
 # In the second half of a soak nobody ends these, so that it shows whether their memory grows.
-_SPARED = ("decode-1", "prefill")
+LONG_LIVED = ("decode-1", "prefill", "gateway")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Fault:
     @property
     def is_spared_late(self) -> bool:
         """Whether it only befalls in the first half."""
-        return self.what in _ENDING and self.target in _SPARED
+        return self.what in _ENDING and self.target in LONG_LIVED
 
     def befall(self, victim: Victim) -> None:
         """Returns when it is over and every process is there again."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tests.chaos.victim import Victim
-from tests.soak.faults import random_faults
+from tests.soak.faults import LONG_LIVED, random_faults
 from tests.soak.load import KINDS, Load, Outcome
 from tests.soak.memory import MAX_GROWTH, Memory
 
@@ -38,7 +38,8 @@ class Report:
     def passed(self) -> bool:
         outcomes, trends = self.load.outcomes, self.memory.trends()
         none_failed = not outcomes[Outcome.LOST] and not outcomes[Outcome.WRONG]
-        return none_failed and all(trend.is_flat for trend in trends.values())
+        served = bool(outcomes[Outcome.DONE]) and trends.keys() >= {*LONG_LIVED}
+        return none_failed and served and all(trend.is_flat for trend in trends.values())
 
     def lines(self) -> Iterator[str]:
         load = self.load
@@ -51,6 +52,8 @@ class Report:
         yield f"{self.faults.total()} faults survived"
         yield from (f"  {fault}: {count}" for fault, count in sorted(self.faults.items()))
         yield f"memory, after the first third; flat is less than {MAX_GROWTH:.0%} to the end"
+        for name in sorted({*LONG_LIVED} - self.memory.trends().keys()):
+            yield f"  {name}: no life was long enough to judge"
         for name, trend in sorted(self.memory.trends().items()):
             yield (
                 f"  {name}: {trend.start_bytes / 2**20:.0f} MiB, {trend.growth:+.1%} in "
