@@ -20,16 +20,23 @@ _SECONDS = re.compile(r"[0-9]{1,4}")
 class RestClient:
     """Usable from `num_parallel` threads at a time."""
 
-    def __init__(self, url: str, num_parallel: int) -> None:
+    def __init__(self, url: str, num_parallel: int, api_key: str | None = None) -> None:
         """Raises InvalidSetting for what is not a URL; a context manager that closes it."""
         self.num_parallel = num_parallel
         self.url = url.rstrip("/").removesuffix("/v1")
-        limits = httpx.Limits(max_connections=num_parallel)
+        self._http = self._connect(api_key)
+
+    def _connect(self, api_key: str | None) -> httpx.Client:
         try:
-            self._http = httpx.Client(base_url=self.url, timeout=_TIMEOUT_S, limits=limits)
+            return httpx.Client(
+                base_url=self.url,
+                headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+                timeout=_TIMEOUT_S,
+                limits=httpx.Limits(max_connections=self.num_parallel),
+            )
         except (httpx.InvalidURL, ValueError) as error:
             raise InvalidSetting(
-                f"--endpoint {url!r} is not a URL: {error}", param="endpoint"
+                f"--endpoint {self.url!r} is not a URL: {error}", param="endpoint"
             ) from error
 
     def __enter__(self) -> "RestClient":
@@ -47,6 +54,11 @@ class RestClient:
         """The served model of that name, or the first one."""
         try:
             response = self._http.get("/v1/models")
+            if response.status_code == httpx.codes.UNAUTHORIZED:
+                raise InvalidSetting(
+                    f"--endpoint {self.url} wants an API key that it knows, in OPENAI_API_KEY",
+                    param="endpoint",
+                )
             cards = {card["id"]: card for card in response.raise_for_status().json()["data"]}
             card: dict[str, Any] = cards[name] if name in cards else next(iter(cards.values()))
             int(card["max_model_len"])

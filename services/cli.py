@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     key.add_argument("--requests-per-minute", type=int, help="limit (default: none)")
     key.add_argument("--tokens-per-minute", type=int, help="limit (default: none)")
     key.set_defaults(run=_key)
-    drain = commands.add_parser("drain", help="let a decode worker finish, and admit no more")
+    drain = commands.add_parser(
+        "drain", help="let a decode worker move or finish what it runs, and admit no more"
+    )
     drain.add_argument("target", help="the worker's HOST:PORT")
     drain.add_argument("--timeout", type=float, default=30, help="seconds (default: 30)")
     drain.set_defaults(run=_drain)

@@ -1,6 +1,7 @@
 """`winnow eval`: flags into a plan, and the model or the service that it asks."""
 
 import argparse
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,7 +70,12 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="answers at a time (default: 16)"
     )
-    run.add_argument("--endpoint", metavar="URL", help="ask a running service instead of a model")
+    run.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="ask a running service instead of a model; its API key, if it wants one, is taken "
+        "from OPENAI_API_KEY",
+    )
 
 
 def run_eval(args: argparse.Namespace, settings: Settings) -> None:
@@ -105,7 +111,8 @@ def _model(args: argparse.Namespace, settings: Settings) -> Iterator[Model]:
     from evals.endpoint import EndpointModel  # noqa: PLC0415 - one of two
     from evals.rest_client import RestClient  # noqa: PLC0415 - one of two
 
-    with RestClient(args.endpoint, args.batch_size) as client:
+    api_key = os.environ.get("OPENAI_API_KEY")
+    with RestClient(args.endpoint, args.batch_size, api_key) as client:
         name = getattr(args, "model", None)
         yield EndpointModel(client, model=name, chat=args.chat, pruning=settings.pruning)
 

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from evals.rest_client import RestClient
 from services.cli import main
+from services.gateway.keys import entry_text, new_key
 from tests.evals.test_run import outcomes, records_in
 from tests.services.conftest import redis_url  # noqa: F401 - a fixture
 from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
+from winnow.errors import InvalidSetting
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -100,3 +103,19 @@ async def test_what_does_not_fit_the_service_is_said_before_anything_is_written(
         assert await run("--endpoint", small.url, "-o", str(tmp_path / "run")) == 2
     assert "KV pages" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+async def test_a_service_with_keys_is_asked_with_one(
+    tiny_models: dict[str, Path],
+    redis_url: str,  # noqa: F811 - the fixture
+    tmp_path: Path,
+) -> None:
+    key, entry = new_key("evals")
+    keys_file = tmp_path / "keys.yaml"
+    keys_file.write_text(entry_text(entry))
+    async with running_service(tiny_models["llama"], redis_url, api_keys_file=keys_file) as closed:
+        with RestClient(closed.url, 1, key) as client:
+            card = await asyncio.to_thread(client.model_card, None)
+        assert card["id"] == MODEL_NAME
+        with RestClient(closed.url, 1) as stranger, pytest.raises(InvalidSetting, match="API key"):
+            await asyncio.to_thread(stranger.model_card, None)

@@ -64,10 +64,11 @@ class DecodeServicer:
         carries its finish reason; the stream ends with OK after the last sequence's.
         Closing the call at any time frees its KV.
 
-        Errors: RESOURCE_EXHAUSTED (no pages or no place in the batch now), INVALID_ARGUMENT (can never
-        fit, or parameters out of range), FAILED_PRECONDITION (other model, or no common wire
-        version), UNAVAILABLE (draining),
-        ABORTED (lease ran out before the KV came), INTERNAL (the engine failed).
+        Errors: RESOURCE_EXHAUSTED (no pages or no place in the batch now; in mid-stream `preempted`: it
+        gave way to others and has to be computed anew), INVALID_ARGUMENT (can never fit, or parameters
+        out of range), FAILED_PRECONDITION (other model, or no common wire version), UNAVAILABLE
+        (draining; `delivery_failed`: a running request could not be fetched), ABORTED (lease ran out
+        before the KV came), INTERNAL (the engine failed).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -82,7 +83,8 @@ class DecodeServicer:
 
     def Drain(self, request, context):
         """Stops admission, asks that what runs move to other workers (`leaving`), lets what cannot finish,
-        and answers when nothing runs any more or the deadline of the call has passed. The worker stays up; the caller stops the process.
+        and answers when nothing runs any more or the deadline of the call has passed. The worker stays
+        up; the caller stops the process.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -231,9 +233,9 @@ class KvTransferServicer:
         order, and a trailer. Nothing is generated before all of it was received and checked.
 
         Errors: NOT_FOUND (no such reservation), FAILED_PRECONDITION (wire version or fingerprint),
-        PERMISSION_DENIED (not the token of this attempt),
-        DATA_LOSS (checksum, gap, overlap, duplicate, digest), ABORTED (a newer attempt was seen),
-        INVALID_ARGUMENT (shapes that contradict the reservation).
+        PERMISSION_DENIED (not the token of this attempt), DATA_LOSS (checksum, gap, overlap, duplicate,
+        digest), ABORTED (a newer attempt was seen), INVALID_ARGUMENT (shapes that contradict the
+        reservation).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -244,8 +246,8 @@ class KvTransferServicer:
         needs to go on elsewhere, one transfer after another (header, layers and trailer as in Push,
         `sequence` set). The request's Generate call says `moved` before the first frame.
 
-        Errors: NOT_FOUND (no such request, or none that runs here any more), PERMISSION_DENIED (not its
-        token), INTERNAL (the engine does not let go of it).
+        Errors: INVALID_ARGUMENT (a message that cannot be read), NOT_FOUND (no such request, or none that
+        runs here any more), PERMISSION_DENIED (not its token), INTERNAL (the engine does not let go).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
