@@ -18,7 +18,7 @@ class Unhealthy(WinnowError):
 
 
 def drain(address: str, timeout_s: float, settings: Settings) -> int:
-    """Lets a decode worker move or finish what runs, and admit nothing more; requests left at the end.
+    """Lets a decode worker move or finish what runs, and admit nothing more; how many are left.
 
     Raises Unhealthy if it does not answer.
     """

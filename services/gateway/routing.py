@@ -70,7 +70,7 @@ class Router:
         self._registry = registry
         self._fingerprint = fingerprint
         self._refill_s = refill_s
-        self._filled_s = -refill_s  # when the registry last knew a worker, or was away
+        self._emptied_s: float | None = None  # when the registry was first found to know nobody
         self._records: list[WorkerRecord] | None = None
         self._read_s = -_REFRESH_S
         self._refreshing = asyncio.Lock()
@@ -136,19 +136,20 @@ class Router:
             if self._records is None:
                 raise
             logger.warning("%s; %d workers are known from before", error, len(self._records))
-            self._filled_s = time.monotonic()  # what it has forgotten when it is back comes again
+            self._emptied_s = None
         self._read_s = time.monotonic()
         self._report_new_faults(before)
         await self._forget_gone({record.worker_id for record in self._records})
 
     def _believed(self, records: list[WorkerRecord]) -> list[WorkerRecord]:
         """What the registry says, unless it may just have lost what it knew."""
-        now_s = time.monotonic()
-        if records:
-            self._filled_s = now_s
-        elif now_s - self._filled_s < self._refill_s:
-            return self._records or []
-        return records
+        if records or not self._records:
+            self._emptied_s = None
+            return records
+        if self._emptied_s is None:
+            self._emptied_s = time.monotonic()
+        refilling = time.monotonic() - self._emptied_s < self._refill_s
+        return self._records if refilling else records
 
     async def _forget_gone(self, known: set[str]) -> None:
         """Close the channels to workers that are gone and have no request of ours any more."""

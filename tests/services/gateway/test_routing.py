@@ -139,11 +139,24 @@ async def test_the_last_known_workers_serve_on_when_the_registry_comes_back_empt
         await registry.put(RECORD, 30)
         router = Router(registry, "f", refill_s=60)
         assert await order(router) == ["a"]
-    router._filled_s = -60  # it was away for longer than that
     assert await order(router) == ["a"]
     with running_redis(tmp_path):
         assert await order(router) == ["a"]
         await registry.close()
+
+
+async def test_an_emptied_registry_has_its_time_from_when_it_is_first_seen_empty(
+    registry: RedisRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.gateway.routing._REFRESH_S", 0)
+    await registry.put(RECORD, 30)
+    router = Router(registry, "f", refill_s=1)
+    assert await order(router) == ["a"]
+    await asyncio.sleep(1.1)  # nobody asked meanwhile
+    await registry.remove("a")
+    assert await order(router) == ["a"]
+    await asyncio.sleep(1.1)
+    assert await order(router) == []
 
 
 async def test_the_last_worker_that_drains_and_leaves_gets_nothing_more(
