@@ -2,12 +2,13 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
-from tests.chaos.victim import LEASE_S, NUM_ENDLESS_TOKENS, Piece, Victim
+from tests.chaos.victim import LEASE_S, NUM_ENDLESS_TOKENS, ONE_ANSWER, Piece, Victim
 
 # What a promise about time allows besides the lease and the replay: noticing, connecting, routing.
 OVERHEAD_S = 2.0
@@ -19,6 +20,7 @@ MAX_TRIES = 3
 class Asked:
     """A stream as it came.  Times are those of time.monotonic()."""
 
+    body: Mapping[str, Any] = field(default_factory=lambda: ONE_ANSWER)
     started_s: float = field(default_factory=time.monotonic)
     harmed_s: float | None = None
     pieces: list[Piece] = field(default_factory=list)
@@ -43,14 +45,19 @@ class Asked:
 
     def require_whole(self, victim: Victim) -> None:
         """It is the stream of a quiet service."""
-        assert "".join(piece.text for piece in self.pieces) == victim.expected
+        assert "".join(piece.text for piece in self.pieces) == victim.answer(self.body)
         assert [p.finish_reason for p in self.pieces if p.finish_reason] == ["length"]
 
 
-def ask(victim: Victim, after: int = 0, harm: Callable[[], object] | None = None) -> Asked:
+def ask(
+    victim: Victim,
+    after: int = 0,
+    harm: Callable[[], object] | None = None,
+    body: Mapping[str, Any] = ONE_ANSWER,
+) -> Asked:
     """The whole stream, with harm done after so many pieces; raises what the client gets."""
-    asked = Asked()
-    for piece in victim.stream():
+    asked = Asked(body)
+    for piece in victim.stream(body):
         asked.take(piece)
         if harm is not None and len(asked.pieces) == after:
             harm()

@@ -16,7 +16,15 @@ from services.gateway.states import State
 from tests.chaos.asking import OVERHEAD_S, ask, broken_off, meanwhile
 from tests.chaos.linked_stack import CONTROL, KV
 from tests.chaos.network import CRAWLING, SILENT
-from tests.chaos.victim import LEASE_S, REQUEST_TIMEOUT_S, WORKERS, Victim, other_than
+from tests.chaos.victim import (
+    LEASE_S,
+    LONG_ANSWER,
+    ONE_ANSWER,
+    REQUEST_TIMEOUT_S,
+    WORKERS,
+    Victim,
+    other_than,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.chaos, pytest.mark.lengthy, pytest.mark.timeout(300)]
 
@@ -62,6 +70,12 @@ HELD_BY = {State.RECEIVED: CONTROL, State.PREFILLING: KV}
 FREED_S = 10.0
 
 
+@pytest.fixture(scope="module", autouse=True)
+def long_answer(victim: Victim) -> None:
+    """A prompt must still generate when a worker that drains finds another place for it."""
+    victim.learn(LONG_ANSWER)
+
+
 def hold(victim: Victim, state: State) -> None:
     """Keeps the next prompt from going beyond the state, if it does not last by itself."""
     if state in HELD_BY:
@@ -82,13 +96,14 @@ def test_the_answer_is_whole_or_ends_in_one_error(
         victim.restore()
 
     hold(victim, state)
+    body = LONG_ANSWER if state is State.MOVING else ONE_ANSWER
     started_s = time.monotonic()
     with meanwhile(do_harm):
         if (target, harm) == ("gateway", "kill"):
             with pytest.raises((openai.APIError, httpx.HTTPError)):
-                ask(victim)
+                ask(victim, body=body)
         else:
-            ask(victim).require_whole(victim)
+            ask(victim, body=body).require_whole(victim)
         assert time.monotonic() - started_s < REQUEST_TIMEOUT_S + OVERHEAD_S
 
 
@@ -101,7 +116,7 @@ def test_who_was_to_take_over_is_lost_in_the_move(victim: Victim, harm: str) -> 
         victim.restore()
 
     with meanwhile(do_harm):
-        ask(victim).require_whole(victim)
+        ask(victim, body=LONG_ANSWER).require_whole(victim)
 
 
 @pytest.mark.parametrize("state", REACH)

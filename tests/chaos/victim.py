@@ -39,6 +39,7 @@ ONE_ANSWER: dict[str, Any] = {
     "stream": True,
     "ignore_eos": True,
 }
+LONG_ANSWER = ONE_ANSWER | {"max_tokens": 600}
 # Minutes of work: where nothing is held soon after these were asked for, they were broken off.
 ENDLESS = ONE_ANSWER | {"n": 8, "max_tokens": 4000}
 NUM_ENDLESS_TOKENS = 8 * 4000
@@ -74,10 +75,19 @@ class Victim:
         self._first_seen: dict[int, Holdings] = {}
         self._leaving: set[str] = set()
         self._connect()
+        self._answers: dict[int, str] = {}
+        self.quiet_s = self.learn(ONE_ANSWER)
+
+    def learn(self, body: Mapping[str, Any]) -> float:
+        """Asks while nothing is amiss, so that `answer` is known; seconds to the first token."""
         started_s = time.monotonic()
-        quiet = list(self.stream())
-        self.expected = "".join(piece.text for piece in quiet)
-        self.quiet_s = quiet[0].at_s - started_s  # to the first token, with nothing amiss
+        pieces = list(self.stream(body))
+        self._answers[body["max_tokens"]] = "".join(piece.text for piece in pieces)
+        return pieces[0].at_s - started_s
+
+    def answer(self, body: Mapping[str, Any]) -> str:
+        """What a quiet service answers; it was learnt before."""
+        return self._answers[body["max_tokens"]]
 
     def _connect(self) -> None:
         self.url = f"http://127.0.0.1:{self.stack.ports['gateway WINNOW_PORT']}"

@@ -254,3 +254,21 @@ async def test_kv_that_never_comes_is_a_lease_expired(model_path: Path, redis_ur
         )
         assert isinstance(error, LeaseExpired)
         await router.close()
+
+
+async def test_a_reader_may_pause_for_longer_than_a_worker_may_be_silent(parts: Service) -> None:
+    strict = replace(parts, silence_s=0.5)
+    sampling = replace(REQUEST.sampling, max_tokens=40)
+    run = make_run(strict, replace(REQUEST, sampling=sampling))
+    num_tokens = 0
+    async with run:
+        await run.admit()
+        async with aclosing(run.tokens()) as steps:
+            async for tokens in steps:
+                num_tokens += len(tokens)
+                if num_tokens in (1, 20):
+                    await asyncio.sleep(1)
+                if num_tokens == sampling.max_tokens:
+                    break
+        await run.finish()
+    assert run.figures.migrations == 0
