@@ -7,6 +7,7 @@ the application runs on that cluster and is taken off it at the end.
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import ssl
@@ -39,6 +40,9 @@ _RAY_ENVIRONMENT = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",  # 5, thrice, is not enough on a busy machine
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # at the default 0.1 it is never idle
 }
+
+# With any of these an operator says who may reach Ray.
+_RAY_ACCESS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -138,11 +142,12 @@ def _ray(settings: Settings, progress: Progress) -> Iterator[None]:
     The model is checked meanwhile, because loading torch takes as long as starting Ray.
     """
     progress("starting Ray")
-    for name, value in _RAY_ENVIRONMENT.items():
+    is_own = not os.environ.get(RAY_ADDRESS)
+    for name, value in (_RAY_ENVIRONMENT | (_own_access() if is_own else {})).items():
         os.environ.setdefault(name, value)
     import ray  # noqa: PLC0415 - reads its environment when it is imported
 
-    own = {} if os.environ.get(RAY_ADDRESS) else _own_cluster(settings)
+    own = _own_cluster(settings) if is_own else {}
     try:
         with ThreadPoolExecutor(1) as thread:
             checked = thread.submit(_check, settings)
@@ -157,6 +162,17 @@ def _ray(settings: Settings, progress: Progress) -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)  # a shutdown cut short would leave processes
         progress("stopping Ray")
         ray.shutdown()
+
+
+def _own_access() -> dict[str, str]:
+    """A token without which Ray's ports, some of them on every address, run nothing for a caller.
+
+    It lives as long as the cluster, in the environment of Ray's processes; Ray's own way would
+    leave it in a file that others on the machine can read.
+    """
+    if any(name in os.environ for name in _RAY_ACCESS):
+        return {}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def _own_cluster(settings: Settings) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from tests.deploy.chart import CHART, helm
 EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
 VERSIONS = ("1.27", "1.30", "1.34", "1.37")
 CUSTOM = {"ray.io", "monitoring.coreos.com", "keda.sh", "gateway.networking.k8s.io"}
+RAY = ["mode=rayservice", "ray.operatorNamespace=kuberay"]
 EVERY_METRICS = (GatewayMetrics, PrefillMetrics, DecodeMetrics)
 SWITCHES: dict[str, list[str]] = {
     "everything": [
@@ -47,15 +48,15 @@ SWITCHES: dict[str, list[str]] = {
         "gateway.apiKeysSecret=keys",
         "gateway.testKeySecret=key",
     ],
-    "ray with tls": ["mode=rayservice", "gateway.tlsSecret=public", "peerTlsSecret=peers"],
-    "ray": ["mode=rayservice", "prefill.replicas=3", "prefill.podAnnotations.a=b"],
+    "ray with tls": [*RAY, "gateway.tlsSecret=public", "peerTlsSecret=peers"],
+    "ray": [*RAY, "prefill.replicas=3", "prefill.podAnnotations.a=b"],
     "ray upgraded step by step": [
-        "mode=rayservice",
+        *RAY,
         "ray.upgradeStrategy=NewClusterWithIncrementalUpgrade",
         "ray.incrementalUpgrade.gatewayClassName=istio",
     ],
     "ray with Redis of its own": [
-        "mode=rayservice",
+        *RAY,
         "redis.existingSecret=ours",
         "ray.gcsRedisAddress=redis://ours:6379",
     ],
@@ -268,6 +269,34 @@ def test_only_gateway_and_prefill_reach_decode() -> None:
     assert metrics == {"from": [{"namespaceSelector": {}}], "ports": [{"port": "metrics"}]}
 
 
+def test_only_its_own_pods_and_the_operator_reach_ray() -> None:
+    done = helm("template", "r", str(CHART), *CASES["ray"])
+    manifests = {
+        (m["kind"], m["metadata"]["name"]): m for m in yaml.safe_load_all(done.stdout) if m
+    }
+    for component in ("serve", "head"):
+        policy = manifests["NetworkPolicy", f"r-winnow-{component}"]
+        api, metrics, ray = policy["spec"]["ingress"]
+        assert all(isinstance(port["port"], int) for port in api["ports"])
+        assert {port["port"] for port in metrics["ports"]} == {"gateway-metrics", "prefill-metrics"}
+        *own, operator = ray["from"]
+        parts = [peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for peer in own]
+        assert parts == ["serve", "head"]
+        assert not any("namespaceSelector" in peer for peer in own)
+        namespace = operator["namespaceSelector"]["matchLabels"]
+        assert namespace == {"kubernetes.io/metadata.name": "kuberay"}
+        assert operator["podSelector"]["matchLabels"]
+
+
+def test_ray_asks_for_a_token(rendered: list[dict[str, Any]]) -> None:
+    """And no pod says otherwise."""
+    for manifest in rendered:
+        if manifest["kind"] == "RayService":
+            assert manifest["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token"}
+    for _, _, container in containers(rendered):
+        assert "RAY_AUTH_MODE" not in {variable["name"] for variable in container.get("env", ())}
+
+
 def test_only_scrapers_reach_what_operators_ask() -> None:
     team = "networkPolicy.scrapers[0].namespaceSelector.matchLabels.team=ops"
     done = helm("template", "r", str(CHART), "--set", team)
@@ -329,7 +358,8 @@ def test_alerts_and_dashboards_are_the_shared_ones() -> None:
         (["networkPolicy.scrapers=null"], "scrapers"),  # an empty list would be everybody
         (["model.device=tpu"], "/model/device"),
         (["decode.kvMemoryBytes=lots"], "/decode/kvMemoryBytes"),
-        (["mode=rayservice", "redis.existingSecret=s"], "ray.gcsRedisAddress is needed"),
+        (["mode=rayservice"], "ray.operatorNamespace is needed"),
+        ([*RAY, "redis.existingSecret=s"], "ray.gcsRedisAddress is needed"),
         (["decode.autoscaling.kind=keda"], "monitoring.prometheusUrl is needed"),
         (["mode=rayservice", "prefill.autoscaling.kind=hpa"], "works in mode deployment"),
         (["settings.prefill_replicas=2"], "prefill_replicas"),

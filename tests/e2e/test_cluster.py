@@ -20,8 +20,8 @@ from winnow.request import SamplingParams
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 PROMPT = "the quick brown fox " * 10
-# Without a token, which a machine's first `ray.init` would have to make.
-OPEN = {"RAY_AUTH_MODE": "disabled"}
+# As an operator sets them on a cluster's nodes, and for whoever uses it.
+ACCESS = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-the-cluster-s-own"}
 
 
 @dataclass
@@ -32,7 +32,8 @@ class RayCluster:
     dashboard: str
 
     def get(self, path: str) -> Any:
-        response = httpx.get(self.dashboard + path, timeout=20)
+        headers = {"authorization": f"Bearer {ACCESS['RAY_AUTH_TOKEN']}"}
+        response = httpx.get(self.dashboard + path, timeout=20, headers=headers)
         assert response.is_success, response.text
         return response.json()
 
@@ -54,7 +55,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
         log.open("w") as stderr,
         subprocess.Popen(
             [sys.executable, "-m", "tests.e2e.two_nodes", str(port)],
-            env=environment(**OPEN),
+            env=environment(**ACCESS),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
@@ -110,7 +111,7 @@ def answer(url: str, model: Path) -> str:
 def serve_command(*arguments: str) -> None:
     """Ray Serve's own command."""
     command = [sys.executable, "-m", "ray.serve.scripts", *arguments]
-    subprocess.run(command, check=True, timeout=90, env=environment(**OPEN), cwd="/")
+    subprocess.run(command, check=True, timeout=90, env=environment(**ACCESS), cwd="/")
 
 
 def deploy(arguments: Sequence[str], folder: Path, cluster: RayCluster) -> None:
@@ -172,7 +173,7 @@ def test_winnow_serve_joins_a_cluster_and_takes_only_itself_off(
     cluster: RayCluster, model: Path, tmp_path: Path
 ) -> None:
     arguments = flags(model, free_port())
-    service = WinnowServe(tmp_path, arguments, RAY_ADDRESS=cluster.address, **OPEN)
+    service = WinnowServe(tmp_path, arguments, RAY_ADDRESS=cluster.address, **ACCESS)
     answer(service.wait_until_ready(), model)
     assert service.press_ctrl_c() == 0
     service.kill()

@@ -7,9 +7,10 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import grpc
 import httpx
 import psutil
 import pytest
@@ -31,9 +32,16 @@ def model(tiny_models: dict[str, Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def service(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WinnowServe]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def service(
+    model: Path, home: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[WinnowServe]:
     arguments = ["--model", str(model), *FREE_PORTS, *PRUNING, "--kv-memory-bytes", "64MiB"]
-    service = WinnowServe(tmp_path_factory.mktemp("serve"), arguments)
+    service = WinnowServe(tmp_path_factory.mktemp("serve"), arguments, HOME=str(home))
     yield service
     service.kill()
 
@@ -131,6 +139,54 @@ def test_a_request_with_another_one_s_id_neither_ends_nor_sees_it(url: str, mode
     assert events.pop() == "[DONE]"
     assert {json.loads(event)["id"] for event in events} == {first["id"]}
     assert json.loads(events[-1])["choices"][0]["finish_reason"] == "length"
+
+
+# One of each of Ray's services that run code, or tell what is stored; the replica's unpickles.
+RAY_CALLS = (
+    "/ray.rpc.InternalKVGcsService/InternalKVKeys",
+    "/ray.rpc.NodeManagerService/GetNodeStats",
+    "/ray.rpc.CoreWorkerService/GetCoreWorkerStats",
+    "/ray.rpc.ObjectManagerService/Pull",
+    "/ray.rpc.ReporterService/GetTraceback",
+    "/ray.serve.ASGIService/HandleRequest",
+)
+
+
+def outward_ports(processes: Iterable[psutil.Process]) -> set[int]:
+    """Those that are not on this machine's own address alone."""
+    return {
+        connection.laddr.port
+        for process in processes
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and "127.0.0.1" not in connection.laddr.ip
+    }
+
+
+def code_of(port: int, call: str, token: str | None) -> grpc.StatusCode:
+    """What an empty message is answered with."""
+    metadata = () if token is None else (("authorization", f"Bearer {token}"),)
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        answer = channel.unary_unary(call).future(b"", metadata=metadata, timeout=20)
+        code: grpc.StatusCode = answer.code()  # waits for it
+    return code
+
+
+def test_ray_s_ports_run_nothing_without_the_token(
+    service: WinnowServe, url: str, home: Path
+) -> None:
+    """They are on every address, and what a caller may ask of them is to run code."""
+    ports = outward_ports(service.processes())
+    not_there = {grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAVAILABLE}
+    for call in RAY_CALLS:
+        for token in (None, "0" * 64):
+            answers = {port: code_of(port, call, token) for port in ports}
+            refused = {p for p, code in answers.items() if code is grpc.StatusCode.UNAUTHENTICATED}
+            assert refused, call
+            assert {answers[port] for port in ports - refused} <= not_there, call
+    (token,) = {t for p in service.processes() if (t := p.environ().get("RAY_AUTH_TOKEN"))}
+    assert grpc.StatusCode.OK in {code_of(port, RAY_CALLS[0], token) for port in ports}
+    assert not any(token in part for p in service.processes() for part in p.cmdline())
+    assert [path for path in home.rglob("*") if "token" in path.name] == []
 
 
 def test_idles_quietly_and_within_its_memory(service: WinnowServe, url: str) -> None:
