@@ -43,7 +43,12 @@ Seconds = Annotated[float, Field(gt=0)]
 class Settings(BaseModel):
     """All settings of all of Winnow's processes; each uses the ones it needs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        hide_input_in_errors=True,  # it may have a password, and a traceback would show it
+    )
 
     # What is served
     model: str = Field(
@@ -322,13 +327,21 @@ def _read_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InvalidSetting(f"settings file {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InvalidSetting(f"settings file {path} is not YAML: {reason}") from error
+        # Not the error's own text, nor the error as a cause: it quotes the line, password and all.
+        raise InvalidSetting(f"settings file {path} is not YAML{_where(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise InvalidSetting(f"settings file {path} must map names to values")
     return content
+
+
+def _where(error: Exception) -> str:
+    """Place and defect, where PyYAML knows them."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return ""
+    mark = error.problem_mark
+    return f": line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
 
 
 def _one_line(error: ValidationError) -> InvalidSetting:

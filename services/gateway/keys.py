@@ -43,7 +43,8 @@ class ApiKey(BaseModel):
     tokens_per_minute: int | None = Field(None, ge=1)
 
 
-_ENTRIES = TypeAdapter(list[ApiKey])
+# No traceback shows what somebody wrote into the file: it may be a key.
+_ENTRIES = TypeAdapter(list[ApiKey], config=ConfigDict(hide_input_in_errors=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +124,8 @@ def _read(path: Path) -> dict[str, ApiKey]:
         entries = _ENTRIES.validate_python(yaml.safe_load(path.read_text()) or [])
     except OSError as error:
         raise _unreadable(path, error) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidSetting(f"api_keys_file {path} is not YAML") from error
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise InvalidSetting(f"api_keys_file {path} is not YAML") from None  # it quotes the line
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))

@@ -1,6 +1,7 @@
 """Where settings come from, which one wins, and how bad ones are refused."""
 
 import pickle
+import traceback
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,29 @@ def test_refuses_bad_files_in_one_line(text: str, complaint: str, tmp_path: Path
 def test_a_secret_shows_in_neither_text_nor_complaint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WINNOW_REDIS_URL", "redis://:hunter2@localhost")
     assert "hunter2" not in repr(load_settings())
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('port: 1\nredis_url: "rediss://:hunter2@h/0', "line 2, column 34: found unexpected end"),
+        ('redis_url: "rediss://:hunter2@h/0" x', "line 1, column 36: expected <block end>"),
+        ("redis_url: rediss://:hunter2@h\x00", "is not YAML"),
+        ("redis_url: redis://:hunter2@h/0\nredis_ca_file: ca.pem", "redis_ca_file is set"),
+        ("redis_url: redis://:hunter2@h/0\nport: x", "setting port is 'x'"),
+        ("redis_url: [rediss://:hunter2@h/0]", "setting redis_url: Input should be"),
+    ],
+)
+def test_a_password_beside_a_mistake_is_not_shown(
+    text: str, complaint: str, tmp_path: Path
+) -> None:
+    """Nor by a traceback, as Ray Serve logs one where a replica cannot start."""
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(InvalidSetting) as raised:
+        load_settings(config=file)
+    assert complaint in raised.value.message
+    assert "hunter2" not in "".join(traceback.format_exception(raised.value))
 
 
 def test_settings_travel_between_processes() -> None:
