@@ -6,7 +6,7 @@ reflection, and passes no typed trailing metadata. Replicas on one machine share
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 import grpc.aio
@@ -21,6 +21,7 @@ from services.common.tracing import context_in
 from services.gateway.gateway import Gateway
 from services.gateway.grpc_asks import ask_from_proto
 from services.gateway.grpc_format import delta_to_proto, usage_to_proto
+from services.gateway.grpc_guard import MAX_CALLS, GrpcKeyGuard, authorization, connection_options
 from services.gateway.http_errors import as_winnow_error
 from services.gateway.keys import ApiKey
 from winnow.v1 import inference_pb2 as pb
@@ -38,7 +39,11 @@ class GrpcServer:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._health = health_aio.HealthServicer()
-        self._server = grpc.aio.server(options=_options(gateway))
+        self._server = grpc.aio.server(
+            options=_options(gateway),
+            interceptors=[GrpcKeyGuard(gateway.access, gateway.metrics)],
+            maximum_concurrent_rpcs=MAX_CALLS,
+        )
         add_InferenceServicer_to_server(_Inference(gateway), self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME)
@@ -82,11 +87,8 @@ def _options(gateway: Gateway) -> list[tuple[str, int]]:
     settings = gateway.settings
     size = ("grpc.max_receive_message_length", int(settings.max_body_bytes))
     shared = server_options(share_port=True)
-    return [option for option in shared if option[0] != size[0]] + [size]
-
-
-def _authorization(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
-    return next((str(value) for name, value in metadata if name == "authorization"), None)
+    others = [option for option in shared if option[0] != size[0]]
+    return [*others, size, *connection_options(settings)]
 
 
 class _Inference(InferenceServicer):
@@ -100,7 +102,7 @@ class _Inference(InferenceServicer):
         started = False
         try:
             metadata = context.invocation_metadata() or ()
-            key = self._gateway.access.require(_authorization(metadata))
+            key = self._gateway.access.require(authorization(metadata))
             await self._gateway.access.charge_request(key)
             answer = self._responses(request, context_in(metadata), key)
             async with aclosing(answer) as responses:

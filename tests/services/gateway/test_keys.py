@@ -13,6 +13,8 @@ import grpc.aio
 import httpx
 import pytest
 import pytest_asyncio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from services.cli import main
 from services.common.rpc import ERROR_KEY
@@ -122,6 +124,29 @@ async def test_grpc_asks_for_the_key_too(service: TestService) -> None:
         assert dict(refused.value.trailing_metadata() or ())[ERROR_KEY] == "invalid_api_key"
         metadata = (("authorization", f"Bearer {FREE}"),)
         assert [chunk async for chunk in stub.Complete(request, metadata=metadata)]
+
+
+async def test_grpc_reads_no_message_without_a_key(service: TestService) -> None:
+    """The caller never sends one, and is answered all the same."""
+    async with grpc.aio.insecure_channel(service.grpc_address) as channel:
+        for method in ("/winnow.v1.Inference/Complete", "/winnow.v1.Inference/Nothing"):
+            call = channel.stream_stream(method)(timeout=30)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await call.read()
+            assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_grpc_tells_without_a_key_whether_it_serves_and_nothing_else(
+    service: TestService,
+) -> None:
+    async with grpc.aio.insecure_channel(service.grpc_address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        assert await health.Check(health_pb2.HealthCheckRequest(), timeout=10)
+        listing = reflection_pb2.ServerReflectionRequest(list_services="")
+        call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call(iter([listing]), timeout=10).read()
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 async def test_a_revoked_key_is_refused_without_a_restart(
