@@ -33,6 +33,7 @@ _MAX_DETAIL_CHARS = 2000
 
 _FOREIGN: dict[grpc.StatusCode, type[WinnowError]] = {
     grpc.StatusCode.UNAVAILABLE: NoDecodeWorker,
+    grpc.StatusCode.PERMISSION_DENIED: NoDecodeWorker,  # a certificate without the peers' name
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.CANCELLED: RequestCancelled,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,

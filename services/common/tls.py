@@ -48,7 +48,7 @@ class PeerTls:
         )
 
     def server_credentials(self) -> grpc.ServerCredentials:
-        """Lets in only who shows a certificate of the authority."""
+        """Lets in only who shows a certificate of the authority; PeerGuard asks for its name."""
         return grpc.ssl_server_credentials(
             [(self.key, self.certificate)], self.authority, require_client_auth=True
         )

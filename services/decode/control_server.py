@@ -6,6 +6,7 @@ from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from services.common.peer_guard import AioPeerGuard
 from services.common.rpc import server_options
 from services.common.tls import PeerTls, bind
 from services.decode.generate import GenerateServicer
@@ -23,7 +24,8 @@ class ControlServer:
     def __init__(self, servicer: GenerateServicer, peers: PeerTls | None) -> None:
         self._credentials = peers.server_credentials() if peers else None
         self._health = health_aio.HealthServicer()
-        self._server = grpc.aio.server(options=server_options())
+        guards = [AioPeerGuard(peers.name)] if peers else []
+        self._server = grpc.aio.server(options=server_options(), interceptors=guards)
         add_DecodeServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (DECODE_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
+from services.common.peer_guard import PeerGuard
 from services.common.rpc import server_options
 from services.common.tls import PeerTls, bind
 from services.decode.give_away import KvGiver
@@ -32,6 +33,7 @@ class KvServer:
         }
         self._server = grpc.server(
             self._threads,
+            interceptors=[PeerGuard(peers.name)] if peers else [],
             handlers=[grpc.method_handlers_generic_handler("winnow.v1.KvTransfer", methods)],
             options=server_options(),
             maximum_concurrent_rpcs=MAX_OPEN_TRANSFERS + MAX_WAITING_TRANSFERS,

@@ -85,6 +85,38 @@ async def test_only_peers_reach_a_decode_worker(
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "/winnow.v1.Decode/Generate",
+        "/winnow.v1.Decode/Status",
+        "/winnow.v1.Decode/Drain",
+        "/grpc.health.v1.Health/Check",
+        "/grpc.health.v1.Health/Watch",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        "/winnow.v1.KvTransfer/Push",
+        "/winnow.v1.KvTransfer/Fetch",
+    ],
+)
+async def test_a_certificate_of_the_authority_for_somebody_else_is_no_peer_s(
+    service: TestService,
+    authority: trustme.CA,
+    tls_files: dict[str, Path],
+    tmp_path: Path,
+    method: str,
+) -> None:
+    worker = service.workers[0]
+    address = worker.kv_address if "KvTransfer" in method else worker.address
+    peers = PeerTls.load(Settings(**peer_files(authority, tmp_path / "other", "other.example.org")))
+    assert peers is not None
+    options = [("grpc.ssl_target_name_override", "winnow")]
+    credentials = peers.channel_credentials()
+    async with grpc.aio.secure_channel(address, credentials, options) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await channel.stream_stream(method)(iter([b""]), timeout=20).read()
+    assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
 async def test_a_worker_with_a_peers_certificate_of_another_name_is_not_trusted(
     service: TestService, tls_files: dict[str, Path]
 ) -> None:
