@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from services.gateway.access import key_of
 from services.gateway.completion import Completion
 from services.gateway.gateway import Gateway
-from services.gateway.http_errors import as_winnow_error, error_object, refusal
+from services.gateway.http_errors import error_object, public_error, refusal
 from services.gateway.openai_asks import OpenAIAsk
 from services.gateway.openai_format import AnswerFormat
 from winnow.errors import WinnowError
@@ -50,7 +50,7 @@ class Answer(Response):
             await self._gateway.access.charge_tokens(key_of(scope), ask.most_tokens)
             response = await self._run(events)
         except Exception as error:  # whatever it is, the client gets one typed error
-            failure = as_winnow_error(error)
+            failure = public_error(error)
             if events.started:
                 await events.fail(failure)
                 return

@@ -22,7 +22,7 @@ from services.gateway.gateway import Gateway
 from services.gateway.grpc_asks import ask_from_proto
 from services.gateway.grpc_format import delta_to_proto, usage_to_proto
 from services.gateway.grpc_guard import MAX_CALLS, GrpcKeyGuard, authorization, connection_options
-from services.gateway.http_errors import as_winnow_error
+from services.gateway.http_errors import public_error
 from services.gateway.keys import ApiKey
 from winnow.v1 import inference_pb2 as pb
 from winnow.v1.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
@@ -110,7 +110,7 @@ class _Inference(InferenceServicer):
                     started = True
                     yield response
         except Exception as error:  # whatever it is, the client gets one typed error
-            failure = as_winnow_error(error)
+            failure = public_error(error)
             if not started:
                 self._gateway.metrics.requests_refused.labels(failure.code).inc()
             await abort_aio(context, failure)

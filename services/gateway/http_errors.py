@@ -8,7 +8,19 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from services.gateway.metrics import GatewayMetrics
-from winnow.errors import RateLimited, WinnowError, status_of
+from winnow.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    LeaseExpired,
+    ModelMismatch,
+    NoDecodeWorker,
+    PrefillFailed,
+    RateLimited,
+    RegistryUnavailable,
+    TransferRefused,
+    WinnowError,
+    status_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -16,6 +28,19 @@ logger = logging.getLogger(__name__)
 _RETRY_AFTER_S = 1
 _RETRIABLE = frozenset({429, 503})
 _UNAUTHENTICATED = 401
+_OWN_FAILURE = 500
+
+_TOLD: dict[type[Exception], str] = {
+    NoDecodeWorker: "no decode worker can serve the request now",
+    RegistryUnavailable: "the workers cannot be looked up now",
+    DeadlineExceeded: "the request did not end in its time",
+    PrefillFailed: "the prompt could not be computed",
+    TransferRefused: "the computed prompt could not be handed on",
+    ModelMismatch: "the workers have another model than this gateway",
+    LeaseExpired: "the prompt was not computed in its time",
+    EngineFailed: "the answer could not be generated",
+    WinnowError: "internal error",
+}
 
 
 def error_object(error: WinnowError) -> dict[str, Any]:
@@ -53,14 +78,26 @@ def as_winnow_error(error: Exception) -> WinnowError:
     if isinstance(error, WinnowError):
         return error
     logger.error("unexpected error", exc_info=error)
-    return WinnowError("internal error; the service's log has more")
+    return WinnowError("internal error")
+
+
+def public_error(error: Exception) -> WinnowError:
+    """The error as a client is told it: of the service's own failures the kind alone.
+
+    What befell inside, with addresses and other programs' words, is in the log of the request.
+    """
+    typed = as_winnow_error(error)
+    if status_of(typed).http < _OWN_FAILURE:
+        return typed
+    text = next(_TOLD[cls] for cls in type(typed).__mro__ if cls in _TOLD)
+    return type(typed)(f"{text}; the service's log has more")
 
 
 def add_error_handlers(api: FastAPI, metrics: GatewayMetrics) -> None:
     """Every error that leaves `api` has OpenAI's format."""
 
     async def refused(request: Request, error: Exception) -> Response:
-        typed = as_winnow_error(error)
+        typed = public_error(error)
         logger.info("refused %s: %s, %s", request.url.path, typed.code, typed.param)
         return refusal(typed, metrics)
 

@@ -109,7 +109,7 @@ async def test_without_decode_worker_it_is_healthy_but_not_ready(
         assert refused.status_code == 503
         assert refused.headers["retry-after"] == "1"
         assert refused.json()["error"] == {
-            "message": "no decode worker for this model is registered",
+            "message": "no decode worker can serve the request now; the service's log has more",
             "type": "service_unavailable_error",
             "param": None,
             "code": "no_decode_worker",

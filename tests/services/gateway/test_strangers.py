@@ -16,6 +16,7 @@ import pytest
 from services.common.logs import TextFormatter
 from services.gateway.header_limit import MAX_HEADER_BYTES
 from tests.services.gateway.service import MODEL_NAME, TestService
+from winnow.errors import ModelMismatch, NotFinite, PrefillFailed, WinnowError
 from winnow.v1 import inference_pb2 as pb
 from winnow.v1.inference_pb2_grpc import InferenceStub
 from winnow.wire import MAX_FRAME_BYTES
@@ -52,6 +53,38 @@ async def test_headers_over_the_limit_are_refused(
 async def test_a_request_line_over_the_limit_is_refused(service: TestService) -> None:
     refused = await service.http.get("/health?" + "a" * MAX_HEADER_BYTES)
     assert refused.status_code == 431
+
+
+INSIDE = "worker-7 at 10.0.0.7:7001: ValueError('boom')"
+
+
+@pytest.mark.parametrize("cls", [PrefillFailed, ModelMismatch, NotFinite, WinnowError, ValueError])
+@pytest.mark.parametrize("way", ["whole", "stream", "grpc"])
+async def test_a_failure_inside_is_told_by_its_kind_alone(
+    service: TestService, caplog: pytest.LogCaptureFixture, cls: type[Exception], way: str
+) -> None:
+    service.prefiller.failures = [cls(INSIDE) for _ in range(service.settings.prefill_attempts)]
+    with caplog.at_level(logging.INFO):
+        told = await failed_over_grpc(service) if way == "grpc" else await failed(service, way)
+    service.prefiller.failures = []
+    assert getattr(cls, "code", "internal_error") in told
+    assert "10.0.0.7" not in told and "boom" not in told and "worker-7" not in told
+    assert INSIDE in "\n".join(map(TextFormatter().format, caplog.records))
+    await assert_serves(service)
+
+
+async def failed(service: TestService, way: str) -> str:
+    response = await service.http.post(COMPLETIONS, json=BODY | {"stream": way == "stream"})
+    assert response.status_code >= 500
+    return response.text + str(response.headers)
+
+
+async def failed_over_grpc(service: TestService) -> str:
+    async with grpc.aio.insecure_channel(service.grpc_address) as channel:
+        request = pb.CompleteRequest(model=MODEL_NAME, text="a", max_tokens=2)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            [_ async for _ in InferenceStub(channel).Complete(request)]
+    return f"{refused.value.details()} {refused.value.trailing_metadata()}"
 
 
 async def test_headers_below_the_limit_are_taken(service: TestService) -> None:

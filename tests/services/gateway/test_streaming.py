@@ -137,7 +137,7 @@ async def test_an_error_in_mid_stream_is_the_streams_last_event(
         assert response.status_code == 200
         error = json.loads(rest[-1].removeprefix("data: "))["error"]
         assert (error["code"], error["type"]) == ("no_decode_worker", "service_unavailable_error")
-        assert "went away" in error["message"]
+        assert error["message"].startswith("no decode worker can serve the request now")
 
 
 async def test_the_official_client_raises_an_error_in_mid_stream(
@@ -147,7 +147,7 @@ async def test_the_official_client_raises_an_error_in_mid_stream(
         stream = await service.openai.completions.create(
             model=MODEL_NAME, prompt="the fox", max_tokens=4000, stream=True, **GREEDY
         )
-        with pytest.raises(openai.APIError, match=r"did not end within 0.5 seconds"):
+        with pytest.raises(openai.APIError, match=r"did not end in its time"):
             async for _ in stream:
                 pass
         await service.until_idle()
