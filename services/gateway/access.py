@@ -37,6 +37,11 @@ class Access:
         if key is not None and self._limits is not None:
             await self._limits.charge(key, "requests", key.requests_per_minute, 1)
 
+    async def require_tokens(self, key: ApiKey | None, num_tokens: int) -> None:
+        """Raises RateLimited if `charge_tokens` would now."""
+        if key is not None and self._limits is not None:
+            await self._limits.require(key, "tokens", key.tokens_per_minute, num_tokens)
+
     async def charge_tokens(self, key: ApiKey | None, num_tokens: int) -> None:
         """Counts the most tokens that a request can use; raises RateLimited."""
         if key is not None and self._limits is not None:

@@ -14,6 +14,7 @@ from services.gateway.access import key_of
 from services.gateway.completion import Completion
 from services.gateway.gateway import Gateway
 from services.gateway.http_errors import error_object, public_error, refusal
+from services.gateway.keys import ApiKey
 from services.gateway.openai_asks import OpenAIAsk
 from services.gateway.openai_format import AnswerFormat
 from winnow.errors import WinnowError
@@ -45,10 +46,8 @@ class Answer(Response):
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         events = EventStream(send, self._asked.ask.request_id)
-        ask = self._asked.ask
         try:
-            await self._gateway.access.charge_tokens(key_of(scope), ask.most_tokens)
-            response = await self._run(events)
+            response = await self._run(events, key_of(scope))
         except Exception as error:  # whatever it is, the client gets one typed error
             failure = public_error(error)
             if events.started:
@@ -59,10 +58,11 @@ class Answer(Response):
             response.headers["x-request-id"] = self._asked.ask.request_id
             await response(scope, receive, send)
 
-    async def _run(self, events: "EventStream") -> Response | None:
+    async def _run(self, events: "EventStream", key: ApiKey | None) -> Response | None:
         """The response that is still to be sent, once nothing is held for it any more."""
-        async with self._gateway.open(self._asked.ask, self._trace_context) as completion:
-            if self._asked.stream:
+        asked = self._asked
+        async with self._gateway.open(asked.ask, key, self._trace_context) as completion:
+            if asked.stream:
                 await self._stream(completion, events)
                 return None
             return JSONResponse(await self._whole(completion))

@@ -13,6 +13,7 @@ from services.common.tracing import context_of, span
 from services.gateway.access import Access
 from services.gateway.ask import Ask
 from services.gateway.completion import Completion, prompt_runs
+from services.gateway.keys import ApiKey
 from services.gateway.lifecycle import PromptRun, Service
 from services.gateway.limits import Limits
 from services.gateway.metrics import GatewayMetrics
@@ -74,15 +75,19 @@ class Gateway:
         )
 
     @asynccontextmanager
-    async def open(self, ask: Ask, trace_context: str = "") -> AsyncIterator[Completion]:
+    async def open(
+        self, ask: Ask, key: ApiKey | None = None, trace_context: str = ""
+    ) -> AsyncIterator[Completion]:
         """The request with KV memory reserved for all its prompts; leaving frees everything.
 
+        key: whose tokens it uses; a request that is not admitted uses none.
         trace_context: the traceparent that the client sent, if any.
 
-        Raises Overloaded or NoDecodeWorker if not all prompts can be admitted, DeadlineExceeded
-        if the block takes longer than a request may.
+        Raises RateLimited, Overloaded or NoDecodeWorker if not all prompts can be admitted,
+        DeadlineExceeded if the block takes longer than a request may.
         """
         timeout_s = self.settings.request_timeout_s
+        await self.access.require_tokens(key, ask.most_tokens)
         with span(
             "completion",
             trace_context,
@@ -94,6 +99,7 @@ class Gateway:
             runs = prompt_runs(ask, self._service, timeout_s, context_of(request_span))
             completion = Completion(ask, runs, self.model.tokenizer, self.metrics)
             async with self._admitted(completion, timeout_s):
+                await self.access.charge_tokens(key, ask.most_tokens)
                 yield completion
 
     @asynccontextmanager

@@ -120,9 +120,8 @@ class _Inference(InferenceServicer):
     ) -> AsyncGenerator[pb.CompleteResponse]:
         gateway, tokenizer = self._gateway, self._gateway.model.tokenizer
         ask = await asyncio.to_thread(ask_from_proto, gateway, request)
-        await gateway.access.charge_tokens(key, ask.most_tokens)
         async with (
-            gateway.open(ask, trace_context) as completion,
+            gateway.open(ask, key, trace_context) as completion,
             aclosing(completion.deltas()) as deltas,
         ):
             async for delta in deltas:

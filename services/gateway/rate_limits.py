@@ -5,6 +5,7 @@ Without Redis each gateway process counts for itself.
 
 import logging
 import time
+from collections.abc import Awaitable, Callable
 
 from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.aio.storage import MemoryStorage, RedisStorage
@@ -46,11 +47,25 @@ class RateLimits:
         if self._pool is not None:
             await self._pool.aclose()
 
+    async def require(self, key: ApiKey, what: str, limit: int | None, amount: int) -> None:
+        """Raises RateLimited if `charge` would now; counts nothing."""
+        await self._ask(self._limiter.test, key, what, limit, amount)
+
     async def charge(self, key: ApiKey, what: str, limit: int | None, amount: int) -> None:
         """Counts `amount` of `what`; raises RateLimited, and counts nothing, if that is too much.
 
         While Redis does not answer nobody is refused: the keys are checked all the same.
         """
+        await self._ask(self._limiter.hit, key, what, limit, amount)
+
+    async def _ask(
+        self,
+        allows: Callable[..., Awaitable[bool]],
+        key: ApiKey,
+        what: str,
+        limit: int | None,
+        amount: int,
+    ) -> None:
         if limit is None:
             return
         if amount > limit:
@@ -59,7 +74,7 @@ class RateLimits:
             )
         item = RateLimitItemPerMinute(limit, namespace=self._namespace)
         try:
-            if not await self._limiter.hit(item, key.name, what, cost=amount):
+            if not await allows(item, key.name, what, cost=amount):
                 raise await self._refusal(item, key, what, limit)
         except (StorageError, RuntimeError) as error:  # RuntimeError as in services.common.registry
             logger.warning("rate limits are not counted: %s", error)

@@ -110,8 +110,46 @@ async def test_tokens_a_minute_are_limited(service: TestService) -> None:
     assert (await post(service, SHORT)).status_code == 200  # 3 and up to 2
     assert (await post(service, SHORT, n=2)).status_code == 200  # 3 and up to 4
     assert (await post(service, SHORT)).status_code == 429
+    num_jobs = len(service.prefiller.jobs)
     never = await post(service, SHORT, max_tokens=10)
     assert "the request has 13 tokens; key short may use 12 a minute" in never.text
+    assert (await post(service, SHORT, max_tokens=9)).status_code == 429
+    assert len(service.prefiller.jobs) == num_jobs
+
+
+@pytest.mark.parametrize("way", ["rest", "grpc"])
+async def test_a_request_that_the_service_refuses_uses_up_no_tokens(
+    model_path: Path, redis_url: str, tmp_path: Path, way: str
+) -> None:
+    key, entry = new_key("short", tokens_per_minute=12)
+    (tmp_path / "keys.yaml").write_text(entry_text(entry))
+    changes = {"api_keys_file": tmp_path / "keys.yaml", "namespace": f"refused-{way}"}
+    ask = complete if way == "grpc" else completion
+    async with running_service(model_path, redis_url, num_workers=0, **changes) as nobody:
+        assert [await ask(nobody, key) for _ in range(4)] == ["no_decode_worker"] * 4
+    async with running_service(model_path, redis_url, **changes) as one:
+        assert [await ask(one, key) for _ in range(3)] == ["", "", "rate_limit_exceeded"]
+        await one.until_idle()
+
+
+async def completion(service: TestService, key: str) -> str:
+    """The error's code."""
+    body = (await post(service, key)).json()
+    return str(body["error"]["code"]) if "error" in body else ""
+
+
+async def complete(service: TestService, key: str) -> str:
+    """As `completion`, over gRPC."""
+    request = pb.CompleteRequest(
+        model=MODEL_NAME, token_ids=pb.TokenIds(ids=BODY["prompt"]), max_tokens=2
+    )
+    async with grpc.aio.insecure_channel(service.grpc_address) as channel:
+        metadata = (("authorization", f"Bearer {key}"),)
+        try:
+            [_ async for _ in InferenceStub(channel).Complete(request, metadata=metadata)]
+        except grpc.aio.AioRpcError as error:
+            return str(dict(error.trailing_metadata() or ())[ERROR_KEY])
+    return ""
 
 
 async def test_grpc_asks_for_the_key_too(service: TestService) -> None:
