@@ -50,6 +50,14 @@ class Limits:
         if num_tokens > self.max_prompt_tokens:
             raise self._too_long(f"{num_tokens:,}", param)
 
+    def require_positions(self, num_tokens: int, param: str) -> None:
+        """Raises InvalidRequest for more tokens than a prompt and its answer can have."""
+        if num_tokens > self.max_positions:
+            raise InvalidRequest(
+                f"{param} has {num_tokens:,} tokens; the limit is {self.max_positions:,}",
+                param=param,
+            )
+
     def encode(self, text: str, param: str, *, add_special_tokens: bool = True) -> list[int]:
         """A prompt's tokens; one far over the limit is refused without tokenizing all of it.
 

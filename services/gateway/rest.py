@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -18,9 +19,10 @@ from services.gateway.json_body import read_json
 from services.gateway.openai_asks import AskReader, OpenAIAsk
 from services.gateway.openai_format import AnswerFormat, ChatFormat, CompletionFormat
 from services.gateway.openapi import describe
-from services.gateway.tokenize_api import detokenize, tokenize
+from services.gateway.tokenize_api import Translation, detokenize, tokenize
 
 _T = TypeVar("_T")
+Translate = Callable[[Gateway, Mapping[str, Any]], Translation]
 
 
 def create_api(gateway: Gateway) -> FastAPI:
@@ -63,13 +65,18 @@ def _answer(
 
 
 def _add_tokenizer(api: FastAPI, gateway: Gateway) -> None:
+    async def translated(request: Request, translate: Translate) -> Response:
+        done = await _read(gateway, request, partial(translate, gateway))
+        await gateway.access.charge_tokens(key_of(request.scope), done.num_tokens)
+        return JSONResponse(done.answer)
+
     @api.post("/tokenize")
     async def tokenize_text(request: Request) -> Response:
-        return JSONResponse(await _read(gateway, request, lambda body: tokenize(gateway, body)))
+        return await translated(request, tokenize)
 
     @api.post("/detokenize")
     async def detokenize_tokens(request: Request) -> Response:
-        return JSONResponse(await _read(gateway, request, lambda body: detokenize(gateway, body)))
+        return await translated(request, detokenize)
 
 
 async def _read(gateway: Gateway, request: Request, parse: Callable[[Mapping[str, Any]], _T]) -> _T:

@@ -1,6 +1,7 @@
 """/tokenize and /detokenize: how the service splits a text, and joins tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from services.gateway.chat import plain_messages
@@ -9,30 +10,50 @@ from services.gateway.openai_types import DetokenizeRequest, TokenizeRequest, va
 from winnow.errors import InvalidRequest
 
 
-def tokenize(gateway: Gateway, body: Mapping[str, Any]) -> dict[str, Any]:
-    """The tokens of a `prompt`, or of `messages` in the chat template."""
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """What is answered, and how many tokens were made or read for it."""
+
+    answer: dict[str, Any]
+    num_tokens: int
+
+
+def tokenize(gateway: Gateway, body: Mapping[str, Any]) -> Translation:
+    """The tokens of a `prompt`, or of `messages` in the chat template; raises as a completion."""
     request = validate(TokenizeRequest, body)
     if request.model is not None:
         gateway.limits.require_model(request.model)
-    if (request.prompt is None) == (request.messages is None):
-        raise InvalidRequest("give either prompt or messages", param="prompt")
-    tokenizer = gateway.model.tokenizer
-    if request.messages is not None:
-        tokens = tokenizer.render_chat(plain_messages(request.messages))
-    else:
-        special = request.add_special_tokens is not False
-        tokens = tokenizer.encode(request.prompt or "", add_special_tokens=special)
-    return {
+    tokens = _tokens(gateway, request)
+    answer = {
         "count": len(tokens),
         "max_model_len": gateway.limits.max_positions,
         "tokens": tokens,
     }
+    return Translation(answer, len(tokens))
 
 
-def detokenize(gateway: Gateway, body: Mapping[str, Any]) -> dict[str, str]:
-    """The text of `tokens`, control tokens included."""
+def _tokens(gateway: Gateway, request: TokenizeRequest) -> Sequence[int]:
+    if (request.prompt is None) == (request.messages is None):
+        raise InvalidRequest("give either prompt or messages", param="prompt")
+    if request.messages is not None:
+        text = gateway.model.tokenizer.chat_text(plain_messages(request.messages))
+        return gateway.limits.encode(text, "messages", add_special_tokens=False)
+    if not request.prompt:  # it can be no completion's, but has its tokens: none, or special ones
+        return gateway.model.tokenizer.encode("", add_special_tokens=_has_special(request))
+    return gateway.limits.encode(request.prompt, "prompt", add_special_tokens=_has_special(request))
+
+
+def _has_special(request: TokenizeRequest) -> bool:
+    return request.add_special_tokens is not False
+
+
+def detokenize(gateway: Gateway, body: Mapping[str, Any]) -> Translation:
+    """The text of `tokens`, control tokens included; at most as many as fit into the model."""
     request = validate(DetokenizeRequest, body)
+    limits = gateway.limits
     if request.model is not None:
-        gateway.limits.require_model(request.model)
-    gateway.limits.require_token_ids(request.tokens, "tokens")
-    return {"prompt": gateway.model.tokenizer.decode(request.tokens)}
+        limits.require_model(request.model)
+    limits.require_positions(len(request.tokens), "tokens")
+    limits.require_token_ids(request.tokens, "tokens")
+    text = gateway.model.tokenizer.decode(request.tokens)
+    return Translation({"prompt": text}, len(request.tokens))

@@ -117,6 +117,25 @@ async def test_tokens_a_minute_are_limited(service: TestService) -> None:
     assert len(service.prefiller.jobs) == num_jobs
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/tokenize", {"prompt": "abcdef"}), ("/detokenize", {"tokens": [5, 6, 7, 8, 9]})],
+)
+async def test_tokens_that_are_made_or_read_alone_count_too(
+    service: TestService, keys_file: Path, path: str, body: dict[str, object]
+) -> None:
+    key, entry = new_key(path.strip("/"), tokens_per_minute=12)
+    keys_file.write_text(keys_file.read_text() + entry_text(entry))  # noqa: ASYNC240 - short
+    headers = {"authorization": f"Bearer {key}"}
+    async with asyncio.timeout(10):
+        while (done := await service.http.post(path, json=body, headers=headers)).is_error:
+            pass  # until the file is read again
+    statuses = [done.status_code]
+    for _ in range(2):
+        statuses.append((await service.http.post(path, json=body, headers=headers)).status_code)
+    assert statuses == [200, 200, 429]
+
+
 @pytest.mark.parametrize("way", ["rest", "grpc"])
 async def test_a_request_that_the_service_refuses_uses_up_no_tokens(
     model_path: Path, redis_url: str, tmp_path: Path, way: str

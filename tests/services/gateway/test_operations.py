@@ -32,6 +32,11 @@ async def test_tokenize_and_detokenize_are_inverse(service: TestService) -> None
     assert back.json() == {"prompt": text}
 
 
+async def test_an_empty_text_has_the_tokens_that_it_has(service: TestService) -> None:
+    answer = (await service.http.post("/tokenize", json={"prompt": ""})).json()
+    assert answer["count"] == len(answer["tokens"])
+
+
 async def test_tokenize_renders_messages(service: TestService) -> None:
     body = {"messages": [{"role": "user", "content": "a"}], "model": MODEL_NAME}
     tokens = (await service.http.post("/tokenize", json=body)).json()["tokens"]
@@ -45,6 +50,10 @@ async def test_tokenize_renders_messages(service: TestService) -> None:
         ("/tokenize", {}, 400, "prompt"),
         ("/tokenize", {"prompt": "a", "messages": []}, 400, "prompt"),
         ("/tokenize", {"prompt": "a", "model": "other"}, 404, "model"),
+        ("/tokenize", {"prompt": "a " * 9000}, 400, "prompt"),
+        ("/tokenize", {"prompt": "a " * 1_000_000}, 400, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a " * 9000}]}, 400, "messages"),
+        ("/detokenize", {"tokens": [5] * 8193}, 400, "tokens"),
         ("/detokenize", {"tokens": [320]}, 400, "tokens"),
         ("/detokenize", {"tokens": ["a"]}, 400, "tokens[0]"),
         ("/detokenize", {}, 400, "tokens"),
