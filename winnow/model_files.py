@@ -157,13 +157,29 @@ def _fingerprint(path: Path, shape: ModelShape) -> str:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The folder's safetensors files, by name; raises UnusableModel if there are none."""
+    """The folder's safetensors files, by name.
+
+    Raises UnusableModel if there are none, or if an index names other ones.
+    """
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise UnusableModel(
             f"model folder {path} has no *.safetensors file (other formats can run code)"
         )
+    for index in path.glob("*.safetensors.index.json"):
+        _require_known(index, {file.name for file in files})
     return files
+
+
+def _require_known(index: Path, names: set[str]) -> None:
+    """Transformers reads whatever file an index of shards names, in whatever format."""
+    try:
+        named = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UnusableModel(f"{index} is no index of weights") from error
+    if named - names:
+        others = ", ".join(sorted(map(repr, named - names)))
+        raise UnusableModel(f"{index} names {others}: no *.safetensors file of the folder")
 
 
 def _weight_sample(file: Path) -> bytes:

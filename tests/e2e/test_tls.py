@@ -1,58 +1,134 @@
-"""`winnow serve` with TLS on every connection, as separate processes."""
+"""`winnow serve` as an operator secures it: TLS everywhere, keys, a Redis with a password."""
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
+import trustme
 
 from services.common.tls import trusting
+from services.gateway.keys import entry_text, new_key
 from tests.deploy.chart import helm_test_script
 from tests.e2e.winnow_process import WinnowServe, environment, winnow
+from tests.guarded_redis import PASSWORD, GuardedRedis
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
+KEY, KEY_ENTRY = new_key("team")
+AUTHORIZED = {"authorization": f"Bearer {KEY}"}
 
-def test_everything_is_encrypted(
-    tiny_models: dict[str, Path],
+
+@dataclass
+class Secured:
+    """variables: with which the service was started, and its own tools are."""
+
+    process: WinnowServe
+    url: str
+    variables: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def redis(
+    authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GuardedRedis]:
+    server = GuardedRedis(tmp_path_factory.mktemp("redis"), authority)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models: dict[str, Path]) -> Path:
+    return tiny_models["qwen2"]
+
+
+@pytest.fixture(scope="module")
+def secured(
+    model: Path,
     tls_files: dict[str, Path],
-    tmp_path: Path,
-) -> None:
-    variables = {f"WINNOW_{name.upper()}": str(path) for name, path in tls_files.items()}
-    model = tiny_models["qwen2"]
+    redis: GuardedRedis,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Secured]:
+    folder = tmp_path_factory.mktemp("secured")
+    (folder / "keys.yaml").write_text(entry_text(KEY_ENTRY))
+    files = tls_files | {"redis_ca_file": redis.ca_file, "api_keys_file": folder / "keys.yaml"}
+    variables = {f"WINNOW_{name.upper()}": str(path) for name, path in files.items()}
+    variables["WINNOW_REDIS_URL"] = redis.url()
     arguments = ["--model", str(model), "--port", "0", "--grpc-port", "null", "--admin-port", "0"]
-    service = WinnowServe(tmp_path, [*arguments, "--kv-memory-bytes", "64MiB"], **variables)
+    process = WinnowServe(folder, [*arguments, "--kv-memory-bytes", "64MiB"], **variables)
     try:
-        url = service.wait_until_ready()
-        assert url.startswith("https://")
-        body = {"model": model.name, "prompt": "a b c", "max_tokens": 5}
-        context = trusting(tls_files["tls_cert_file"])
-        response = httpx.post(f"{url}/v1/completions", json=body, timeout=60, verify=context)
-        assert response.is_success, response.text
-        with pytest.raises(httpx.TransportError):
-            httpx.get(url.replace("https", "http") + "/health", timeout=10)
-        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
-            httpx.get(f"{url}/health", timeout=10)
-        healthy = winnow("health", f"{url}/ready", **variables)
-        assert healthy.returncode == 0, healthy.stderr
-        assert winnow("health", f"{url}/ready").returncode == 2
-        require_helm_test(url, tls_files["tls_cert_file"])
+        yield Secured(process, process.wait_until_ready(), variables)
     finally:
-        service.kill()
+        process.kill()
 
 
-def require_helm_test(url: str, certificate: Path) -> None:
-    """`helm test` finds the service well, also where it would have to show a key and has none."""
-    variables = environment(URL=url, TLS_CERT_FILE=str(certificate))
-    for found, values in (("usage", ()), ("status", ("gateway.apiKeysSecret=keys",))):
-        done = subprocess.run(
-            [sys.executable, "-c", helm_test_script("gateway.tlsSecret=public", *values)],
-            env=variables,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert found in done.stdout
+def test_everything_is_encrypted(secured: Secured, model: Path, tls_files: dict[str, Path]) -> None:
+    url = secured.url
+    assert url.startswith("https://")
+    body = {"model": model.name, "prompt": "a b c", "max_tokens": 5}
+    context = trusting(tls_files["tls_cert_file"])
+    response = httpx.post(
+        f"{url}/v1/completions", json=body, timeout=60, verify=context, headers=AUTHORIZED
+    )
+    assert response.is_success, response.text
+    with pytest.raises(httpx.TransportError):
+        httpx.get(url.replace("https", "http") + "/health", timeout=10)
+    with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+        httpx.get(f"{url}/health", timeout=10)
+    healthy = winnow("health", f"{url}/ready", **secured.variables)
+    assert healthy.returncode == 0, healthy.stderr
+    assert winnow("health", f"{url}/ready").returncode == 2
+
+
+def test_behind_the_proxy_only_probes_answer_without_a_key(
+    secured: Secured, tls_files: dict[str, Path]
+) -> None:
+    """Ray Serve's proxy has two of its own, which tell no more than Winnow's."""
+    context = trusting(tls_files["tls_cert_file"])
+    with httpx.Client(base_url=secured.url, verify=context, timeout=30) as client:
+        for path in ("/v1/models", "/metrics", "/-/nope", "/nope"):
+            assert client.get(path).status_code == 401, path
+        assert client.get("/-/healthz").text == "success"
+        assert client.get("/-/routes").json() == {"/": "winnow"}
+
+
+def test_process_lists_and_logs_have_no_secrets(secured: Secured, redis: GuardedRedis) -> None:
+    processes = secured.process.processes()
+    (token,) = {t for p in processes if (t := p.environ().get("RAY_AUTH_TOKEN"))}
+    shown = "\n".join(part for process in processes for part in process.cmdline())
+    log = secured.process.stderr.read_text()
+    assert "services.cli" in shown and "serves on" in log
+    for secret in (PASSWORD, KEY, token):
+        assert secret not in shown and secret not in log
+
+
+@pytest.mark.parametrize(
+    ("values", "variables", "found"),
+    [
+        ((), {}, "status"),
+        (("gateway.testKeySecret=key",), {"API_KEY": KEY}, "completion_tokens"),
+    ],
+    ids=["without a key", "with a key"],
+)
+def test_helm_test_finds_the_service_well(
+    secured: Secured,
+    tls_files: dict[str, Path],
+    values: tuple[str, ...],
+    variables: dict[str, str],
+    found: str,
+) -> None:
+    asked = {"URL": secured.url, "TLS_CERT_FILE": str(tls_files["tls_cert_file"])}
+    chosen = ("gateway.tlsSecret=public", "gateway.apiKeysSecret=keys", *values)
+    done = subprocess.run(
+        [sys.executable, "-c", helm_test_script(*chosen)],
+        env=environment(**asked, **variables),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert found in done.stdout

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -137,4 +138,30 @@ def test_weights_that_can_run_code_are_not_read(
     for file in folder.glob("*.safetensors"):
         file.rename(file.with_name("pytorch_model.bin"))
     with pytest.raises(UnusableModel, match=r"no \*.safetensors file"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["x.bin", "../x.safetensors", "/etc/passwd"])
+def test_an_index_cannot_name_weights_that_can_run_code(
+    tiny_models: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_models["llama"], folder)
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "x.safetensors").touch()
+    (folder / "x.bin").touch()
+    with pytest.raises(UnusableModel, match=re.escape(f"names {name!r}")):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "no JSON", '{"weight_map": {"a": 1}}'])
+def test_an_index_that_cannot_be_read_is_named(
+    tiny_models: dict[str, Path], tmp_path: Path, text: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_models["llama"], folder)
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UnusableModel, match=r"index\.json"):
         load_model(folder)

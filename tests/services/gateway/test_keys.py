@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from services.cli import main
+from services.common.logs import TextFormatter
 from services.common.rpc import ERROR_KEY
 from services.common.settings import Settings
 from services.gateway.access import Access
@@ -222,11 +223,17 @@ async def test_refusals_are_counted_and_keys_are_in_no_log(
     service: TestService, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG")
-    await post(service, UNKNOWN)
+    assert (await post(service, UNKNOWN)).status_code == 401
+    assert (await post(service, FREE)).status_code == 200
+    service.prefiller.failures = [ValueError("broken")]  # its traceback is logged
+    assert (await post(service, FREE)).status_code == 500
     metrics = (await service.admin.get("/metrics")).text
     assert value(metrics, "winnow_requests_refused_total", reason="invalid_api_key") >= 1
-    ours = "\n".join(r.getMessage() for r in caplog.records if r.name.startswith("services"))
-    assert UNKNOWN not in ours and FREE not in ours
+    served = ("winnow", "services", "uvicorn")
+    records = [record for record in caplog.records if record.name.startswith(served)]
+    log = "\n".join(map(TextFormatter().format, records))
+    assert "finished: " in log and "ValueError: broken" in log
+    assert UNKNOWN not in log and FREE not in log
 
 
 async def test_limits_are_counted_in_redis_for_all_gateways(

@@ -7,6 +7,7 @@ import httpx
 import openai
 import pytest
 
+from services.common.logs import TextFormatter
 from services.gateway.admin import AdminServer
 from tests.services.exposed import samples, value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
@@ -186,11 +187,19 @@ async def test_neither_prompts_nor_answers_are_logged(
     service: TestService, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG")
-    body = {"model": MODEL_NAME, "prompt": "xylophone quartz", "max_tokens": 3}
+    letter = await service.http.post("/tokenize", json={"prompt": "q", "add_special_tokens": False})
+    (token_id,) = letter.json()["tokens"]
+    body = {"model": MODEL_NAME, "prompt": "xylophone quartz", "max_tokens": 9}
+    body |= {"logit_bias": {token_id: 100}}
     done = await service.http.post("/v1/completions", json=body)
+    assert done.json()["choices"][0]["text"] == "q" * 9
+    service.prefiller.failures = [ValueError("broken")]  # its traceback is logged
+    broken = await service.http.post("/v1/completions", json=body)
     chat = {"model": MODEL_NAME, "messages": [{"role": "user", "content": "xylophone"}], "n": 99}
     refused = await service.http.post("/v1/chat/completions", json=chat)
-    assert (done.status_code, refused.status_code) == (200, 400)
-    ours = [r.getMessage() for r in caplog.records if r.name.startswith(("winnow", "services"))]
-    assert any("finished: " in line for line in ours)
-    assert not any("xylophone" in line or "quartz" in line for line in ours)
+    assert (done.status_code, broken.status_code, refused.status_code) == (200, 500, 400)
+    served = ("winnow", "services", "uvicorn")
+    records = [record for record in caplog.records if record.name.startswith(served)]
+    log = "\n".join(map(TextFormatter().format, records))
+    assert "finished: " in log and "ValueError: broken" in log
+    assert not any(word in log for word in ("xylophone", "quartz", "qqq"))

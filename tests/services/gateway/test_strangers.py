@@ -168,8 +168,9 @@ async def test_a_message_that_lies_about_its_lengths_is_refused(
 ) -> None:
     async with grpc.aio.insecure_channel(service.grpc_address) as channel:
         call = channel.unary_stream("/winnow.v1.Inference/Complete")(message, timeout=30)
-        with pytest.raises(grpc.aio.AioRpcError):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call.read()
+    assert refused.value.code() is grpc.StatusCode.UNKNOWN  # it was read, and makes no sense
     await assert_serves(service)
 
 

@@ -1,0 +1,65 @@
+"""A Redis with password and TLS, as an operator runs it."""
+
+import subprocess
+import time
+from pathlib import Path
+
+import redis
+import trustme
+
+from services.common.ports import free_port
+from services.common.settings import Settings
+
+PASSWORD = "open-sesame"
+
+
+class GuardedRedis:
+    """A redis-server that speaks TLS alone and asks for a password."""
+
+    def __init__(self, folder: Path, authority: trustme.CA) -> None:
+        self.ca_file = folder / "ca.pem"
+        self.port = free_port()
+        issued = authority.issue_cert("localhost")
+        authority.cert_pem.write_to_path(self.ca_file)
+        issued.cert_chain_pems[0].write_to_path(folder / "cert.pem")
+        issued.private_key_pem.write_to_path(folder / "key.pem")
+        options = {
+            "bind": "127.0.0.1",
+            "port": 0,
+            "tls-port": self.port,
+            "tls-cert-file": folder / "cert.pem",
+            "tls-key-file": folder / "key.pem",
+            "tls-ca-cert-file": self.ca_file,
+            "tls-auth-clients": "no",
+            "requirepass": PASSWORD,
+            "save": "",
+            "dir": folder,
+        }
+        flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+        self.process = subprocess.Popen(["redis-server", *flags], stdout=subprocess.DEVNULL)
+        self._wait_until_it_listens()
+
+    def _wait_until_it_listens(self) -> None:
+        deadline_s = time.monotonic() + 20
+        with redis.Redis(port=self.port, socket_connect_timeout=1) as client:
+            while "refused" in _complaint(client):
+                assert time.monotonic() < deadline_s, "redis-server does not start"
+                time.sleep(0.02)
+
+    def url(self, password: str = PASSWORD, host: str = "localhost") -> str:
+        return f"rediss://:{password}@{host}:{self.port}/0"
+
+    def settings(self, password: str = PASSWORD, host: str = "localhost") -> Settings:
+        return Settings(redis_url=self.url(password, host), redis_ca_file=self.ca_file)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+
+
+def _complaint(client: redis.Redis) -> str:
+    try:
+        client.ping()
+    except redis.ConnectionError as error:  # it listens, but not to plain text
+        return str(error)
+    return ""
