@@ -7,6 +7,7 @@ waiting ── begin_attempt ──▶ receiving ── arrive ──▶ running
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,10 +19,12 @@ from torch import Tensor
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.outputs import StepOutput
 from winnow.engine.sequence import GenerationSpec, Sequence
-from winnow.errors import StaleAttempt, UnknownReservation, WinnowError
+from winnow.errors import EngineFailed, StaleAttempt, UnknownReservation, WinnowError
 from winnow.kv import LayerKV, ModelShape
 from winnow.request import PrefillReport, SequenceState
 from winnow.wire import Expected, Grant, Trailer
+
+logger = logging.getLogger(__name__)
 
 _STEP_TIMEOUT_S = 10.0  # a step of a large batch, and what it recompresses
 
@@ -78,7 +81,8 @@ class ActiveRequest:
                 raise StaleAttempt(f"attempt {attempt} came after attempt {self._attempt}")
             self._attempt = attempt
             superseded, self._cancel_transfer = self._cancel_transfer, cancel_transfer
-            self.reservation.reset()
+            with self._failure_told():
+                self.reservation.reset()
             self._last_sign_s = time.monotonic()
         if superseded is not None:
             superseded()
@@ -100,13 +104,16 @@ class ActiveRequest:
         """Copies a layer into the reservation's pages; raises as `begin_attempt` does."""
         with self._lock:
             self._require_newest(attempt)
-            self.reservation.write_layer(layer, sequence_idx)
+            with self._failure_told():
+                self.reservation.write_layer(layer, sequence_idx)
             self._last_sign_s = time.monotonic()
 
     def arrive(self, attempt: int, trailer: Trailer) -> None:
         """Everything is written: the request joins the batch; raises as `begin_attempt` does."""
         self._note_arrival(attempt, trailer.report)
-        self._engine.start(self.reservation, trailer.final_hidden, trailer.report.next_position)
+        position = trailer.report.next_position
+        with self._failure_told():
+            self._engine.start(self.reservation, trailer.final_hidden, position)
 
     def arrive_running(
         self,
@@ -117,7 +124,24 @@ class ActiveRequest:
     ) -> None:
         """As `arrive`, for a request that ran at another worker; states: as DecodeEngine.resume."""
         self._note_arrival(attempt, report)
-        self._engine.resume(self.reservation, states, final_hidden)
+        with self._failure_told():
+            self._engine.resume(self.reservation, states, final_hidden)
+
+    @contextlib.contextmanager
+    def _failure_told(self) -> Iterator[None]:
+        """What breaks here (out of memory, a broken GPU) breaks the engine.
+
+        Whoever reads the tokens learns it at once, instead of waiting for KV until the lease ends.
+        """
+        try:
+            yield
+        except Exception as error:
+            about = {"request_id": self.spec.request_id}
+            logger.exception("KV could not be put in place", extra=about)
+            self._engine.note_failure()
+            failure = EngineFailed(f"KV could not be put in place: {error}")
+            self.post(failure)
+            raise failure from error
 
     def _note_arrival(self, attempt: int, report: PrefillReport) -> None:
         with self._lock:
@@ -155,7 +179,8 @@ class ActiveRequest:
         with self._lock:
             if attempt == self._attempt and not self._arrived and not self._closed:
                 self._cancel_transfer = None
-                self.reservation.reset()
+                with self._failure_told():
+                    self.reservation.reset()
 
     @property
     def last_sign_s(self) -> float:

@@ -14,9 +14,9 @@ from winnow.errors import EngineFailed, WinnowError
 logger = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 0.1  # how long a stop can take at most
-# After a failed step its requests leave. Where as many steps as this fail in a row, with requests
-# that keep coming, it is not the requests: a GPU that failed once fails ever after.
-_MAX_FAILED_STEPS = 10
+# After a failed step its requests leave. Where so much fails in a row, it is not the requests: a
+# GPU that failed once fails ever after, and memory that others took may stay away.
+_MAX_FAILURES = 10
 _FAILURE_PAUSE_S = 0.1
 
 
@@ -24,7 +24,8 @@ class EngineThread:
     """Runs `engine.step` and posts each step's outputs to the event loop, all in one call.
 
     deliver and fail_all run on the event loop. The thread ends after `stop`, or when step after
-    step has failed.
+    step has failed. So has a device that takes no KV: no step would ever come, so once anything
+    has failed, an idle engine tries the device.
     """
 
     def __init__(
@@ -63,11 +64,15 @@ class EngineThread:
         self._thread.join()
 
     def _run(self) -> None:
-        num_failed = 0
+        engine = self._engine
         try:
-            while not self._stopping.is_set() and num_failed < _MAX_FAILED_STEPS:
-                if self._engine.wait_for_work(_IDLE_WAIT_S):
-                    num_failed = 0 if self._step() else num_failed + 1
+            while not self._stopping.is_set() and engine.num_failures < _MAX_FAILURES:
+                if engine.wait_for_work(_IDLE_WAIT_S):
+                    self._step()
+                elif engine.num_failures:
+                    self._probe()
+                if engine.num_failures:
+                    self._stopping.wait(_FAILURE_PAUSE_S)
         finally:
             self._loop.call_soon_threadsafe(self._end)
 
@@ -77,8 +82,8 @@ class EngineThread:
             self._fail_all(EngineFailed("the decode engine has ended"))
         self._ended.set()
 
-    def _step(self) -> bool:
-        """Whether it succeeded; otherwise its requests have failed."""
+    def _step(self) -> None:
+        """Does a step; where all of it fails, its requests have failed."""
         started = time.perf_counter()
         try:
             outputs = self._engine.step()
@@ -86,12 +91,19 @@ class EngineThread:
             logger.exception("a decode step failed")
             failure = EngineFailed(f"a decode step failed: {error}")
             self._loop.call_soon_threadsafe(self._fail_all, failure)
-            self._stopping.wait(_FAILURE_PAUSE_S)
-            return False
+            self._engine.note_failure()
+            return
         if outputs:
             self._observe(outputs, time.perf_counter() - started)
             self._loop.call_soon_threadsafe(self._deliver, outputs)
-        return True
+
+    def _probe(self) -> None:
+        """That it works proves nothing, for a step needs more; that it fails does."""
+        try:
+            self._engine.pool.probe()
+        except RuntimeError:
+            logger.exception("the device fails")
+            self._engine.note_failure()
 
     def _observe(self, outputs: list[StepOutput], step_s: float) -> None:
         self._metrics.step_seconds.observe(step_s)

@@ -120,3 +120,26 @@ def test_a_promise_shrinks_to_what_the_heads_can_reach() -> None:
 def test_a_pool_too_small_for_the_model_is_refused() -> None:
     with pytest.raises(InvalidSetting, match="kv_memory_bytes is 144; this model needs at least"):
         KVPool(SHAPE, KVPoolConfig(PAGE_BYTES, 4), 1, torch.device("cpu"))
+
+
+def test_rows_that_cannot_be_cleared_are_free_for_others_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def dies(*_: object) -> None:
+        raise RuntimeError("CUDA error")
+
+    pool = make_pool(num_pages=30, rows=2)
+    rows = pool.reserve(2, Promise(15, 15))
+    for row in rows:
+        pool.write_layer(row, layer_of(0, (20, 20)))
+    with monkeypatch.context() as patch:
+        patch.setattr(KVPool, "_truncate", dies)
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            pool.release(*rows)
+    assert pool.stats().pages_reserved == 0
+    assert sorted(pool.reserve(2, Promise(15, 15))) == sorted(rows)
+    for row in rows:
+        pool.write_layer(row, layer_of(0, (20, 20)))
+    assert pool.stats().pages_used == 20
+    pool.release(*rows)
+    assert pool.stats().pages_used == 0

@@ -57,6 +57,7 @@ class DecodeEngine:
         self._reserved: set[Reservation] = set()
         self._wishes: list[_Wish] = []
         self._taken_out: dict[Reservation, list[Sequence]] = {}
+        self._num_failures = 0
         self._order = itertools.count()
         self._changed = threading.Condition()
         self._cutter = Cutter(self.pool)
@@ -144,8 +145,7 @@ class DecodeEngine:
         try:
             yield sequences
         finally:
-            for seq in sequences:
-                self.pool.release(seq.row)
+            self.pool.release(*(seq.row for seq in sequences))
 
     def _take_out(self, reservation: Reservation, timeout_s: float) -> list[Sequence]:
         with self._changed:
@@ -166,12 +166,30 @@ class DecodeEngine:
         return [*self._running, *self._arrived, *self._relief.swapped]
 
     def release(self, reservation: Reservation) -> None:
-        """Ends a request wherever it is and frees its pages, at the latest before the next step."""
-        freed = reservation.abandon()
+        """Ends a request wherever it is and frees its pages, at the latest before the next step.
+
+        A device that fails at that is noted; what was promised to the request is free all the same.
+        """
+        try:
+            freed = reservation.abandon()
+        except RuntimeError:
+            logger.exception("a request's pages could not be freed")
+            self.note_failure()
+            freed = True
         with self._changed:
             self._reserved.discard(reservation)
             reservation.cancelled = not freed
             self._changed.notify_all()
+
+    @property
+    def num_failures(self) -> int:
+        """Failed steps, and KV that could not be put in place, since a forward pass succeeded."""
+        return self._num_failures
+
+    def note_failure(self) -> None:
+        """Something failed that may be the device's fault."""
+        with self._changed:
+            self._num_failures += 1
 
     def wait_for_work(self, timeout_s: float) -> bool:
         """Blocks until there is something for `step` to do; False if the time passed first."""
@@ -212,30 +230,41 @@ class DecodeEngine:
     def _results(self, batch: list[Sequence]) -> dict[Sequence, Token | WinnowError]:
         if not batch:
             return {}
+        computes = any(seq.final_hidden is None for seq in batch)
         try:
             logits = self.model.logits(self._forward(batch))
         except RuntimeError as error:  # out of memory, a broken kernel: nobody's KV is sure now
             logger.exception("the forward pass failed with %d sequences", len(batch))
+            self.note_failure()
             return dict.fromkeys(batch, EngineFailed(f"the forward pass failed: {error}"))
-        return {seq: self._take(seq, row) for seq, row in zip(batch, logits, strict=True)}
+        taken: dict[Sequence, Token | WinnowError] = {
+            seq: self._take(seq, row) for seq, row in zip(batch, logits, strict=True)
+        }
+        if computes:  # a first token takes no layer: it works where the rest fails
+            with self._changed:
+                self._num_failures = 0
+        return taken
 
     def _join(self) -> None:
         """Lets arrived sequences into the batch, swapped ones back, and cancelled ones out."""
         with self._changed:
             arrived, self._arrived = self._arrived, []
             going = [seq for seq in (*self._running, *arrived, *self._relief.swapped) if seq.goes]
+            arrived = [seq for seq in arrived if seq not in going]
+            # Before the device is asked for anything: where it fails, nobody drops out unseen.
+            self._running = [seq for seq in self._running if seq not in going] + arrived
+            self._changed.notify_all()
+            freed = []
             for seq in going:
                 if seq.swapped:
                     self._relief.drop(seq)
                 if seq.reservation.moving:
                     self._taken_out.setdefault(seq.reservation, []).append(seq)
                 else:
-                    self.pool.release(seq.row)
-            arrived = [seq for seq in arrived if seq not in going]
+                    freed.append(seq.row)
+            self.pool.release(*freed)
             for seq in arrived:
                 self._cutter.settle(seq)
-            self._running = [seq for seq in self._running if seq not in going] + arrived
-            self._changed.notify_all()
         self._swap_in()
 
     def _swap_in(self) -> None:
@@ -272,8 +301,8 @@ class DecodeEngine:
         """Copies without the lock, so that nobody else waits for it."""
         layers = self._relief.copy_out(seq)
         with self._changed:
-            self._relief.add(seq, layers)
             self._running = [other for other in self._running if other is not seq]
+            self._relief.add(seq, layers)
 
     def _forward(self, batch: list[Sequence]) -> Tensor:
         """Hidden states from which each sequence's next token is sampled: [B, hidden_size]."""
@@ -342,5 +371,4 @@ class DecodeEngine:
         with self._changed:
             self._running = [seq for seq in self._running if seq not in ended]
             self._changed.notify_all()
-        for seq in ended:
-            self.pool.release(seq.row)
+        self.pool.release(*(seq.row for seq in ended))

@@ -10,6 +10,7 @@ Every method may be called from any thread; pages of different rows are never wr
 call, so prefill's KV arrives while other rows decode.
 """
 
+import contextlib
 import threading
 from dataclasses import dataclass
 
@@ -160,17 +161,27 @@ class KVPool:
         with self._lock:
             return self._promises.secure({row: num_pages}, spare=spare)
 
-    def release(self, row: int) -> None:
-        """Frees a row, its pages and its promise."""
-        with self._lock:
-            self.clear(row)
-            self._promises.take_back(row)
+    def release(self, *rows: int) -> None:
+        """Frees rows, their pages and their promises.
+
+        Promises are taken back from all even if the device fails at that; pages that a row keeps
+        then are freed when it is written next.
+        """
+        with self._lock, contextlib.ExitStack() as steps:  # the last one first
+            for row in rows:
+                steps.callback(self._promises.take_back, row)
+                steps.callback(self.clear, row)
 
     def clear(self, row: int) -> None:
         """Frees a row's pages; the promise stays."""
         with self._lock:
             for layer_idx in range(self.shape.num_layers):
                 self._truncate(row, layer_idx, torch.zeros_like(self._lengths[row, layer_idx]))
+
+    def probe(self) -> None:
+        """Raises RuntimeError if the device computes no more.  Writes to no row's page."""
+        self._blank(torch.zeros(1, dtype=torch.int64, device=self.device))
+        float(self._keys[0, 0, 0])  # waits for the device, which tells only then
 
     def stats(self) -> PoolStats:
         with self._lock:
@@ -275,8 +286,8 @@ class KVPool:
         behind = (page >= -(-lengths // self.page_size)[:, None]) & (table > 0)
         freed = table[behind]
         self._free_pages[self._num_free : self._num_free + len(freed)] = freed
+        table.masked_fill_(behind, 0)  # before they count as free, lest a failure free them twice
         self._num_free += len(freed)
-        table[behind] = 0
         self._lengths[row, layer_idx] = lengths
 
     def _grow(self, row: int, layer_idx: int, lengths: Tensor) -> None:

@@ -191,8 +191,7 @@ class Reservation:
         with self._lock:
             if self._state is _State.RESERVED:
                 self._state = _State.DONE
-                for row in self.rows:
-                    self._pool.release(row)
+                self._pool.release(*self.rows)
                 return True
             return False
 

@@ -2,15 +2,18 @@ import asyncio
 import threading
 from pathlib import Path
 
+import pytest
+import torch
+
 from services.decode.engine_thread import EngineThread
 from services.decode.metrics import DecodeMetrics
 from tests.services.decode.client import GREEDY, PROMPT
-from tests.winnow.drive import admit, spec
+from tests.winnow.drive import UNPRUNED, admit, prefill_all, spec
 from winnow.engine.decode import DecodeEngine
-from winnow.engine.kv_pool import KVPoolConfig
+from winnow.engine.kv_pool import KVPool, KVPoolConfig
 from winnow.engine.outputs import StepOutput
-from winnow.errors import EngineFailed, WinnowError
-from winnow.models import load_model
+from winnow.errors import EngineFailed, NotFinite, WinnowError
+from winnow.models import DecoderModel, load_model
 
 
 class BreaksOnce(DecodeEngine):
@@ -66,3 +69,100 @@ async def test_the_thread_ends_when_step_after_step_fails(tiny_models: dict[str,
     assert failures[-1].message == "the decode engine has ended"
     await thread.stop()
     assert not thread.alive
+
+
+class Worker:
+    """An engine with its thread, and what it posted."""
+
+    def __init__(self, model: DecoderModel) -> None:
+        self.engine = DecodeEngine(model, pool_config=KVPoolConfig(16 << 20, 16))
+        self.layers, self.result = prefill_all(model, PROMPT, UNPRUNED)
+        self._outputs: asyncio.Queue[list[StepOutput]] = asyncio.Queue()
+        self.thread = EngineThread(
+            self.engine, DecodeMetrics("tiny"), self._outputs.put_nowait, lambda error: None
+        )
+        self.thread.start()
+
+    def run(self, request_id: str, final_hidden: torch.Tensor | None = None) -> None:
+        """A request whose KV was computed elsewhere."""
+        reservation = self.engine.reserve(spec(request_id, len(PROMPT), GREEDY))
+        for layer in self.layers:
+            reservation.write_layer(layer)
+        hidden = self.result.final_hidden if final_hidden is None else final_hidden
+        self.engine.start(reservation, hidden, self.result.report.next_position)
+
+    async def next_output(self) -> StepOutput:
+        """Of the only request that runs."""
+        async with asyncio.timeout(30):
+            (output,) = await self._outputs.get()
+            return output
+
+
+@pytest.fixture
+def model(tiny_models: dict[str, Path]) -> DecoderModel:
+    return load_model(tiny_models["llama"])
+
+
+def out_of_memory(*_: object) -> torch.Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+async def test_the_thread_ends_when_every_batch_fails_though_the_device_lives(
+    model: DecoderModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker(model)
+    monkeypatch.setattr(DecoderModel, "layer", out_of_memory)
+    for idx in range(10):
+        assert worker.thread.alive
+        worker.run(str(idx))
+        assert (await worker.next_output()).error is None  # a first token takes no layer
+        assert "out of memory" in str((await worker.next_output()).error)
+    async with asyncio.timeout(60):
+        await worker.thread.wait_until_ended()
+    await worker.thread.stop()
+
+
+def dies(*_: object) -> None:
+    raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+def kill_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call that the device takes part in fails from now on."""
+    for name in ("_truncate", "_grow", "_blank", "lengths", "plan_step", "claim", "settle"):
+        monkeypatch.setattr(KVPool, name, dies)
+    monkeypatch.setattr(DecoderModel, "layer", dies)
+    monkeypatch.setattr(DecoderModel, "logits", dies)
+
+
+async def test_the_thread_ends_with_a_device_that_dies_under_the_only_request(
+    model: DecoderModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker(model)
+    worker.run("only")
+    await worker.next_output()
+    kill_device(monkeypatch)
+    async with asyncio.timeout(60):
+        await worker.thread.wait_until_ended()
+    await worker.thread.stop()
+    stats = worker.engine.stats()
+    assert (stats.running_sequences, stats.pool.pages_reserved) == (0, 0)
+
+
+async def test_the_thread_ends_with_a_device_that_takes_no_kv(
+    model: DecoderModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker(model)
+    kill_device(monkeypatch)
+    worker.engine.note_failure()  # as a transfer does
+    async with asyncio.timeout(60):
+        await worker.thread.wait_until_ended()
+    await worker.thread.stop()
+
+
+async def test_requests_with_broken_numbers_do_not_end_the_thread(model: DecoderModel) -> None:
+    worker = Worker(model)
+    for idx in range(12):
+        worker.run(str(idx), worker.result.final_hidden * float("nan"))
+        assert isinstance((await worker.next_output()).error, NotFinite)
+    assert worker.thread.alive
+    await worker.thread.stop()

@@ -3,13 +3,21 @@ from collections.abc import Callable
 
 import grpc
 import pytest
+import torch
 
 from services.common.rpc import ERROR_KEY, error_from_rpc
 from services.decode.push import MAX_OPEN_TRANSFERS
 from tests.services.decode.client import GREEDY, PROMPT, Client, error_of, events_of, token_ids_of
 from tests.services.decode.conftest import StartWorker
 from tests.winnow.drive import admit, decode_all, ids, make_engine, spec
-from winnow.errors import LeaseExpired, StaleAttempt, TransferForged, UnknownReservation
+from winnow.engine.kv_pool import KVPool
+from winnow.errors import (
+    EngineFailed,
+    LeaseExpired,
+    StaleAttempt,
+    TransferForged,
+    UnknownReservation,
+)
 from winnow.v1 import decode_pb2 as pb
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -262,3 +270,23 @@ async def test_a_gateway_without_common_version_is_refused(client: Client) -> No
     call = client.generate(client.request(wire_versions=(5, 6)))
     assert await call.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert "versions 5, 6; this worker speaks 3, 4" in await call.details()
+
+
+async def test_a_request_whose_kv_cannot_be_written_ends_at_once(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    call = await client.admit(client.request())
+    monkeypatch.setattr(KVPool, "write_layer", out_of_memory)
+    with pytest.raises(EngineFailed, match="could not be put in place: CUDA out of memory"):
+        await client.push(client.frames())
+    async with asyncio.timeout(10):  # not after the lease
+        assert isinstance(await error_of(call), EngineFailed)
+    monkeypatch.undo()
+    assert client.worker.engine.num_failures == 1
+    call = await client.admit(client.request())
+    await client.push(client.frames())
+    assert await token_ids_of(call) == right_answer(client)
+    assert client.worker.engine.num_failures == 0
