@@ -18,10 +18,12 @@ from tests.winnow.drive import (
     spec,
 )
 from tests.winnow.test_prefill import ASL, prompt
+from winnow.engine.kv_pool import KVPool
+from winnow.engine.sequence import Reservation
 from winnow.errors import InvalidSetting, Overloaded
 from winnow.kv import LayerKV
 from winnow.models import load_model
-from winnow.request import RECOMPRESSIONS, FinishReason, SamplingParams
+from winnow.request import RECOMPRESSIONS, FinishReason, SamplingParams, SequenceState
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
 LENGTHS = (1, 2, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 100, 150, 300)
@@ -228,6 +230,44 @@ def test_a_release_between_the_start_and_the_batch_is_not_lost(
     engine.start(reservation, result.final_hidden, result.report.next_position)
     assert engine.step() == []
     assert_empty(engine)
+
+
+def out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("part", ["_copy_first", "_resumed"])
+def test_a_request_whose_start_fails_leaves_nothing_behind(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    engine = make_engine(load_model(tiny_models["llama"]), rows=2)
+    reservation = engine.reserve(spec("two", 20, GREEDY, num_sequences=2, decode_budget=30))
+    layers, result = prefill_all(engine.model, prompt(20), UNPRUNED)
+    for layer in layers:
+        reservation.write_layer(layer)
+    monkeypatch.setattr(Reservation, part, out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        if part == "_copy_first":
+            engine.start(reservation, result.final_hidden, 20)
+        else:
+            engine.resume(reservation, {1: SequenceState((), 20)}, result.final_hidden)
+    assert_empty(engine)
+    engine.release(reservation)
+    assert not engine.step()
+    engine.release(engine.reserve(spec("next", 20, GREEDY, num_sequences=2)))
+
+
+def test_a_failure_to_free_ended_sequences_frees_those_that_would_go_on(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(load_model(tiny_models["llama"]), rows=2)
+    reservation = engine.reserve(spec("two", 20, GREEDY, num_sequences=2))
+    _, result = prefill_all(engine.model, prompt(20), UNPRUNED)
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(KVPool, "clear", out_of_memory)
+        engine.resume(reservation, {1: SequenceState((), 20)}, result.final_hidden)
+    assert_empty(engine)
+    engine.release(engine.reserve(spec("next", 20, GREEDY, num_sequences=2)))
 
 
 def test_reset_lets_another_attempt_write_again(tiny_models: dict[str, Path]) -> None:

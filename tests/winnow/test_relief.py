@@ -324,3 +324,25 @@ def test_a_request_can_be_taken_out_while_it_is_still_being_started(model: Decod
         state, _ = taking.result()
     assert state.token_ids == ()
     assert_empty(engine)
+
+
+def test_a_request_that_ends_while_it_is_started_and_taken_out_leaves_nothing_behind(
+    model: DecoderModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(model)
+    reservation = engine.reserve(spec("early", PROMPT_TOKENS, LONG))
+    layers, result = prefill_all(model, prompt(PROMPT_TOKENS), UNPRUNED)
+    write(reservation, layers)
+    begin = reservation.begin
+
+    def begin_then_take(hidden: torch.Tensor, next_position: int) -> object:
+        sequences = begin(hidden, next_position)
+        engine.release(reservation)
+        with engine.taken_out(reservation, 20) as taken:
+            assert taken == []
+        return sequences
+
+    monkeypatch.setattr(reservation, "begin", begin_then_take)
+    engine.start(reservation, result.final_hidden, result.report.next_position)
+    assert engine.step() == []
+    assert_empty(engine)

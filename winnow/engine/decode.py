@@ -113,7 +113,7 @@ class DecodeEngine:
         goes on, from the prefill's report.
         """
         hidden = final_hidden.to(device=self.model.device, dtype=self.model.shape.dtype)
-        self._enqueue(reservation, reservation.begin(hidden, next_position))
+        self._enqueue(reservation, lambda: reservation.begin(hidden, next_position))
 
     def resume(
         self,
@@ -127,13 +127,20 @@ class DecodeEngine:
         `start`; it only matters to a sequence without a token.
         """
         hidden = final_hidden.to(device=self.model.device, dtype=self.model.shape.dtype)
-        self._enqueue(reservation, reservation.resume(states, hidden))
+        self._enqueue(reservation, lambda: reservation.resume(states, hidden))
 
-    def _enqueue(self, reservation: Reservation, sequences: list[Sequence] | None) -> None:
-        with self._changed:
-            self._reserved.discard(reservation)
-            self._arrived += sequences or ()
-            self._changed.notify_all()
+    def _enqueue(
+        self, reservation: Reservation, start: Callable[[], list[Sequence] | None]
+    ) -> None:
+        """Lets what `start` returns join; a reservation whose start fails holds nothing more."""
+        sequences = None
+        try:
+            sequences = start()
+        finally:
+            with self._changed:
+                self._reserved.discard(reservation)
+                self._arrived += sequences or ()
+                self._changed.notify_all()
 
     @contextlib.contextmanager
     def taken_out(self, reservation: Reservation, timeout_s: float) -> Iterator[list[Sequence]]:
@@ -157,10 +164,12 @@ class DecodeEngine:
                 is_in = any(seq.reservation is reservation for seq in self._everyone())
                 return not is_in and reservation not in self._reserved
 
-            if not self._changed.wait_for(is_out, timeout_s):
-                reservation.moving = False
-                raise EngineFailed(f"the engine did no step within {timeout_s:g} s")
-            return self._taken_out.pop(reservation, [])
+            try:
+                if not self._changed.wait_for(is_out, timeout_s):
+                    raise EngineFailed(f"the engine did no step within {timeout_s:g} s")
+                return self._taken_out.pop(reservation, [])
+            finally:
+                reservation.moving = False  # what arrives later, nobody takes out
 
     def _everyone(self) -> list[Sequence]:
         return [*self._running, *self._arrived, *self._relief.swapped]

@@ -1,7 +1,8 @@
 """A request in decode: what it asks for, the memory promised to it, its running sequences."""
 
+import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
@@ -139,14 +140,15 @@ class Reservation:
 
         final_hidden, next_position: as in DecodeEngine.start.
         """
-        if not self._starts():
-            return None
-        for idx in range(1, self.spec.num_sequences):
-            self._copy_first(idx)
-        return [
-            Sequence(self, row, idx, final_hidden, next_position, self._rings.pop(idx, None))
-            for idx, row in enumerate(self.rows)
-        ]
+        with self._starting() as starts:
+            if not starts:
+                return None
+            for idx in range(1, self.spec.num_sequences):
+                self._copy_first(idx)
+            return [
+                Sequence(self, row, idx, final_hidden, next_position, self._rings.pop(idx, None))
+                for idx, row in enumerate(self.rows)
+            ]
 
     def resume(
         self, states: Mapping[int, SequenceState], final_hidden: Tensor
@@ -155,28 +157,36 @@ class Reservation:
 
         states: of those that have not ended, by sequence_idx.
         """
-        if not self._starts():
-            return None
-        for idx, row in enumerate(self.rows):
-            if idx not in states:
-                self._pool.release(row)
-        self.num_live = len(states)
-        self.recompressed_entries = max(s.recompressed_entries for s in states.values())
-        sequences = []
-        for idx, state in states.items():
-            ring = self._rings.pop(idx, None)
-            seq = Sequence(self, self.rows[idx], idx, final_hidden, state.next_position, ring)
-            seq.go_on(state)
-            sequences.append(seq)
-        return sequences
+        with self._starting() as starts:
+            if not starts:
+                return None
+            self.num_live = len(states)
+            self.recompressed_entries = max(s.recompressed_entries for s in states.values())
+            sequences = [self._resumed(idx, state, final_hidden) for idx, state in states.items()]
+            ended = [row for idx, row in enumerate(self.rows) if idx not in states]
+            self.rows = [seq.row for seq in sequences]
+            self._pool.release(*ended)
+            return sequences
 
-    def _starts(self) -> bool:
-        """Whether it was still reserved; the engine's from now on."""
+    def _resumed(self, idx: int, state: SequenceState, final_hidden: Tensor) -> "Sequence":
+        ring = self._rings.pop(idx, None)
+        seq = Sequence(self, self.rows[idx], idx, final_hidden, state.next_position, ring)
+        seq.go_on(state)
+        return seq
+
+    @contextlib.contextmanager
+    def _starting(self) -> Iterator[bool]:
+        """Whether it was still reserved; the engine's from now on, or freed where that fails."""
         with self._lock:
-            if self._state is not _State.RESERVED:
-                return False
-            self._state = _State.STARTED
-            return True
+            starts = self._state is _State.RESERVED
+            if starts:
+                self._state = _State.STARTED
+        try:
+            yield starts
+        except BaseException:
+            self._state = _State.DONE
+            self._pool.release(*self.rows)
+            raise
 
     def _copy_first(self, idx: int) -> None:
         """Gives a sequence what the first one has."""

@@ -11,6 +11,7 @@ from tests.services.decode.client import GREEDY, PROMPT, Client, error_of, event
 from tests.services.decode.conftest import StartWorker
 from tests.winnow.drive import admit, decode_all, ids, make_engine, spec
 from winnow.engine.kv_pool import KVPool
+from winnow.engine.sequence import Reservation
 from winnow.errors import (
     EngineFailed,
     LeaseExpired,
@@ -272,14 +273,15 @@ async def test_a_gateway_without_common_version_is_refused(client: Client) -> No
     assert "versions 5, 6; this worker speaks 3, 4" in await call.details()
 
 
-async def test_a_request_whose_kv_cannot_be_written_ends_at_once(
-    client: Client, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("where", "what"), [(KVPool, "write_layer"), (Reservation, "begin")])
+async def test_a_request_whose_kv_cannot_be_put_in_place_ends_at_once(
+    client: Client, monkeypatch: pytest.MonkeyPatch, where: type, what: str
 ) -> None:
     def out_of_memory(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     call = await client.admit(client.request())
-    monkeypatch.setattr(KVPool, "write_layer", out_of_memory)
+    monkeypatch.setattr(where, what, out_of_memory)
     with pytest.raises(EngineFailed, match="could not be put in place: CUDA out of memory"):
         await client.push(client.frames())
     async with asyncio.timeout(10):  # not after the lease
