@@ -102,6 +102,20 @@ def test_the_youngest_waits_and_the_oldest_never_does(model: DecoderModel) -> No
     assert ended == ["0", "1", "2", "3"]
 
 
+def test_a_request_is_as_old_as_its_reservation_not_as_its_kv(model: DecoderModel) -> None:
+    engine = tight_engine(model, 1.5)
+    old = engine.reserve(spec("old", PROMPT_TOKENS, LONG))  # its prefill takes long
+    admit(engine, spec("young", PROMPT_TOKENS, LONG), prompt(PROMPT_TOKENS, 2))
+    engine.step()
+    layers, result = prefill_all(model, prompt(PROMPT_TOKENS, 1), UNPRUNED)
+    write(old, layers)
+    engine.start(old, result.final_hidden, result.report.next_position)
+    while not engine.stats().swapped_sequences:
+        ran = {output.request_id for output in engine.step()}
+    assert ran == {"old"}
+    assert decode_all(engine).keys() == {"old", "young"}
+
+
 def test_nothing_new_is_let_in_before_those_who_wait(model: DecoderModel) -> None:
     engine = tight_engine(model, 1.5)
     admit_four(engine)

@@ -52,7 +52,7 @@ class DecodeEngine:
         self.model = model
         self.max_batch_size = max_batch_size
         self.pool = KVPool(model.shape, pool_config, max_batch_size, model.device)
-        self._running: list[Sequence] = []
+        self._running: list[Sequence] = []  # the oldest first
         self._arrived: list[Sequence] = []
         self._reserved: set[Reservation] = set()
         self._wishes: list[_Wish] = []
@@ -261,7 +261,8 @@ class DecodeEngine:
             going = [seq for seq in (*self._running, *arrived, *self._relief.swapped) if seq.goes]
             arrived = [seq for seq in arrived if seq not in going]
             # Before the device is asked for anything: where it fails, nobody drops out unseen.
-            self._running = [seq for seq in self._running if seq not in going] + arrived
+            staying = [seq for seq in self._running if seq not in going]
+            self._running = sorted([*staying, *arrived], key=age)
             self._changed.notify_all()
             freed = []
             for seq in going:
