@@ -254,6 +254,19 @@ def test_nobody_shrinks_for_a_request_that_would_not_fit_all_the_same(model: Dec
     assert engine.relief_counts.shrunk == 0
 
 
+def test_who_has_its_memory_assured_does_not_shrink_for_others(model: DecoderModel) -> None:
+    big = spec("big", PROMPT_TOKENS, LONG, decode_floor=32, recompress_interval=16, assured=True)
+    engine = make_engine(model, memory=memory_for(model, big, 1.5), overcommit=2)
+    admit(engine, big, prompt(PROMPT_TOKENS))
+    for _ in range(20):
+        engine.step()
+    with pytest.raises(Overloaded):
+        engine.reserve(replace(big, request_id="other"))
+    assert not engine.request_room(replace(big, request_id="other"), lambda: None)
+    engine.step()
+    assert engine.relief_counts.shrunk == 0
+
+
 def running_at(engine: DecodeEngine, request: GenerationSpec, num_steps: int) -> Moved:
     """What a request holds after some steps, taken out of another engine."""
     reservation = admit(engine, request, prompt(request.num_prompt_tokens))

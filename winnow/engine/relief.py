@@ -132,10 +132,15 @@ class Relief:
 
 
 def can_shrink(seq: Sequence) -> bool:
-    """Whether the sequence has a floor below its budget, and a step behind it to score by."""
+    """Whether the sequence has a floor below its budget, and a step behind it to score by.
+
+    One whose memory is assured keeps its entries too.
+    """
     floor = seq.spec.decode_floor
     has_step = seq.num_generated > 1  # the first token needs none
-    return has_step and floor is not None and (seq.budget is None or seq.budget > floor)
+    if seq.spec.assured or floor is None or not has_step:
+        return False
+    return seq.budget is None or seq.budget > floor
 
 
 def age(seq: Sequence) -> tuple[int, int]:
