@@ -80,11 +80,6 @@ class SamplingParams:
         """True if sampling looks at the prompt's token ids."""
         return self.repetition_penalty != 1.0
 
-    @property
-    def needs_history(self) -> bool:
-        """True if sampling looks at the tokens so far."""
-        return bool(self.needs_prompt or self.presence_penalty or self.frequency_penalty)
-
 
 @dataclass(frozen=True, slots=True)
 class PruningSettings:

@@ -49,31 +49,30 @@ def sample(
     """
     if not bool(logits.isfinite().all()):
         raise NotFinite(f"the model's logits at position {position} are not finite")
-    logits = _adjust(logits, params, history)
+    logits = _adjust(logits.to(torch.float64, copy=True), params, history)
     if params.temperature == 0:
         return int(logits.argmax())
-    probabilities = _filter((logits / params.temperature).double().softmax(-1), params)
+    below_best = logits - logits.max()  # so that no temperature takes the best out of range
+    probabilities = _filter((below_best / params.temperature).softmax(-1), params)
     cumulative = probabilities.cumsum(-1)
     target = cumulative[-1] * uniform(seed, position)
     return int(torch.searchsorted(cumulative, target, right=True).clamp_max(len(logits) - 1))
 
 
 def _adjust(logits: Tensor, params: SamplingParams, history: TokenHistory) -> Tensor:
-    """Penalties, then biases, as vLLM and OpenAI apply them."""
-    if not params.needs_history and not params.logit_bias:
-        return logits
-    logits = logits.clone()
+    """Penalties, then biases, as vLLM and OpenAI apply them.  logits: float64, which change."""
     if params.repetition_penalty != 1:
         seen = torch.tensor(
             [*{*history.prompt, *history.generated}], dtype=torch.int64, device=logits.device
         )
         values = logits[seen]
         penalty = params.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        scaled = torch.where(values > 0, values / penalty, values * penalty)
+        logits[seen] = scaled.clamp_max(torch.finfo(scaled.dtype).max)  # of a penalty near zero
     if history.generated and (params.presence_penalty or params.frequency_penalty):
         generated = torch.tensor(history.generated, device=logits.device)
         tokens, counts = torch.unique(generated, return_counts=True)
-        logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts
+        logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts.double()
     for token_id, bias in params.logit_bias.items():
         logits[token_id] += bias
     return logits

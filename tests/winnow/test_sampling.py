@@ -91,6 +91,24 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
         sample(torch.tensor([0.0, float("nan")]), SamplingParams(), 5, TokenHistory(), seed=0)
 
 
+@pytest.mark.parametrize("temperature", [1e-10, 1e-38, 5e-324])
+def test_the_lowest_temperatures_take_the_likeliest(temperature: float) -> None:
+    logits = torch.tensor([-30.0, 25.0, 24.9, -1e30, 0.0])
+    assert draw(SamplingParams(temperature=temperature), 20, logits) == {1: 1.0}
+
+
+@pytest.mark.parametrize("penalty", [1e-10, 1e-38, 5e-324])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_lowest_repetition_penalties_take_a_token_that_was_seen(
+    penalty: float, temperature: float
+) -> None:
+    params = SamplingParams(temperature=temperature, repetition_penalty=penalty)
+    history = TokenHistory(generated=[0, 1, 2])
+    logits = torch.tensor([-30.0, 25.0, 1e30, 28.0])
+    tokens = {sample(logits, params, position, history, seed=3) for position in range(20)}
+    assert tokens <= {1, 2}
+
+
 def test_logprobs_are_of_the_raw_logits() -> None:
     logits = torch.tensor([1.0, 3.0, 2.0])
     total = log(exp(1) + exp(3) + exp(2))
