@@ -21,6 +21,7 @@ class Histories(RuleBasedStateMachine):
         super().__init__()
         self.promises = Promises(NUM_PAGES, NUM_ROWS, OVERCOMMIT)
         self.kept: dict[int, Promise] = {}
+        self.firm: set[int] = set()
 
     @rule(num_rows=st.integers(1, 3), promise=st.builds(some_promise, PAGES, PAGES))
     def give(self, num_rows: int, promise: Promise) -> None:
@@ -33,11 +34,19 @@ class Histories(RuleBasedStateMachine):
         assert fits
         assert not set(rows) & set(self.kept)
         self.kept |= dict.fromkeys(rows, promise)
+        self.firm |= set(rows)
 
-    @precondition(lambda self: self.kept)
+    @precondition(lambda self: self.firm)
+    @rule(data=st.data())
+    def loosen(self, data: st.DataObject) -> None:
+        row = data.draw(st.sampled_from(sorted(self.firm)))
+        self.promises.loosen(row)
+        self.firm.remove(row)
+
+    @precondition(lambda self: self.kept.keys() - self.firm)
     @rule(data=st.data(), needed=PAGES, spare=st.integers(0, 10))
     def secure(self, data: st.DataObject, needed: int, spare: int) -> None:
-        row = data.draw(st.sampled_from(sorted(self.kept)))
+        row = data.draw(st.sampled_from(sorted(self.kept.keys() - self.firm)))
         before = self.kept[row]
         needed = min(needed, before.most)
         free = NUM_PAGES - sum(promise.sure for promise in self.kept.values())
@@ -46,10 +55,10 @@ class Histories(RuleBasedStateMachine):
         if possible:
             self.kept[row] = Promise(before.most, max(before.sure, needed))
 
-    @precondition(lambda self: self.kept)
+    @precondition(lambda self: self.kept.keys() - self.firm)
     @rule(data=st.data())
     def unsecure(self, data: st.DataObject) -> None:
-        row = data.draw(st.sampled_from(sorted(self.kept)))
+        row = data.draw(st.sampled_from(sorted(self.kept.keys() - self.firm)))
         self.promises.unsecure(row)
         self.kept[row] = Promise(self.kept[row].most, 0)
 
@@ -59,6 +68,7 @@ class Histories(RuleBasedStateMachine):
         row = data.draw(st.sampled_from(sorted(self.kept)))
         self.promises.take_back(row)
         del self.kept[row]
+        self.firm.discard(row)
 
     @invariant()
     def nothing_is_promised_twice(self) -> None:
@@ -68,6 +78,12 @@ class Histories(RuleBasedStateMachine):
         assert self.promises.most_in_all() == most <= NUM_PAGES * OVERCOMMIT
         assert sure <= NUM_PAGES
         assert self.promises.free() == Promise(int(NUM_PAGES * OVERCOMMIT) - most, NUM_PAGES - sure)
+
+    @invariant()
+    def any_row_could_have_its_most_if_the_others_gave_way(self) -> None:
+        for row, promise in self.kept.items():
+            others = sum(self.kept[other].sure for other in self.firm - {row})
+            assert promise.most + others <= NUM_PAGES
 
 
 TestHistories = Histories.TestCase
@@ -83,6 +99,11 @@ def test_refusals_name_what_is_missing() -> None:
     with pytest.raises(Overloaded, match="needs 2 places in the batch; 1 are free"):
         promises.give(2, Promise(10, 10))
     promises.give(1, Promise(40, 40))
+    promises = Promises(num_pages=100, num_rows=2, overcommit=2.0)
+    promises.give(1, Promise(80, 30))
+    with pytest.raises(Overloaded, match="needs 40 KV pages; too few would be left for those"):
+        promises.give(1, Promise(40, 21))
+    promises.give(1, Promise(40, 20))
 
 
 @settings(deadline=None)

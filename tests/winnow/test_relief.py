@@ -75,7 +75,7 @@ def admit_four(engine: DecodeEngine, **more: object) -> dict[str, list[int]]:
     return prompts
 
 
-@pytest.mark.parametrize("num_sequences", [1, 1.5, 2.3])
+@pytest.mark.parametrize("num_sequences", [1.3, 1.5, 2.3])
 def test_sequences_that_had_to_wait_get_their_own_tokens_all_the_same(
     model: DecoderModel, tiny_models: dict[str, Path], num_sequences: float
 ) -> None:
@@ -100,6 +100,20 @@ def test_the_youngest_waits_and_the_oldest_never_does(model: DecoderModel) -> No
             assert "0" in {output.request_id for output in outputs}
         ended += [output.request_id for output in outputs if output.finished]
     assert ended == ["0", "1", "2", "3"]
+
+
+def test_the_oldest_does_not_wait_for_kv_that_is_on_the_way(model: DecoderModel) -> None:
+    engine = tight_engine(model, 1.5, swap_bytes=0)
+    admit(engine, spec("old", PROMPT_TOKENS, LONG), prompt(PROMPT_TOKENS))
+    for _ in range(15):
+        engine.step()
+    reserved = 0
+    with pytest.raises(Overloaded, match="too few would be left"):
+        while True:
+            engine.reserve(spec(f"young {reserved}", PROMPT_TOKENS, LONG))
+            reserved += 1
+    assert reserved == 2
+    assert len(ids(decode_all(engine)["old"])) == LONG.max_tokens - 15
 
 
 def test_a_request_is_as_old_as_its_reservation_not_as_its_kv(model: DecoderModel) -> None:
@@ -275,6 +289,8 @@ def running_at(engine: DecodeEngine, request: GenerationSpec, num_steps: int) ->
     taken = threading.Thread(target=lambda: result.append(take(engine, reservation)))
     result: list[Moved] = []
     taken.start()
+    while not reservation.moving:
+        pass
     while taken.is_alive():
         engine.step()
     return result[0]
@@ -316,24 +332,24 @@ def test_a_request_that_moves_in_takes_no_page_that_others_were_promised(
     assert_empty(engine)
 
 
-def test_what_a_worker_has_just_taken_over_can_shrink_before_it_has_done_a_step(
+def test_what_a_worker_has_just_taken_over_can_give_way_before_it_has_done_a_step(
     model: DecoderModel,
 ) -> None:
     moving = spec("moved", PROMPT_TOKENS, LONG, decode_floor=16)
-    state, layers = running_at(make_engine(model), moving, 56)  # a step before a full page
+    state, layers = running_at(make_engine(model), moving, 57)  # its pages are full
     engine = make_engine(
-        model, memory=memory_for(model, moving, 1.0), overcommit=4, swap_bytes=1 << 30
+        model, memory=memory_for(model, moving, 2.0), overcommit=4, swap_bytes=1 << 30
     )
-    moved = engine.reserve(replace(moving, moved=True))
-    write(moved, layers)
-    engine.resume(moved, {0: state}, torch.zeros(model.shape.hidden_size))
-    engine._join()
-    filler = engine.reserve(spec("filler", 60, replace(LONG, max_tokens=1)))
-    for _ in range(30):
-        engine.step()
-        require_backed(engine)
+    for name in ("older", "younger"):
+        moved = engine.reserve(replace(moving, request_id=name, moved=True))
+        write(moved, layers)
+        engine.resume(moved, {0: state}, torch.zeros(model.shape.hidden_size))
+    filler = engine.reserve(spec("filler", 200, replace(LONG, max_tokens=1)))
+    engine.step()
+    require_backed(engine)
+    assert engine.relief_counts.swapped_out == 1
     engine.release(filler)
-    assert len(ids(decode_all(engine)["moved"])) > 0
+    assert decode_all(engine).keys() == {"older", "younger"}
     assert_empty(engine)
 
 

@@ -136,6 +136,8 @@ class DecodeEngine:
         sequences = None
         try:
             sequences = start()
+            for seq in sequences or ():
+                self._cutter.settle(seq)
         finally:
             with self._changed:
                 self._reserved.discard(reservation)
@@ -273,8 +275,6 @@ class DecodeEngine:
                 else:
                     freed.append(seq.row)
             self.pool.release(*freed)
-            for seq in arrived:
-                self._cutter.settle(seq)
         self._swap_in()
 
     def _swap_in(self) -> None:

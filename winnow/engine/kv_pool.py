@@ -136,13 +136,15 @@ class KVPool:
         """Lower a row's promise to what it holds and what its heads can still grow to.
 
         Each head may grow by `extra_entries`, but stays within the larger of `cap` and its length
-        plus one.  assured: that is kept for it, too.
+        plus one.  assured: that is kept for it, too; other rows can give way from then on.
         """
         with self._lock:
             lengths = self._lengths[row]
             reach = (lengths + extra_entries).minimum((lengths + 1).clamp_min(cap))
             most, held = (int((-(-n // self.page_size)).sum()) for n in (reach, lengths))
             self._promises.change(row, Promise(most, most if assured else held))
+            if not assured:
+                self._promises.loosen(row)
 
     def claim(self, rows: list[int]) -> bool:
         """Keeps the pages that `plan_step` of these rows takes; False if there are too few."""

@@ -17,6 +17,9 @@ class Promise:
 class Promises:
     """One for each row in use. At most all pages are sure, and `overcommit` times them promised.
 
+    A row is firm at first: nobody can make it give way, since its KV is on the way. Every row could
+    have its most if those that are not firm gave way; so the oldest one never has to.
+
     Knows no pages, only their number, and no threads: whoever shares it locks.
     """
 
@@ -24,6 +27,7 @@ class Promises:
         self._num_pages = num_pages
         self._most_promised = int(num_pages * overcommit)
         self._by_row: dict[int, Promise] = {}
+        self._firm: set[int] = set()
         self._free_rows = list(reversed(range(num_rows)))
 
     def give(self, num_rows: int, promise: Promise) -> list[int]:
@@ -41,12 +45,17 @@ class Promises:
             raise Overloaded(
                 f"the request needs {needed:,} KV pages; {min(free.most, free.sure):,} are free"
             )
+        if not self._leaves_each_its_most(num_rows, promise):
+            raise Overloaded(
+                f"the request needs {needed:,} KV pages; too few would be left for those before it"
+            )
         if num_rows > len(self._free_rows):
             raise Overloaded(
                 f"the request needs {num_rows} places in the batch; {len(self._free_rows)} are free"
             )
         rows = [self._free_rows.pop() for _ in range(num_rows)]
         self._by_row.update({row: replace(promise) for row in rows})
+        self._firm.update(rows)
         return rows
 
     def has_room(self, num_rows: int, promise: Promise, freed: Promise) -> bool:
@@ -56,7 +65,20 @@ class Promises:
             num_rows * promise.most <= free.most + freed.most
             and num_rows * promise.sure <= free.sure + freed.sure
         )
+        has_pages = has_pages and self._leaves_each_its_most(num_rows, promise)
         return has_pages and num_rows <= len(self._free_rows)
+
+    def _leaves_each_its_most(self, num_rows: int, promise: Promise) -> bool:
+        """Whether any row could have its most, beside such rows and all that is firm."""
+        firm = num_rows * promise.sure + sum(self._by_row[row].sure for row in self._firm)
+        to_come = [promise.most - promise.sure]
+        for row, own in self._by_row.items():
+            to_come.append(own.most - own.sure if row in self._firm else own.most)
+        return firm + max(to_come) <= self._num_pages
+
+    def loosen(self, row: int) -> None:
+        """The row can be made to give way from now on."""
+        self._firm.discard(row)
 
     def of(self, row: int) -> Promise:
         return replace(self._by_row[row])
@@ -85,6 +107,7 @@ class Promises:
     def take_back(self, row: int) -> None:
         """The row is free for somebody else."""
         del self._by_row[row]
+        self._firm.discard(row)
         self._free_rows.append(row)
 
     def free(self) -> Promise:
