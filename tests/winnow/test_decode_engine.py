@@ -19,7 +19,7 @@ from tests.winnow.drive import (
 )
 from tests.winnow.test_prefill import ASL, prompt
 from winnow.engine.kv_pool import KVPool
-from winnow.engine.sequence import Reservation
+from winnow.engine.sequence import GenerationSpec, Reservation
 from winnow.errors import InvalidSetting, Overloaded
 from winnow.kv import LayerKV
 from winnow.models import load_model
@@ -142,6 +142,28 @@ def test_recompression_keeps_what_its_method_and_weight_say(tiny_models: dict[st
         kept.add(tuple(layer.positions.tolist()))
         engine.release(reservation)
     assert len(kept) == len(forms)
+
+
+def test_the_last_queries_count_as_memory_of_their_request(tiny_models: dict[str, Path]) -> None:
+    """A window is the client's choice, and may be larger than all KV."""
+    engine = make_engine(load_model(tiny_models["llama"]), memory=2 << 20)
+    page_bytes = 16 * engine.model.shape.kv_bytes(1)
+    window_bytes = 4 * 4 * 256 * 16 * 4  # layers, heads, queries, their size, float32
+
+    def wide(request_id: str, **more: object) -> GenerationSpec:
+        return spec(request_id, 20, GREEDY, window_size=256, decode_floor=300, **more)
+
+    wanted = replace(UNPRUNED, window_size=256)
+    reservation = admit(engine, wide("wide"), prompt(20), wanted)
+    stats = engine.stats().pool
+    assert stats.kv_bytes_used >= window_bytes
+    assert stats.pages_used <= stats.pages_reserved <= reservation.num_pages
+    assert reservation.num_pages * page_bytes >= window_bytes + 36 * engine.model.shape.kv_bytes(8)
+    with pytest.raises(Overloaded, match="KV pages"):
+        for idx in range(8):
+            engine.reserve(wide(str(idx)))
+    with pytest.raises(InvalidSetting, match="KV pages; the worker has"):
+        engine.reserve(wide("never", num_sequences=8))
 
 
 def test_a_decode_budget_above_the_length_changes_nothing(tiny_models: dict[str, Path]) -> None:

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from winnow.engine.kv_pool import KVPool, KVPoolConfig
 from winnow.engine.promises import Promise
+from winnow.engine.query_ring import QueryRing
 from winnow.errors import InvalidSetting
 from winnow.kv import LayerKV, ModelShape
 
@@ -142,4 +143,27 @@ def test_rows_that_cannot_be_cleared_are_free_for_others_all_the_same(
         pool.write_layer(row, layer_of(0, (20, 20)))
     assert pool.stats().pages_used == 20
     pool.release(*rows)
+    assert pool.stats().pages_used == 0
+
+
+def test_queries_lie_in_pages_that_go_with_their_row() -> None:
+    pool = make_pool(num_pages=30, rows=2)
+    first, second = pool.reserve(2, Promise(15, 15))
+    layer = layer_of(0, (9, 5))
+    pool.write_layer(first, layer)
+    rings = [QueryRing(pool, row, window_size=5) for row in (first, second)]
+    queries = torch.randn(2, 2, 4, 7, 4, generator=torch.Generator().manual_seed(1))
+    for ring, own in zip(rings, queries, strict=True):
+        for layer_idx in range(2):
+            ring.seed(layer_idx, own[layer_idx, :, :3])
+        for idx in range(3, 7):
+            ring.push(own[:, :, idx])
+    for ring, own in zip(rings, queries, strict=True):
+        assert torch.equal(torch.stack([ring.ordered(idx) for idx in range(2)]), own[:, :, 2:])
+    assert torch.equal(pool.read_layer(first, 0).keys, layer.keys)
+    per_ring = pool.pages_for_queries(2 * 4 * 5)
+    assert (per_ring, pool.stats().pages_used) == (5, 5 + 2 * per_ring)
+    pool.clear(first)
+    assert pool.stats().pages_used == per_ring
+    pool.release(first, second)
     assert pool.stats().pages_used == 0

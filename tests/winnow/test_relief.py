@@ -52,20 +52,23 @@ def model(tiny_models: dict[str, Path]) -> DecoderModel:
 
 
 def tight_engine(
-    model: DecoderModel, num_sequences: float, swap_bytes: int = 1 << 30
+    model: DecoderModel, num_sequences: float, swap_bytes: int = 1 << 30, **more: object
 ) -> DecodeEngine:
     """Memory for so many of the sequences below at their longest, promised to four."""
     return make_engine(
         model,
-        memory=memory_for(model, spec("", PROMPT_TOKENS, LONG), num_sequences),
+        memory=memory_for(model, spec("", PROMPT_TOKENS, LONG, **more), num_sequences),
         overcommit=4 / num_sequences + 0.01,
         swap_bytes=swap_bytes,
     )
 
 
 def memory_for(model: DecoderModel, request: GenerationSpec, times: float) -> int:
-    num_pages = model.shape.num_layers * model.shape.num_kv_heads * -(-request.max_entries // 16)
-    return int((times * num_pages + 1) * 16 * (model.shape.kv_bytes(1) + 4))
+    shape = model.shape
+    num_pages = shape.num_layers * shape.num_kv_heads * -(-request.max_entries // 16)
+    if request.is_observed:
+        num_pages += -(-shape.num_layers * shape.num_heads * request.window_size // 32)
+    return int((times * num_pages + 1) * 16 * (shape.kv_bytes(1) + 4))
 
 
 def admit_four(engine: DecodeEngine, **more: object) -> dict[str, list[int]]:
@@ -142,6 +145,20 @@ def test_nothing_new_is_let_in_before_those_who_wait(model: DecoderModel) -> Non
     assert_empty(engine)
 
 
+def test_who_waits_keeps_the_queries_that_its_next_cut_is_judged_by(model: DecoderModel) -> None:
+    cut = {"decode_budget": 100, "recompress_interval": 16}
+    engines = [make_engine(model), tight_engine(model, 1.8, **cut)]
+    for engine in engines:
+        admit_four(engine, **cut)
+    expected, got = map(decode_all, engines)
+    assert {name: ids(own) for name, own in got.items()} == {
+        name: ids(own) for name, own in expected.items()
+    }
+    assert engines[1].relief_counts.swapped_out
+    for engine in engines:
+        assert_empty(engine)
+
+
 def test_without_host_memory_the_youngest_is_given_up_and_the_rest_go_on(
     model: DecoderModel,
 ) -> None:
@@ -202,8 +219,9 @@ def test_who_leaves_while_it_waits_takes_its_memory_along(model: DecoderModel) -
 
 
 def test_sequences_with_a_floor_shrink_before_any_has_to_wait(model: DecoderModel) -> None:
-    engine = tight_engine(model, 2.3)
-    admit_four(engine, decode_floor=32, recompress_interval=16)
+    frugal = {"decode_floor": 32, "recompress_interval": 16}
+    engine = tight_engine(model, 2.3, **frugal)
+    admit_four(engine, **frugal)
     answers = decode_all(engine)
     assert all(len(tokens) == LONG.max_tokens for tokens in answers.values())
     counts = engine.relief_counts

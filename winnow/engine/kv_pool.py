@@ -1,6 +1,7 @@
 """Paged memory for the KV of many sequences. A page belongs to one (layer, KV head) of one row.
 
 Because pages are per head, heads of different lengths cost nothing but the rest of their last page.
+A row's last queries, by which it is cut, lie in pages too, so that the pool bounds them as well.
 A row is a sequence's place in the batch. Rows and pages are promised together (`reserve`). The
 pages for what a row holds, or is about to receive, are always there. Those that it may still grow
 into are too, unless promises exceed the pool by `overcommit`; so whoever runs the rows claims what
@@ -52,9 +53,9 @@ class KVPoolConfig:
 
 @dataclass(frozen=True, slots=True)
 class PoolStats:
-    """Pages in all, holding entries, and promised (the used ones included); bytes of used pages.
+    """Pages in all, used, and promised (the used ones included); bytes of used pages.
 
-    pages_free: that a request could be promised now.
+    pages_used: that hold entries or queries.  pages_free: that a request could be promised now.
     """
 
     pages_total: int
@@ -96,8 +97,10 @@ class KVPool:
         self.device = device
         size = (self.num_pages + _FIRST_PAGE, self.page_size)
         # Not filled: memory that no page was taken from is never touched.
-        self._keys = torch.empty(*size, shape.head_dim, dtype=shape.dtype, device=device)
-        self._values = torch.empty_like(self._keys)
+        entries = torch.empty(2, *size, shape.head_dim, dtype=shape.dtype, device=device)
+        self._keys, self._values = entries
+        self._vectors = entries.view(-1, shape.head_dim)  # of both
+        self._query_pages: dict[int, Tensor] = {}  # by row
         self._positions = torch.empty(size, dtype=torch.int32, device=device)
         self._blank(torch.zeros(1, dtype=torch.int64, device=device))
         heads = (num_rows, shape.num_layers, shape.num_kv_heads)
@@ -114,6 +117,10 @@ class KVPool:
         """Pages of one sequence whose every (layer, KV head) holds up to `num_entries`."""
         heads = self.shape.num_layers * self.shape.num_kv_heads
         return heads * -(-num_entries // self.page_size)
+
+    def pages_for_queries(self, num_queries: int) -> int:
+        """Pages that `place_queries` takes."""
+        return -(-num_queries // (2 * self.page_size))
 
     def reserve(self, num_rows: int, promise: Promise) -> list[int]:
         """Rows with that promise to each.
@@ -142,6 +149,7 @@ class KVPool:
             lengths = self._lengths[row]
             reach = (lengths + extra_entries).minimum((lengths + 1).clamp_min(cap))
             most, held = (int((-(-n // self.page_size)).sum()) for n in (reach, lengths))
+            most, held = most + self._num_query_pages(row), held + self._num_query_pages(row)
             self._promises.change(row, Promise(most, most if assured else held))
             if not assured:
                 self._promises.loosen(row)
@@ -149,8 +157,12 @@ class KVPool:
     def claim(self, rows: list[int]) -> bool:
         """Keeps the pages that `plan_step` of these rows takes; False if there are too few."""
         with self._lock:
-            needed = (self._lengths[rows] // self.page_size + 1).flatten(1).sum(1).tolist()
-            return self._promises.secure(dict(zip(rows, needed, strict=True)))
+            entries = (self._lengths[rows] // self.page_size + 1).flatten(1).sum(1).tolist()
+            needed = {
+                row: own + self._num_query_pages(row)
+                for row, own in zip(rows, entries, strict=True)
+            }
+            return self._promises.secure(needed)
 
     def evict(self, row: int) -> None:
         """Frees a row's pages and keeps none for it; `readmit` it before it is written again."""
@@ -179,6 +191,7 @@ class KVPool:
         with self._lock:
             for layer_idx in range(self.shape.num_layers):
                 self._truncate(row, layer_idx, torch.zeros_like(self._lengths[row, layer_idx]))
+            self._drop_queries(row)
 
     def probe(self) -> None:
         """Raises RuntimeError if the device computes no more.  Writes to no row's page."""
@@ -229,6 +242,24 @@ class KVPool:
             window_queries=window_queries,
         )
 
+    def place_queries(self, row: int, num_queries: int) -> Tensor:
+        """Takes pages for so many of the row's queries, instead of those it has for some.
+
+        Returns where each goes in `vectors`: [num_queries] int64.
+        """
+        with self._lock:
+            self._drop_queries(row)
+            pages = self._take_pages(self.pages_for_queries(num_queries))
+            self._query_pages[row] = pages
+        slots = pages[:, None] * self.page_size + torch.arange(self.page_size, device=self.device)
+        values = slots + len(self._vectors) // 2
+        return torch.cat([slots, values]).flatten()[:num_queries]
+
+    @property
+    def vectors(self) -> Tensor:
+        """Keys, values and queries of all pages: [num_vectors, D]."""
+        return self._vectors
+
     def lengths(self, rows: list[int]) -> Tensor:
         """Entries per head of the given rows: [len(rows), L, H_kv] int64."""
         with self._lock:
@@ -270,6 +301,18 @@ class KVPool:
         shape = (*pages.shape[:2], -1, self.shape.head_dim)
         flat = pages.flatten()
         return self._keys[flat].view(shape), self._values[flat].view(shape)
+
+    # Pages of one row; the lock is held
+
+    def _num_query_pages(self, row: int) -> int:
+        return len(self._query_pages.get(row, ()))
+
+    def _drop_queries(self, row: int) -> None:
+        if row in self._query_pages:
+            freed = self._query_pages[row]
+            self._free_pages[self._num_free : self._num_free + len(freed)] = freed
+            self._num_free += len(freed)
+            del self._query_pages[row]
 
     # Pages of one layer of one row; the lock is held
 

@@ -1,40 +1,46 @@
 """The last w queries of a running sequence, layer by layer: its observation window."""
 
-import torch
 from torch import Tensor
 
-from winnow.kv import ModelShape
+from winnow.engine.kv_pool import KVPool
 
 
 class QueryRing:
-    """A ring of w queries per layer and head, after RoPE, seeded from the prompt's window."""
+    """A ring of w queries per layer and head, after RoPE, seeded from the prompt's window.
 
-    def __init__(self, shape: ModelShape, window_size: int, device: torch.device) -> None:
-        size = (shape.num_layers, shape.num_heads, window_size, shape.head_dim)
-        self._queries = torch.zeros(size, dtype=shape.dtype, device=device)
+    It lies in pages of the sequence's row, and is lost when the row is cleared.
+    """
+
+    def __init__(self, pool: KVPool, row: int, window_size: int) -> None:
+        size = (pool.shape.num_layers, pool.shape.num_heads, window_size)
+        self._slots = pool.place_queries(row, num_queries(pool, window_size)).view(size)
+        self._vectors = pool.vectors
         self._window_size = window_size
         self._count = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Of the queries, once there are w."""
+        return self._slots.numel() * self._vectors.shape[1] * self._vectors.itemsize
 
     def seed(self, layer_idx: int, window_queries: Tensor) -> None:
         """Takes a layer's window queries [num_heads, <= w, head_dim], oldest first."""
         self._count = window_queries.shape[1]
-        self._queries[layer_idx, :, : self._count] = window_queries
+        self._vectors[self._slots[layer_idx, :, : self._count]] = window_queries
 
     def push(self, queries: Tensor) -> None:
         """Takes the newest token's queries of all layers: [L, num_heads, head_dim]."""
-        self._queries[:, :, self._count % self._window_size] = queries
+        self._vectors[self._slots[:, :, self._count % self._window_size]] = queries
         self._count += 1
 
     def ordered(self, layer_idx: int) -> Tensor:
         """The layer's queries, oldest first: [num_heads, min(count, w), head_dim]."""
-        queries = self._queries[layer_idx]
+        slots = self._slots[layer_idx]
         if self._count <= self._window_size:
-            return queries[:, : self._count]
-        return queries.roll(-(self._count % self._window_size), dims=1)
+            return self._vectors[slots[:, : self._count]]
+        return self._vectors[slots.roll(-(self._count % self._window_size), dims=1)]
 
-    def copy(self) -> "QueryRing":
-        """An independent ring with the same content (for a second sequence of one prompt)."""
-        twin = object.__new__(QueryRing)
-        twin._queries, twin._count = self._queries.clone(), self._count
-        twin._window_size = self._window_size
-        return twin
+
+def num_queries(pool: KVPool, window_size: int) -> int:
+    """Queries that a ring holds."""
+    return pool.shape.num_layers * pool.shape.num_heads * window_size

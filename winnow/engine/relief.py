@@ -13,7 +13,8 @@ import torch
 from winnow.engine.cutting import Cutter
 from winnow.engine.kv_pool import KVPool
 from winnow.engine.promises import Promise
-from winnow.engine.sequence import GenerationSpec, Sequence, promise_for
+from winnow.engine.query_ring import QueryRing
+from winnow.engine.sequence import GenerationSpec, Sequence, promise_for, query_pages
 from winnow.errors import Preempted
 from winnow.kv import LayerKV
 
@@ -70,9 +71,10 @@ class Relief:
         for seq in self._able(running):
             assert seq.spec.decode_floor is not None
             now, floor = self._pool.promised(seq.row), seq.spec.decode_floor
-            reach = self._pool.pages_for(seq.spec.limit_at(floor) + 1)
+            queries = query_pages(self._pool, seq.spec)
+            reach = self._pool.pages_for(seq.spec.limit_at(floor) + 1) + queries
             gain.most += max(0, now.most - reach)
-            gain.sure += max(0, now.sure - self._pool.pages_for(floor))
+            gain.sure += max(0, now.sure - self._pool.pages_for(floor) - queries)
         return gain
 
     def copy_out(self, seq: Sequence) -> list[LayerKV]:
@@ -80,6 +82,7 @@ class Relief:
         shape = self._pool.shape
         num_entries = int(self._pool.lengths([seq.row]).sum())
         num_bytes = shape.kv_bytes(num_entries) + num_entries * torch.int32.itemsize
+        num_bytes += seq.ring.nbytes if seq.ring else 0
         if self.swapped_bytes + num_bytes > self._swap_bytes:
             self._count(given_up=1)
             raise Preempted(
@@ -87,13 +90,13 @@ class Relief:
                 f"{self._swap_bytes:,}, of which {self.swapped_bytes:,} are taken"
             )
         layers = range(shape.num_layers)
-        return [self._pool.read_layer(seq.row, layer_idx).to("cpu") for layer_idx in layers]
+        return [seq.read_layer(self._pool, layer_idx).to("cpu") for layer_idx in layers]
 
     def add(self, seq: Sequence, layers: list[LayerKV]) -> None:
         """The sequence waits from now on, and its pages are free."""
         seq.swapped = layers
         seq.reservation.num_swapped += 1
-        self.swapped_bytes += sum(layer.nbytes for layer in layers)
+        self.swapped_bytes += sum(map(_num_bytes, layers))
         self.swapped = sorted([*self.swapped, seq], key=age)
         self._pool.evict(seq.row)
         self._count(swapped_out=1)
@@ -107,20 +110,25 @@ class Relief:
         if not self.swapped or not self._readmit(self.swapped[0], num_running):
             return None
         seq = self.swapped[0]
+        if seq.ring is not None:
+            seq.ring = QueryRing(self._pool, seq.row, seq.spec.window_size)
         for layer in seq.swapped:
             self._pool.write_layer(seq.row, layer)
+            if seq.ring is not None:
+                seq.ring.seed(layer.layer_idx, layer.window_queries.to(self._pool.device))
         return seq
 
     def drop(self, seq: Sequence) -> None:
         """A sequence waits no more: it has its pages back, or leaves."""
         self.swapped.remove(seq)
-        self.swapped_bytes -= sum(layer.nbytes for layer in seq.swapped)
+        self.swapped_bytes -= sum(map(_num_bytes, seq.swapped))
         seq.reservation.num_swapped -= 1
 
     def _readmit(self, seq: Sequence, num_running: int) -> bool:
         page_size = self._pool.page_size
         lengths = [length for layer in seq.swapped for length in layer.head_lengths]
         with_next_token = sum(length // page_size + 1 for length in lengths)
+        with_next_token += query_pages(self._pool, seq.spec)
         spare = num_running * len(lengths)
         return self._pool.readmit(seq.row, with_next_token, spare=spare)
 
@@ -146,3 +154,7 @@ def can_shrink(seq: Sequence) -> bool:
 def age(seq: Sequence) -> tuple[int, int]:
     """Sorts the oldest sequence first."""
     return seq.reservation.order, seq.sequence_idx
+
+
+def _num_bytes(layer: LayerKV) -> int:
+    return layer.nbytes + layer.window_queries.nbytes

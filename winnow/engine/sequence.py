@@ -3,14 +3,14 @@
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum, auto
 
 from torch import Tensor
 
 from winnow.engine.kv_pool import KVPool
 from winnow.engine.promises import Promise
-from winnow.engine.query_ring import QueryRing
+from winnow.engine.query_ring import QueryRing, num_queries
 from winnow.kv import LayerKV
 from winnow.models import DecoderModel
 from winnow.request import FinishReason, SamplingParams, SequenceState, Token
@@ -84,7 +84,14 @@ def promise_for(pool: KVPool, spec: GenerationSpec) -> Promise:
     """What each sequence of the request is promised: room for what arrives at any rate."""
     most = spec.max_entries
     sure = most if spec.assured or spec.moved else min(spec.max_prompt_entries + 1, most)
-    return Promise(most=pool.pages_for(most), sure=pool.pages_for(sure))
+    queries = query_pages(pool, spec)
+    return Promise(most=pool.pages_for(most) + queries, sure=pool.pages_for(sure) + queries)
+
+
+def query_pages(pool: KVPool, spec: GenerationSpec) -> int:
+    """Pages for the last queries of each sequence of the request."""
+    window = spec.window_size if spec.is_observed else 0
+    return pool.pages_for_queries(num_queries(pool, window))
 
 
 class Reservation:
@@ -125,13 +132,15 @@ class Reservation:
     def _seed_ring(self, layer: LayerKV, sequence_idx: int) -> None:
         pool = self._pool
         if sequence_idx not in self._rings:
-            self._rings[sequence_idx] = QueryRing(pool.shape, self.spec.window_size, pool.device)
+            row = self.rows[sequence_idx]
+            self._rings[sequence_idx] = QueryRing(pool, row, self.spec.window_size)
         self._rings[sequence_idx].seed(layer.layer_idx, layer.window_queries.to(pool.device))
 
     def reset(self) -> None:
         """Drops what was written: another attempt begins."""
         with self._lock:
             if self._state is _State.RESERVED:
+                self._rings.clear()
                 for row in self.rows:
                     self._pool.clear(row)
 
@@ -190,11 +199,13 @@ class Reservation:
 
     def _copy_first(self, idx: int) -> None:
         """Gives a sequence what the first one has."""
+        ring = self._rings.get(0)
         for layer_idx in range(self._pool.shape.num_layers):
-            layer = self._pool.read_layer(self.rows[0], layer_idx)
+            queries = ring.ordered(layer_idx) if ring else None
+            layer = self._pool.read_layer(self.rows[0], layer_idx, queries)
             self._pool.write_layer(self.rows[idx], layer)
-        if 0 in self._rings:
-            self._rings[idx] = self._rings[0].copy()
+            if ring:
+                self._seed_ring(layer, idx)
 
     def abandon(self) -> bool:
         """Frees what is reserved, unless the engine runs it already; True if it was freed."""
@@ -230,7 +241,7 @@ class Sequence:
         self.final_hidden: Tensor | None = final_hidden  # until the first token is sampled
         self.ring = ring
         self.budget = spec.decode_budget
-        self.swapped: list[LayerKV] = []  # what it holds while it waits in host memory
+        self.swapped: list[LayerKV] = []  # while it waits in host memory: all of it
         self.num_tokens = spec.num_prompt_tokens
         self.next_position = next_position
         self.history = TokenHistory(prompt=spec.prompt_token_ids)
@@ -256,9 +267,10 @@ class Sequence:
 
     def read_layer(self, pool: KVPool, layer_idx: int) -> LayerKV:
         """A copy of what it holds of the layer, with its last queries as window queries."""
-        held = self.swapped[layer_idx] if self.swapped else pool.read_layer(self.row, layer_idx)
-        queries = self.ring.ordered(layer_idx) if self.ring else held.window_queries
-        return replace(held, window_queries=queries)
+        if self.swapped:
+            return self.swapped[layer_idx]
+        queries = self.ring.ordered(layer_idx) if self.ring else None
+        return pool.read_layer(self.row, layer_idx, queries)
 
     @property
     def growth_limit(self) -> int:
