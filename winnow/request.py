@@ -234,6 +234,8 @@ class PrefillJob:
     attempt counts from 1; decode refuses frames of an attempt older than one it has seen.
     deadline_s is seconds from the moment the job is received.
     trace_context is the W3C traceparent of the request; empty where it is not traced.
+    admitted: an earlier prefill of the request was let in, so this one is not refused for others
+    that wait.
     """
 
     request_id: str
@@ -244,6 +246,7 @@ class PrefillJob:
     ticket: Ticket
     deadline_s: float
     trace_context: str = ""
+    admitted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

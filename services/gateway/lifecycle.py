@@ -297,6 +297,7 @@ class PromptRun:
                 ticket=self._calls.current.grant.ticket(attempt),
                 deadline_s=self._left_s(),
                 trace_context=context_of(attempt_span),
+                admitted=self.figures.attempts > 1,
             )
             return await self._service.prefiller.prefill(job)
 

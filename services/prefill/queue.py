@@ -113,13 +113,14 @@ class PrefillQueue:
     def submit(self, job: PrefillJob) -> "Future[PrefillOutcome]":
         """The job's outcome, once its KV is in place; cancelling it stops the work.
 
-        Raises Overloaded if too many prompts wait already, PrefillFailed after `stop`.
+        Raises Overloaded if too many prompts wait already, unless the job's request was admitted
+        before; PrefillFailed after `stop`.
         """
         work = _Work(job)
         with self._changed:
             if self._stopping:
                 raise _stopped()
-            if len(self._waiting) >= self._max_waiting:
+            if len(self._waiting) >= self._max_waiting and not job.admitted:
                 raise Overloaded(
                     f"{len(self._waiting)} prompts wait for prefill; "
                     f"the limit is {self._max_waiting}"

@@ -1,6 +1,7 @@
 """A decode worker is lost under a prompt, and another one takes over."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+import torch
 
 from services.decode import take_over
 from services.decode.take_over import Fetcher
@@ -120,6 +122,42 @@ async def test_a_worker_lost_during_prefill_is_replaced(
     several.prefiller.hold.set()
     assert await running == expected
     await several.until_idle()
+
+
+async def test_a_full_prefill_queue_does_not_end_a_prompt_that_runs(
+    model_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crowded = running_service(model_path, redis_url, num_workers=2, max_waiting_prefills=1)
+    async with crowded as service, parts_of(service) as parts:
+        expected = await answers(service, make_run(parts, LONG))
+        prefiller, queue = service.prefiller, service.prefiller.queue
+        computing, is_open = threading.Event(), threading.Event()
+        run_layer = queue._model.layer
+
+        def wait_and_run(*arguments: Any) -> torch.Tensor:
+            computing.set()
+            assert is_open.wait(20)
+            return run_layer(*arguments)
+
+        async def crowd_and_kill(service: TestService, run: PromptRun) -> None:
+            monkeypatch.setattr(queue._model, "layer", wait_and_run)
+            other = replace(prefiller.jobs[-1], kv_address="127.0.0.1:1")
+            queue.submit(other)
+            assert await asyncio.to_thread(computing.wait, 20)
+            queue.submit(other)
+            prefiller.asked.clear()
+            opening.append(asyncio.create_task(open_when_asked()))
+            await kill_worker_of(service, run)
+
+        async def open_when_asked() -> None:
+            await prefiller.asked.wait()
+            is_open.set()
+
+        opening: list[asyncio.Task[None]] = []
+
+        run = make_run(parts, LONG)
+        assert await answers(service, run, harm_after=20, harm=crowd_and_kill) == expected
+        await service.until_idle()
 
 
 async def test_a_client_sees_one_stream(model_path: Path, redis_url: str) -> None:

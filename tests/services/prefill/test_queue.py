@@ -109,6 +109,7 @@ def test_refuses_more_prompts_than_may_wait(
     waiting = [queue.submit(make_job("w1")), queue.submit(make_job("w2"))]
     with pytest.raises(Overloaded, match="the limit is 2"):
         queue.submit(make_job("refused"))
+    queue.submit(make_job("admitted before", admitted=True)).cancel()
     waiting[0].cancel()
     queue.submit(make_job("takes its place")).cancel()
     gate.open.set()
