@@ -46,8 +46,8 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-# What prefill tells at its end is worth this wait, not more.
-_TIMINGS_TIMEOUT_S = 2.0
+# What prefill and decode tell after the last token is worth this wait, not more.
+_LAST_WORDS_TIMEOUT_S = 2.0
 MAX_MIGRATIONS = 3
 _RUNS = (State.DECODING, State.MOVING)  # the worker has had all it needs
 # Ray starts another prefill worker in place of a lost one; calls meet the loss until it has.
@@ -213,14 +213,22 @@ class PromptRun:
     async def finish(self) -> None:
         """Every sequence has ended, by itself or at a stop string."""
         assert self._prefill is not None
-        try:
-            async with asyncio.timeout(_TIMINGS_TIMEOUT_S):
-                self.figures.timings = (await self._prefill).timings
-        except (WinnowError, TimeoutError) as error:
-            self._warn("prefill delivered the KV, but then failed: %r", error)
+        outcome = await self._last_words(self._prefill, "prefill delivered the KV")
+        if outcome is not None:
+            self.figures.timings = outcome.timings
         if len(self._ended) == self.request.num_sequences:
-            await self._calls.current.next_event()  # the call's end, so that it is not cancelled
+            # The call's end, so that it is not cancelled.
+            await self._last_words(self._calls.current.next_event(), "decode gave all tokens")
         self._enter(State.FINISHED)
+
+    async def _last_words(self, words: Awaitable[_T], done: str) -> _T | None:
+        """What a worker tells when the answer is whole; None where it fails or is silent."""
+        try:
+            async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
+                return await words
+        except (WinnowError, TimeoutError) as error:
+            self._warn("%s, but then failed: %r", done, error)
+        return None
 
     def _note(self, tokens: pb.Tokens) -> list[Token]:
         if self.figures.ttft_s is None:

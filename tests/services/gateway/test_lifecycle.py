@@ -5,11 +5,14 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from services.common.registry import RedisRegistry
+from services.decode import generate
+from services.gateway import lifecycle
 from services.gateway.generation import PromptRequest
 from services.gateway.lifecycle import PromptRun, Service
 from services.gateway.routing import Router
@@ -18,6 +21,7 @@ from tests.services.gateway.service import TestService, running_service
 from tests.winnow.drive import UNPRUNED
 from winnow.errors import (
     DeadlineExceeded,
+    EngineFailed,
     InvalidSetting,
     LeaseExpired,
     NoDecodeWorker,
@@ -154,6 +158,29 @@ async def test_a_failure_that_another_attempt_would_meet_too_is_final(
     num_jobs = len(service.prefiller.jobs)
     assert await failure(make_run(parts)) is error
     assert len(service.prefiller.jobs) == num_jobs + 1
+
+
+async def test_a_worker_lost_after_the_last_token_takes_nothing_from_the_answer(
+    parts: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = await complete(make_run(parts))
+    monkeypatch.setattr(lifecycle, "_LAST_WORDS_TIMEOUT_S", 0.2)
+    stream_tokens = generate._stream_tokens
+
+    async def breaks(*arguments: Any) -> None:
+        await stream_tokens(*arguments)
+        raise EngineFailed("lost")
+
+    async def hangs(*arguments: Any) -> None:
+        await stream_tokens(*arguments)
+        await asyncio.Event().wait()
+
+    for end in (breaks, hangs):
+        monkeypatch.setattr(generate, "_stream_tokens", end)
+        run = make_run(parts)
+        async with asyncio.timeout(10):
+            assert await complete(run) == expected
+        assert run.state is State.FINISHED
 
 
 async def test_leaving_early_frees_decode_and_cancels_prefill(
