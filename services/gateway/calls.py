@@ -6,9 +6,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from services.gateway.generation import Generation, PromptRequest, open_generation
+from services.gateway.generation import (
+    NOBODY_TAKES_IT,
+    Generation,
+    PromptRequest,
+    open_generation,
+)
 from services.gateway.routing import Router
-from winnow.errors import NoDecodeWorker, Overloaded, UnknownReservation, WinnowError
+from winnow.errors import UnknownReservation, WinnowError
 from winnow.model_files import ModelDescription
 from winnow.v1 import decode_pb2 as pb
 
@@ -109,7 +114,7 @@ class Calls:
         while True:
             try:
                 return await self._admitted(request)
-            except (NoDecodeWorker, Overloaded):
+            except NOBODY_TAKES_IT:
                 if time.monotonic() > give_up_s:
                     raise
                 await asyncio.sleep(_PAUSE_S)

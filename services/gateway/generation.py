@@ -13,6 +13,7 @@ from services.gateway.routing import Place, Router
 from winnow.errors import (
     DeliveryFailed,
     EngineFailed,
+    InvalidSetting,
     ModelMismatch,
     NoDecodeWorker,
     Overloaded,
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 _ADMISSION_TIMEOUT_S = 5.0
 # What a prompt meets whose worker is lost; another worker can go on.
 WORKER_LOST = (NoDecodeWorker, EngineFailed, DeliveryFailed, UnknownReservation, Preempted)
+# What `open_generation` raises where no worker takes the prompt. One that was taken before may be
+# taken again: by a worker that comes back, or has room by then.
+NOBODY_TAKES_IT = (NoDecodeWorker, Overloaded, InvalidSetting)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +119,7 @@ async def open_generation(
 
     deadline_s: seconds until the call ends by itself.
     Raises Overloaded if the workers have no room now, NoDecodeWorker if there is none that
-    answers, InvalidSetting if the prompt can never fit.
+    answers, InvalidSetting if the prompt can never fit at any of them.
     """
     message = _to_proto(request, model)
     refusals: list[WinnowError] = []
@@ -125,8 +129,9 @@ async def open_generation(
     for worker in candidates:
         try:
             return await _admit(router.enter(worker), message, deadline_s, request.trace_context)
-        except (Overloaded, NoDecodeWorker, ModelMismatch, TransferMismatch) as error:
-            level = logging.DEBUG if isinstance(error, Overloaded) else logging.WARNING
+        except (*NOBODY_TAKES_IT, ModelMismatch, TransferMismatch) as error:
+            is_usual = isinstance(error, Overloaded | InvalidSetting)
+            level = logging.DEBUG if is_usual else logging.WARNING
             about = {"request_id": request.request_id}
             logger.log(level, "decode worker %s: %s", worker.worker_id, error, extra=about)
             refusals.append(error)
@@ -137,6 +142,8 @@ def _verdict(refusals: list[WinnowError]) -> WinnowError:
     overloaded = [error for error in refusals if isinstance(error, Overloaded)]
     if overloaded:
         return overloaded[0]
+    if refusals and all(isinstance(error, InvalidSetting) for error in refusals):
+        return refusals[0]
     if refusals:
         return NoDecodeWorker(f"none of {len(refusals)} decode workers takes requests now")
     return NoDecodeWorker("no decode worker for this model is registered")

@@ -18,7 +18,7 @@ from typing import TypeVar
 from services.common.messages import report_from_proto, tokens_from_proto
 from services.common.tracing import context_of, span
 from services.gateway.calls import Calls
-from services.gateway.generation import WORKER_LOST, PromptRequest
+from services.gateway.generation import NOBODY_TAKES_IT, WORKER_LOST, PromptRequest
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.prefiller import Prefiller
 from services.gateway.routing import Router
@@ -29,7 +29,6 @@ from winnow.errors import (
     EngineFailed,
     NoDecodeWorker,
     NotFinite,
-    Overloaded,
     Preempted,
     PrefillFailed,
     PrefillLost,
@@ -203,7 +202,7 @@ class PromptRun:
         )
         try:
             await self._calls.admit_elsewhere(self._asked, _PATIENCE_S if is_lost else math.inf)
-        except (NoDecodeWorker, Overloaded) as none:
+        except NOBODY_TAKES_IT as none:
             raise NoDecodeWorker(f"{error.message}; nobody took over: {none.message}") from none
         self._begin_prefill()
 

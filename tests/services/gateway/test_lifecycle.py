@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from services.common.registry import RedisRegistry
 from services.decode import generate
+from services.decode.worker import DecodeWorker
 from services.gateway import lifecycle
 from services.gateway.generation import PromptRequest
 from services.gateway.lifecycle import PromptRun, Service
@@ -269,6 +270,47 @@ async def test_a_full_worker_passes_a_prompt_on_and_all_full_is_overloaded(
             assert isinstance(error, Overloaded)
         await service.until_idle()
         await router.close()
+
+
+@asynccontextmanager
+async def small_and_large(
+    model_path: Path, redis_url: str
+) -> AsyncIterator[tuple[TestService, Service, DecodeWorker]]:
+    """A service whose decode worker is small, with a larger one beside it; the parts; that one."""
+    memory = {"kv_memory_bytes": 1 << 20, "kv_overcommit": 1}
+    async with running_service(model_path, redis_url, **memory) as service:
+        larger = {"kv_memory_bytes": 2 << 20}
+        large = DecodeWorker(service.settings.model_copy(update=larger))
+        await large.start()
+        try:
+            async with parts_of(service) as parts:
+                yield service, parts, large
+            await service.until_idle()
+        finally:
+            await large.stop()
+
+
+LARGE = replace(REQUEST, sampling=replace(REQUEST.sampling, max_tokens=1000))
+
+
+async def test_what_is_too_large_for_one_worker_goes_to_a_larger_one(
+    model_path: Path, redis_url: str
+) -> None:
+    async with small_and_large(model_path, redis_url) as (_, parts, large):
+        (record,) = (
+            worker
+            for worker in await parts.router.candidates()
+            if worker.worker_id == large.worker_id
+        )
+        place = parts.router.enter(record)
+        place.suspect()  # so that the small one is asked first
+        place.leave()
+        assert len(await complete(make_run(parts, LARGE))) == 1000
+        async with make_run(parts, replace(LARGE, request_id="first")) as first:
+            await first.admit()
+            assert isinstance(await failure(make_run(parts, LARGE)), Overloaded)
+        error = await failure(make_run(parts, replace(LARGE, num_sequences=4)))
+        assert isinstance(error, InvalidSetting)
 
 
 async def test_kv_that_never_comes_is_a_lease_expired(model_path: Path, redis_url: str) -> None:

@@ -20,7 +20,14 @@ from services.gateway.lifecycle import PromptRun, Service
 from services.gateway.states import State
 from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
-from tests.services.gateway.test_lifecycle import REQUEST, complete, make_run, parts_of
+from tests.services.gateway.test_lifecycle import (
+    LARGE,
+    REQUEST,
+    complete,
+    make_run,
+    parts_of,
+    small_and_large,
+)
 from winnow.errors import (
     DeliveryFailed,
     EngineFailed,
@@ -215,6 +222,31 @@ async def test_without_another_worker_the_loss_is_told(
             await answers(service, make_run(alone, LONG), harm_after=5)
         peers = alone.router._peers.values()
         assert {(peer.num_places, peer.pages_held) for peer in peers} <= {(0, 0)}
+
+
+async def test_a_prompt_that_outlives_the_only_worker_it_fits_waits_for_another(
+    model_path: Path, redis_url: str
+) -> None:
+    async with small_and_large(model_path, redis_url) as (service, parts, large):
+        expected = await answers(service, make_run(parts, LARGE))
+        another = DecodeWorker(large._settings)
+
+        async def replace_large(*_: object) -> None:
+            await large.stop()
+            starting.append(asyncio.create_task(start_another()))
+
+        async def start_another() -> None:
+            await asyncio.sleep(1)  # the small one is asked meanwhile
+            await another.start()
+
+        starting: list[asyncio.Task[None]] = []
+        run = make_run(parts, LARGE)
+        try:
+            assert await answers(service, run, harm_after=5, harm=replace_large) == expected
+            assert run.figures.migrations == 1
+        finally:
+            await starting[0]
+            await another.stop()
 
 
 async def drain_worker_of(service: TestService, run: PromptRun) -> None:
