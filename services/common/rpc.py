@@ -103,6 +103,11 @@ async def abort_aio(
     raise AssertionError("abort raises")
 
 
+def is_typed(error: grpc.RpcError) -> bool:
+    """Whether a server of Winnow gave the error, rather than gRPC or something on the way."""
+    return ERROR_KEY in dict(error.trailing_metadata() or ())
+
+
 def error_from_rpc(error: grpc.RpcError) -> WinnowError:
     """The WinnowError that a failed call stands for.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import grpc.aio
 
 from services.common.messages import recompression_to_proto, sampling_to_proto
-from services.common.rpc import error_from_rpc
+from services.common.rpc import error_from_rpc, is_typed
 from services.common.tracing import metadata_of
 from services.gateway.routing import Place, Router
 from winnow.errors import (
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 _ADMISSION_TIMEOUT_S = 5.0
 # What a prompt meets whose worker is lost; another worker can go on.
 WORKER_LOST = (NoDecodeWorker, EngineFailed, DeliveryFailed, UnknownReservation, Preempted)
+# What gRPC says of a call by itself; in any other code that is not Winnow's a worker is lost.
+_GRPCS_OWN = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
 # What `open_generation` raises where no worker takes the prompt. One that was taken before may be
 # taken again: by a worker that comes back, or has room by then.
 NOBODY_TAKES_IT = (NoDecodeWorker, Overloaded, InvalidSetting)
@@ -85,13 +87,8 @@ class Generation:
         try:
             event = await self._call.read()
         except grpc.aio.AioRpcError as error:
-            raise self._explained(error_from_rpc(error)) from error
+            raise _explained(error, f"decode worker {self.worker_id}") from error
         return None if event is grpc.aio.EOF else event
-
-    def _explained(self, error: WinnowError) -> WinnowError:
-        if isinstance(error, NoDecodeWorker | RequestCancelled):
-            return NoDecodeWorker(f"decode worker {self.worker_id} went away: {error.message}")
-        return error
 
     @property
     def origin(self) -> pb.Origin:
@@ -129,7 +126,7 @@ async def open_generation(
     for worker in candidates:
         try:
             return await _admit(router.enter(worker), message, deadline_s, request.trace_context)
-        except (*NOBODY_TAKES_IT, ModelMismatch, TransferMismatch) as error:
+        except (*NOBODY_TAKES_IT, EngineFailed, ModelMismatch, TransferMismatch) as error:
             is_usual = isinstance(error, Overloaded | InvalidSetting)
             level = logging.DEBUG if is_usual else logging.WARNING
             about = {"request_id": request.request_id}
@@ -169,13 +166,22 @@ async def _read_admitted(call: grpc.aio.UnaryStreamCall) -> pb.Admitted:
         async with asyncio.timeout(_ADMISSION_TIMEOUT_S):
             event = await call.read()
     except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error) from error
+        raise _explained(error, "it") from error
     except TimeoutError as error:
         raise NoDecodeWorker(f"no answer within {_ADMISSION_TIMEOUT_S:g} seconds") from error
     if event is grpc.aio.EOF or not event.HasField("admitted"):
         raise NoDecodeWorker("the worker does not speak winnow.v1.Decode")
     admitted: pb.Admitted = event.admitted
     return admitted
+
+
+def _explained(error: grpc.aio.AioRpcError, who: str) -> WinnowError:
+    """The worker's own error, or NoDecodeWorker where it broke off without one."""
+    told = error_from_rpc(error)
+    is_told = is_typed(error) or error.code() in _GRPCS_OWN
+    if is_told and not isinstance(told, RequestCancelled):
+        return told
+    return NoDecodeWorker(f"{who} went away: {told.message}")
 
 
 def grant_in(admitted: pb.Admitted) -> Grant:

@@ -5,13 +5,16 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import grpc
 import pytest
 import pytest_asyncio
+from grpc.aio import ServicerContext
 
 from services.common.registry import RedisRegistry
 from services.decode import generate
+from services.decode.generate import GenerateServicer
 from services.decode.worker import DecodeWorker
 from services.gateway import lifecycle
 from services.gateway.generation import PromptRequest
@@ -33,6 +36,7 @@ from winnow.errors import (
     WinnowError,
 )
 from winnow.request import SamplingParams
+from winnow.v1 import decode_pb2 as pb
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -249,6 +253,35 @@ async def test_a_worker_that_is_gone_is_passed_over(redis_url: str, service: Tes
     assert (await router.candidates())[-1].worker_id == "dead"
     await router.close()
     await registry.close()
+
+
+class Leaving(GenerateServicer):
+    """Of the workers, the one that is asked first breaks the call off without a word."""
+
+    left: ClassVar[list[str]] = []
+
+    async def Generate(self, request: pb.GenerateRequest, context: ServicerContext) -> None:
+        if not self.left:
+            self.left.append(self._identity.worker_id)
+            await context.abort(self.code, "Cancelling all calls")
+        await super().Generate(request, context)
+
+    code: ClassVar[grpc.StatusCode]
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL])
+async def test_a_worker_that_ends_at_admission_is_passed_over(
+    model_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch, code: grpc.StatusCode
+) -> None:
+    monkeypatch.setattr("services.decode.worker.GenerateServicer", Leaving)
+    monkeypatch.setattr(Leaving, "left", [])
+    monkeypatch.setattr(Leaving, "code", code, raising=False)
+    async with running_service(model_path, redis_url, num_workers=2) as service:
+        async with parts_of(service) as parts:
+            run = make_run(parts)
+            assert len(await complete(run)) == 4
+        assert Leaving.left != [] and run.figures.migrations == 0
+        await service.until_idle()
 
 
 async def test_a_full_worker_passes_a_prompt_on_and_all_full_is_overloaded(
