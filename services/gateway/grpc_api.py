@@ -6,8 +6,8 @@ reflection, and passes no typed trailing metadata. Replicas on one machine share
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing, suppress
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -24,6 +24,7 @@ from services.gateway.grpc_format import delta_to_proto, usage_to_proto
 from services.gateway.grpc_guard import MAX_CALLS, GrpcKeyGuard, authorization, connection_options
 from services.gateway.http_errors import public_error
 from services.gateway.keys import ApiKey
+from winnow.errors import WinnowError
 from winnow.v1 import inference_pb2 as pb
 from winnow.v1.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
 
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 SERVICE = "winnow.v1.Inference"
 _READINESS_INTERVAL_S = 5.0
+_ABORT_TIMEOUT_S = 5.0
 
 
 class GrpcServer:
@@ -97,27 +99,36 @@ class _Inference(InferenceServicer):
 
     async def Complete(
         self, request: pb.CompleteRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.CompleteResponse]:
-        """Chunks as text is generated, then one with the usage; or one typed error."""
+    ) -> None:
+        """Chunks as text is generated, then one with the usage; or one typed error.
+
+        Writes rather than yields them, so that a deadline ends the wait for a slow client too.
+        """
         started = False
+
+        async def write(response: pb.CompleteResponse) -> None:
+            nonlocal started
+            started = True
+            await context.write(response)
+
         try:
             metadata = context.invocation_metadata() or ()
             key = self._gateway.access.require(authorization(metadata))
             await self._gateway.access.charge_request(key)
-            answer = self._responses(request, context_in(metadata), key)
-            async with aclosing(answer) as responses:
-                async for response in responses:
-                    started = True
-                    yield response
+            await self._answer(request, context_in(metadata), key, write)
         except Exception as error:  # whatever it is, the client gets one typed error
             failure = public_error(error)
             if not started:
                 self._gateway.metrics.requests_refused.labels(failure.code).inc()
-            await abort_aio(context, failure)
+            await _abort(context, failure)
 
-    async def _responses(
-        self, request: pb.CompleteRequest, trace_context: str, key: ApiKey | None
-    ) -> AsyncGenerator[pb.CompleteResponse]:
+    async def _answer(
+        self,
+        request: pb.CompleteRequest,
+        trace_context: str,
+        key: ApiKey | None,
+        write: Callable[[pb.CompleteResponse], Awaitable[None]],
+    ) -> None:
         gateway, tokenizer = self._gateway, self._gateway.model.tokenizer
         ask = await asyncio.to_thread(ask_from_proto, gateway, request)
         async with (
@@ -125,5 +136,12 @@ class _Inference(InferenceServicer):
             aclosing(completion.deltas()) as deltas,
         ):
             async for delta in deltas:
-                yield delta_to_proto(delta, ask.request_id, tokenizer)
-            yield usage_to_proto(completion.usage(), ask.request_id)
+                await write(delta_to_proto(delta, ask.request_id, tokenizer))
+            await write(usage_to_proto(completion.usage(), ask.request_id))
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: WinnowError) -> None:
+    """Ends the call; a client that does not read gets the error when it does."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_ABORT_TIMEOUT_S):
+            await abort_aio(context, error)

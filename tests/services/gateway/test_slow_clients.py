@@ -1,11 +1,19 @@
 """A client that hardly says anything does not hold on for ever."""
 
 import asyncio
+from pathlib import Path
 
+import grpc.aio
 import pytest
 
-from services.gateway import json_body
-from tests.services.gateway.service import TestService
+from services.common.rpc import error_from_rpc
+from services.gateway import grpc_api, json_body
+from tests.services.gateway.service import TestService, running_service
+from tests.services.gateway.test_grpc_api import request
+from winnow.errors import DeadlineExceeded
+from winnow.v1.inference_pb2_grpc import InferenceStub
+
+SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16_384)]
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -25,3 +33,23 @@ async def test_a_body_that_drips_is_cut_off(
             answer += await reader.read(1000)
     assert b"within 0.5 seconds" in answer
     writer.close()
+
+
+async def test_a_grpc_client_that_stops_reading_is_ended_at_the_deadline(
+    model_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_api, "_ABORT_TIMEOUT_S", 0.2)
+    async with (
+        running_service(model_path, redis_url, request_timeout_s=5) as service,
+        grpc.aio.insecure_channel(service.grpc_address, SMALL_WINDOW) as channel,
+    ):
+        call = InferenceStub(channel).Complete(
+            request(max_tokens=4000, n=4, logprobs=20), timeout=20
+        )
+        await call.read()
+        await service.until_idle()
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            while await call.read():
+                pass
+        assert isinstance(error_from_rpc(error.value), DeadlineExceeded)
+        assert "did not end within 5 seconds" in str(error.value.details())
