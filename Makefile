@@ -10,11 +10,13 @@ STAMP := .venv/.installed
 
 setup: $(STAMP)
 
+# The lock first: torch then finds what it shares with the rest, checked by its hash, and brings
+# along only what its build for this machine needs.
 $(STAMP): requirements.lock constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q --constraint constraints.txt torch
 	$(BIN)/python -m pip install -q --no-deps --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install -q --constraint constraints.txt torch
 	$(BIN)/python -m pip install -qq --no-deps --no-build-isolation --editable .
 	touch $@
 

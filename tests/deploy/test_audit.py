@@ -4,11 +4,14 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from deploy.audit import IGNORED, PINNED, audit, pins
+from deploy.audit import IGNORED, PINNED, ROOT, audit, pins
 from services.common.ports import free_port
 
 VULNERABLE = {
@@ -81,3 +84,22 @@ def test_everything_that_is_installed_is_asked_about() -> None:
     names = {pin.partition("==")[0] for pin in pins(PINNED)}
     assert names >= {"torch", "ray", "grpcio", "fastapi", "redis", "pytest"}
     assert all(reason for reason in IGNORED.values())
+
+
+@pytest.mark.parametrize("path", ["Makefile", "deploy/Dockerfile.winnow"])
+def test_what_has_a_hash_is_installed_by_it(path: str) -> None:
+    """Torch has none, for its builds differ; so it comes last, when what it needs is there."""
+    steps = [line for line in (ROOT / path).read_text().splitlines() if "pip install" in line]
+    locked = [i for i, step in enumerate(steps) if "--require-hashes" in step]
+    torch = [i for i, step in enumerate(steps) if "--constraint constraints.txt" in step]
+    assert len(locked) == len(torch) == 1
+    assert locked < torch
+
+
+def test_torch_brings_nothing_along_but_its_device_s() -> None:
+    known = {pin.partition("==")[0] for pin in pins([ROOT / "deploy" / "requirements.lock"])}
+    for text in requires("torch") or ():
+        needed = Requirement(text)
+        is_device_s = needed.name.startswith(("nvidia-", "cuda-", "triton", "pytorch-triton"))
+        if not is_device_s and (needed.marker is None or needed.marker.evaluate({"extra": ""})):
+            assert canonicalize_name(needed.name) in known
