@@ -7,7 +7,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.e2e.ray_ports import RAY_CALLS, code_of, outward_ports
 from tests.e2e.winnow_process import FREE_PORTS, WinnowServe, winnow
 from tests.services.exposed import value
 from winnow.local import Winnow
@@ -139,36 +140,6 @@ def test_a_request_with_another_one_s_id_neither_ends_nor_sees_it(url: str, mode
     assert events.pop() == "[DONE]"
     assert {json.loads(event)["id"] for event in events} == {first["id"]}
     assert json.loads(events[-1])["choices"][0]["finish_reason"] == "length"
-
-
-# One of each of Ray's services that run code, or tell what is stored; the replica's unpickles.
-RAY_CALLS = (
-    "/ray.rpc.InternalKVGcsService/InternalKVKeys",
-    "/ray.rpc.NodeManagerService/GetNodeStats",
-    "/ray.rpc.CoreWorkerService/GetCoreWorkerStats",
-    "/ray.rpc.ObjectManagerService/Pull",
-    "/ray.rpc.ReporterService/GetTraceback",
-    "/ray.serve.ASGIService/HandleRequest",
-)
-
-
-def outward_ports(processes: Iterable[psutil.Process]) -> set[int]:
-    """Those that are not on this machine's own address alone."""
-    return {
-        connection.laddr.port
-        for process in processes
-        for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and "127.0.0.1" not in connection.laddr.ip
-    }
-
-
-def code_of(port: int, call: str, token: str | None) -> grpc.StatusCode:
-    """What an empty message is answered with."""
-    metadata = () if token is None else (("authorization", f"Bearer {token}"),)
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        answer = channel.unary_unary(call).future(b"", metadata=metadata, timeout=20)
-        code: grpc.StatusCode = answer.code()  # waits for it
-    return code
 
 
 def test_ray_s_ports_run_nothing_without_the_token(

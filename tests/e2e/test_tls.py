@@ -6,17 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import httpx
 import pytest
 import trustme
+from ray.util import get_node_ip_address
 
 from services.common.tls import trusting
 from services.gateway.keys import entry_text, new_key
 from tests.deploy.chart import helm_test_script
+from tests.e2e.ray_ports import RAY_CALLS, code_of, outward_ports
 from tests.e2e.winnow_process import WinnowServe, environment, winnow
 from tests.guarded_redis import PASSWORD, GuardedRedis
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 KEY, KEY_ENTRY = new_key("team")
 AUTHORIZED = {"authorization": f"Bearer {KEY}"}
@@ -41,6 +44,22 @@ def redis(
 
 
 @pytest.fixture(scope="module")
+def ray_tls(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Ray's own variables. Its processes call each other by address, so the certificate has it."""
+    folder = tmp_path_factory.mktemp("ray")
+    issued = authority.issue_cert("localhost", "127.0.0.1", get_node_ip_address())
+    issued.private_key_pem.write_to_path(folder / "key.pem")
+    issued.cert_chain_pems[0].write_to_path(folder / "cert.pem")
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    return {
+        "RAY_USE_TLS": "1",
+        "RAY_TLS_SERVER_CERT": str(folder / "cert.pem"),
+        "RAY_TLS_SERVER_KEY": str(folder / "key.pem"),
+        "RAY_TLS_CA_CERT": str(folder / "ca.pem"),
+    }
+
+
+@pytest.fixture(scope="module")
 def model(tiny_models: dict[str, Path]) -> Path:
     return tiny_models["qwen2"]
 
@@ -50,6 +69,7 @@ def secured(
     model: Path,
     tls_files: dict[str, Path],
     redis: GuardedRedis,
+    ray_tls: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Secured]:
     folder = tmp_path_factory.mktemp("secured")
@@ -57,6 +77,7 @@ def secured(
     files = tls_files | {"redis_ca_file": redis.ca_file, "api_keys_file": folder / "keys.yaml"}
     variables = {f"WINNOW_{name.upper()}": str(path) for name, path in files.items()}
     variables["WINNOW_REDIS_URL"] = redis.url()
+    variables |= ray_tls
     arguments = ["--model", str(model), "--port", "0", "--grpc-port", "null", "--admin-port", "0"]
     process = WinnowServe(folder, [*arguments, "--kv-memory-bytes", "64MiB"], **variables)
     try:
@@ -81,6 +102,16 @@ def test_everything_is_encrypted(secured: Secured, model: Path, tls_files: dict[
     healthy = winnow("health", f"{url}/ready", **secured.variables)
     assert healthy.returncode == 0, healthy.stderr
     assert winnow("health", f"{url}/ready").returncode == 2
+
+
+def test_ray_speaks_no_plain_text(secured: Secured) -> None:
+    """Nor do the replicas of Ray Serve: requests pass from proxy to gateway to prefill by them."""
+    processes = secured.process.processes()
+    (token,) = {t for p in processes if (t := p.environ().get("RAY_AUTH_TOKEN"))}
+    ports = outward_ports(processes)
+    assert len(ports) > 4
+    for call in RAY_CALLS:
+        assert {code_of(port, call, token) for port in ports} == {grpc.StatusCode.UNAVAILABLE}
 
 
 def test_behind_the_proxy_only_probes_answer_without_a_key(
