@@ -124,7 +124,7 @@ class GatewayReplica:
     async def __del__(self) -> None:
         """Serve awaits this when the replica is to go, after its requests have ended."""
         if self._grpc is not None:
-            await self._grpc.stop(_SHUTDOWN_MARGIN_S)
+            await self._grpc.stop(self._gateway.settings.drain_timeout_s)
         if self._admin is not None:
             await self._admin.stop()
         await self._exposition.stop()

@@ -19,6 +19,7 @@ from services.common.rpc import abort_aio, server_options
 from services.common.tls import bind, public_credentials
 from services.common.tracing import context_in
 from services.gateway.gateway import Gateway
+from services.gateway.grace import Grace
 from services.gateway.grpc_asks import ask_from_proto
 from services.gateway.grpc_format import delta_to_proto, usage_to_proto
 from services.gateway.grpc_guard import MAX_CALLS, GrpcKeyGuard, authorization, connection_options
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 SERVICE = "winnow.v1.Inference"
 _READINESS_INTERVAL_S = 5.0
 _ABORT_TIMEOUT_S = 5.0
+_SHARE_OF_GRACE = 0.9  # the rest is for the errors
 
 
 class GrpcServer:
@@ -46,7 +48,8 @@ class GrpcServer:
             interceptors=[GrpcKeyGuard(gateway.access, gateway.metrics)],
             maximum_concurrent_rpcs=MAX_CALLS,
         )
-        add_InferenceServicer_to_server(_Inference(gateway), self._server)  # type: ignore[no-untyped-call]
+        self._grace = Grace()
+        add_InferenceServicer_to_server(_Inference(gateway, self._grace), self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
@@ -62,7 +65,13 @@ class GrpcServer:
         return bound
 
     async def stop(self, grace_s: float | None = None) -> None:
-        """Returns when open calls have ended; those still open after `grace_s` are cancelled."""
+        """Returns when open calls have ended.
+
+        Requests still open shortly before `grace_s` are over end with an error; whatever else is
+        open then is cancelled.
+        """
+        if grace_s is not None:
+            self._grace.end_in(_SHARE_OF_GRACE * grace_s)
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
@@ -94,8 +103,9 @@ def _options(gateway: Gateway) -> list[tuple[str, int]]:
 
 
 class _Inference(InferenceServicer):
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, grace: Grace) -> None:
         self._gateway = gateway
+        self._grace = grace
 
     async def Complete(
         self, request: pb.CompleteRequest, context: grpc.aio.ServicerContext
@@ -114,8 +124,9 @@ class _Inference(InferenceServicer):
         try:
             metadata = context.invocation_metadata() or ()
             key = self._gateway.access.require(authorization(metadata))
-            await self._gateway.access.charge_request(key)
-            await self._answer(request, context_in(metadata), key, write)
+            async with self._grace.call():
+                await self._gateway.access.charge_request(key)
+                await self._answer(request, context_in(metadata), key, write)
         except Exception as error:  # whatever it is, the client gets one typed error
             failure = public_error(error)
             if not started:

@@ -13,11 +13,11 @@ import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from services.common.rpc import error_from_rpc
+from services.common.rpc import error_from_rpc, is_typed
 from services.gateway.grpc_api import GrpcServer
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from tests.winnow import reference
-from winnow.errors import InvalidSetting
+from winnow.errors import DeadlineExceeded, InvalidSetting
 from winnow.v1 import inference_pb2 as pb
 from winnow.v1.inference_pb2_grpc import InferenceStub
 
@@ -204,6 +204,29 @@ async def test_cancelling_the_call_leaves_nothing_behind(
     call = stub.Complete(request(max_tokens=4000), timeout=30)
     await call.read()
     call.cancel()
+    await service.until_idle(5)
+
+
+async def test_a_server_that_stops_lets_calls_end_and_tells_those_that_do_not(
+    service: TestService,
+) -> None:
+    server = GrpcServer(service.gateway)
+    port = await server.start("127.0.0.1", 0)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = InferenceStub(channel)
+        short = aiter(stub.Complete(request(max_tokens=50), timeout=60))
+        await anext(short)
+        service.prefiller.hold_jobs()
+        held = stub.Complete(request(), timeout=60)
+        await service.prefiller.asked.wait()
+        stopping = asyncio.create_task(server.stop(4))
+        assert [one async for one in short][-1].HasField("usage")
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await held.read()
+        assert isinstance(error_from_rpc(error.value), DeadlineExceeded)
+        assert is_typed(error.value)
+        await asyncio.wait_for(stopping, 10)
+    service.prefiller.hold.set()
     await service.until_idle(5)
 
 
