@@ -10,6 +10,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from services.common.tasks import end
 from services.gateway.access import key_of
 from services.gateway.completion import Completion
 from services.gateway.gateway import Gateway
@@ -137,7 +138,7 @@ async def _unless_disconnected(receive: Receive, work: Coroutine[Any, Any, None]
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         finished = working.done()
-        await _cancel(working, watching)
+        await end(working, watching)
     if finished:
         working.result()
 
@@ -145,9 +146,3 @@ async def _unless_disconnected(receive: Receive, work: Coroutine[Any, Any, None]
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _cancel(*tasks: asyncio.Task[None]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from services.common.tasks import end
 from services.gateway.generation import (
     NOBODY_TAKES_IT,
     Generation,
@@ -13,7 +14,7 @@ from services.gateway.generation import (
     open_generation,
 )
 from services.gateway.routing import Router
-from winnow.errors import UnknownReservation, WinnowError
+from winnow.errors import RequestCancelled, UnknownReservation, WinnowError
 from winnow.model_files import ModelDescription
 from winnow.v1 import decode_pb2 as pb
 
@@ -36,7 +37,8 @@ class Calls:
         self._router = router
         self._model = model
         self._left_s = left_s
-        self._open: list[Generation] = []
+        self._open: set[Generation] = set()
+        self._closed = False
         self._next: asyncio.Task[Generation] | None = None
         self._fetching: Generation | None = None
         self._stopped = False  # the current worker has, for another one to go on
@@ -86,29 +88,36 @@ class Calls:
                 await asyncio.sleep(_PAUSE_S)
 
     def _drop(self, call: Generation) -> None:
-        call.close()
-        self._open.remove(call)
+        if call in self._open:
+            self._open.remove(call)
+            call.close()
 
     def end_move(self) -> None:
         """The other worker has all it needs; the first one may forget the prompt."""
-        for call in self._open:
-            if call is not self.current:
-                call.close()
-        self._open = [self.current]
+        for call in self._open - {self.current}:
+            self._drop(call)
 
     async def close(self) -> None:
-        seeking, self._next = self._next, None
-        if seeking is not None:
-            seeking.cancel()
-            await asyncio.gather(seeking, return_exceptions=True)
-        for call in self._open:
-            call.close()
-        self._open = []
+        """Ends all calls at once, then waits for the task that seeks a worker."""
+        self._closed = True
+        for call in list(self._open):
+            self._drop(call)
+        if self._next is not None:
+            await end(self._next)
 
     async def _admitted(self, request: PromptRequest) -> Generation:
+        self._require_open()
         call = await open_generation(self._router, request, self._model, self._left_s())
-        self._open.append(call)
+        self._open.add(call)
+        if self._closed:
+            self._drop(call)
+        self._require_open()
         return call
+
+    def _require_open(self) -> None:
+        """A task that seeks a worker may live on for a moment after `close`."""
+        if self._closed:
+            raise RequestCancelled("the prompt needs no worker any more")
 
     async def _sought(self, request: PromptRequest, give_up_s: float) -> Generation:
         while True:

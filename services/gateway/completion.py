@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
+from services.common.tasks import end
 from services.gateway.ask import Ask
 from services.gateway.choices import Choice, Delta
 from services.gateway.generation import PromptRequest
@@ -58,9 +59,7 @@ class Completion:
                 else:
                     yield item
         finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
+            await end(*pumps)
 
     def choices_of(self, prompt_idx: int) -> list[Choice]:
         first = prompt_idx * self.ask.num_choices

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from services.common.messages import report_from_proto, tokens_from_proto
+from services.common.tasks import end
 from services.common.tracing import context_of, span
 from services.gateway.calls import Calls
 from services.gateway.generation import NOBODY_TAKES_IT, WORKER_LOST, PromptRequest
@@ -105,7 +106,7 @@ class PromptRun:
         self._deadline_s = deadline_s
         self._asked = request  # of the worker: anew at each
         self._generated: list[list[int]] = [[] for _ in range(request.num_sequences)]
-        self._calls = Calls(service.router, service.model, self._left_s)
+        self._calls = self._no_calls()
         self._stopped_s = 0.0  # when its worker began to give it away
         self._prefill: asyncio.Task[PrefillOutcome] | None = None
         self._ended: set[int] = set()
@@ -127,11 +128,14 @@ class PromptRun:
 
     async def _leave_worker(self) -> None:
         """Frees what decode and prefill hold for the prompt."""
-        await self._calls.close()
         tasks = [task for task in (self._read, self._prefill) if task is not None]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._calls.close()
+        await end(*tasks)
+
+    def _no_calls(self) -> Calls:
+        return Calls(self._service.router, self._service.model, self._left_s)
 
     async def admit(self) -> None:
         """Reserve KV memory for the prompt; raises as `open_generation`."""
@@ -194,6 +198,7 @@ class PromptRun:
         if is_lost:
             self._calls.current.suspect()
         await self._leave_worker()
+        self._calls = self._no_calls()
         self._asked = replace(
             self.request,
             request_id=f"{self.request.request_id}.{figures.migrations}",

@@ -2,7 +2,8 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from services.common.rpc import error_from_rpc, is_typed
 from services.gateway.grpc_api import GrpcServer
+from services.gateway.lifecycle import PromptRun
+from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from tests.winnow import reference
 from winnow.errors import DeadlineExceeded, InvalidSetting
+from winnow.request import Token
 from winnow.v1 import inference_pb2 as pb
 from winnow.v1.inference_pb2_grpc import InferenceStub
 
@@ -205,6 +209,30 @@ async def test_cancelling_the_call_leaves_nothing_behind(
     await call.read()
     call.cancel()
     await service.until_idle(5)
+
+
+async def test_cancelling_the_call_ends_it_though_a_cancel_within_is_lost(
+    service: TestService, stub: InferenceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As asyncio.wait_for may lose it; more deltas than an answer's queue holds come after."""
+    tokens, begun = PromptRun.tokens, asyncio.Event()
+
+    async def tokens_that_lose_a_cancel(run: PromptRun) -> AsyncGenerator[list[Token]]:
+        async with aclosing(tokens(run)) as steps:
+            async for step in steps:
+                yield step
+                if not begun.is_set():
+                    begun.set()
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.Event().wait()
+
+    monkeypatch.setattr(PromptRun, "tokens", tokens_that_lose_a_cancel)
+    call = stub.Complete(request(max_tokens=1000), timeout=30)
+    await begun.wait()
+    call.cancel()
+    async with asyncio.timeout(10):
+        while value((await service.admin.get("/metrics")).text, "winnow_requests_running"):
+            await service.until_idle()
 
 
 async def test_a_server_that_stops_lets_calls_end_and_tells_those_that_do_not(

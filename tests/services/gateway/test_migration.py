@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 import torch
 
+from services.common.registry import WorkerRecord
 from services.decode import take_over
 from services.decode.take_over import Fetcher
 from services.decode.worker import DecodeWorker
@@ -345,6 +346,43 @@ async def test_who_leaves_while_a_worker_is_sought_leaves_nothing(
             await service.until_idle()
         peers = parts.router._peers.values()
         assert {(peer.num_places, peer.pages_held) for peer in peers} <= {(0, 0)}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_a_cancel_that_is_lost_while_a_worker_is_sought_leaves_nothing(
+    model_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """As asyncio.wait_for may lose it; who leaves may be cancelled once more meanwhile."""
+    sought = asyncio.Event()
+
+    async def no_candidates() -> list[WorkerRecord]:
+        if not sought.is_set():
+            sought.set()
+            with suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+        return []
+
+    async def leave_while_sought(run: PromptRun) -> None:
+        async with run:
+            await run.admit()
+            async with aclosing(run.tokens()) as steps:
+                await anext(steps)
+                monkeypatch.setattr(parts.router, "candidates", no_candidates)
+                run._calls.begin_move(LONG)
+                await sought.wait()
+                await asyncio.Event().wait()
+
+    async with running_service(model_path, redis_url) as service, parts_of(service) as parts:
+        leaving = asyncio.create_task(leave_while_sought(make_run(parts, LONG)))
+        await sought.wait()
+        for _ in range(times):
+            leaving.cancel()
+            await asyncio.wait({leaving}, timeout=0.2)
+        await asyncio.wait({leaving}, timeout=10)
+        assert leaving.cancelled()
+        peers = parts.router._peers.values()
+        assert {(peer.num_places, peer.pages_held) for peer in peers} <= {(0, 0)}
+        await service.until_idle(5)
 
 
 async def test_a_prompt_that_is_given_up_for_want_of_memory_is_computed_anew(

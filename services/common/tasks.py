@@ -1,0 +1,20 @@
+"""Tasks that have to end."""
+
+import asyncio
+from typing import Any
+
+_AGAIN_S = 1.0
+
+
+async def end(*tasks: asyncio.Task[Any]) -> None:
+    """Cancels tasks, and returns when all have ended, however they did.
+
+    More than once where it must: asyncio.wait_for loses a cancel that comes as its inner future
+    gets done (Python before 3.12), and so does all that uses it, as redis-py does.
+    """
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=_AGAIN_S)
+    await asyncio.gather(*tasks, return_exceptions=True)  # so that no error counts as forgotten
