@@ -18,3 +18,12 @@ async def end(*tasks: asyncio.Task[Any]) -> None:
             task.cancel()
         _, pending = await asyncio.wait(pending, timeout=_AGAIN_S)
     await asyncio.gather(*tasks, return_exceptions=True)  # so that no error counts as forgotten
+
+
+def is_cancelled() -> bool:
+    """Whether the task that runs was asked to end.
+
+    If not, a CancelledError in it is somebody else's.
+    """
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -7,6 +7,7 @@ that `winnow serve --print-config` writes.
 import asyncio
 from typing import Any, cast
 
+import grpc
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
@@ -17,6 +18,7 @@ from services.common.logs import configure_logging
 from services.common.ray_registry import reachable_host
 from services.common.registry import open_registry
 from services.common.settings import Settings, load_settings
+from services.common.tasks import is_cancelled
 from services.common.tracing import configure_tracing
 from services.decode.replica import Decode
 from services.gateway.admin import AdminServer
@@ -31,6 +33,8 @@ Handle = DeploymentHandle[Any]
 
 # Queues of our own decide what waits and what is refused, so Serve's never fill.
 _MAX_ONGOING = 10_000
+# Ray's own; those of gRPC with RAY_SERVE_USE_GRPC_BY_DEFAULT=1.
+_TRANSPORT_ERRORS = (RayError, RayServeException, grpc.RpcError)
 _READY_TIMEOUT_S = 2.0
 _SHUTDOWN_MARGIN_S = 5.0
 
@@ -57,7 +61,9 @@ class HandlePrefiller:
         try:
             async with asyncio.timeout(job.deadline_s):
                 return await response  # type: ignore[no-any-return]
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
+            if not is_cancelled():  # the replica was, and Ray hands its exception over
+                raise PrefillLost("the prefill worker gave the job up") from error
             response.cancel()  # type: ignore[no-untyped-call]
             raise
         except TimeoutError as error:
@@ -67,15 +73,23 @@ class HandlePrefiller:
             if isinstance(error.cause, WinnowError):
                 raise error.cause from None
             raise PrefillFailed(f"the prefill worker broke: {error.cause!r}") from error
-        except (RayError, RayServeException) as error:
+        except _TRANSPORT_ERRORS as error:
             raise PrefillLost(f"the prefill worker was lost: {error!r}") from error
+        except WinnowError:
+            raise
+        except Exception as error:  # the worker's own, which gRPC brings without RayTaskError
+            raise PrefillFailed(f"the prefill worker broke: {error!r}") from error
 
     async def ready(self) -> bool:
         response = self._handle.ready.remote()
         try:
             async with asyncio.timeout(_READY_TIMEOUT_S):
                 return bool(await response)
-        except (TimeoutError, RayError, RayServeException):
+        except asyncio.CancelledError:
+            if is_cancelled():
+                raise
+            return False
+        except (TimeoutError, *_TRANSPORT_ERRORS):
             response.cancel()  # type: ignore[no-untyped-call]
             return False
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
-from services.common.tasks import end
+from services.common.tasks import end, is_cancelled
 from services.gateway.ask import Ask
 from services.gateway.choices import Choice, Delta
 from services.gateway.generation import PromptRequest
@@ -76,13 +76,20 @@ class Completion:
     async def _pump(
         self, prompt_idx: int, waiting: asyncio.Queue[Delta | Exception | None]
     ) -> None:
-        """Puts one prompt's deltas, then None, or the exception that ended it."""
+        """Puts one prompt's deltas, then None, or the exception that ended it.
+
+        A cancel that comes from within is one too: nobody else would tell the reader.
+        """
         try:
             async with aclosing(self._prompt_deltas(prompt_idx)) as deltas:
                 async for delta in deltas:
                     await waiting.put(delta)
         except Exception as error:  # handed to the reader, who raises it
             await waiting.put(error)
+        except asyncio.CancelledError as error:
+            if is_cancelled():
+                raise
+            await waiting.put(RuntimeError(f"the prompt was given up from within: {error!r}"))
         else:
             await waiting.put(None)
 

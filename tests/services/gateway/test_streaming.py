@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ import httpx
 import openai
 import pytest
 
+from services.gateway.lifecycle import PromptRun
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from winnow.errors import PrefillFailed
+from winnow.request import Token
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -176,6 +178,18 @@ async def test_a_client_that_leaves_during_decode_leaves_nothing_behind(
         leaving.cancel()
         await asyncio.gather(leaving, return_exceptions=True)
     await service.until_idle(5)
+
+
+async def test_a_prompt_that_is_cancelled_by_nobody_ends_in_an_error(
+    service: TestService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def cancelled(_: PromptRun) -> AsyncGenerator[list[Token]]:
+        raise asyncio.CancelledError
+        yield []
+
+    monkeypatch.setattr(PromptRun, "tokens", cancelled)
+    answer = await service.http.post("/v1/completions", json=BODY | {"stream": False}, timeout=10)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
 
 
 async def test_a_client_that_leaves_during_prefill_cancels_it(service: TestService) -> None:
