@@ -18,7 +18,7 @@ from tests.winnow.drive import (
     spec,
 )
 from tests.winnow.test_prefill import ASL, prompt
-from winnow.engine.kv_pool import KVPool
+from winnow.engine.kv_pool import KVPool, StepPlan
 from winnow.engine.sequence import GenerationSpec, Reservation
 from winnow.errors import InvalidSetting, Overloaded
 from winnow.kv import LayerKV
@@ -42,6 +42,32 @@ def test_sixteen_prompts_in_one_batch_get_the_tokens_of_generate(
     expected = {name: reference.greedy(network, own, 16) for name, own in prompts.items()}
     assert {name: ids(tokens) for name, tokens in answers.items()} == expected
     assert_empty(engine)
+
+
+def test_a_long_prompt_in_the_batch_makes_no_other_as_long(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered: list[int] = []
+    gather = KVPool.gather
+
+    def counted(pool: KVPool, layer_idx: int, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = gather(pool, layer_idx, plan)
+        gathered.append(keys.shape[0] * keys.shape[2])
+        return keys, values
+
+    monkeypatch.setattr(KVPool, "gather", counted)
+    engine = make_engine(load_model(tiny_models["llama"]))
+    long, sampling = prompt(1100, 1), replace(GREEDY, max_tokens=4)
+    admit(engine, spec("long", len(long), sampling), long)
+    for name in range(8):
+        admit(engine, spec(str(name), 10, sampling), prompt(10, name))
+    answers = decode_all(engine)
+    network = reference.load(tiny_models["llama"])
+    assert ids(answers["long"]) == reference.greedy(network, long, 4)
+    for name in range(8):
+        assert ids(answers[str(name)]) == reference.greedy(network, prompt(10, name), 4)
+    num_passes = 3 * 4  # steps and layers
+    assert sum(gathered) == num_passes * (69 * 16 + 8 * 16)
 
 
 def test_a_sequence_that_joins_later_gets_its_own_tokens(tiny_models: dict[str, Path]) -> None:

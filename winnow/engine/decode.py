@@ -328,8 +328,7 @@ class DecodeEngine:
         device = self.model.device
         tokens = torch.tensor([[seq.history.generated[-1]] for seq in going], device=device)
         positions = torch.tensor([seq.next_position - 1 for seq in going], device=device)
-        plan = self.pool.plan_step([seq.row for seq in going], positions)
-        attention = PagedAttention(self.pool, plan)
+        attention = PagedAttention(self.pool, [seq.row for seq in going], positions)
         hidden, rope = self.model.embed(tokens), self.model.rope(positions[:, None])
         for layer_idx in range(self.model.shape.num_layers):
             hidden = self.model.layer(layer_idx, hidden, rope, attention)
