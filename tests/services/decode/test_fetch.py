@@ -22,7 +22,7 @@ from winnow.v1 import decode_pb2 as pb
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-LONG = replace(GREEDY, max_tokens=300)
+LONG = replace(GREEDY, max_tokens=600)
 FETCH = "/winnow.v1.KvTransfer/Fetch"
 
 
@@ -149,7 +149,7 @@ async def test_a_sequence_that_has_ended_stays_behind(two: Two) -> None:
 
 async def test_a_request_that_waits_in_host_memory_moves_too(start_worker: StartWorker) -> None:
     async with clients(start_worker, kv_memory_bytes=1 << 20, kv_overcommit=4) as two:
-        sampling = sampling_to_proto(replace(LONG, max_tokens=600))
+        sampling = sampling_to_proto(LONG)
         expected = await whole(two, sampling=sampling)
         older, younger = (
             await two.begin("older", sampling=sampling),
