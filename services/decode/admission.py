@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 
 from services.decode.active_request import ActiveRequest
 from winnow.engine.decode import DecodeEngine
@@ -16,6 +17,7 @@ from winnow.errors import (
 )
 from winnow.wire import Grant
 
+_OWED_S = 2.0  # gateways ask four times a second
 _ROOM_TIMEOUT_S = 2.0  # some steps of the engine
 
 
@@ -25,6 +27,7 @@ class Admission:
     def __init__(self, engine: DecodeEngine) -> None:
         self.draining = False
         self._engine = engine
+        self._owed_until_s = 0.0  # to a request that is assured its memory, and did not get it
         self._requests: dict[str, ActiveRequest] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -38,12 +41,25 @@ class Admission:
         Raises NoDecodeWorker while draining, Overloaded without memory or places now, and
         InvalidSetting for what can never fit or an id that is in use.
         """
+        self._require_turn(spec)
         try:
             return self._admit(spec, grant)
         except Overloaded:
             if not await self._others_shrank(spec):
+                self._note_refusal(spec)
                 raise
         return self._admit(spec, grant)
+
+    def _require_turn(self, spec: GenerationSpec) -> None:
+        """A preempted request gets the memory that comes free before those that are new."""
+        is_new = not (spec.assured or spec.moved or spec.replayed)
+        if is_new and time.monotonic() < self._owed_until_s:
+            raise Overloaded("a request that was given up for want of KV memory waits for it")
+
+    def _note_refusal(self, spec: GenerationSpec) -> None:
+        """Whoever is owed memory asks again and again; who stops asking is owed no more."""
+        if spec.assured:
+            self._owed_until_s = time.monotonic() + _OWED_S
 
     def _admit(self, spec: GenerationSpec, grant: Grant) -> ActiveRequest:
         if self.draining:
@@ -51,6 +67,8 @@ class Admission:
         if spec.request_id in self._requests:
             raise InvalidSetting(f"request {spec.request_id} is admitted already")
         request = self._requests[spec.request_id] = ActiveRequest(self._engine, spec, grant)
+        if spec.assured:
+            self._owed_until_s = 0.0
         self._idle.clear()
         return request
 

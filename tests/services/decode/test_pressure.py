@@ -7,10 +7,11 @@ import grpc
 import pytest
 
 from services.common.messages import recompression_to_proto, sampling_to_proto
+from services.decode import admission
 from tests.services.decode.client import GREEDY, Call, Client, error_of
 from tests.services.decode.conftest import StartWorker
 from tests.winnow.drive import UNPRUNED
-from winnow.errors import Preempted
+from winnow.errors import Overloaded, Preempted
 from winnow.v1 import decode_pb2 as pb
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -58,6 +59,24 @@ async def test_what_fits_nowhere_ends_with_an_error_that_says_so(
         assert len(tokens) == NUM_TOKENS
         assert isinstance(error, Preempted)
         assert "swap_bytes 0" in error.message
+        await client.until_idle()
+
+
+async def test_nothing_new_is_let_in_before_a_request_that_was_given_up(
+    start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "_OWED_S", 60)
+    async with Client(await start_worker(**TIGHT)) as client:
+        running = await begin(client, "running")
+        again = client.request("again", sampling=LONG, assured=True)
+        assert isinstance(await error_of(client.generate(again)), Overloaded)
+        new = client.request("new")
+        assert isinstance(await error_of(client.generate(new)), Overloaded)
+        running.cancel()
+        await client.until_idle()
+        assert isinstance(await error_of(client.generate(new)), Overloaded)
+        (await client.admit(again)).cancel()
+        (await client.admit(new)).cancel()
         await client.until_idle()
 
 
