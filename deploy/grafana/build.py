@@ -208,9 +208,9 @@ SERVICE = Dashboard(
             ),
             Panel(
                 "Moved to another decode worker",
-                "Prompts whose decode worker drained: the pause of each in its tokens",
-                SECONDS,
-                quantiles("winnow_move_seconds"),
+                "Sequences that went on elsewhere with their KV, because their worker drained",
+                RATE,
+                {"{{direction}}": rate("winnow_sequences_moved_total", "direction")},
             ),
             Panel(
                 "Prompt lengths",

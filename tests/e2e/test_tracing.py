@@ -73,13 +73,15 @@ class Collector:
                     spans = self._traces.setdefault(span.trace_id.hex(), [])
                     spans.append((service, span))
 
-    def trace(self, trace_id: str, num_spans: int) -> list[tuple[str, Span]]:
-        """Waits until so many spans of a trace have come."""
+    def trace(
+        self, trace_id: str, num_spans: int, names: frozenset[str] = frozenset()
+    ) -> list[tuple[str, Span]]:
+        """Waits until so many spans of a trace have come, and those of such names."""
         deadline_s = time.monotonic() + 20
         while True:
             with self._lock:
                 spans = list(self._traces.get(trace_id, ()))
-            if len(spans) >= num_spans:
+            if len(spans) >= num_spans and names <= {span.name for _, span in spans}:
                 return spans
             assert time.monotonic() < deadline_s, [span.name for _, span in spans]
             time.sleep(0.1)
@@ -164,9 +166,10 @@ def test_an_error_is_in_its_span(ready: tuple[str, str], collector: Collector) -
     body = {"model": "qwen2", "prompt": [PROMPT] * 16, "n": 8, "max_tokens": 4000}
     answer = httpx.post(f"{ready[0]}/v1/completions", json=body, headers=headers, timeout=60)
     assert answer.status_code == 429, answer.text  # more than the pool holds
-    spans = collector.trace(trace_id, 2)
+    names = frozenset({"completion", "admission"})
+    spans = collector.trace(trace_id, 2, names)
     failed = [span for _, span in spans if span.status.code == Status.STATUS_CODE_ERROR]
-    assert {"completion", "admission"} <= {span.name for span in failed}
+    assert names <= {span.name for span in failed}
     assert all(PROMPT[:20] not in str(span) for _, span in spans)
 
 
