@@ -20,14 +20,13 @@ from services.common.tls import bind, public_credentials
 from services.common.tracing import context_in
 from services.gateway.gateway import Gateway
 from services.gateway.grace import Grace
-from services.gateway.grpc_asks import ask_from_proto
+from services.gateway.grpc_asks import ask_from_bytes
 from services.gateway.grpc_format import delta_to_proto, usage_to_proto
 from services.gateway.grpc_guard import MAX_CALLS, GrpcKeyGuard, authorization, connection_options
 from services.gateway.http_errors import public_error
 from services.gateway.keys import ApiKey
 from winnow.errors import WinnowError
 from winnow.v1 import inference_pb2 as pb
-from winnow.v1.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,8 @@ class GrpcServer:
             maximum_concurrent_rpcs=MAX_CALLS,
         )
         self._grace = Grace()
-        add_InferenceServicer_to_server(_Inference(gateway, self._grace), self._server)  # type: ignore[no-untyped-call]
+        inference = _Inference(gateway, self._grace)
+        self._server.add_generic_rpc_handlers((inference.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
@@ -102,14 +102,19 @@ def _options(gateway: Gateway) -> list[tuple[str, int]]:
     return [*others, size, *connection_options(settings)]
 
 
-class _Inference(InferenceServicer):
+class _Inference:
     def __init__(self, gateway: Gateway, grace: Grace) -> None:
         self._gateway = gateway
         self._grace = grace
 
-    async def Complete(
-        self, request: pb.CompleteRequest, context: grpc.aio.ServicerContext
-    ) -> None:
+    def handler(self) -> grpc.GenericRpcHandler:
+        """Takes messages as bytes: one that cannot be read gets a typed error like any other."""
+        complete = grpc.unary_stream_rpc_method_handler(
+            self.complete, response_serializer=pb.CompleteResponse.SerializeToString
+        )
+        return grpc.method_handlers_generic_handler(SERVICE, {"Complete": complete})
+
+    async def complete(self, body: bytes, context: grpc.aio.ServicerContext) -> None:
         """Chunks as text is generated, then one with the usage; or one typed error.
 
         Writes rather than yields them, so that a deadline ends the wait for a slow client too.
@@ -126,7 +131,7 @@ class _Inference(InferenceServicer):
             key = self._gateway.access.require(authorization(metadata))
             async with self._grace.call():
                 await self._gateway.access.charge_request(key)
-                await self._answer(request, context_in(metadata), key, write)
+                await self._answer(body, context_in(metadata), key, write)
         except Exception as error:  # whatever it is, the client gets one typed error
             failure = public_error(error)
             if not started:
@@ -135,13 +140,13 @@ class _Inference(InferenceServicer):
 
     async def _answer(
         self,
-        request: pb.CompleteRequest,
+        body: bytes,
         trace_context: str,
         key: ApiKey | None,
         write: Callable[[pb.CompleteResponse], Awaitable[None]],
     ) -> None:
         gateway, tokenizer = self._gateway, self._gateway.model.tokenizer
-        ask = await asyncio.to_thread(ask_from_proto, gateway, request)
+        ask = await asyncio.to_thread(ask_from_bytes, gateway, body)
         async with (
             gateway.open(ask, key, trace_context) as completion,
             aclosing(completion.deltas()) as deltas,

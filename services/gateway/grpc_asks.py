@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from services.gateway.ask import Ask, Prompt, Wishes, make_ask
 from services.gateway.gateway import Gateway
 from services.gateway.openai_types import ROLES
@@ -10,6 +12,15 @@ from winnow.v1 import inference_pb2 as pb
 
 # Over gRPC 0 stands for JSON's null: keep every entry.
 _UNLIMITED_AT_ZERO = frozenset({"kv_budget", "decode_budget", "decode_floor"})
+
+
+def ask_from_bytes(gateway: Gateway, body: bytes) -> Ask:
+    """As ask_from_proto, of what came over the wire."""
+    try:
+        request = pb.CompleteRequest.FromString(body)
+    except DecodeError as error:
+        raise InvalidRequest(f"{len(body):,} bytes are no CompleteRequest") from error
+    return ask_from_proto(gateway, request)
 
 
 def ask_from_proto(gateway: Gateway, request: pb.CompleteRequest) -> Ask:

@@ -170,7 +170,8 @@ async def test_a_message_that_lies_about_its_lengths_is_refused(
         call = channel.unary_stream("/winnow.v1.Inference/Complete")(message, timeout=30)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call.read()
-    assert refused.value.code() is grpc.StatusCode.UNKNOWN  # it was read, and makes no sense
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert refused.value.details() == f"{len(message):,} bytes are no CompleteRequest"
     await assert_serves(service)
 
 
