@@ -70,8 +70,8 @@ def _keepalive() -> Options:
     return [
         ("grpc.keepalive_time_ms", 1000 * KEEPALIVE_INTERVAL_S),
         ("grpc.keepalive_timeout_ms", 1000 * KEEPALIVE_TIMEOUT_S),
-        # A minute unless set, and it counts: a peer that was cut off in mid-stream was noticed after
-        # 80 s instead of 30.
+        # A minute unless set, and it counts: who was cut off in mid-stream was noticed after 80 s
+        # instead of 30.
         ("grpc.http2.ping_timeout_ms", 1000 * KEEPALIVE_TIMEOUT_S),
         ("grpc.keepalive_permit_without_calls", 0),
         # A token stream waits for its prefill without any data; the default stops pinging then.
