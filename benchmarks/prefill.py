@@ -31,7 +31,8 @@ from winnow.engine.prefill import run_prefill
 from winnow.models import load_model
 from winnow.request import PruningSettings
 
-CONTESTANTS = ("transformers", "full", "fastkv", "asl")
+THEIRS, UNPRUNED = "transformers", "full"
+CONTESTANTS = (THEIRS, UNPRUNED, "fastkv", "asl")
 SELECT_SHARE = 8  # one of eight tokens goes on
 
 
@@ -40,8 +41,8 @@ def settings_for(contestant: str, num_layers: int, num_tokens: int) -> PruningSe
     budget = max(64, num_tokens // SELECT_SHARE)
     half = num_layers // 2 - 1
     base = scaled_defaults(num_layers)
-    if contestant == "full":
-        return replace(base, method="full")
+    if contestant == UNPRUNED:
+        return replace(base, method=UNPRUNED)
     pruned = replace(base, select_tokens=budget, kv_budget=budget)
     if contestant == "fastkv":
         return replace(pruned, method="fastkv", fixed_layer=half)
@@ -78,7 +79,7 @@ def measure(path: Path, contestant: str, num_tokens: int, rounds: int) -> dict[s
     """In this process: seconds of each round, and the peak over what the weights take, in bytes."""
     generator = torch.Generator().manual_seed(0)
     token_ids = torch.randint(0, 1000, (num_tokens,), generator=generator).tolist()
-    ours = contestant != "transformers"
+    ours = contestant != THEIRS
     prefill = our_prefill(path, contestant) if ours else transformers_prefill(path)
     prefill(token_ids[:256])  # touches every weight
     gc.collect()
@@ -116,7 +117,7 @@ def measure_apart(path: Path, contestant: str, num_tokens: int, rounds: int) -> 
 
 def floor_of(contestant: str, num_layers: int, num_tokens: int) -> float:
     """Share of the layer-tokens of an unpruned prompt that the contestant computes."""
-    if contestant in ("transformers", "none"):
+    if contestant in (THEIRS, UNPRUNED):
         return 1.0
     kept = max(64, num_tokens // SELECT_SHARE)
     half = num_layers // 2
@@ -134,7 +135,7 @@ def compare(
             result = measure_apart(path, contestant, num_tokens, rounds=2)
             seconds[contestant].append(min(result["seconds"]))
             peaks[contestant] = max(peaks[contestant], result["peak_bytes"])
-    unpruned, theirs = median(seconds["none"]), median(seconds["transformers"])
+    unpruned, theirs = median(seconds[UNPRUNED]), median(seconds[THEIRS])
     return [
         {
             "model": name,
@@ -145,7 +146,7 @@ def compare(
             "floor": floor_of(contestant, num_layers, num_tokens),
             "of transformers": median(seconds[contestant]) / theirs,
             "peak MB": peaks[contestant] / 2**20,
-            "peak of transformers": peaks[contestant] / peaks["transformers"],
+            "peak of transformers": peaks[contestant] / peaks[THEIRS],
         }
         for contestant in CONTESTANTS
     ]
