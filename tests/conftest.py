@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.certificates import authority, tls_files  # noqa: F401 - fixtures
+from tests.guarded_redis import guarded  # noqa: F401 - a fixture
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

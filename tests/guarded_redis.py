@@ -2,8 +2,10 @@
 
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import redis
 import trustme
 
@@ -63,3 +65,12 @@ def _complaint(client: redis.Redis) -> str:
     except redis.ConnectionError as error:  # it listens, but not to plain text
         return str(error)
     return ""
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GuardedRedis]:
+    server = GuardedRedis(tmp_path_factory.mktemp("redis"), authority)
+    yield server
+    server.stop()

@@ -82,6 +82,14 @@ def hold(victim: Victim, state: State) -> None:
         victim.network.become(SILENT, *(f"{name} {HELD_BY[state]}" for name in WORKERS))
 
 
+def harm_in_passing(victim: Victim, harm: str, target: str) -> None:
+    """Lets the prompt go on, too; returns when the harm is over."""
+    getattr(victim, harm)(target)
+    victim.network.heal()
+    time.sleep(STOPPED_S if harm == "stop" else 0)
+    victim.restore()
+
+
 @pytest.mark.parametrize("harm", ["kill", "stop"])
 @pytest.mark.parametrize("target", ["decode", "prefill", "gateway", "redis"])
 @pytest.mark.parametrize("state", REACH)
@@ -90,10 +98,7 @@ def test_the_answer_is_whole_or_ends_in_one_error(
 ) -> None:
     def do_harm() -> None:
         worker = REACH[state](victim)
-        getattr(victim, harm)(worker if target == "decode" else target)
-        victim.network.heal()
-        time.sleep(STOPPED_S if harm == "stop" else 0)
-        victim.restore()
+        harm_in_passing(victim, harm, worker if target == "decode" else target)
 
     hold(victim, state)
     body = LONG_ANSWER if state is State.MOVING else ONE_ANSWER
@@ -110,10 +115,7 @@ def test_the_answer_is_whole_or_ends_in_one_error(
 @pytest.mark.parametrize("harm", ["kill", "stop"])
 def test_who_was_to_take_over_is_lost_in_the_move(victim: Victim, harm: str) -> None:
     def do_harm() -> None:
-        getattr(victim, harm)(other_than(moving(victim)))
-        victim.network.heal()
-        time.sleep(STOPPED_S if harm == "stop" else 0)
-        victim.restore()
+        harm_in_passing(victim, harm, other_than(moving(victim)))
 
     with meanwhile(do_harm):
         ask(victim, body=LONG_ANSWER).require_whole(victim)

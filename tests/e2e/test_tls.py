@@ -35,15 +35,6 @@ class Secured:
 
 
 @pytest.fixture(scope="module")
-def redis(
-    authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[GuardedRedis]:
-    server = GuardedRedis(tmp_path_factory.mktemp("redis"), authority)
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
 def ray_tls(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Ray's own variables. Its processes call each other by address, so the certificate has it."""
     folder = tmp_path_factory.mktemp("ray")
@@ -68,15 +59,15 @@ def model(tiny_models: dict[str, Path]) -> Path:
 def secured(
     model: Path,
     tls_files: dict[str, Path],
-    redis: GuardedRedis,
+    guarded: GuardedRedis,
     ray_tls: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Secured]:
     folder = tmp_path_factory.mktemp("secured")
     (folder / "keys.yaml").write_text(entry_text(KEY_ENTRY))
-    files = tls_files | {"redis_ca_file": redis.ca_file, "api_keys_file": folder / "keys.yaml"}
+    files = tls_files | {"redis_ca_file": guarded.ca_file, "api_keys_file": folder / "keys.yaml"}
     variables = {f"WINNOW_{name.upper()}": str(path) for name, path in files.items()}
-    variables["WINNOW_REDIS_URL"] = redis.url()
+    variables["WINNOW_REDIS_URL"] = guarded.url()
     variables |= ray_tls
     arguments = ["--model", str(model), "--port", "0", "--grpc-port", "null", "--admin-port", "0"]
     process = WinnowServe(folder, [*arguments, "--kv-memory-bytes", "64MiB"], **variables)
@@ -126,7 +117,7 @@ def test_behind_the_proxy_only_probes_answer_without_a_key(
         assert client.get("/-/routes").json() == {"/": "winnow"}
 
 
-def test_process_lists_and_logs_have_no_secrets(secured: Secured, redis: GuardedRedis) -> None:
+def test_process_lists_and_logs_have_no_secrets(secured: Secured, guarded: GuardedRedis) -> None:
     processes = secured.process.processes()
     (token,) = {t for p in processes if (t := p.environ().get("RAY_AUTH_TOKEN"))}
     shown = "\n".join(part for process in processes for part in process.cmdline())

@@ -2,6 +2,12 @@
 {{- if .Values.nameOverride }}{{ .Values.nameOverride }}{{ else if contains "winnow" .Release.Name }}{{ .Release.Name }}{{ else }}{{ printf "%s-winnow" .Release.Name }}{{ end -}}
 {{- end }}
 
+{{/* Of the API, inside the cluster. */}}
+{{- define "winnow.url" -}}
+{{- $scheme := ternary "https" "http" (ne .Values.gateway.tlsSecret "") -}}
+{{ $scheme }}://{{ include "winnow.name" . }}:{{ .Values.gateway.service.port }}
+{{- end }}
+
 {{- define "winnow.image" -}}
 {{- $suffix := ternary "-cuda" "" (hasPrefix "cuda" .Values.model.device) -}}
 {{ .Values.image.repository }}:{{ default (printf "%s%s" .Chart.AppVersion $suffix) .Values.image.tag }}

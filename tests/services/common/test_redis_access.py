@@ -1,7 +1,6 @@
 """A Redis with password and TLS: who is let in, and what is said to who is not."""
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,15 +18,6 @@ from winnow.errors import InvalidSetting, RateLimited
 
 WRONG = "hunter2"
 TARGET = MetricsTarget("worker-1", "10.0.0.1:9400", "decode", "tiny")
-
-
-@pytest.fixture(scope="module")
-def guarded(
-    authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[GuardedRedis]:
-    server = GuardedRedis(tmp_path_factory.mktemp("redis"), authority)
-    yield server
-    server.stop()
 
 
 async def test_registers_over_tls_with_a_password(guarded: GuardedRedis) -> None:

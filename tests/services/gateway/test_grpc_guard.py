@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -36,14 +37,20 @@ async def another_port(service: TestService) -> AsyncIterator[str]:
         await server.stop()
 
 
+async def watching(stub: HealthStub, num_calls: int) -> list[Any]:
+    """So many calls that stay open."""
+    watches = [stub.Watch(ASK) for _ in range(num_calls)]
+    for watch in watches:
+        await watch.read()
+    return watches
+
+
 async def test_one_connection_has_so_many_calls_and_others_have_theirs(
     service: TestService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grpc_guard, "MAX_STREAMS_PER_CONNECTION", 3)
     async with another_port(service) as address, connected(address) as greedy:
-        watches = [greedy.Watch(ASK) for _ in range(3)]
-        for watch in watches:
-            await watch.read()
+        watches = await watching(greedy, 3)
         with pytest.raises(grpc.aio.AioRpcError) as waited:
             await greedy.Check(ASK, timeout=1)
         assert waited.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -58,12 +65,11 @@ async def test_calls_over_the_limit_are_refused(
 ) -> None:
     monkeypatch.setattr(grpc_api, "MAX_CALLS", 2)
     async with another_port(service) as address, connected(address) as stub:
-        watches = [stub.Watch(ASK) for _ in range(2)]
-        for watch in watches:
-            await watch.read()
+        watches = await watching(stub, 2)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await stub.Check(ASK, timeout=30)
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert not any(watch.done() for watch in watches)
 
 
 async def test_a_connection_grows_so_old_and_its_client_makes_another(
