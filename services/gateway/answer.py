@@ -71,8 +71,9 @@ class Answer(Response):
     async def _stream(self, completion: Completion, events: "EventStream") -> None:
         async with aclosing(completion.deltas()) as deltas:
             async for delta in deltas:
-                if self._format.has_news(delta):
-                    await events.send(self._format.chunk(delta))
+                chunk = self._format.chunk(delta)
+                if chunk is not None:
+                    await events.send(chunk)
         if self._asked.include_usage:
             await events.send(self._format.usage_chunk(completion.usage()))
         await events.finish()

@@ -25,6 +25,7 @@ class Limits:
         self.max_prompt_tokens = min(
             settings.max_prompt_tokens or self.max_positions, self.max_positions - 1
         )
+        self.max_output_tokens = min(settings.max_new_tokens, self.max_positions - 1)
         require_within_caps(settings, model.pruning)
 
     def require_model(self, name: str) -> None:
@@ -85,6 +86,7 @@ class Limits:
     ) -> int:
         """How many tokens an answer may have; `default` None is as many as are allowed.
 
+        Where max_tokens_policy is clamp, too many are as many as are allowed.
         Raises InvalidSetting for a number out of range, PromptTooLong if prompt and answer exceed
         the model's context.
         """
@@ -92,6 +94,8 @@ class Limits:
         most = self._settings.max_new_tokens
         if asked is None:
             return min(most if default is None else default, most, left)
+        if self._settings.max_tokens_policy == "clamp":
+            asked = min(asked, most, left)
         if not 1 <= asked <= most:
             raise InvalidSetting(
                 f"{param} is {asked:,}; the allowed range is 1 to {most:,}", param=param

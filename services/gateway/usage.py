@@ -46,12 +46,16 @@ class Usage:
         winnow = asdict(self.winnow())
         if len(self.prompts) > 1:
             winnow["prompts"] = [asdict(prompt) for prompt in self.prompts]
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "winnow": winnow,
-        }
+        return {**token_counts(self.prompt_tokens, self.completion_tokens), "winnow": winnow}
+
+
+def token_counts(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """OpenAI's part of `usage`."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
 
 
 def winnow_usage(figures: Figures) -> WinnowUsage:
