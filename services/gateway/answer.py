@@ -3,6 +3,8 @@
 import asyncio
 import json
 import logging
+import math
+import time
 from collections.abc import Coroutine
 from contextlib import aclosing, suppress
 from typing import Any
@@ -18,12 +20,15 @@ from services.gateway.http_errors import error_object, public_error, refusal
 from services.gateway.keys import ApiKey
 from services.gateway.openai_asks import OpenAIAsk
 from services.gateway.openai_format import AnswerFormat
-from winnow.errors import WinnowError
+from winnow.errors import Overloaded, WinnowError
 
 logger = logging.getLogger(__name__)
 
 # An error is told to a client that reads; one that does not is not waited for.
 _ERROR_TIMEOUT_S = 5.0
+# A prefill worker whose queue is full says so at once. Until then an admitted stream could still be
+# refused with 429; afterwards its headers go out.
+_REFUSAL_TIMEOUT_S = 0.25
 
 
 class Answer(Response):
@@ -46,7 +51,8 @@ class Answer(Response):
         await _unless_disconnected(receive, self._answer(scope, receive, send))
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        events = EventStream(send, self._asked.ask.request_id)
+        keepalive_s = self._gateway.settings.sse_keepalive_s
+        events = EventStream(send, self._asked.ask.request_id, keepalive_s)
         try:
             response = await self._run(events, key_of(scope))
         except Exception as error:  # whatever it is, the client gets one typed error
@@ -69,14 +75,25 @@ class Answer(Response):
             return JSONResponse(await self._whole(completion))
 
     async def _stream(self, completion: Completion, events: "EventStream") -> None:
-        async with aclosing(completion.deltas()) as deltas:
-            async for delta in deltas:
-                chunk = self._format.chunk(delta)
-                if chunk is not None:
-                    await events.send(chunk)
+        try:
+            await self._stream_deltas(completion, events)
+        except Overloaded:  # as a refusal, if prefill refuses at once
+            raise
+        except Exception:
+            await events.start()
+            raise
         if self._asked.include_usage:
             await events.send(self._format.usage_chunk(completion.usage()))
         await events.finish()
+
+    async def _stream_deltas(self, completion: Completion, events: "EventStream") -> None:
+        async with aclosing(completion.paced_deltas(events.patience_s)) as deltas:
+            async for delta in deltas:
+                chunk = None if delta is None else self._format.chunk(delta)
+                if chunk is None:
+                    await events.keep_alive()
+                else:
+                    await events.send(chunk)
 
     async def _whole(self, completion: Completion) -> dict[str, Any]:
         async with aclosing(completion.deltas()) as deltas:
@@ -85,22 +102,35 @@ class Answer(Response):
 
 
 class EventStream:
-    """Server-sent events; the HTTP status is sent with the first, so that errors can come before.
+    """Server-sent events: chunks, and comments where there would be silence.
 
+    keepalive_s: how long a silence may be; None or 0 for as long as it takes.
     After an error the stream ends without `[DONE]`.
     """
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, request_id: str, keepalive_s: float | None) -> None:
         self._send = send
         self._request_id = request_id
+        self._keepalive_s = keepalive_s
+        self._said_s = -math.inf
         self.started = False
+
+    def patience_s(self) -> float | None:
+        """After so many seconds without an event, `keep_alive` is due; None is never."""
+        return (self._keepalive_s or None) if self.started else _REFUSAL_TIMEOUT_S
 
     async def send(self, event: dict[str, Any]) -> None:
         """One event, `data: {...}`."""
-        await self._send_text(json.dumps(event, ensure_ascii=False, separators=(",", ":")))
+        await self._send_data(json.dumps(event, ensure_ascii=False, separators=(",", ":")))
+
+    async def keep_alive(self) -> None:
+        """The HTTP status, if it was not sent, and a comment, if nothing was for long."""
+        await self.start()
+        if self._keepalive_s and time.monotonic() - self._said_s >= self._keepalive_s:
+            await self._send_text(": keep-alive")
 
     async def finish(self) -> None:
-        await self._send_text("[DONE]")
+        await self._send_data("[DONE]")
         await self._end()
 
     async def fail(self, error: WinnowError) -> None:
@@ -110,13 +140,10 @@ class EventStream:
                 await self.send(error_object(error))
                 await self._end()
 
-    async def _send_text(self, text: str) -> None:
-        if not self.started:
-            await self._start()
-        body = f"data: {text}\n\n".encode()
-        await self._send({"type": "http.response.body", "body": body, "more_body": True})
-
-    async def _start(self) -> None:
+    async def start(self) -> None:
+        """The HTTP status and the headers, once."""
+        if self.started:
+            return
         self.started = True
         headers = {
             "content-type": "text/event-stream; charset=utf-8",
@@ -126,6 +153,15 @@ class EventStream:
         }
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await self._send({"type": "http.response.start", "status": 200, "headers": raw})
+
+    async def _send_data(self, data: str) -> None:
+        await self.start()
+        await self._send_text(f"data: {data}")
+
+    async def _send_text(self, text: str) -> None:
+        body = f"{text}\n\n".encode()
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        self._said_s = time.monotonic()
 
     async def _end(self) -> None:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})

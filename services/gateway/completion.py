@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -43,6 +43,15 @@ class Completion:
 
     async def deltas(self) -> AsyncGenerator[Delta]:
         """Every choice's deltas as they come; raises the first error of any prompt."""
+        async with aclosing(self.paced_deltas(lambda: None)) as deltas:
+            async for delta in deltas:
+                assert delta is not None
+                yield delta
+
+    async def paced_deltas(
+        self, patience_s: Callable[[], float | None]
+    ) -> AsyncGenerator[Delta | None]:
+        """As `deltas`; and None whenever no delta has come for `patience_s()` seconds."""
         waiting: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(_MAX_WAITING_DELTAS)
         pumps = [
             asyncio.create_task(self._pump(prompt_idx, waiting))
@@ -51,7 +60,12 @@ class Completion:
         try:
             running = len(pumps)
             while running:
-                item = await waiting.get()
+                try:
+                    async with asyncio.timeout(patience_s()):
+                        item = await waiting.get()
+                except TimeoutError:
+                    yield None
+                    continue
                 if isinstance(item, Exception):
                     raise item
                 if item is None:
