@@ -72,6 +72,7 @@ class AnswerFormat(ABC):
                 "".join(delta.text for delta in own),
                 tuple(token for delta in own for token in delta.tokens),
                 own[-1].finish_reason,
+                own[0].prompt,
             )
             for index, own in enumerate(parts)
         ]
@@ -85,7 +86,7 @@ class CompletionFormat(AnswerFormat):
     def __init__(self, asked: OpenAIAsk, model_name: str, tokenizer: Tokenizer) -> None:
         super().__init__(asked, model_name, tokenizer)
         self._logprobs = [
-            CompletionLogprobs(tokenizer, len(prompt.echo))
+            CompletionLogprobs(tokenizer, prompt.echo, prompt.offsets)
             for prompt in asked.ask.prompts
             for _ in range(asked.ask.num_choices)
         ]
@@ -103,7 +104,7 @@ class CompletionFormat(AnswerFormat):
     def _choice(self, delta: Delta) -> dict[str, Any]:
         logprobs = None
         if self._asked.top_logprobs is not None:
-            logprobs = self._logprobs[delta.index].take(delta.tokens)
+            logprobs = self._logprobs[delta.index].take(delta.prompt, delta.tokens)
         return {
             "index": delta.index,
             "text": delta.text,

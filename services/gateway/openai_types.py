@@ -101,6 +101,7 @@ class _Generation(WithoutEffect, _Body):
 class CompletionRequest(_Generation):
     # Text, token ids, or a list of either; prompts.py tells them apart, and names what is wrong.
     prompt: Annotated[Any, WithJsonSchema({"anyOf": _PROMPTS})]
+    max_tokens: Integer | None = _told(minimum=0)  # 0 only with echo
     logprobs: Integer | None = _told(minimum=0, maximum=MAX_LOGPROBS)
     echo: bool | None = None
 

@@ -62,8 +62,8 @@ class Usage(_Sent):
 
 class CompletionLogprobs(_Sent):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,6 +21,7 @@ from services.prefill.channels import Channels
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.sender import Delivered, Push
 from winnow.engine.prefill import PrefillResult, run_prefill
+from winnow.engine.prompt_logprobs import prompt_logprobs
 from winnow.errors import (
     DeadlineExceeded,
     Overloaded,
@@ -30,7 +31,7 @@ from winnow.errors import (
 )
 from winnow.kv import LayerKV
 from winnow.models import DecoderModel
-from winnow.request import PrefillJob, PrefillOutcome, PrefillTimings
+from winnow.request import PrefillJob, PrefillOutcome, PrefillTimings, PromptLogprobs
 from winnow.wire import Header, TransferEncoder
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class _Work:
     failed: bool = False
     transfer_span: Span | None = None
     result: PrefillResult | None = None
+    logprobs: PromptLogprobs | None = None
 
     @property
     def remaining_s(self) -> float:
@@ -161,21 +163,12 @@ class PrefillQueue:
             self._fail(work, PrefillFailed(f"prefill broke: {error!r}"))
 
     def _compute(self, work: _Work) -> None:
-        """Pushes every layer and leaves the end of the push to `_deliver`."""
+        """Runs the prompt; its KV is pushed meanwhile, and the push's end left to `_deliver`."""
         if work.remaining_s <= 0:
             raise DeadlineExceeded(f"the prompt waited {work.job.deadline_s:g} s for prefill")
         context = work.job.trace_context
         start_span("prefill.queue", context, start_s=work.received_s).end()
-        work.transfer_span = start_span("kv.transfer", context)
-        push = Push(
-            work.job,
-            self._encoder(work.job),
-            lambda end: self._deliver(work, end),
-            trace_context=context_of(work.transfer_span),
-        )
-        push.open(self._channels, work.remaining_s)
-        self._metrics.transfers_in_flight.inc()
-        work.outcome.add_done_callback(lambda _: push.abort(_cancelled()))  # no-op after its end
+        push = self._open_push(work)
         try:
             with (
                 span("prefill.compute", context, tokens=len(work.job.token_ids)) as compute,
@@ -183,16 +176,45 @@ class PrefillQueue:
             ):
                 for layer in self._timed(layers):
                     compute.add_event("layer", {} if layer is None else {"layer": layer.layer_idx})
-                    self._hand_over(work, push, layer)
+                    self._require_wanted(work)
+                    if layer is not None and push is not None:
+                        self._hand_over(work, push, layer)
+                self._score(work)
         except Exception as error:
-            push.abort(error if isinstance(error, WinnowError) else PrefillFailed(repr(error)))
+            if push is not None:
+                push.abort(error if isinstance(error, WinnowError) else PrefillFailed(repr(error)))
             raise
         assert work.result is not None
         work.computed_s = time.monotonic()
-        push.finish(work.result)
+        if push is None:
+            self._settle(work, None)
+        else:
+            push.finish(work.result)
+
+    def _open_push(self, work: _Work) -> Push | None:
+        job = work.job
+        if job.kv_address is None:
+            return None
+        work.transfer_span = start_span("kv.transfer", job.trace_context)
+        push = Push(
+            job.kv_address,
+            self._encoder(job),
+            lambda end: self._deliver(work, end),
+            trace_context=context_of(work.transfer_span),
+        )
+        push.open(self._channels, work.remaining_s)
+        self._metrics.transfers_in_flight.inc()
+        work.outcome.add_done_callback(lambda _: push.abort(_cancelled()))  # no-op after its end
+        return push
 
     def _layers(self, work: _Work) -> Generator[LayerKV | None, None, None]:
-        work.result = yield from run_prefill(self._model, work.job.token_ids, work.job.pruning)
+        job = work.job
+        work.result = yield from run_prefill(
+            self._model,
+            job.token_ids,
+            job.pruning,
+            keep_hidden=job.num_prompt_logprobs is not None,
+        )
 
     def _timed(self, layers: Iterator[LayerKV | None]) -> Iterator[LayerKV | None]:
         started_s = time.monotonic()
@@ -201,18 +223,34 @@ class PrefillQueue:
             yield layer
             started_s = time.monotonic()
 
-    def _hand_over(self, work: _Work, push: Push, layer: LayerKV | None) -> None:
+    def _require_wanted(self, work: _Work) -> None:
+        """Raises where the job was cancelled, or the worker stops."""
         if work.outcome.cancelled():
             raise _cancelled()
         if self._stopping:
             raise _stopped()
-        if layer is None:
-            return
+
+    def _hand_over(self, work: _Work, push: Push, layer: LayerKV) -> None:
         before_s = time.monotonic()
         push.send(layer)
         work.blocked_s += time.monotonic() - before_s
 
+    def _score(self, work: _Work) -> None:
+        """The prompt's log-probabilities, if they are wanted; then its hidden states are let go."""
+        for _ in self._score_blocks(work):
+            self._require_wanted(work)
+
+    def _score_blocks(self, work: _Work) -> Generator[None, None, None]:
+        num_top, result = work.job.num_prompt_logprobs, work.result
+        if num_top is None or result is None or result.hidden is None:
+            return
+        work.result = replace(result, hidden=None)
+        work.logprobs = yield from prompt_logprobs(
+            self._model, result.hidden, work.job.token_ids, num_top
+        )
+
     def _encoder(self, job: PrefillJob) -> TransferEncoder:
+        assert job.ticket is not None
         header = Header(
             job.request_id,
             job.attempt,
@@ -231,16 +269,22 @@ class PrefillQueue:
         if isinstance(end, WinnowError):
             self._fail(work, end)
             return
+        self._settle(work, end)
+
+    def _settle(self, work: _Work, end: Delivered | None) -> None:
+        """The job's outcome; end: None where nothing had to be delivered."""
         assert work.result is not None
         timings = PrefillTimings(
             queue_s=work.started_s - work.received_s,
             compute_s=work.computed_s - work.started_s - work.blocked_s,
-            transfer_s=end.transfer_s,
-            exposed_transfer_s=end.at_s - work.computed_s,
-            wire_bytes=end.wire_bytes,
+            transfer_s=end.transfer_s if end else 0.0,
+            exposed_transfer_s=end.at_s - work.computed_s if end else 0.0,
+            wire_bytes=end.wire_bytes if end else 0,
         )
-        outcome = PrefillOutcome(work.result.report, timings)
-        self._metrics.observe(outcome, work.job.pruning.method, self._model.shape)
+        outcome = PrefillOutcome(work.result.report, timings, work.logprobs)
+        self._metrics.observe_engine(timings)
+        if end is not None:
+            self._metrics.observe_delivery(outcome, work.job.pruning.method, self._model.shape)
         work.settle(outcome)
 
     def _fail(self, work: _Work, error: WinnowError) -> None:

@@ -130,7 +130,6 @@ COMPLETION_CASES: list[tuple[dict[str, Any], int, str, str, str]] = [
     ({"stop": "x" * 2000}, 400, "2,000 characters; the allowed range is 1 to 1,024", "stop", ""),
     ({"stop": 3}, 400, "stop is 3", "stop", ""),
     ({"logprobs": 21}, 400, "logprobs is 21; the allowed range is 0 to 20", "logprobs", ""),
-    ({"echo": True, "logprobs": 1}, 400, "echo together", "echo", "unsupported_parameter"),
     ({"suffix": "end"}, 400, "suffix is not supported", "suffix", "unsupported_parameter"),
     ({"best_of": 2}, 400, "best_of is not supported", "best_of", "unsupported_parameter"),
     ({"best_of": True}, 400, "best_of is not supported", "best_of", "unsupported_parameter"),

@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 from openai.types import Completion
 
-from services.gateway import answer
+from services.gateway import event_stream
 from services.gateway.lifecycle import PromptRun
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from winnow.errors import Overloaded, PrefillFailed
@@ -202,7 +202,7 @@ async def test_a_client_that_stops_reading_is_ended_at_the_deadline(
     model_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However full its buffers are, comments do not pile up and nothing is held for it."""
-    monkeypatch.setattr(answer, "_ERROR_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(event_stream, "_ERROR_TIMEOUT_S", 0.2)
     settings = {"request_timeout_s": 4, "sse_keepalive_s": 0.01}
     async with running_service(model_path, redis_url, **settings) as service:
         host, _, port = service.url.removeprefix("http://").partition(":")
