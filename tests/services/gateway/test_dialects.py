@@ -1,5 +1,7 @@
 """What OpenAI's and vLLM's clients send besides what they want: taken, and never in the way."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -7,17 +9,15 @@ import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as TextParams
 
-from services.common.settings import Settings
-from services.gateway.limits import Limits
 from services.gateway.openai_asks import AskReader
 from services.gateway.openai_types import ChatRequest, CompletionRequest
-from services.gateway.served_model import ServedModel
 from services.gateway.unsupported import CHAT_PARAMETERS, COMPLETION_PARAMETERS
 from services.gateway.without_effect import WithoutEffect
 from tests.services.gateway.service import MODEL_NAME, TestService
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
+PAGE = Path(__file__).parents[3] / "docs" / "api.md"
 TEXT = {"model": MODEL_NAME, "prompt": "the fox", "max_tokens": 4, "temperature": 0}
 CHAT = {
     "model": MODEL_NAME,
@@ -79,6 +79,20 @@ async def test_no_parameter_is_both_taken_and_refused() -> None:
     assert not set(CompletionRequest.model_fields) & set(COMPLETION_PARAMETERS)
 
 
+async def test_the_page_about_the_api_lists_every_parameter() -> None:
+    page = re.split(r"\*\*(Carried out|Taken without effect|Refused)\*\*", PAGE.read_text())
+    sections = dict(zip(page[1::2], page[2::2], strict=True))
+    ignored = set(WithoutEffect.model_fields)
+    carried_out = (ChatRequest.model_fields | CompletionRequest.model_fields).keys() - ignored
+    for section, names in {
+        "Carried out": carried_out,
+        "Taken without effect": ignored,
+        "Refused": CHAT_PARAMETERS.keys() | COMPLETION_PARAMETERS.keys(),
+    }.items():
+        listed = set(re.findall(r"`([a-z_]+)[`.]", sections[section].split("\n\n")[0]))
+        assert names - listed - {"stream_options"} == set()
+
+
 @pytest.mark.parametrize(
     ("path", "body"), [("/v1/completions", TEXT), ("/v1/chat/completions", CHAT)]
 )
@@ -129,9 +143,7 @@ async def test_a_stream_may_ask_for_obfuscation_and_gets_none(service: TestServi
 
 @pytest.fixture(scope="module")
 def reader(service: TestService) -> AskReader:
-    settings = Settings(**(service.settings.model_dump() | {"max_tokens_policy": "clamp"}))
-    model = ServedModel.load(settings)
-    return AskReader(settings, Limits(settings, model), model.tokenizer)
+    return AskReader(service.settings, service.gateway.limits, service.gateway.model.tokenizer)
 
 
 async def test_minus_one_is_no_top_k_and_a_random_seed(reader: AskReader) -> None:
