@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import math
 import time
 from contextlib import suppress
 from typing import Any
@@ -35,12 +34,14 @@ class EventStream:
         self._send = send
         self._request_id = request_id
         self._keepalive_s = keepalive_s
-        self._said_s = -math.inf
+        self._said_s = 0.0
         self.started = False
 
     def patience_s(self) -> float | None:
-        """After so many seconds without an event, `keep_alive` is due; None is never."""
-        return (self._keepalive_s or None) if self.started else _REFUSAL_TIMEOUT_S
+        """If nothing comes for so many seconds, `keep_alive` is due; None is never."""
+        if not self.started:
+            return _REFUSAL_TIMEOUT_S
+        return max(0.0, self._left_s()) if self._keepalive_s else None
 
     async def send(self, data: str) -> None:
         """One event, `data: ...`."""
@@ -48,9 +49,9 @@ class EventStream:
         await self._send_text(f"data: {data}")
 
     async def keep_alive(self) -> None:
-        """The HTTP status, if it was not sent, and a comment, if nothing was for long."""
+        """The HTTP status, if it was not sent; a comment, if nothing was for long."""
         await self.start()
-        if self._keepalive_s and time.monotonic() - self._said_s >= self._keepalive_s:
+        if self._keepalive_s and self._left_s() <= 0:
             await self._send_text(": keep-alive")
 
     async def finish(self) -> None:
@@ -77,6 +78,11 @@ class EventStream:
         }
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await self._send({"type": "http.response.start", "status": 200, "headers": raw})
+        self._said_s = time.monotonic()
+
+    def _left_s(self) -> float:
+        """Until the silence is as long as it may be."""
+        return self._said_s + (self._keepalive_s or 0) - time.monotonic()
 
     async def _send_text(self, text: str) -> None:
         body = f"{text}\n\n".encode()

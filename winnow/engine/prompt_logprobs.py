@@ -26,6 +26,7 @@ def prompt_logprobs(
     num_top: how many likely tokens to list in each place.
     Raises NotFinite for logits that are not finite.
     """
+    assert len(hidden) == len(token_ids)
     logprobs: list[float] = []
     top_ids: list[list[int]] = []
     top_logprobs: list[list[float]] = []

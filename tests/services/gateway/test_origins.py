@@ -144,6 +144,12 @@ async def test_head_is_answered_as_get_without_the_body(service: TestService, pa
         assert head.headers[name] == got.headers[name]
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+async def test_the_operators_probes_answer_head_too(service: TestService, path: str) -> None:
+    head = await service.admin.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+
+
 async def test_head_of_what_is_not_there_is_404_and_of_what_is_posted_405(
     service: TestService,
 ) -> None:
