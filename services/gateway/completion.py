@@ -156,6 +156,7 @@ def prompt_runs(ask: Ask, service: Service, timeout_s: float, trace_context: str
                 request_id=f"{ask.request_id}-{prompt_idx}",
                 token_ids=prompt.token_ids,
                 num_sequences=ask.num_choices,
+                # SamplingParams are of what is generated, which is at least a token.
                 sampling=replace(ask.sampling, max_tokens=max(1, prompt.max_tokens)),
                 pruning=ask.pruning,
                 trace_context=trace_context,

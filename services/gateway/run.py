@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 # Ray starts another prefill worker in place of a lost one; calls meet the loss until it has.
 _PREFILL_PATIENCE_S = 30.0
-PAUSE_S = 0.25
+_PAUSE_S = 0.25
 
 
 @dataclass(slots=True)
@@ -171,7 +171,7 @@ class Run(ABC):
                 if self.state in RUNS or time.monotonic() > give_up_s:
                     raise
                 self._warn("prefill attempt %d: %s", attempt, error)
-                await asyncio.sleep(PAUSE_S)
+                await asyncio.sleep(_PAUSE_S)
             except (PrefillFailed, TransferRefused) as error:
                 tries_left -= 1
                 if self.state in RUNS or isinstance(error, UnknownReservation) or not tries_left:

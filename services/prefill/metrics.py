@@ -121,13 +121,14 @@ class PrefillMetrics(Metrics):
                 histogram.labels(method)
 
     def observe_engine(self, timings: PrefillTimings) -> None:
-        """Count one prompt that was computed."""
+        """Count one prompt that was computed, for nobody to keep its KV."""
         self.queue_seconds.observe(timings.queue_s)
         self.compute_seconds.observe(timings.compute_s)
 
-    def observe_delivery(self, outcome: PrefillOutcome, method: str, shape: ModelShape) -> None:
+    def observe(self, outcome: PrefillOutcome, method: str, shape: ModelShape) -> None:
         """Count one prompt whose KV is in place."""
         timings, report = outcome.timings, outcome.report
+        self.observe_engine(timings)
         self.transfer_seconds.observe(timings.transfer_s)
         self.exposed_transfer_seconds.observe(timings.exposed_transfer_s)
         self.wire_bytes.inc(timings.wire_bytes)

@@ -252,9 +252,10 @@ class PrefillQueue:
             wire_bytes=end.wire_bytes if end else 0,
         )
         outcome = PrefillOutcome(work.result.report, timings, work.logprobs)
-        self._metrics.observe_engine(timings)
-        if end is not None:
-            self._metrics.observe_delivery(outcome, work.job.pruning.method, self._model.shape)
+        if end is None:
+            self._metrics.observe_engine(timings)
+        else:
+            self._metrics.observe(outcome, work.job.pruning.method, self._model.shape)
         work.settle(outcome)
 
     def _fail(self, work: Work, error: WinnowError) -> None:
