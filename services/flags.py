@@ -49,12 +49,20 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
         "gateway_metrics_port",
         "prefill_metrics_port",
     ),
-    "Who may connect": ("redis_ca_file", "api_keys_file", "tls_cert_file", "tls_key_file", *_PEERS),
+    "Who may connect": (
+        "redis_ca_file",
+        "cors_allowed_origins",
+        "api_keys_file",
+        "tls_cert_file",
+        "tls_key_file",
+        *_PEERS,
+    ),
     "How many": ("prefill_replicas", "decode_workers", "gateway_replicas"),
     "At its end": ("drain_notice_s",),
     "What a request may ask for": (
         "max_prompt_tokens",
         "max_new_tokens",
+        "max_tokens_policy",
         "max_n",
         "max_prompts_per_request",
         "max_body_bytes",
@@ -62,6 +70,7 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
         "max_kv_budget",
         "max_decode_budget",
         "request_timeout_s",
+        "sse_keepalive_s",
     ),
     "Prefill workers": ("max_waiting_prefills", "prefill_attempts"),
     "Decode workers": _WORKER["Decode workers"],
@@ -82,9 +91,13 @@ _METAVARS = {
     "port": "PORT",
     "host": "ADDRESS",
     "_file": "FILE",
+    "_origins": "ORIGINS",
     "model": "MODEL",
 }
-_WORDS = ("otlp_endpoint", "model_name", "namespace", "device", "dtype", "log_level", "log_format")
+_WORDS = (
+    *("otlp_endpoint", "model_name", "namespace", "device", "dtype", "log_level", "log_format"),
+    "max_tokens_policy",
+)
 
 
 def add_settings_flags(

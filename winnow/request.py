@@ -4,7 +4,7 @@ All dataclasses are frozen and checked when they are made: a value out of range 
 InvalidSetting that names the number and the limit.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from types import MappingProxyType
@@ -236,17 +236,20 @@ class PrefillJob:
     trace_context is the W3C traceparent of the request; empty where it is not traced.
     admitted: an earlier prefill of the request was let in, so this one is not refused for others
     that wait.
+    kv_address, ticket: None where nothing is generated, so that nobody wants the KV.
+    num_prompt_logprobs: as in SamplingParams, of the prompt's own tokens; needs method `full`.
     """
 
     request_id: str
     attempt: int
     token_ids: tuple[int, ...]
     pruning: PruningSettings
-    kv_address: str
-    ticket: Ticket
+    kv_address: str | None
+    ticket: Ticket | None
     deadline_s: float
     trace_context: str = ""
     admitted: bool = False
+    num_prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +305,27 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """As TokenLogprobs, of every token of a prompt but the first, which nothing predicts.
+
+    logprobs: [num_tokens - 1], each token's.  top_ids, top_logprobs: [num_tokens - 1][k].
+    Plain lists, since they cross processes and are long.
+    """
+
+    logprobs: list[float]
+    top_ids: list[list[int]]
+    top_logprobs: list[list[float]]
+
+    def of_each(self) -> Iterator[TokenLogprobs | None]:
+        """Each token's, from the first on, which has none."""
+        yield None
+        for logprob, ids, values in zip(
+            self.logprobs, self.top_ids, self.top_logprobs, strict=True
+        ):
+            yield TokenLogprobs(logprob, tuple(zip(ids, values, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     """One generated token of sequence `sequence_idx` (0 to n - 1); `finish_reason` on the last."""
 
@@ -313,7 +337,8 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class PrefillOutcome:
-    """What a prefill worker answers when an attempt's KV is in place at the decode worker."""
+    """What a prefill worker answers when an attempt's KV is in place, or was not wanted."""
 
     report: PrefillReport
     timings: PrefillTimings
+    prompt_logprobs: PromptLogprobs | None = None

@@ -7,6 +7,7 @@ character and ends before a stop string, wherever token boundaries fall.
 import codecs
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,28 @@ class Tokenizer:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
         ids = (i for i in token_ids if not (skip_special_tokens and self.is_special(i)))
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+    def offsets(self, token_ids: Sequence[int], text: str | None = None) -> list[int]:
+        """Where each token begins: in `text`, whose tokens they are, or in what `decode` gives.
+
+        A token that is not in the text, as one that the model wants before a prompt, begins where
+        the one before it ends.
+        """
+        spans = None if text is None else self._spans(token_ids, text)
+        if spans is None:
+            decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+            ends = [*accumulate(len(decoder.decode(self.token_bytes(i))) for i in token_ids)]
+            return [0, *ends][: len(ends)]
+        ends = [0, *accumulate((end for _, end in spans), max)]
+        return [start if end > start else ends[idx] for idx, (start, end) in enumerate(spans)]
+
+    def _spans(self, token_ids: Sequence[int], text: str) -> list[tuple[int, int]] | None:
+        """Start and end of each token in the text; None if it is not split in this way."""
+        for add_special_tokens in (True, False):
+            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+            if encoding.ids == list(token_ids):
+                return encoding.offsets  # type: ignore[no-any-return]
+        return None
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token, which may be part of a character; empty for an unknown id."""

@@ -5,6 +5,7 @@ over a YAML file over the defaults. Whatever is unknown or out of range is refus
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -21,7 +22,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, EnvSettingsSource
+from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode
 from pydantic_settings.exceptions import SettingsError
 
 from winnow.errors import InvalidSetting
@@ -33,6 +34,7 @@ CONFIG_VARIABLE = "WINNOW_CONFIG"
 
 _TLS_FILES = ("tls_cert_file", "tls_key_file")
 _PEER_FILES = ("peer_cert_file", "peer_key_file", "peer_ca_file")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+")
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 KnownPort = Annotated[int, Field(ge=1, le=65535)]
@@ -142,6 +144,11 @@ class Settings(BaseModel):
         None, description="longest prompt (default: what the model's context leaves)"
     )
     max_new_tokens: Count = Field(4096, description="highest max_tokens")
+    max_tokens_policy: Literal["refuse", "clamp"] = Field(
+        "refuse",
+        description="of max_tokens over max_new_tokens, or over what the prompt leaves of the "
+        "model's context: refuse the request, or clamp the number",
+    )
     max_n: Count = Field(8, description="highest n")
     max_prompts_per_request: Count = Field(16, description="prompts in one completions request")
     max_body_bytes: ByteSize = Field(
@@ -151,6 +158,11 @@ class Settings(BaseModel):
     max_kv_budget: Count | None = Field(None, description="highest kv_budget")
     max_decode_budget: Count | None = Field(None, description="highest decode_budget")
     request_timeout_s: Seconds = Field(300, description="a request ends within this time")
+    sse_keepalive_s: Annotated[float, Field(ge=0)] | None = Field(
+        3,
+        description="a stream that is silent for this long gets a comment, so that proxies keep it "
+        "open; 0 or null is never",
+    )
 
     # Memory and queues
     kv_memory_bytes: ByteSize = Field(
@@ -186,6 +198,11 @@ class Settings(BaseModel):
     drain_timeout_s: Seconds = Field(30, description="running requests may end within this time")
 
     # Who may connect
+    cors_allowed_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="origins whose web pages may call the HTTP API, with commas between them, like "
+        "https://app.example.com; * is any (default: none)",
+    )
     api_keys_file: Path | None = Field(
         None, description="YAML file of API keys' hashes, see `winnow key` (default: open to all)"
     )
@@ -236,6 +253,23 @@ class Settings(BaseModel):
     def _absolute_file(cls, path: Path | None) -> Path | None:
         """As for the model's folder."""
         return None if path is None else path.resolve()
+
+    @field_validator("cors_allowed_origins", mode="before")
+    @classmethod
+    def _split_origins(cls, origins: object) -> object:
+        """Variables and flags are one text."""
+        if isinstance(origins, str):
+            return tuple(origin for part in origins.split(",") if (origin := part.strip()))
+        return tuple(origins) if isinstance(origins, list) else origins
+
+    @field_validator("cors_allowed_origins")
+    @classmethod
+    def _exact_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        """As browsers write them, since they are compared as texts."""
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is neither * nor like https://app.example.com:8443")
+        return origins
 
     @field_validator("pruning")
     @classmethod

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.gateway.limits import Limits
-from winnow.errors import UnsupportedParameter
 from winnow.request import PruningSettings, SamplingParams
 from winnow.tokenizer import Tokenizer
 
@@ -21,11 +20,15 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class PromptAsk:
-    """One prompt: its tokens, what its answers begin with (`echo`), and their greatest length."""
+    """One prompt: its tokens, what its answers begin with (`echo`), and their greatest length.
+
+    offsets: where each token begins in `echo`, if their log-probabilities are wanted.
+    """
 
     token_ids: tuple[int, ...]
     echo: str
     max_tokens: int
+    offsets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class Ask:
 
     request_id: unique, what the client sees as the completion's id.
     sampling: for all prompts; its max_tokens gives way to each prompt's own.
+    num_prompt_logprobs: as num_logprobs in `sampling`, of the prompts' own tokens.
     """
 
     request_id: str
@@ -42,6 +46,7 @@ class Ask:
     sampling: SamplingParams
     stop: tuple[str, ...]
     pruning: PruningSettings
+    num_prompt_logprobs: int | None = None
 
     @property
     def most_tokens(self) -> int:
@@ -78,24 +83,21 @@ def make_ask(
 ) -> Ask:
     """The request's Ask.
 
-    Raises InvalidSetting or PromptTooLong, naming number and limit, or UnsupportedParameter.
+    Raises InvalidSetting or PromptTooLong, naming number and limit.
     """
-    if wishes.echo and wishes.sampling.get("num_logprobs") is not None:
-        raise UnsupportedParameter(
-            "echo together with logprobs is not supported: Winnow computes no log-probabilities "
-            "of the prompt",
-            param="echo",
-        )
     num_choices = 1 if wishes.n is None else wishes.n
     limits.require_choices(num_choices)
     limits.require_stop(wishes.stop)
+    sampling = _sampling(wishes.sampling, limits)
+    num_prompt_logprobs = sampling.num_logprobs if wishes.echo else None
     return Ask(
         request_id=f"{id_prefix}-{secrets.token_hex(16)}",
         prompts=tuple(_prompt_ask(prompt, wishes, limits, tokenizer) for prompt in prompts),
         num_choices=num_choices,
-        sampling=_sampling(wishes.sampling, limits),
+        sampling=sampling,
         stop=tuple(wishes.stop),
-        pruning=limits.pruning(wishes.pruning),
+        pruning=limits.pruning(wishes.pruning, scores_prompt=num_prompt_logprobs is not None),
+        num_prompt_logprobs=num_prompt_logprobs,
     )
 
 
@@ -105,11 +107,15 @@ def _prompt_ask(prompt: Prompt, wishes: Wishes, limits: Limits, tokenizer: Token
         wishes.default_max_tokens,
         len(prompt.token_ids),
         wishes.max_tokens_param,
+        least=0 if wishes.echo else 1,
     )
-    echo = ""
-    if wishes.echo:
-        echo = tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
-    return PromptAsk(tuple(prompt.token_ids), echo, max_tokens)
+    token_ids = tuple(prompt.token_ids)
+    if not wishes.echo:
+        return PromptAsk(token_ids, "", max_tokens)
+    echo = tokenizer.decode(token_ids) if prompt.text is None else prompt.text
+    scored = wishes.sampling.get("num_logprobs") is not None
+    offsets = tokenizer.offsets(token_ids, prompt.text) if scored else ()
+    return PromptAsk(token_ids, echo, max_tokens, tuple(offsets))
 
 
 def _sampling(fields: Mapping[str, Any], limits: Limits) -> SamplingParams:

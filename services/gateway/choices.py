@@ -14,13 +14,15 @@ class Delta:
     """What one engine step added to choice `index`.
 
     text: whole characters, certainly before any stop string. tokens: the step's token, which may
-    add no text yet. finish_reason: in the choice's last delta.
+    add no text yet. finish_reason: in the choice's last delta. prompt: the prompt's own tokens with
+    their log-probabilities, in the choice's first delta, if they are wanted.
     """
 
     index: int
     text: str
     tokens: tuple[Token, ...]
     finish_reason: FinishReason | None = None
+    prompt: tuple[Token, ...] = ()
 
 
 class Choice:
@@ -39,8 +41,18 @@ class Choice:
         self.finish_reason: FinishReason | None = None
         self._text = TextStream(tokenizer, stop)
         self._echo = echo
+        self._prompt: tuple[Token, ...] = ()
         self._metrics = metrics
         self._last_token_s: float | None = None
+
+    def begin(self, prompt: tuple[Token, ...]) -> None:
+        """Notes what the first delta tells of the prompt's own tokens."""
+        self._prompt = prompt
+
+    def end_at_once(self) -> Delta:
+        """The only delta of an answer that may have no token."""
+        self.finish_reason = FinishReason.LENGTH
+        return self._delta("", ())
 
     def take(self, token: Token) -> Delta | None:
         """What the token adds; None for a token after the choice's end."""
@@ -54,8 +66,12 @@ class Choice:
         self.finish_reason = FinishReason.STOP if self._text.stopped else token.finish_reason
         if self.finish_reason is not None:
             text += self._text.finish()
+        return self._delta(text, (token,))
+
+    def _delta(self, text: str, tokens: tuple[Token, ...]) -> Delta:
         echo, self._echo = self._echo, ""
-        return Delta(self.index, echo + text, (token,), self.finish_reason)
+        prompt, self._prompt = self._prompt, ()
+        return Delta(self.index, echo + text, tokens, self.finish_reason, prompt)
 
     def _measure(self) -> None:
         now_s = time.monotonic()

@@ -54,6 +54,7 @@ class PromptRequest:
     replayed: tuple[tuple[int, ...], ...] = ()  # as in GenerationSpec
     origin: pb.Origin | None = None  # where it runs already
     assured: bool = False  # as in GenerationSpec
+    num_prompt_logprobs: int | None = None  # as in PrefillJob
 
 
 class Generation:

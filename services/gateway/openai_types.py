@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
+from services.gateway.without_effect import WithoutEffect
 from winnow.errors import InvalidRequest, InvalidSetting, UnknownParameter
 from winnow.request import MAX_LOGPROBS
 
@@ -41,7 +42,8 @@ class _Body(BaseModel):
 
 class StreamOptions(_Body):
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's
+    include_obfuscation: bool | None = None  # without effect
 
 
 class WinnowOptions(_Body):
@@ -74,16 +76,16 @@ class WinnowOptions(_Body):
         return self.model_dump(exclude_unset=True)
 
 
-class _Generation(_Body):
+class _Generation(WithoutEffect, _Body):
     """What completions and chat share."""
 
     model: str
     max_tokens: Integer | None = _told(minimum=1)
     temperature: float | None = _told(minimum=0, maximum=2)
     top_p: float | None = _told(exclusiveMinimum=0, maximum=1)
-    top_k: Integer | None = _told(minimum=0)
+    top_k: Integer | None = _told(minimum=-1)
     min_p: float | None = _told(minimum=0, maximum=1)
-    seed: Integer | None = _told(minimum=0)
+    seed: Integer | None = _told(minimum=-1)
     stop: str | list[str] | None = None
     presence_penalty: float | None = _told(minimum=-2, maximum=2)
     frequency_penalty: float | None = _told(minimum=-2, maximum=2)
@@ -93,13 +95,13 @@ class _Generation(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
-    user: str | None = None
     winnow: WinnowOptions | None = None
 
 
 class CompletionRequest(_Generation):
     # Text, token ids, or a list of either; prompts.py tells them apart, and names what is wrong.
     prompt: Annotated[Any, WithJsonSchema({"anyOf": _PROMPTS})]
+    max_tokens: Integer | None = _told(minimum=0)  # 0 only with echo
     logprobs: Integer | None = _told(minimum=0, maximum=MAX_LOGPROBS)
     echo: bool | None = None
 

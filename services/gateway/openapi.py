@@ -62,8 +62,8 @@ class Usage(_Sent):
 
 class CompletionLogprobs(_Sent):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -126,6 +126,7 @@ class Model(_Sent):
     created: int
     owned_by: str
     max_model_len: int
+    max_output_tokens: int
 
 
 class Models(_Sent):
@@ -179,7 +180,8 @@ def describe(*, needs_key: bool) -> dict[str, Any]:
             "title": "Winnow",
             "version": __version__,
             "description": "OpenAI's API, and in `winnow` how prompts are pruned. Numbers out of "
-            "the ranges that this service allows are refused with 400.",
+            "the ranges that this service allows are refused with 400. HEAD is answered as GET is, "
+            "without the body.",
         },
         "paths": {one.path: _path(one) for one in _OPERATIONS},
         "components": {

@@ -67,6 +67,24 @@ def test_a_relative_model_folder_becomes_absolute(
     assert settings.served_name == "my-model"
 
 
+@pytest.mark.parametrize("value", ["https://a.b, http://localhost:3000", "https://a.b", "*", ""])
+def test_origins_are_one_text_or_a_list(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WINNOW_CORS_ALLOWED_ORIGINS", value)
+    expected = tuple(value.split(", ")) if value else ()
+    assert load_settings().cors_allowed_origins == expected
+    assert load_settings({"cors_allowed_origins": list(expected)}).cors_allowed_origins == expected
+
+
+@pytest.mark.parametrize("silence", ["0", "null"])
+def test_comments_in_streams_can_be_switched_off(
+    silence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WINNOW_SSE_KEEPALIVE_S", silence)
+    assert not load_settings().sse_keepalive_s
+
+
 @pytest.mark.parametrize(
     ("variables", "complaint"),
     [
@@ -75,6 +93,11 @@ def test_a_relative_model_folder_becomes_absolute(
         ({"WINNOW_PORT": "70000"}, "less than or equal to 65535"),
         ({"WINNOW_PRUNING": "{"}, "environment is malformed"),
         ({"WINNOW_PRUNING": '{"budget": 1}'}, "'budget' is not a pruning setting"),
+        ({"WINNOW_CORS_ALLOWED_ORIGINS": "https://a.b/"}, "'https://a.b/' is neither * nor like"),
+        ({"WINNOW_CORS_ALLOWED_ORIGINS": "a.b"}, "'a.b' is neither * nor like"),
+        ({"WINNOW_CORS_ALLOWED_ORIGINS": "null"}, "cors_allowed_origins is None"),
+        ({"WINNOW_MAX_TOKENS_POLICY": "cut"}, "setting max_tokens_policy is 'cut'"),
+        ({"WINNOW_SSE_KEEPALIVE_S": "-1"}, "greater than or equal to 0"),
         ({"WINNOW_NAMESPACE": "a b"}, "setting namespace is 'a b'"),
         ({"WINNOW_CONFIG": "/does/not/exist"}, "/does/not/exist cannot be read"),
     ],

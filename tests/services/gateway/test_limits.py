@@ -53,6 +53,39 @@ def test_default_length_is_what_context_and_operator_leave(model_path: Path) -> 
     assert ours.max_tokens(None, 16, 8190, "max_tokens") == 2
 
 
+@pytest.mark.parametrize("asked", [501, 10**9])
+def test_too_many_tokens_are_refused_by_default_and_clamped_where_the_operator_says(
+    model_path: Path, asked: int
+) -> None:
+    refusing = limits(model_path, max_new_tokens=500)
+    with pytest.raises(InvalidSetting, match="the allowed range is 1 to 500"):
+        refusing.max_tokens(asked, None, 100, "max_tokens")
+    clamping = limits(model_path, max_new_tokens=500, max_tokens_policy="clamp")
+    assert clamping.max_tokens(asked, None, 100, "max_tokens") == 500
+    assert clamping.max_tokens(7, None, 100, "max_tokens") == 7
+
+
+def test_clamping_also_fits_an_answer_into_the_context(model_path: Path) -> None:
+    refusing = limits(model_path)
+    with pytest.raises(PromptTooLong, match="make 8,193; the model's limit is 8,192"):
+        refusing.max_tokens(193, None, 8000, "max_tokens")
+    clamping = limits(model_path, max_tokens_policy="clamp")
+    assert clamping.max_tokens(193, None, 8000, "max_tokens") == 192
+    assert clamping.max_tokens(4096, None, 8191, "max_tokens") == 1
+
+
+def test_clamping_makes_no_tokens_of_none(model_path: Path) -> None:
+    clamping = limits(model_path, max_tokens_policy="clamp")
+    for asked in (0, -1):
+        with pytest.raises(InvalidSetting, match="the allowed range is 1 to 4,096"):
+            clamping.max_tokens(asked, None, 8, "max_tokens")
+
+
+def test_the_longest_answer_is_the_operators_or_the_models(model_path: Path) -> None:
+    assert limits(model_path, max_new_tokens=500).max_output_tokens == 500
+    assert limits(model_path, max_new_tokens=10**6).max_output_tokens == 8191
+
+
 def test_a_text_far_over_the_limit_is_not_tokenized_whole(model_path: Path) -> None:
     ours = limits(model_path, max_prompt_tokens=10)
     with pytest.raises(PromptTooLong, match="at least 60 tokens; the limit is 10"):

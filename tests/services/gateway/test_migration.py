@@ -17,7 +17,8 @@ from services.decode import take_over
 from services.decode.take_over import Fetcher
 from services.decode.worker import DecodeWorker
 from services.gateway import lifecycle
-from services.gateway.lifecycle import PromptRun, Service
+from services.gateway.lifecycle import PromptRun
+from services.gateway.run import Service
 from services.gateway.states import State
 from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
