@@ -52,6 +52,7 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
     "Who may connect": ("redis_ca_file", "api_keys_file", "tls_cert_file", "tls_key_file", *_PEERS),
     "How many": ("prefill_replicas", "decode_workers", "gateway_replicas"),
     "At its end": ("drain_notice_s",),
+    "What a request gets": ("generation_config",),
     "What a request may ask for": (
         "max_prompt_tokens",
         "max_new_tokens",
@@ -83,6 +84,7 @@ _METAVARS = {
     "host": "ADDRESS",
     "_file": "FILE",
     "model": "MODEL",
+    "generation_config": "SOURCE",
 }
 _WORDS = ("otlp_endpoint", "model_name", "namespace", "device", "dtype", "log_level", "log_format")
 

@@ -13,7 +13,8 @@ from winnow.engine.prefill import require_prompt
 from winnow.engine.sequence import Reservation
 from winnow.models import DecoderModel, load_model
 from winnow.request import PruningSettings, SamplingParams
-from winnow.tokenizer import TextStream, Tokenizer, load_tokenizer
+from winnow.text_stream import TextStream
+from winnow.tokenizer import Tokenizer, load_tokenizer
 
 DEFAULT_MODEL = Path(__file__).parent.parent / "models" / "winnow-tiny"
 DEFAULT_SAMPLING = SamplingParams(max_tokens=256, temperature=0)
@@ -117,13 +118,13 @@ class Winnow:
             raise
         self._engine.start(reservation, result.final_hidden, result.report.next_position)
         stream = CompletionStream(result.report, iter(()))
-        stream._pieces = self._decode(reservation, stream, stop)
+        text = TextStream(self.tokenizer, stop, min_tokens=sampling.min_tokens)
+        stream._pieces = self._decode(reservation, stream, text)
         return stream
 
     def _decode(
-        self, reservation: Reservation, stream: CompletionStream, stop: tuple[str, ...]
+        self, reservation: Reservation, stream: CompletionStream, text: TextStream
     ) -> Iterator[str]:
-        text = TextStream(self.tokenizer, stop)
         try:
             while stream.finish_reason is None:
                 for output in self._engine.step():

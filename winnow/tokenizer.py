@@ -1,10 +1,5 @@
-"""Text to token ids and back, also while the ids are still being generated.
+"""Text to token ids and back."""
 
-`TextStream` is what a generation loop needs: it turns ids into text that never shows half a
-character and ends before a stop string, wherever token boundaries fall.
-"""
-
-import codecs
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -105,84 +100,3 @@ def _is_self_contained(folder: Path) -> bool:
     """
     config = folder / "tokenizer_config.json"
     return config.exists() and json.loads(config.read_text()).get("tokenizer_class") == _BACKEND
-
-
-class IncrementalDetokenizer:
-    """Token ids to text as they come; an incomplete character waits for its other bytes."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def feed(self, token_id: int) -> str:
-        """The characters that this token completes; control tokens give none.
-
-        Bytes that can never become UTF-8 give U+FFFD as soon as that is certain.
-        """
-        if self._tokenizer.is_special(token_id):
-            return ""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
-
-
-class StopMatcher:
-    """Cuts text before the stop string that is complete first, however the text is split.
-
-    Of several that end at the same character the one that begins first cuts.
-    """
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = tuple(stop)
-        self._held = ""
-        self.stopped = False
-
-    def feed(self, text: str) -> str:
-        """What is certainly before any stop string; the rest is held back, or dropped at a stop."""
-        if self.stopped:
-            return ""
-        text = self._held + text
-        end = self._first_match(text)
-        if end is None:
-            end = len(text) - self._num_possible(text)
-        self._held = text[end:]
-        return text[:end]
-
-    def finish(self) -> str:
-        """What is still held back, when no more text will come."""
-        held, self._held = self._held, ""
-        return "" if self.stopped else held
-
-    def _first_match(self, text: str) -> int | None:
-        """Where the stop string that is complete first begins; notes that it was met."""
-        found = ((text.find(stop), len(stop)) for stop in self._stop)
-        matches = [(start + length, start) for start, length in found if start >= 0]
-        self.stopped = bool(matches)
-        return min(matches)[1] if matches else None
-
-    def _num_possible(self, text: str) -> int:
-        """Length of the longest end of `text` with which a stop string begins."""
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
-        for start in range(max(0, len(text) - longest), len(text)):
-            if any(stop.startswith(text[start:]) for stop in self._stop):
-                return len(text) - start
-        return 0
-
-
-class TextStream:
-    """The text of one answer while its tokens are generated."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
-        self._matcher = StopMatcher(stop)
-
-    @property
-    def stopped(self) -> bool:
-        """True once a stop string was met; what comes after it is not part of the answer."""
-        return self._matcher.stopped
-
-    def feed(self, token_id: int) -> str:
-        """The text that is certain after this token; may be empty."""
-        return self._matcher.feed(self._detokenizer.feed(token_id))
-
-    def finish(self) -> str:
-        """The rest of the text when no more tokens come; an incomplete character is left out."""
-        return self._matcher.finish()

@@ -25,6 +25,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
 from winnow.errors import InvalidSetting
+from winnow.generation_defaults import FROM_MODEL, NONE
 from winnow.request import PruningSettings
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "models" / "winnow-tiny"
@@ -64,6 +65,13 @@ class Settings(BaseModel):
     pruning: dict[str, Any] = Field(
         default_factory=dict,
         description="pruning settings over the model's own, as in a request's `winnow` object",
+    )
+    generation_config: str = Field(
+        "auto",
+        min_length=1,
+        description="where requests' defaults of sampling come from: auto (the model's "
+        "generation_config.json), none (they are OpenAI's; vllm means the same), or a folder "
+        "with a generation_config.json",
     )
 
     # Where it listens
@@ -230,6 +238,13 @@ class Settings(BaseModel):
         if not model:
             raise ValueError("it names no model")
         return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+    @field_validator("generation_config")
+    @classmethod
+    def _absolute_generation_config(cls, source: str) -> str:
+        """As for the model's folder."""
+        is_folder = source not in (FROM_MODEL, *NONE) and Path(source).is_dir()
+        return str(Path(source).resolve()) if is_folder else source
 
     @field_validator("api_keys_file", "redis_ca_file", *_TLS_FILES, *_PEER_FILES)
     @classmethod

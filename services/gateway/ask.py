@@ -34,6 +34,7 @@ class Ask:
 
     request_id: unique, what the client sees as the completion's id.
     sampling: for all prompts; its max_tokens gives way to each prompt's own.
+    stop to skip_special_tokens: as in TextStream.
     """
 
     request_id: str
@@ -41,6 +42,8 @@ class Ask:
     num_choices: int
     sampling: SamplingParams
     stop: tuple[str, ...]
+    include_stop_str_in_output: bool
+    skip_special_tokens: bool
     pruning: PruningSettings
 
     @property
@@ -64,6 +67,8 @@ class Wishes:
     default_max_tokens: int | None
     n: int | None
     stop: Sequence[str]
+    include_stop_str_in_output: bool | None
+    skip_special_tokens: bool | None
     echo: bool
     sampling: Mapping[str, Any]
     pruning: Mapping[str, Any]
@@ -89,12 +94,16 @@ def make_ask(
     num_choices = 1 if wishes.n is None else wishes.n
     limits.require_choices(num_choices)
     limits.require_stop(wishes.stop)
+    prompt_asks = tuple(_prompt_ask(prompt, wishes, limits, tokenizer) for prompt in prompts)
+    shortest = min(prompt.max_tokens for prompt in prompt_asks)
     return Ask(
         request_id=f"{id_prefix}-{secrets.token_hex(16)}",
-        prompts=tuple(_prompt_ask(prompt, wishes, limits, tokenizer) for prompt in prompts),
+        prompts=prompt_asks,
         num_choices=num_choices,
-        sampling=_sampling(wishes.sampling, limits),
+        sampling=_sampling({**wishes.sampling, "max_tokens": shortest}, limits),
         stop=tuple(wishes.stop),
+        include_stop_str_in_output=bool(wishes.include_stop_str_in_output),
+        skip_special_tokens=wishes.skip_special_tokens is not False,
         pruning=limits.pruning(wishes.pruning),
     )
 
@@ -113,8 +122,9 @@ def _prompt_ask(prompt: Prompt, wishes: Wishes, limits: Limits, tokenizer: Token
 
 
 def _sampling(fields: Mapping[str, Any], limits: Limits) -> SamplingParams:
-    """OpenAI's defaults under the given fields; a random seed if none is given."""
+    """The model's defaults, or OpenAI's, for what is not given; a random seed if none is."""
     given = {name: value for name, value in fields.items() if value is not None}
-    sampling = SamplingParams(**({"seed": secrets.randbits(63)} | given))
+    sampling = SamplingParams(**{"seed": secrets.randbits(63), **limits.sampling_defaults, **given})
     limits.require_token_ids(list(sampling.logit_bias), "logit_bias")
+    limits.require_token_ids(list(sampling.stop_token_ids), "stop_token_ids")
     return sampling

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 from services.common.tasks import end, is_cancelled
 from services.gateway.ask import Ask
-from services.gateway.choices import Choice, Delta
+from services.gateway.choices import Choice, Delta, EndTokens
 from services.gateway.generation import PromptRequest
 from services.gateway.lifecycle import PromptRun, Service
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.served_model import ServedModel
 from services.gateway.usage import Usage, winnow_usage
-from winnow.tokenizer import Tokenizer
+from winnow.text_stream import TextStream
 
 # Deltas that wait for a slow client before decode is made to wait.
 _MAX_WAITING_DELTAS = 256
@@ -23,18 +24,16 @@ class Completion:
     """Made with `Gateway.open`, which admits and frees the runs."""
 
     def __init__(
-        self, ask: Ask, runs: Sequence[PromptRun], tokenizer: Tokenizer, metrics: GatewayMetrics
+        self, ask: Ask, runs: Sequence[PromptRun], model: ServedModel, metrics: GatewayMetrics
     ) -> None:
         self.ask = ask
         self.runs = runs
-        self._tokenizer = tokenizer
-        self._metrics = metrics
         self.choices = [
             Choice(
                 prompt_idx * ask.num_choices + sequence_idx,
-                tokenizer,
-                ask.stop,
+                _text_stream(ask, model),
                 prompt.echo,
+                EndTokens.of(ask.sampling, model.description.eos_token_ids),
                 metrics,
             )
             for prompt_idx, prompt in enumerate(ask.prompts)
@@ -105,6 +104,16 @@ class Completion:
                 if all(choice.finish_reason for choice in choices):
                     break
             await run.finish()
+
+
+def _text_stream(ask: Ask, model: ServedModel) -> TextStream:
+    return TextStream(
+        model.tokenizer,
+        ask.stop,
+        include_stop_str_in_output=ask.include_stop_str_in_output,
+        skip_special_tokens=ask.skip_special_tokens,
+        min_tokens=ask.sampling.min_tokens,
+    )
 
 
 def prompt_runs(

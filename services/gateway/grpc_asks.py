@@ -35,6 +35,8 @@ def ask_from_proto(gateway: Gateway, request: pb.CompleteRequest) -> Ask:
         default_max_tokens=None,
         n=request.n or None,
         stop=list(request.stop),
+        include_stop_str_in_output=request.include_stop_str_in_output,
+        skip_special_tokens=_optional(request, "skip_special_tokens"),
         echo=request.echo,
         sampling=_sampling(request),
         pruning=_pruning(request.winnow),
@@ -51,8 +53,8 @@ def _sampling(request: pb.CompleteRequest) -> dict[str, Any]:
     return {
         "temperature": _optional(request, "temperature"),
         "top_p": _optional(request, "top_p"),
-        "top_k": request.top_k,
-        "min_p": request.min_p,
+        "top_k": _optional(request, "top_k"),
+        "min_p": _optional(request, "min_p"),
         "seed": _optional(request, "seed"),
         "presence_penalty": request.presence_penalty,
         "frequency_penalty": request.frequency_penalty,
@@ -60,6 +62,8 @@ def _sampling(request: pb.CompleteRequest) -> dict[str, Any]:
         "logit_bias": dict(request.logit_bias),
         "num_logprobs": _optional(request, "logprobs"),
         "ignore_eos": request.ignore_eos,
+        "stop_token_ids": frozenset(request.stop_token_ids),
+        "min_tokens": request.min_tokens,
     }
 
 

@@ -21,6 +21,7 @@ class Limits:
         self._settings = settings
         self._model = model
         self._vocab_size = model.description.vocab_size
+        self.sampling_defaults = model.generation.sampling
         self.max_positions = model.description.max_positions
         self.max_prompt_tokens = min(
             settings.max_prompt_tokens or self.max_positions, self.max_positions - 1
@@ -83,7 +84,7 @@ class Limits:
     def max_tokens(
         self, asked: int | None, default: int | None, num_prompt_tokens: int, param: str
     ) -> int:
-        """How many tokens an answer may have; `default` None is as many as are allowed.
+        """How many tokens an answer may have; `default` None is the model's own, else all allowed.
 
         Raises InvalidSetting for a number out of range, PromptTooLong if prompt and answer exceed
         the model's context.
@@ -91,7 +92,8 @@ class Limits:
         left = self.max_positions - num_prompt_tokens
         most = self._settings.max_new_tokens
         if asked is None:
-            return min(most if default is None else default, most, left)
+            default = default or self._model.generation.max_new_tokens or most
+            return min(default, most, left)
         if not 1 <= asked <= most:
             raise InvalidSetting(
                 f"{param} is {asked:,}; the allowed range is 1 to {most:,}", param=param

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from winnow.request import Token
-from winnow.tokenizer import IncrementalDetokenizer, Tokenizer
+from winnow.text_stream import IncrementalDetokenizer
+from winnow.tokenizer import Tokenizer
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
@@ -24,9 +25,13 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
 class CompletionLogprobs:
     """`logprobs` of one choice of a text completion: parallel lists, offsets in characters."""
 
-    def __init__(self, tokenizer: Tokenizer, first_offset: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, first_offset: int, *, skip_special_tokens: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, skip_special_tokens=skip_special_tokens
+        )
         self._offset = first_offset
 
     def take(self, tokens: Iterable[Token]) -> dict[str, list[Any]]:

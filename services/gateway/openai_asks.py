@@ -34,6 +34,7 @@ _SAMPLING_FIELDS = (
     "frequency_penalty",
     "repetition_penalty",
     "ignore_eos",
+    "min_tokens",
 )
 
 
@@ -142,11 +143,14 @@ def _wishes(
         default_max_tokens=default_max_tokens,
         n=request.n,
         stop=stop,
+        include_stop_str_in_output=request.include_stop_str_in_output,
+        skip_special_tokens=request.skip_special_tokens,
         echo=echo,
         sampling={
             **sampling,
             "logit_bias": _logit_bias(request.logit_bias),
             "num_logprobs": num_logprobs,
+            "stop_token_ids": frozenset(request.stop_token_ids or ()),
         },
         pruning=request.winnow.changes() if request.winnow else {},
     )

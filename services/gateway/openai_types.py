@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from winnow.errors import InvalidRequest, InvalidSetting, UnknownParameter
-from winnow.request import MAX_LOGPROBS
+from winnow.request import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 
 Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 ROLES = ("system", "developer", "user", "assistant")
@@ -79,12 +79,16 @@ class _Generation(_Body):
 
     model: str
     max_tokens: Integer | None = _told(minimum=1)
+    min_tokens: Integer | None = _told(minimum=0)
     temperature: float | None = _told(minimum=0, maximum=2)
     top_p: float | None = _told(exclusiveMinimum=0, maximum=1)
     top_k: Integer | None = _told(minimum=0)
     min_p: float | None = _told(minimum=0, maximum=1)
     seed: Integer | None = _told(minimum=0)
     stop: str | list[str] | None = None
+    stop_token_ids: list[Integer] | None = _told(maxItems=MAX_STOP_TOKEN_IDS)
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
     presence_penalty: float | None = _told(minimum=-2, maximum=2)
     frequency_penalty: float | None = _told(minimum=-2, maximum=2)
     repetition_penalty: float | None = _told(exclusiveMinimum=0, maximum=10)

@@ -94,6 +94,7 @@ def _add_models(api: FastAPI, gateway: Gateway) -> None:
         "created": model.created_s,
         "owned_by": "winnow",
         "max_model_len": gateway.limits.max_positions,
+        "sampling_defaults": model.generation.told(),
     }
 
     @api.get("/v1/models")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from services.common.settings import Settings
 from winnow import defaults
+from winnow.generation_defaults import GenerationDefaults, generation_defaults
 from winnow.model_files import ModelDescription, describe_model
 from winnow.request import PruningSettings
 from winnow.tokenizer import Tokenizer, load_tokenizer
@@ -12,12 +13,13 @@ from winnow.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """pruning: what a request gets that asks for nothing else. created_s: Unix time."""
+    """pruning, generation: what a request gets that asks for nothing else. created_s: Unix time."""
 
     name: str
     description: ModelDescription
     tokenizer: Tokenizer
     pruning: PruningSettings
+    generation: GenerationDefaults
     created_s: int
 
     @classmethod
@@ -33,5 +35,6 @@ class ServedModel:
             description=description,
             tokenizer=load_tokenizer(description.path),
             pruning=pruning,
+            generation=generation_defaults(settings.generation_config, description.path),
             created_s=int(time.time()),
         )
