@@ -2,24 +2,43 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from winnow.chat_template import ChatOptions, ChatTemplate, Message
+from winnow.control_tokens import MarkedEncoder, template_tokens
 from winnow.errors import InvalidRequest, UnusableModel
+from winnow.marked_text import MarkedText
 from winnow.model_files import first_line
 from winnow.token_bytes import byte_reader
 
+_PLAIN_CHAT = ChatOptions()
+_NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
 _BACKEND = "TokenizersBackend"  # what transformers calls a tokenizer without code of its own
 
 
 class Tokenizer:
-    """A model's vocabulary and chat template. Stateless between calls, usable from any thread."""
+    """A model's vocabulary and chat template. Stateless between calls, usable from any thread.
 
-    def __init__(self, tokenizer: Any) -> None:  # noqa: ANN401 - transformers' base is untyped
+    chat_template_kwargs: variables of the template, under those of a conversation's own.
+    allow_special_tokens: control tokens may be written in a conversation's messages.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,  # noqa: ANN401 - transformers' base is untyped
+        *,
+        chat_template_kwargs: Mapping[str, Any] = _NO_KWARGS,
+        allow_special_tokens: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._chat_template = _chat_template(
+            tokenizer, chat_template_kwargs, allow_special_tokens=allow_special_tokens
+        )
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -30,7 +49,12 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; with the tokens that the model wants around a prompt, if any."""
+        """Token ids of a text; with the tokens that the model wants around a prompt, if any.
+
+        A control token's text is that token, unless a conversation's messages have it.
+        """
+        if isinstance(text, MarkedText):
+            return self._marked_encoder.encode(text)
         encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
         return encoding.ids  # type: ignore[no-any-return]
 
@@ -55,33 +79,72 @@ class Tokenizer:
         """True for control tokens, which are no part of an answer's text."""
         return token_id in self._special
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    @cached_property
+    def _marked_encoder(self) -> MarkedEncoder:
+        """Control tokens are the special ones, the end token, and what a template parts turns with.
+
+        Others that were added to the vocabulary, like <think>, are words that a message may have.
+        """
+        further = getattr(self._tokenizer, "chat_control_tokens", None) or ()
+        named = {self._tokenizer.eos_token, *further}
+        ids = {i for i, content in self._added.items() if content.decode() in named}
+        visible = [i for i, content in self._added.items() if content.strip()]
+        if self._chat_template is not None:
+            for text in self._chat_template.samples():
+                ids |= template_tokens(self._backend, visible, text)
+        return MarkedEncoder(self._backend, self._special | ids)
+
+    @property
+    def control_token_ids(self) -> frozenset[int]:
+        """The tokens that a conversation's messages cannot write."""
+        return self._marked_encoder.control_ids
+
+    def render_chat(
+        self, messages: Sequence[Message], options: ChatOptions = _PLAIN_CHAT
+    ) -> list[int]:
         """Token ids of a conversation; see `chat_text`."""
-        return self.encode(self.chat_text(messages), add_special_tokens=False)
+        return self.encode(self.chat_text(messages, options), add_special_tokens=False)
 
-    def chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """A conversation by the chat template, up to where the assistant's answer begins.
+    def chat_text(self, messages: Sequence[Message], options: ChatOptions = _PLAIN_CHAT) -> str:
+        """A conversation by the chat template, for `encode` without further special tokens.
 
-        messages: each with `role` and `content`.
+        messages: each with `role`, and `content` as a text or a list of parts of text.
         Raises InvalidRequest if the model has no chat template, or its template refuses them.
         """
-        if not self._tokenizer.chat_template:
+        if self._chat_template is None:
             raise InvalidRequest(
                 "the model has no chat template; use text completions", param="messages"
             )
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            raise InvalidRequest(
-                f"the model's chat template refuses the messages: {error}", param="messages"
-            ) from error
-        return text
+        return self._chat_template.render(messages, options)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder; raises UnusableModel if there is none that works."""
+def _chat_template(
+    tokenizer: Any,  # noqa: ANN401
+    kwargs: Mapping[str, Any],
+    *,
+    allow_special_tokens: bool,
+) -> ChatTemplate | None:
+    sources = tokenizer.chat_template
+    if not sources:
+        return None
+    return ChatTemplate(
+        {"default": sources} if isinstance(sources, str) else sources,
+        tokenizer.special_tokens_map,
+        kwargs,
+        allow_special_tokens=allow_special_tokens,
+    )
+
+
+def load_tokenizer(
+    path: str | Path,
+    *,
+    chat_template_kwargs: Mapping[str, Any] = _NO_KWARGS,
+    allow_special_tokens: bool = False,
+) -> Tokenizer:
+    """The tokenizer of a model folder, with the options of Tokenizer.
+
+    Raises UnusableModel if there is none that works, InvalidSetting for kwargs that cannot be.
+    """
     try:
         loader = PreTrainedTokenizerFast if _is_self_contained(Path(path)) else AutoTokenizer
         tokenizer = loader.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -90,7 +153,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UnusableModel(f"model folder {path} has no usable tokenizer: {reason}") from error
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise UnusableModel(f"model folder {path} has no tokenizer.json")
-    return Tokenizer(tokenizer)
+    return Tokenizer(
+        tokenizer,
+        chat_template_kwargs=chat_template_kwargs,
+        allow_special_tokens=allow_special_tokens,
+    )
 
 
 def _is_self_contained(folder: Path) -> bool:

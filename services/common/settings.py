@@ -32,6 +32,8 @@ EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "models" / "winnow-tiny"
 ENV_PREFIX = "WINNOW_"
 CONFIG_VARIABLE = "WINNOW_CONFIG"
 
+MAPS = ("pruning", "chat_template_kwargs")  # whose entries add up, wherever they are set
+
 _TLS_FILES = ("tls_cert_file", "tls_key_file")
 _PEER_FILES = ("peer_cert_file", "peer_key_file", "peer_ca_file")
 
@@ -72,6 +74,15 @@ class Settings(BaseModel):
         description="where requests' defaults of sampling come from: auto (the model's "
         "generation_config.json), none (they are OpenAI's; vllm means the same), or a folder "
         "with a generation_config.json",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="variables of the chat template, like enable_thinking, under a request's own",
+    )
+    allow_special_tokens: bool = Field(
+        False,
+        description="true: the text of a control token in a message is that token; false: it is "
+        "text like any other",
     )
 
     # Where it listens
@@ -313,8 +324,9 @@ def load_settings(flags: Mapping[str, Any] | None = None, config: Path | None = 
         config = Path(os.environ[CONFIG_VARIABLE])
     sources = [_read_file(config) if config else {}, _read_environment(), dict(flags or {})]
     merged = {name: value for source in sources for name, value in source.items()}
-    if all(isinstance(source.get("pruning", {}), dict) for source in sources):
-        merged["pruning"] = {k: v for s in sources for k, v in s.get("pruning", {}).items()}
+    for name in MAPS:
+        if all(isinstance(source.get(name, {}), dict) for source in sources):
+            merged[name] = {k: v for s in sources for k, v in s.get(name, {}).items()}
     try:
         return Settings(**merged)
     except ValidationError as error:

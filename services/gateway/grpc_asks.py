@@ -2,12 +2,15 @@
 
 from typing import Any
 
+from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import DecodeError
 
 from services.gateway.ask import Ask, Prompt, Wishes, make_ask
+from services.gateway.chat import plain_messages
 from services.gateway.gateway import Gateway
-from services.gateway.openai_types import ROLES
-from winnow.errors import InvalidRequest, InvalidSetting
+from services.gateway.openai_types import ChatMessage
+from winnow.chat_template import ChatOptions
+from winnow.errors import InvalidRequest
 from winnow.v1 import inference_pb2 as pb
 
 # Over gRPC 0 stands for JSON's null: keep every entry.
@@ -85,18 +88,33 @@ def _prompt(gateway: Gateway, request: pb.CompleteRequest) -> Prompt:
         gateway.limits.require_token_ids(token_ids, "token_ids")
         return Prompt(token_ids)
     if kind == "messages":
-        text = gateway.model.tokenizer.chat_text(_messages(request.messages))
+        options = _chat_options(request.messages)
+        text = gateway.model.tokenizer.chat_text(_messages(request.messages), options)
         return Prompt(gateway.limits.encode(text, "messages", add_special_tokens=False), text)
     raise InvalidRequest("give a prompt: text, token_ids or messages", param="prompt")
 
 
-def _messages(messages: pb.ChatMessages) -> list[dict[str, str]]:
-    if not messages.messages:
-        raise InvalidRequest("messages is empty; it must have at least 1", param="messages")
-    for idx, message in enumerate(messages.messages):
-        if message.role not in ROLES:
-            raise InvalidSetting(
-                f"messages[{idx}].role is {message.role!r}; known are {', '.join(ROLES)}",
-                param=f"messages[{idx}].role",
-            )
-    return [{"role": message.role, "content": message.content} for message in messages.messages]
+def _messages(messages: pb.ChatMessages) -> list[dict[str, Any]]:
+    return plain_messages(
+        [
+            ChatMessage(role=message.role, content=message.content, name=message.name)
+            for message in messages.messages
+        ]
+    )
+
+
+def _chat_options(messages: pb.ChatMessages) -> ChatOptions:
+    return ChatOptions(
+        add_generation_prompt=_optional(messages, "add_generation_prompt"),
+        continue_final_message=messages.continue_final_message,
+        template_kwargs=_whole_numbers(MessageToDict(messages.chat_template_kwargs)),
+    )
+
+
+def _whole_numbers(value: Any) -> Any:  # noqa: ANN401 - what JSON can hold
+    """A Struct has no whole numbers of its own: 2 is 2.0 in it."""
+    if isinstance(value, dict):
+        return {name: _whole_numbers(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -6,7 +6,7 @@ from typing import Any
 
 from services.common.settings import Settings
 from services.gateway.ask import Ask, Prompt, Wishes, make_ask
-from services.gateway.chat import plain_messages
+from services.gateway.chat import chat_options, plain_messages
 from services.gateway.limits import Limits
 from services.gateway.openai_types import (
     ChatRequest,
@@ -81,7 +81,7 @@ class AskReader:
         request = validate(ChatRequest, without_unsupported(body, CHAT_PARAMETERS))
         self._limits.require_model(request.model)
         top_logprobs = _chat_logprobs(request)
-        text = self._tokenizer.chat_text(plain_messages(request.messages))
+        text = self._tokenizer.chat_text(plain_messages(request.messages), chat_options(request))
         token_ids = self._limits.encode(text, "messages", add_special_tokens=False)
         wishes = _wishes(
             request,
@@ -136,7 +136,8 @@ def _wishes(
     num_logprobs: int | None,
 ) -> Wishes:
     sampling = {name: getattr(request, name) for name in _SAMPLING_FIELDS}
-    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    stop = request.stop or []
+    stop = [stop] if isinstance(stop, str) else stop
     return Wishes(
         max_tokens=max_tokens,
         max_tokens_param=max_tokens_param,
@@ -172,7 +173,7 @@ def _delivered(
     request: CompletionRequest | ChatRequest, ask: Ask, top_logprobs: int | None
 ) -> OpenAIAsk:
     options = request.stream_options
-    if options is not None and not request.stream:
+    if options is not None and not request.stream and any(options.model_dump().values()):
         raise InvalidRequest(
             "stream_options is only allowed when stream is true", param="stream_options"
         )

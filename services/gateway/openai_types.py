@@ -5,9 +5,16 @@ so that REST and gRPC share the checks; here they are only told, for /openapi.js
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from winnow.errors import InvalidRequest, InvalidSetting, UnknownParameter
 from winnow.request import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
@@ -29,14 +36,36 @@ def _told(**schema: Any) -> Any:  # noqa: ANN401 - a field's, as pydantic types 
     return Field(None, json_schema_extra=schema)
 
 
-def _not_null(schema: dict[str, Any]) -> None:
-    """Leaves out of a field's schema what only its checks may see."""
-    schema.pop("default")
-    schema["anyOf"] = [one for one in schema["anyOf"] if one != {"type": "null"}]
+def asks_for_nothing(value: object) -> bool:
+    """Null, and what is empty: clients send fields that they do not use."""
+    return value is None or value in ("", [], {})
+
+
+def _allow_nothing(schema: dict[str, Any]) -> None:
+    """Tells of the fields that are not known what may come in them all the same."""
+    schema["additionalProperties"] = {"enum": [None, "", [], {}]}
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, json_schema_extra=_allow_nothing
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, body: object) -> object:
+        """Leaves out what asks for nothing: unknown fields, and null where there is no null."""
+        if not isinstance(body, Mapping):
+            return body
+        return {name: value for name, value in body.items() if not cls._is_nothing(name, value)}
+
+    @classmethod
+    def _is_nothing(cls, name: str, value: object) -> bool:
+        field = cls.model_fields.get(name)
+        if field is None:
+            return asks_for_nothing(value)
+        is_nullable = type(None) in get_args(field.annotation) or field.annotation is Any
+        return value is None and not is_nullable and not field.is_required()
 
 
 class StreamOptions(_Body):
@@ -111,30 +140,42 @@ class CompletionRequest(_Generation):
 class TextPart(_Body):
     type: str = Field(json_schema_extra={"enum": ["text"]})
     text: str | None = None
+    cache_control: Any = None  # for other services' caches
 
 
 class ChatMessage(_Body):
-    # Content may be absent here, so that chat.py can say which message has none.
-    model_config = ConfigDict(json_schema_extra={"required": ["role", "content"]})
+    """Only an assistant's may have no content; chat.py says of others which has none."""
 
     role: str = Field(json_schema_extra={"enum": list(ROLES)})
-    content: str | list[TextPart] | None = Field(None, json_schema_extra=_not_null)
+    content: str | list[TextPart] | None = None
     name: str | None = None
     refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    cache_control: Any = None
 
 
-class ChatRequest(_Generation):
+class ChatParameters(_Body):
+    """How a conversation becomes a prompt; as in vLLM."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ChatRequest(_Generation, ChatParameters):
     messages: list[ChatMessage] = Field(json_schema_extra={"minItems": 1})
     max_completion_tokens: Integer | None = _told(minimum=1)
     logprobs: bool | None = None
     top_logprobs: Integer | None = None
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(ChatParameters):
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
     add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
 
 
 class DetokenizeRequest(_Body):

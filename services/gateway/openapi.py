@@ -155,6 +155,8 @@ class Tokens(_Sent):
     count: int
     max_model_len: int
     tokens: list[int]
+    token_strs: list[str] | None = Field(description="each token's text, under return_token_strs")
+    special: list[int] | None = Field(description="where in `tokens` control tokens are")
 
 
 class Text(_Sent):

@@ -33,7 +33,11 @@ class ServedModel:
         return cls(
             name=settings.served_name,
             description=description,
-            tokenizer=load_tokenizer(description.path),
+            tokenizer=load_tokenizer(
+                description.path,
+                chat_template_kwargs=settings.chat_template_kwargs,
+                allow_special_tokens=settings.allow_special_tokens,
+            ),
             pruning=pruning,
             generation=generation_defaults(settings.generation_config, description.path),
             created_s=int(time.time()),

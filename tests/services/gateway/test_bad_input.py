@@ -182,7 +182,7 @@ COMPLETION_CASES: list[tuple[dict[str, Any], int, str, str, str]] = [
     ({"winnow": {"method": "best"}}, 400, "'best'; known are", "winnow.method", ""),
     ({"winnow": {"kernel_size": 4}}, 400, "must be odd", "winnow.kernel_size", ""),
     ({"winnow": {"threshold": "low"}}, 400, "threshold is 'low'", "winnow.threshold", ""),
-    ({"winnow": {"select_tokens": None}}, 400, "select_tokens is None", "winnow.select_tokens", ""),
+    ({"winnow": {"select_tokens": []}}, 400, "select_tokens is []", "winnow.select_tokens", ""),
     (
         {"winnow": {"select_tokens": 513}},
         400,
@@ -220,7 +220,20 @@ COMPLETION_CASES: list[tuple[dict[str, Any], int, str, str, str]] = [
     ),
     ({"winnow": {"compression": "none"}}, 400, "kv_budget is unl", "winnow.compression", ""),
     ({"winnow": {"decode_budget": 701}}, 400, "cap max_dec", "winnow.decode_budget", ""),
-    ({"stream_options": {}}, 400, "only allowed when stream", "stream_options", "invalid_request"),
+    (
+        {"stream_options": {"include_usage": True}},
+        400,
+        "only allowed when stream",
+        "stream_options",
+        "invalid_request",
+    ),
+    (
+        {"stream": True, "stream_options": {"foo": 1}},
+        400,
+        "unknown parameter: stream_options.foo",
+        "stream_options.foo",
+        "unknown_parameter",
+    ),
     (
         {"stream": True, "stream_options": {"include_obfuscation": True}},
         400,
@@ -260,7 +273,7 @@ CHAT_CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "",
     ),
     (
-        {"messages": [{"role": "user", "content": "a", "tool_calls": []}]},
+        {"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]},
         "unknown parameter",
         "messages[0].tool_calls",
         "unknown_parameter",
