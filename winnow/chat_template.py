@@ -104,7 +104,7 @@ class ChatTemplate:
         rendered = self._render(
             list(map(self._message, messages, marks)),
             begins_answer=options.begins_answer,
-            kwargs=self._marked(options.template_kwargs),
+            kwargs=options.template_kwargs,
         )
         return _up_to_final(rendered) if options.continue_final_message else rendered
 
@@ -118,17 +118,11 @@ class ChatTemplate:
     def _render(
         self, messages: Sequence[Message], *, begins_answer: bool, kwargs: Mapping[str, Any]
     ) -> str:
-        context = {
-            **self._variables,
-            **kwargs,
-            "messages": messages,
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": begins_answer,
-        }
+        own = {"messages": messages, "tools": None, "documents": None}
         try:
+            context = {**self._variables, **self._marked(kwargs), **own}
             with bounded_time():
-                return self._template.render(context)
+                return self._template.render(context, add_generation_prompt=begins_answer)
         except TemplateError as error:
             reason = error.message or type(error).__name__
         except Exception as error:  # a template is a program, and may fail like one

@@ -1,6 +1,6 @@
 """Winnow in one process: the same engines as the service, no server."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,14 @@ class Winnow:
         dtype: str = "auto",
         kv_memory_bytes: int = 1 << 30,
         max_batch_size: int = 1,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_special_tokens: bool = False,
         **pruning: Any,  # noqa: ANN401 - checked by defaults.override
     ) -> "Winnow":
         """A model folder or hub model; `pruning` overrides the model's own PruningSettings.
 
         max_batch_size: sequences that `generate_many` decodes together.
+        chat_template_kwargs, allow_special_tokens: as in Tokenizer.
 
         Raises UnusableModel, or InvalidSetting for a setting that does not exist or cannot work.
         """
@@ -59,7 +62,12 @@ class Winnow:
         settings = defaults.override(settings, pruning)
         settings.require_fits(decoder.shape.num_layers)
         pool_config = KVPoolConfig(kv_memory_bytes)
-        return cls(decoder, load_tokenizer(path), settings, pool_config, max_batch_size)
+        tokenizer = load_tokenizer(
+            path,
+            chat_template_kwargs=chat_template_kwargs,
+            allow_special_tokens=allow_special_tokens,
+        )
+        return cls(decoder, tokenizer, settings, pool_config, max_batch_size)
 
     def generate(
         self,
@@ -69,6 +77,7 @@ class Winnow:
     ) -> Completion:
         """The whole answer to a text or to token ids; greedy unless `sampling` says otherwise.
 
+        The generation config of the model says what the service's default is, not this one's.
         The answer ends before the first of the `stop` strings.
         Raises InvalidRequest, PromptTooLong, or InvalidSetting if its KV can never fit.
         """

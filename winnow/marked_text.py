@@ -6,8 +6,10 @@ are slices, sums, joins, stripping and formatting; any other text that is made o
 marked as a whole, so that no mark is ever lost.
 """
 
+import functools
+import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, SupportsIndex, TypeAlias
 
 Value: TypeAlias = Any  # whatever a template computes with
@@ -53,15 +55,6 @@ class MarkedText(str):
     def __iter__(self) -> Iterator["MarkedText"]:
         return (self[idx] for idx in range(len(self)))
 
-    def __add__(self, other: str) -> str:
-        return joined((self, other))
-
-    def __radd__(self, other: str) -> str:
-        return joined((other, self))
-
-    def __mul__(self, number: SupportsIndex) -> "MarkedText":
-        return MarkedText(super().__mul__(number), self._marks * int(number))
-
     def lstrip(self, chars: str | None = None) -> "MarkedText":
         return self[len(self) - len(super().lstrip(chars)) :]
 
@@ -74,6 +67,11 @@ class MarkedText(str):
     def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
         """Refused: the text that is made of the bytes again would have no marks."""
         raise TypeError("a template cannot take the bytes of a message's text")
+
+
+def plain(text: str) -> str:
+    """The text without its marks."""
+    return str.__str__(text)
 
 
 def mark(value: Value, with_mark: int) -> Value:
@@ -102,34 +100,27 @@ def _marks_of(text: str) -> bytes:
 
 
 def carried(result: Value, sources: Value) -> Value:
-    """`result`, in which every text has all marks of the sources that it was made of.
-
-    A text that was among the sources stays as it is.
-    """
-    found = list(_texts_in(sources))
-    marks = 0
-    for text in found:
-        for one in _ALL:
-            marks |= one if one in _marks_of(text) else 0
-    return _marked_with(result, marks, found) if marks else result
+    """`result`, in which every text has all marks of the sources that it was made of."""
+    found = {one for text in _texts_in(sources) for one in _ALL if one in text.marks}
+    marks = functools.reduce(operator.or_, found, 0)
+    return _marked_with(result, marks) if marks else result
 
 
-def _marked_with(result: Value, marks: int, sources: list[str]) -> Value:
+def _marked_with(result: Value, marks: int) -> Value:
     if isinstance(result, list | tuple):
-        return type(result)(_marked_with(one, marks, sources) for one in result)
-    is_new = isinstance(result, str) and not isinstance(result, MarkedText)
-    if not is_new or any(result is source for source in sources):
+        return type(result)(_marked_with(one, marks) for one in result)
+    if not isinstance(result, str) or isinstance(result, MarkedText):
         return result
     return MarkedText(result, bytes([marks]) * len(result))
 
 
-def _texts_in(value: Value) -> Iterator[str]:
-    if isinstance(value, str):
+def _texts_in(value: Value) -> Iterator[MarkedText]:
+    """The marked texts in a value, keys among them."""
+    if isinstance(value, MarkedText):
         yield value
     elif isinstance(value, Mapping):
-        for pair in value.items():
-            yield from _texts_in(pair)
-    elif isinstance(value, list | tuple):
+        yield from _texts_in(value.items())
+    elif isinstance(value, Collection) and not isinstance(value, str | range):
         for one in value:
             yield from _texts_in(one)
 
@@ -164,7 +155,7 @@ def _listed(value: Value) -> Value:
 
 def _written(value: Value) -> Value:
     if isinstance(value, MarkedText):
-        text = str.__str__(value)
+        text = plain(value)
         runs = ((run[1][0], text[run.start() : run.end()]) for run in _RUN.finditer(value.marks))
         return "".join(f"{_OPEN[one]}{run}{_CLOSE}" if one else run for one, run in runs)
     if isinstance(value, Mapping):

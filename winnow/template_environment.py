@@ -28,6 +28,8 @@ MAX_SECONDS = 10.0
 MAX_CHARS = 64 << 20
 _MAX_POWER = 64
 _SUBSTITUTING = ("format", "format_map", "join")  # methods of a text, and filters
+# Filters that give back one of the values they get.
+_PICKING = frozenset({"attr", "d", "default", "first", "last", "max", "min", "random"})
 _deadline_s: ContextVar[float] = ContextVar("_deadline_s")
 
 
@@ -99,9 +101,9 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             finalize=_as_text,
         )
         self.filters["tojson"] = _to_json
-        for name, function in self.filters.items():
+        for name in self.filters.keys() - _PICKING:
             keeping = _substituting if name in _SUBSTITUTING else _carrying
-            self.filters[name] = keeping(function)
+            self.filters[name] = keeping(self.filters[name])
         self.globals["raise_exception"] = _raise
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self.globals["namespace"] = _Namespace
@@ -122,6 +124,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             return substituted(_modulo, left, right)
         if operator == "*":
             _require_room(_times(left, right))
+            return carried(super().call_binop(context, operator, left, right), [left, right])
         if operator == "**" and right > _MAX_POWER:
             raise TemplateRuntimeError(f"it raises to a power over {_MAX_POWER}")
         return super().call_binop(context, operator, left, right)
@@ -189,6 +192,10 @@ class _Namespace(Namespace):
     def __setitem__(self, name: str, value: Value) -> None:
         _require_plain(name)
         super().__setitem__(name, value)
+
+    def __repr__(self) -> str:
+        """Without what it holds, for that would be text without marks."""
+        return "<Namespace>"
 
 
 def _require_plain(name: object) -> None:

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -17,7 +16,6 @@ from winnow.model_files import first_line
 from winnow.token_bytes import byte_reader
 
 _PLAIN_CHAT = ChatOptions()
-_NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
 _BACKEND = "TokenizersBackend"  # what transformers calls a tokenizer without code of its own
 
 
@@ -32,12 +30,12 @@ class Tokenizer:
         self,
         tokenizer: Any,  # noqa: ANN401 - transformers' base is untyped
         *,
-        chat_template_kwargs: Mapping[str, Any] = _NO_KWARGS,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         allow_special_tokens: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._chat_template = _chat_template(
-            tokenizer, chat_template_kwargs, allow_special_tokens=allow_special_tokens
+            tokenizer, chat_template_kwargs or {}, allow_special_tokens=allow_special_tokens
         )
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
@@ -76,7 +74,7 @@ class Tokenizer:
         return b"" if token is None else self._read_bytes(token)
 
     def is_special(self, token_id: int) -> bool:
-        """True for control tokens, which are no part of an answer's text."""
+        """True for special tokens, which are no part of an answer's text."""
         return token_id in self._special
 
     @cached_property
@@ -138,7 +136,7 @@ def _chat_template(
 def load_tokenizer(
     path: str | Path,
     *,
-    chat_template_kwargs: Mapping[str, Any] = _NO_KWARGS,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     allow_special_tokens: bool = False,
 ) -> Tokenizer:
     """The tokenizer of a model folder, with the options of Tokenizer.

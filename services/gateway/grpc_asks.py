@@ -11,6 +11,7 @@ from services.gateway.gateway import Gateway
 from services.gateway.openai_types import ChatMessage
 from winnow.chat_template import ChatOptions
 from winnow.errors import InvalidRequest
+from winnow.marked_text import plain
 from winnow.v1 import inference_pb2 as pb
 
 # Over gRPC 0 stands for JSON's null: keep every entry.
@@ -90,7 +91,8 @@ def _prompt(gateway: Gateway, request: pb.CompleteRequest) -> Prompt:
     if kind == "messages":
         options = _chat_options(request.messages)
         text = gateway.model.tokenizer.chat_text(_messages(request.messages), options)
-        return Prompt(gateway.limits.encode(text, "messages", add_special_tokens=False), text)
+        token_ids = gateway.limits.encode(text, "messages", add_special_tokens=False)
+        return Prompt(token_ids, plain(text))
     raise InvalidRequest("give a prompt: text, token_ids or messages", param="prompt")
 
 

@@ -142,6 +142,14 @@ class TextPart(_Body):
     text: str | None = None
     cache_control: Any = None  # for other services' caches
 
+    @model_validator(mode="before")
+    @classmethod
+    def _other_type_alone(cls, body: object) -> object:
+        """Of a part that is no text its type, so that chat.py can say which it is."""
+        if not isinstance(body, Mapping) or body.get("type") in (None, "text"):
+            return body
+        return {"type": body["type"]}
+
 
 class ChatMessage(_Body):
     """Only an assistant's may have no content; chat.py says of others which has none."""
@@ -195,7 +203,9 @@ def validate(cls: type[_RequestBody], body: Mapping[str, Any]) -> _RequestBody:
     try:
         return cls.model_validate(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
+        # Of the types that a value may have, the one that fits it best has the innermost error.
+        errors = error.errors(include_url=False, include_context=False)
+        first = max(errors, key=lambda one: len(one["loc"]))
         raise _named(body, first["type"], first["loc"], first["msg"], first["input"]) from error
 
 

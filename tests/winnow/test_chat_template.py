@@ -13,6 +13,7 @@ from tests.winnow.chat_templates import ALL, CHATML, DATED, PARTS, THINKING
 from winnow import template_environment
 from winnow.chat_template import ChatOptions, ChatTemplate
 from winnow.errors import InvalidRequest, InvalidSetting
+from winnow.marked_text import plain
 from winnow.tokenizer import Tokenizer, load_tokenizer
 
 Messages = list[dict[str, Any]]
@@ -46,7 +47,7 @@ def template(source: str, **kwargs: Any) -> ChatTemplate:
 
 
 def rendered(source: str, messages: Messages, **options: Any) -> str:
-    return str.__str__(template(source).render(messages, ChatOptions(**options)))
+    return plain(template(source).render(messages, ChatOptions(**options)))
 
 
 def as_parts(messages: Messages) -> Messages:

@@ -285,6 +285,22 @@ CHAT_CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "unsupported_parameter",
     ),
     (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+            ]
+        },
+        "type 'image_url'; only text",
+        "messages[0].content",
+        "unsupported_parameter",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"text": "a"}]}]},
+        "missing",
+        "messages[0].content[0].type",
+        "invalid_request",
+    ),
+    (
         {"messages": [{"role": "user", "content": "z" * 1200}]},
         "tokens; the limit is 1,000",
         "messages",
