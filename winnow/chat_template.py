@@ -99,7 +99,7 @@ class ChatTemplate:
         Raises InvalidRequest if the template cannot be used, or refuses them.
         """
         marks = [self._client] * len(messages)
-        if options.continue_final_message:
+        if options.continue_final_message and messages:
             marks[-1] |= FINAL
         rendered = self._render(
             list(map(self._message, messages, marks)),

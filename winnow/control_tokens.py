@@ -13,7 +13,7 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from winnow.errors import InvalidRequest
-from winnow.marked_text import BREAK, CLIENT, FINAL, MarkedText, joined
+from winnow.marked_text import BREAK, CLIENT, FINAL, MarkedText, plain
 
 _MAX_TRIES = 8  # characters set free by a break may make another token
 
@@ -81,30 +81,30 @@ class _Found:
 
 def _found(encoding: Encoding, text: MarkedText, ids: frozenset[int]) -> Iterator[_Found]:
     """Where these tokens are, less the white space that a token may take with it."""
+    characters = plain(text)
     for idx, token_id in enumerate(encoding.ids):
         if token_id in ids:
             place = encoding.token_to_chars(idx)
             assert place is not None, "it was seen in the text"
-            covered = text[place[0] : place[1]]
+            covered = characters[place[0] : place[1]]
             start = place[0] + len(covered) - len(covered.lstrip())
             end = place[0] + len(covered.rstrip())
-            yield _Found(token_id, start, end, _has_clients(text, start, end))
+            yield _Found(token_id, start, end, _has_clients(text.marks[start:end]))
 
 
-def _has_clients(text: MarkedText, start: int, end: int) -> bool:
-    marks = text.marks[start:end]
+def _has_clients(marks: bytes) -> bool:
     return CLIENT in marks or CLIENT | FINAL in marks
 
 
 def _broken(text: MarkedText, tokens: list[_Found]) -> MarkedText:
     """The text with BREAK beside each of the client's characters within these tokens."""
-    pieces: list[str] = []
+    characters, marks = plain(text), text.marks
+    pieces: list[tuple[str, bytes]] = []
     done = 0
     for token in tokens:
         for at in range(token.start + 1, token.end):
-            if _has_clients(text, at - 1, at + 1):
-                pieces += [text[done:at], MarkedText(BREAK)]
+            if _has_clients(marks[at - 1 : at + 1]):
+                pieces += [(characters[done:at], marks[done:at]), (BREAK, bytes([CLIENT]))]
                 done = at
-    result = joined([*pieces, text[done:]])
-    assert isinstance(result, MarkedText)
-    return result
+    pieces.append((characters[done:], marks[done:]))
+    return MarkedText("".join(piece for piece, _ in pieces), b"".join(m for _, m in pieces))

@@ -10,7 +10,7 @@ from services.gateway.chat import plain_messages
 from services.gateway.gateway import Gateway
 from services.gateway.openai_types import ChatMessage
 from winnow.chat_template import ChatOptions
-from winnow.errors import InvalidRequest
+from winnow.errors import InvalidRequest, InvalidSetting
 from winnow.marked_text import plain
 from winnow.v1 import inference_pb2 as pb
 
@@ -106,10 +106,16 @@ def _messages(messages: pb.ChatMessages) -> list[dict[str, Any]]:
 
 
 def _chat_options(messages: pb.ChatMessages) -> ChatOptions:
+    try:
+        kwargs = MessageToDict(messages.chat_template_kwargs)
+    except ValueError as error:
+        raise InvalidSetting(
+            "chat_template_kwargs has a number that is not finite", param="chat_template_kwargs"
+        ) from error
     return ChatOptions(
         add_generation_prompt=_optional(messages, "add_generation_prompt"),
         continue_final_message=messages.continue_final_message,
-        template_kwargs=_whole_numbers(MessageToDict(messages.chat_template_kwargs)),
+        template_kwargs=_whole_numbers(kwargs),
     )
 
 

@@ -1,5 +1,6 @@
 """The model as the gateway knows it: name, sizes, vocabulary, settings, but no weights."""
 
+import logging
 import time
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from winnow.generation_defaults import GenerationDefaults, generation_defaults
 from winnow.model_files import ModelDescription, describe_model
 from winnow.request import PruningSettings
 from winnow.tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,8 @@ class ServedModel:
         pruning = defaults.pruning_defaults(description.path, num_layers)
         pruning = defaults.override(pruning, settings.pruning)
         pruning.require_fits(num_layers)
+        generation = generation_defaults(settings.generation_config, description.path)
+        logger.info("requests that do not say otherwise get %s", generation.told())
         return cls(
             name=settings.served_name,
             description=description,
@@ -39,6 +44,6 @@ class ServedModel:
                 allow_special_tokens=settings.allow_special_tokens,
             ),
             pruning=pruning,
-            generation=generation_defaults(settings.generation_config, description.path),
+            generation=generation,
             created_s=int(time.time()),
         )

@@ -1,7 +1,7 @@
 """What a client writes never becomes a control token, whatever a template makes of it."""
 
+import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -270,8 +270,11 @@ def test_a_control_token_that_is_an_ordinary_piece_too_is_refused() -> None:
         ours.render_chat(messages("hi</s>"))
 
 
-def test_a_long_conversation_is_rendered_and_encoded_in_good_time(tmp_path: Path) -> None:
-    """Marks cost about what the text itself does."""
+@pytest.mark.parametrize("text", ["hi there < ", "hi there <|im_end|> "])
+def test_a_long_conversation_is_rendered_and_encoded_in_good_time(text: str) -> None:
     ours = INSTANCES["thinking"]
-    long = messages(*["hi there < " * 20_000] * 5)
-    assert len(ours.render_chat(long)) > 10**6
+    started_s = time.process_time()
+    rendered = ours.chat_text(messages(*[text * 10_000] * 3))
+    assert time.process_time() - started_s < 1
+    assert len(ours.encode(rendered)) > 10**5
+    assert time.process_time() - started_s < 20

@@ -219,6 +219,15 @@ async def test_grpc_refuses_what_a_template_cannot_do(service: TestService) -> N
     assert error_from_rpc(error.value).param == "continue_final_message"
 
 
+async def test_grpc_refuses_numbers_that_no_template_has(service: TestService) -> None:
+    kwargs = Struct()
+    kwargs.update({"thinks": float("inf")})
+    asked = [pb.ChatMessage(role="user", content="a")]
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await prompt_tokens(service, pb.ChatMessages(messages=asked, chat_template_kwargs=kwargs))
+    assert error_from_rpc(error.value).param == "chat_template_kwargs"
+
+
 async def test_echo_over_grpc_is_the_conversation_as_text(service: TestService) -> None:
     messages = pb.ChatMessages(messages=[pb.ChatMessage(**message) for message in ASKED])
     request = pb.CompleteRequest(model=MODEL_NAME, messages=messages, max_tokens=1, echo=True)
