@@ -35,7 +35,6 @@ _WORKER = {
         "trace_sample_ratio",
     ),
 }
-_CHAT = ("chat_template_kwargs", "allow_special_tokens")
 _PEERS = ("peer_cert_file", "peer_key_file", "peer_ca_file", "peer_name")
 DECODE_GROUPS: Mapping[str, Sequence[str]] = _WORKER | {
     "Who may connect": ("redis_ca_file", *_PEERS)
@@ -54,7 +53,7 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
     "How many": ("prefill_replicas", "decode_workers", "gateway_replicas"),
     "At its end": ("drain_notice_s",),
     "What a request gets": ("generation_config",),
-    "Chat": _CHAT,
+    "Chat": ("chat_template_kwargs", "allow_special_tokens"),
     "What a request may ask for": (
         "max_prompt_tokens",
         "max_new_tokens",

@@ -81,12 +81,7 @@ class SamplingParams:
             require_range("logit_bias", bias, -100, 100)
         if self.num_logprobs is not None:
             require_range("logprobs", self.num_logprobs, 0, MAX_LOGPROBS)
-        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise InvalidSetting(
-                f"stop_token_ids has {len(self.stop_token_ids):,} tokens; the limit is "
-                f"{MAX_STOP_TOKEN_IDS}",
-                param="stop_token_ids",
-            )
+        require_range("stop_token_ids", len(self.stop_token_ids), 0, MAX_STOP_TOKEN_IDS)
 
     @property
     def needs_prompt(self) -> bool:

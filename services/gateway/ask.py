@@ -124,7 +124,7 @@ def _prompt_ask(prompt: Prompt, wishes: Wishes, limits: Limits, tokenizer: Token
 def _sampling(fields: Mapping[str, Any], limits: Limits) -> SamplingParams:
     """The model's defaults, or OpenAI's, for what is not given; a random seed if none is."""
     given = {name: value for name, value in fields.items() if value is not None}
+    given["stop_token_ids"] = limits.stop_token_ids(given.get("stop_token_ids", ()))
     sampling = SamplingParams(**{"seed": secrets.randbits(63), **limits.sampling_defaults, **given})
     limits.require_token_ids(list(sampling.logit_bias), "logit_bias")
-    limits.require_token_ids(list(sampling.stop_token_ids), "stop_token_ids")
     return sampling

@@ -3,12 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from services.gateway.openai_types import (
-    ROLES,
-    ChatMessage,
-    ChatParameters,
-    TextPart,
-)
+from services.gateway.openai_types import ROLES, ChatMessage, ChatParameters, TextPart
 from winnow.chat_template import ChatOptions
 from winnow.errors import InvalidRequest, InvalidSetting, UnknownParameter, UnsupportedParameter
 

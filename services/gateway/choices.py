@@ -36,9 +36,8 @@ class EndTokens:
 
     @classmethod
     def of(cls, sampling: SamplingParams, eos_token_ids: frozenset[int]) -> "EndTokens":
-        ends = sampling.ends(eos_token_ids)
         own = frozenset() if sampling.ignore_eos else eos_token_ids
-        return cls(own, ends - own)
+        return cls(own, sampling.stop_token_ids - own)
 
     def end_at(self, token: Token) -> bool:
         """Whether the answer ends at this token."""

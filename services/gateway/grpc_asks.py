@@ -66,7 +66,7 @@ def _sampling(request: pb.CompleteRequest) -> dict[str, Any]:
         "logit_bias": dict(request.logit_bias),
         "num_logprobs": _optional(request, "logprobs"),
         "ignore_eos": request.ignore_eos,
-        "stop_token_ids": frozenset(request.stop_token_ids),
+        "stop_token_ids": list(request.stop_token_ids),
         "min_tokens": request.min_tokens,
     }
 

@@ -7,7 +7,7 @@ from services.common.settings import Settings
 from services.gateway.pruning_caps import changed_pruning, require_within_caps
 from services.gateway.served_model import ServedModel
 from winnow.errors import InvalidRequest, InvalidSetting, PromptTooLong, UnknownModel
-from winnow.request import MAX_STOP_STRINGS, PruningSettings
+from winnow.request import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, PruningSettings
 
 MAX_STOP_CHARS = 1024
 # English has 4 to 5 characters per token; a text much longer than that is measured by its start.
@@ -125,6 +125,16 @@ class Limits:
                     f"{MAX_STOP_CHARS:,}",
                     param="stop",
                 )
+
+    def stop_token_ids(self, token_ids: Sequence[int]) -> frozenset[int]:
+        """Raises InvalidSetting for too many, InvalidRequest for one that does not exist."""
+        if len(token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidSetting(
+                f"stop_token_ids has {len(token_ids):,} tokens; the limit is {MAX_STOP_TOKEN_IDS}",
+                param="stop_token_ids",
+            )
+        self.require_token_ids(token_ids, "stop_token_ids")
+        return frozenset(token_ids)
 
     def pruning(self, changes: Mapping[str, Any]) -> PruningSettings:
         """The service's settings with a request's changes; raises as `changed_pruning`."""

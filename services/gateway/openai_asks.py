@@ -151,7 +151,7 @@ def _wishes(
             **sampling,
             "logit_bias": _logit_bias(request.logit_bias),
             "num_logprobs": num_logprobs,
-            "stop_token_ids": frozenset(request.stop_token_ids or ()),
+            "stop_token_ids": request.stop_token_ids,
         },
         pruning=request.winnow.changes() if request.winnow else {},
     )

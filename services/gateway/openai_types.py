@@ -36,7 +36,7 @@ def _told(**schema: Any) -> Any:  # noqa: ANN401 - a field's, as pydantic types 
     return Field(None, json_schema_extra=schema)
 
 
-def asks_for_nothing(value: object) -> bool:
+def _asks_for_nothing(value: object) -> bool:
     """Null, and what is empty: clients send fields that they do not use."""
     return value is None or value in ("", [], {})
 
@@ -63,7 +63,7 @@ class _Body(BaseModel):
     def _is_nothing(cls, name: str, value: object) -> bool:
         field = cls.model_fields.get(name)
         if field is None:
-            return asks_for_nothing(value)
+            return _asks_for_nothing(value)
         is_nullable = type(None) in get_args(field.annotation) or field.annotation is Any
         return value is None and not is_nullable and not field.is_required()
 

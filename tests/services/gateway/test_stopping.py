@@ -230,6 +230,7 @@ async def test_grpc_takes_and_tells_the_same(
         ({"stop_token_ids": [-1]}, "token id -1; the vocab", "stop_token_ids"),
         ({"stop_token_ids": [10**30]}, "stop_token_ids[0] is 1000000", "stop_token_ids[0]"),
         ({"stop_token_ids": list(range(129))}, "129 tokens; the limit is 128", "stop_token_ids"),
+        ({"stop_token_ids": [5] * 129}, "129 tokens; the limit is 128", "stop_token_ids"),
         ({"stop_token_ids": 5}, "stop_token_ids is 5", "stop_token_ids"),
         ({"stop_token_ids": ["5"]}, "stop_token_ids[0] is '5'", "stop_token_ids[0]"),
         ({"skip_special_tokens": 1}, "skip_special_tokens is 1", "skip_special_tokens"),
