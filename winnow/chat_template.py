@@ -119,10 +119,11 @@ class ChatTemplate:
         self, messages: Sequence[Message], *, begins_answer: bool, kwargs: Mapping[str, Any]
     ) -> str:
         own = {"messages": messages, "tools": None, "documents": None}
+        template = self._template
         try:
             context = {**self._variables, **self._marked(kwargs), **own}
             with bounded_time():
-                return self._template.render(context, add_generation_prompt=begins_answer)
+                return template.render(context, add_generation_prompt=begins_answer)
         except TemplateError as error:
             reason = error.message or type(error).__name__
         except Exception as error:  # a template is a program, and may fail like one
@@ -198,7 +199,7 @@ def _as_parts(texts: Iterable[str]) -> list[dict[str, str]]:
 def _up_to_final(rendered: str) -> str:
     """The text up to where the last message's own ends."""
     marks = rendered.marks if isinstance(rendered, MarkedText) else b""
-    end = max(marks.rfind(bytes([mark])) for mark in (FINAL, CLIENT | FINAL)) + 1
+    end = max(marks.rfind(bytes([one])) for one in (FINAL, CLIENT | FINAL)) + 1
     if not end:
         raise InvalidRequest(
             "continue_final_message is true, but the chat template shows no text of the last "

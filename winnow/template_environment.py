@@ -105,7 +105,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             keeping = _substituting if name in _SUBSTITUTING else _carrying
             self.filters[name] = keeping(self.filters[name])
         self.globals["raise_exception"] = _raise
-        self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self.globals["strftime_now"] = _strftime_now
         self.globals["namespace"] = _Namespace
         self.globals["dict"] = _new_dict
 
@@ -201,6 +201,10 @@ class _Namespace(Namespace):
 def _require_plain(name: object) -> None:
     if str(name).startswith("_"):
         raise SecurityError(f"a namespace can have no name like {name!r}")
+
+
+def _strftime_now(form: str) -> Value:
+    return carried(datetime.now().strftime(form), [form])
 
 
 def _new_dict(*pairs: Value, **named: Value) -> dict[Value, Value]:

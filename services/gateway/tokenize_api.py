@@ -28,18 +28,19 @@ def tokenize(gateway: Gateway, body: Mapping[str, Any]) -> Translation:
     if request.model is not None:
         gateway.limits.require_model(request.model)
     tokens = _tokens(gateway, request)
+    texts, special = None, None
+    if request.return_token_strs:
+        tokenizer = gateway.model.tokenizer
+        control = tokenizer.control_token_ids
+        texts = [token_text(tokenizer, token_id) for token_id in tokens]
+        special = [idx for idx, token_id in enumerate(tokens) if token_id in control]
     answer = {
         "count": len(tokens),
         "max_model_len": gateway.limits.max_positions,
         "tokens": tokens,
-        "token_strs": None,
-        "special": None,
+        "token_strs": texts,
+        "special": special,
     }
-    if request.return_token_strs:
-        tokenizer = gateway.model.tokenizer
-        control = tokenizer.control_token_ids
-        answer["token_strs"] = [token_text(tokenizer, token_id) for token_id in tokens]
-        answer["special"] = [idx for idx, token_id in enumerate(tokens) if token_id in control]
     return Translation(answer, len(tokens))
 
 

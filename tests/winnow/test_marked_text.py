@@ -47,6 +47,7 @@ OPERATIONS = {
     "{{ c | center(9) }}|": ("  he<y   |", "#########."),
     "{{ c | e }}x": ("he&lt;y x", "########."),
     "{{ c | safe }}x": ("he<y x", "#####."),
+    "{{ strftime_now(c) }}": ("he<y ", "#####"),
     "{{ [c] | map('upper') | join }}": ("HE<Y ", "#####"),
     "{% filter upper %}z{{ c }}{% endfilter %}": ("ZHE<Y ", "######"),
     "{{ {'a': c} | tojson }}": ('{"a": "he<y "}', "#" * 14),
