@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from services.common.settings import Settings
+from services.common.settings import MAPS, Settings
 from winnow.defaults import parse_change
 
 _WORKER = {
@@ -59,6 +59,8 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
     ),
     "How many": ("prefill_replicas", "decode_workers", "gateway_replicas"),
     "At its end": ("drain_notice_s",),
+    "What a request gets": ("generation_config",),
+    "Chat": ("chat_template_kwargs", "allow_special_tokens"),
     "What a request may ask for": (
         "max_prompt_tokens",
         "max_new_tokens",
@@ -85,6 +87,7 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
 }
 # redis_url is read from WINNOW_REDIS_URL or a file only: command lines are seen by others.
 
+_KINDS = {"pruning": "a pruning setting", "chat_template_kwargs": "a template's variable"}
 _METAVARS = {
     "_s": "SECONDS",
     "_bytes": "BYTES",
@@ -93,6 +96,8 @@ _METAVARS = {
     "_file": "FILE",
     "_origins": "ORIGINS",
     "model": "MODEL",
+    "generation_config": "SOURCE",
+    "allow_special_tokens": "BOOLEAN",
 }
 _WORDS = (
     *("otlp_endpoint", "model_name", "namespace", "device", "dtype", "log_level", "log_format"),
@@ -114,7 +119,7 @@ def _add_flag(group: argparse._ArgumentGroup, name: str) -> None:
     field = Settings.model_fields[name]
     flag = "--" + name.replace("_", "-")
     text = f"{field.description}{_default(field.default)}"
-    if name == "pruning":
+    if name in MAPS:
         group.add_argument(
             flag,
             action="append",
@@ -144,10 +149,11 @@ def _metavar(name: str) -> str:
 def settings_from_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given on the command line, for `load_settings`.
 
-    Raises InvalidSetting for a --pruning that is not NAME=VALUE.
+    Raises InvalidSetting for what should be NAME=VALUE and is not.
     """
     given = {name: value for name, value in vars(args).items() if name in Settings.model_fields}
     flags = {name: None if value == "null" else value for name, value in given.items()}
-    if "pruning" in flags:
-        flags["pruning"] = dict(parse_change(text) for text in given["pruning"])
+    for name in MAPS:
+        if name in flags:
+            flags[name] = dict(parse_change(text, _KINDS[name]) for text in given[name])
     return flags

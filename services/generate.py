@@ -38,6 +38,8 @@ def load_winnow(settings: Settings) -> Winnow:
         device=settings.device,
         dtype=settings.dtype,
         kv_memory_bytes=settings.kv_memory_bytes,
+        chat_template_kwargs=settings.chat_template_kwargs,
+        allow_special_tokens=settings.allow_special_tokens,
         **settings.pruning,
     )
 

@@ -8,7 +8,7 @@ from winnow.engine.prefill import PrefillResult, run_prefill
 from winnow.engine.sequence import GenerationSpec, Reservation
 from winnow.models import DecoderModel
 from winnow.request import FinishReason, PrefillReport, PruningSettings, SamplingParams
-from winnow.tokenizer import TextStream
+from winnow.text_stream import TextStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class CompletionStream:
         (token,) = output.tokens
         self.token_ids.append(token.token_id)
         self.recompressed_entries = output.recompressed_entries
-        piece = text.feed(token.token_id)
+        piece = text.feed(token.token_id, is_end=token.finish_reason is FinishReason.STOP)
         self.finish_reason = FinishReason.STOP if text.stopped else token.finish_reason
         return piece
 

@@ -55,14 +55,14 @@ def override(settings: PruningSettings, changes: dict[str, Any]) -> PruningSetti
     return replace(settings, **changes)
 
 
-def parse_change(text: str) -> tuple[str, Any]:
+def parse_change(text: str, kind: str = "a pruning setting") -> tuple[str, Any]:
     """`threshold=0.4` as a name and its value for `override`; values are written as in YAML.
 
-    Raises InvalidSetting for what is not NAME=VALUE.
+    kind: what the name is of.  Raises InvalidSetting for what is not NAME=VALUE.
     """
     name, equals, written = text.partition("=")
     if not equals:
-        raise InvalidSetting(f"{text}: a pruning setting must be NAME=VALUE")
+        raise InvalidSetting(f"{text}: {kind} must be NAME=VALUE")
     try:
         value = yaml.safe_load(written)
     except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist

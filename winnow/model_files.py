@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 
 from winnow.errors import UnusableModel
+from winnow.generation_defaults import end_token_ids
 from winnow.kv import ModelShape
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,6 +33,7 @@ class ModelDescription:
 
     fingerprint: hex digest over the configuration, the weight files and the cache's dtype.
     max_positions: tokens a sequence may have, prompt and answer together.
+    eos_token_ids: as configuration, generation config and tokenizer name them together.
     """
 
     path: Path
@@ -60,7 +62,7 @@ def describe_model(
         shape=shape,
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
-        eos_token_ids=_eos_token_ids(path, config),
+        eos_token_ids=end_token_ids(path, getattr(config, "eos_token_id", None), config.vocab_size),
     )
 
 
@@ -135,16 +137,6 @@ def _shape(config: Any, dtype: torch.dtype) -> ModelShape:  # noqa: ANN401
         hidden_size=config.hidden_size,
         dtype=dtype,
     )
-
-
-def _eos_token_ids(path: Path, config: Any) -> frozenset[int]:  # noqa: ANN401
-    eos = config.eos_token_id
-    if (path / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(path, local_files_only=True)
-        eos = eos if generation.eos_token_id is None else generation.eos_token_id
-    if eos is None:
-        return frozenset()
-    return frozenset(eos) if isinstance(eos, list) else frozenset([eos])
 
 
 def _fingerprint(path: Path, shape: ModelShape) -> str:

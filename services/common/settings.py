@@ -26,11 +26,14 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode
 from pydantic_settings.exceptions import SettingsError
 
 from winnow.errors import InvalidSetting
+from winnow.generation_defaults import FROM_MODEL, NONE
 from winnow.request import PruningSettings
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "models" / "winnow-tiny"
 ENV_PREFIX = "WINNOW_"
 CONFIG_VARIABLE = "WINNOW_CONFIG"
+
+MAPS = ("pruning", "chat_template_kwargs")  # whose entries add up, wherever they are set
 
 _TLS_FILES = ("tls_cert_file", "tls_key_file")
 _PEER_FILES = ("peer_cert_file", "peer_key_file", "peer_ca_file")
@@ -66,6 +69,22 @@ class Settings(BaseModel):
     pruning: dict[str, Any] = Field(
         default_factory=dict,
         description="pruning settings over the model's own, as in a request's `winnow` object",
+    )
+    generation_config: str = Field(
+        "auto",
+        min_length=1,
+        description="where requests' defaults of sampling come from: auto (the model's "
+        "generation_config.json), none (they are OpenAI's; vllm means the same), or a folder "
+        "with a generation_config.json",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="variables of the chat template, like enable_thinking, under a request's own",
+    )
+    allow_special_tokens: bool = Field(
+        False,
+        description="true: the text of a control token in a message is that token; false: it is "
+        "text like any other",
     )
 
     # Where it listens
@@ -248,6 +267,13 @@ class Settings(BaseModel):
             raise ValueError("it names no model")
         return str(Path(model).resolve()) if Path(model).is_dir() else model
 
+    @field_validator("generation_config")
+    @classmethod
+    def _absolute_generation_config(cls, source: str) -> str:
+        """As for the model's folder."""
+        is_folder = source not in (FROM_MODEL, *NONE) and Path(source).is_dir()
+        return str(Path(source).resolve()) if is_folder else source
+
     @field_validator("api_keys_file", "redis_ca_file", *_TLS_FILES, *_PEER_FILES)
     @classmethod
     def _absolute_file(cls, path: Path | None) -> Path | None:
@@ -332,8 +358,9 @@ def load_settings(flags: Mapping[str, Any] | None = None, config: Path | None = 
         config = Path(os.environ[CONFIG_VARIABLE])
     sources = [_read_file(config) if config else {}, _read_environment(), dict(flags or {})]
     merged = {name: value for source in sources for name, value in source.items()}
-    if all(isinstance(source.get("pruning", {}), dict) for source in sources):
-        merged["pruning"] = {k: v for s in sources for k, v in s.get("pruning", {}).items()}
+    for name in MAPS:
+        if all(isinstance(source.get(name, {}), dict) for source in sources):
+            merged[name] = {k: v for s in sources for k, v in s.get(name, {}).items()}
     try:
         return Settings(**merged)
     except ValidationError as error:

@@ -13,7 +13,7 @@ import torch
 from services.common.exposition import new_worker_id
 from services.common.heartbeat import Heartbeat
 from services.common.metrics import start_metrics_server
-from services.common.registry import MetricsTarget, Record, WorkerRecord, open_registry
+from services.common.registry import FEATURES, MetricsTarget, Record, WorkerRecord, open_registry
 from services.common.settings import Settings
 from services.common.tls import PeerTls
 from services.decode.admission import Admission
@@ -196,6 +196,7 @@ class DecodeWorker:
             pages_free=stats.pool.pages_free,
             running=stats.running_sequences + stats.reserved_requests,
             draining=self.admission.draining,
+            features=FEATURES,
         )
 
 

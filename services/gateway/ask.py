@@ -37,6 +37,7 @@ class Ask:
 
     request_id: unique, what the client sees as the completion's id.
     sampling: for all prompts; its max_tokens gives way to each prompt's own.
+    stop to skip_special_tokens: as in TextStream.
     num_prompt_logprobs: as num_logprobs in `sampling`, of the prompts' own tokens.
     """
 
@@ -45,6 +46,8 @@ class Ask:
     num_choices: int
     sampling: SamplingParams
     stop: tuple[str, ...]
+    include_stop_str_in_output: bool
+    skip_special_tokens: bool
     pruning: PruningSettings
     num_prompt_logprobs: int | None = None
 
@@ -69,6 +72,8 @@ class Wishes:
     default_max_tokens: int | None
     n: int | None
     stop: Sequence[str]
+    include_stop_str_in_output: bool | None
+    skip_special_tokens: bool | None
     echo: bool
     sampling: Mapping[str, Any]
     pruning: Mapping[str, Any]
@@ -88,14 +93,17 @@ def make_ask(
     num_choices = 1 if wishes.n is None else wishes.n
     limits.require_choices(num_choices)
     limits.require_stop(wishes.stop)
-    sampling = _sampling(wishes.sampling, limits)
-    num_prompt_logprobs = sampling.num_logprobs if wishes.echo else None
+    num_prompt_logprobs = wishes.sampling.get("num_logprobs") if wishes.echo else None
+    prompt_asks = tuple(_prompt_ask(prompt, wishes, limits, tokenizer) for prompt in prompts)
+    shortest = max(1, min(prompt.max_tokens for prompt in prompt_asks))
     return Ask(
         request_id=f"{id_prefix}-{secrets.token_hex(16)}",
-        prompts=tuple(_prompt_ask(prompt, wishes, limits, tokenizer) for prompt in prompts),
+        prompts=prompt_asks,
         num_choices=num_choices,
-        sampling=sampling,
+        sampling=_sampling({**wishes.sampling, "max_tokens": shortest}, limits),
         stop=tuple(wishes.stop),
+        include_stop_str_in_output=bool(wishes.include_stop_str_in_output),
+        skip_special_tokens=wishes.skip_special_tokens is not False,
         pruning=limits.pruning(wishes.pruning, scores_prompt=num_prompt_logprobs is not None),
         num_prompt_logprobs=num_prompt_logprobs,
     )
@@ -119,8 +127,9 @@ def _prompt_ask(prompt: Prompt, wishes: Wishes, limits: Limits, tokenizer: Token
 
 
 def _sampling(fields: Mapping[str, Any], limits: Limits) -> SamplingParams:
-    """OpenAI's defaults under the given fields; a random seed if none is given."""
+    """The model's defaults, or OpenAI's, for what is not given; a random seed if none is."""
     given = {name: value for name, value in fields.items() if value is not None}
-    sampling = SamplingParams(**({"seed": secrets.randbits(63)} | given))
+    given["stop_token_ids"] = limits.stop_token_ids(given.get("stop_token_ids", ()))
+    sampling = SamplingParams(**{"seed": secrets.randbits(63), **limits.sampling_defaults, **given})
     limits.require_token_ids(list(sampling.logit_bias), "logit_bias")
     return sampling

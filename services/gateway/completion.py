@@ -8,15 +8,16 @@ from dataclasses import replace
 
 from services.common.tasks import end, is_cancelled
 from services.gateway.ask import Ask, PromptAsk
-from services.gateway.choices import Choice, Delta
+from services.gateway.choices import Choice, Delta, EndTokens
 from services.gateway.generation import PromptRequest
 from services.gateway.lifecycle import PromptRun
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.run import Run, Service
 from services.gateway.scoring import PromptScoring
+from services.gateway.served_model import ServedModel
 from services.gateway.usage import Usage, winnow_usage
 from winnow.request import PromptLogprobs, Token
-from winnow.tokenizer import Tokenizer
+from winnow.text_stream import TextStream
 
 # Deltas that wait for a slow client before decode is made to wait.
 _MAX_WAITING_DELTAS = 256
@@ -26,18 +27,16 @@ class Completion:
     """Made with `Gateway.open`, which admits and frees the runs."""
 
     def __init__(
-        self, ask: Ask, runs: Sequence[Run], tokenizer: Tokenizer, metrics: GatewayMetrics
+        self, ask: Ask, runs: Sequence[Run], model: ServedModel, metrics: GatewayMetrics
     ) -> None:
         self.ask = ask
         self.runs = runs
-        self._tokenizer = tokenizer
-        self._metrics = metrics
         self.choices = [
             Choice(
                 prompt_idx * ask.num_choices + sequence_idx,
-                tokenizer,
-                ask.stop,
+                _text_stream(ask, model),
                 prompt.echo,
+                EndTokens.of(ask.sampling, model.description.eos_token_ids),
                 metrics,
             )
             for prompt_idx, prompt in enumerate(ask.prompts)
@@ -139,6 +138,16 @@ class Completion:
         tokens = await asyncio.to_thread(_scored_tokens, token_ids, logprobs)
         for choice in self.choices_of(prompt_idx):
             choice.begin(tokens)
+
+
+def _text_stream(ask: Ask, model: ServedModel) -> TextStream:
+    return TextStream(
+        model.tokenizer,
+        ask.stop,
+        include_stop_str_in_output=ask.include_stop_str_in_output,
+        skip_special_tokens=ask.skip_special_tokens,
+        min_tokens=ask.sampling.min_tokens,
+    )
 
 
 def _scored_tokens(token_ids: Sequence[int], logprobs: PromptLogprobs) -> tuple[Token, ...]:

@@ -97,7 +97,7 @@ class Gateway:
             prompts=len(ask.prompts),
         ) as request_span:
             runs = prompt_runs(ask, self._service, timeout_s, context_of(request_span))
-            completion = Completion(ask, runs, self.model.tokenizer, self.metrics)
+            completion = Completion(ask, runs, self.model, self.metrics)
             async with self._admitted(completion, timeout_s):
                 await self.access.charge_tokens(key, ask.most_tokens)
                 yield completion

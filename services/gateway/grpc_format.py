@@ -30,6 +30,8 @@ def delta_to_proto(
         token_ids=[token.token_id for token in delta.tokens],
         logprobs=logprobs,
         finish_reason=delta.finish_reason,
+        stop_string=delta.stop_reason if isinstance(delta.stop_reason, str) else None,
+        stop_token_id=delta.stop_reason if isinstance(delta.stop_reason, int) else None,
     )
     yield pb.CompleteResponse(id=request_id, choices=[choice])
 

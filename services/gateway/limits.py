@@ -7,7 +7,7 @@ from services.common.settings import Settings
 from services.gateway.pruning_caps import changed_pruning, require_within_caps, unpruned
 from services.gateway.served_model import ServedModel
 from winnow.errors import InvalidRequest, InvalidSetting, PromptTooLong, UnknownModel
-from winnow.request import MAX_STOP_STRINGS, PruningSettings
+from winnow.request import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, PruningSettings
 
 MAX_STOP_CHARS = 1024
 # English has 4 to 5 characters per token; a text much longer than that is measured by its start.
@@ -21,6 +21,7 @@ class Limits:
         self._settings = settings
         self._model = model
         self._vocab_size = model.description.vocab_size
+        self.sampling_defaults = model.generation.sampling
         self.max_positions = model.description.max_positions
         self.max_prompt_tokens = min(
             settings.max_prompt_tokens or self.max_positions, self.max_positions - 1
@@ -90,7 +91,7 @@ class Limits:
         *,
         least: int = 1,
     ) -> int:
-        """How many tokens an answer may have; `default` None is as many as are allowed.
+        """How many tokens an answer may have; `default` None is the model's own, else all allowed.
 
         Where max_tokens_policy is clamp, too many are as many as are allowed.
         Raises InvalidSetting for a number out of range, PromptTooLong if prompt and answer exceed
@@ -99,7 +100,9 @@ class Limits:
         left = self.max_positions - num_prompt_tokens
         most = self._settings.max_new_tokens
         if asked is None:
-            return min(most if default is None else default, most, left)
+            if default is None:
+                default = self._model.generation.max_new_tokens or most
+            return min(default, most, left)
         if self._settings.max_tokens_policy == "clamp":
             asked = min(asked, most, left)
         if not least <= asked <= most:
@@ -133,6 +136,16 @@ class Limits:
                     f"{MAX_STOP_CHARS:,}",
                     param="stop",
                 )
+
+    def stop_token_ids(self, token_ids: Sequence[int]) -> frozenset[int]:
+        """Raises InvalidSetting for too many, InvalidRequest for one that does not exist."""
+        if len(token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidSetting(
+                f"stop_token_ids has {len(token_ids):,} tokens; the limit is {MAX_STOP_TOKEN_IDS}",
+                param="stop_token_ids",
+            )
+        self.require_token_ids(token_ids, "stop_token_ids")
+        return frozenset(token_ids)
 
     def pruning(
         self, changes: Mapping[str, Any], *, scores_prompt: bool = False

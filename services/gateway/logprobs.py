@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from winnow.request import Token
-from winnow.tokenizer import IncrementalDetokenizer, Tokenizer
+from winnow.text_stream import IncrementalDetokenizer
+from winnow.tokenizer import Tokenizer
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
@@ -28,9 +29,18 @@ class CompletionLogprobs:
     in it, if they are listed.
     """
 
-    def __init__(self, tokenizer: Tokenizer, echo: str, prompt_offsets: Sequence[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        echo: str,
+        prompt_offsets: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+    ) -> None:
         self._tokenizer = tokenizer
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, skip_special_tokens=skip_special_tokens
+        )
         self._prompt_offsets = prompt_offsets
         self._offset = len(echo)
 

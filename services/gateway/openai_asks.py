@@ -6,7 +6,7 @@ from typing import Any
 
 from services.common.settings import Settings
 from services.gateway.ask import Ask, Prompt, Wishes, make_ask
-from services.gateway.chat import plain_messages
+from services.gateway.chat import chat_options, plain_messages
 from services.gateway.limits import Limits
 from services.gateway.openai_types import (
     ChatRequest,
@@ -35,10 +35,12 @@ _SAMPLING_FIELDS = (
     "frequency_penalty",
     "repetition_penalty",
     "ignore_eos",
+    "min_tokens",
 )
 
 
-_OFF_AT_MINUS_ONE = ("top_k", "seed")  # vLLM's way to say it
+# What -1 asks for in vLLM's dialect: no such filter, a random seed.
+_AT_MINUS_ONE: Mapping[str, int | None] = {"top_k": 0, "seed": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ class AskReader:
         request = validate(ChatRequest, without_unsupported(body, CHAT_PARAMETERS))
         self._limits.require_model(request.model)
         top_logprobs = _chat_logprobs(request)
-        text = self._tokenizer.chat_text(plain_messages(request.messages))
+        text = self._tokenizer.chat_text(plain_messages(request.messages), chat_options(request))
         token_ids = self._limits.encode(text, "messages", add_special_tokens=False)
         wishes = _wishes(
             request,
@@ -141,7 +143,7 @@ def _wishes(
     num_logprobs: int | None,
 ) -> Wishes:
     sampling = {name: getattr(request, name) for name in _SAMPLING_FIELDS}
-    sampling |= {name: None for name in _OFF_AT_MINUS_ONE if sampling[name] == -1}
+    sampling |= {name: value for name, value in _AT_MINUS_ONE.items() if sampling[name] == -1}
     stop = request.stop or []
     return Wishes(
         max_tokens=max_tokens,
@@ -149,11 +151,14 @@ def _wishes(
         default_max_tokens=default_max_tokens,
         n=request.n,
         stop=[stop] if isinstance(stop, str) else stop,
+        include_stop_str_in_output=request.include_stop_str_in_output,
+        skip_special_tokens=request.skip_special_tokens,
         echo=echo,
         sampling={
             **sampling,
             "logit_bias": _logit_bias(request.logit_bias),
             "num_logprobs": num_logprobs,
+            "stop_token_ids": request.stop_token_ids,
         },
         pruning=request.winnow.changes() if request.winnow else {},
     )

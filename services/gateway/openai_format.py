@@ -72,10 +72,15 @@ class AnswerFormat(ABC):
                 "".join(delta.text for delta in own),
                 tuple(token for delta in own for token in delta.tokens),
                 own[-1].finish_reason,
+                own[-1].stop_reason,
                 own[0].prompt,
             )
             for index, own in enumerate(parts)
         ]
+
+
+def _end(delta: Delta) -> dict[str, Any]:
+    return {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
 
 
 class CompletionFormat(AnswerFormat):
@@ -86,7 +91,12 @@ class CompletionFormat(AnswerFormat):
     def __init__(self, asked: OpenAIAsk, model_name: str, tokenizer: Tokenizer) -> None:
         super().__init__(asked, model_name, tokenizer)
         self._logprobs = [
-            CompletionLogprobs(tokenizer, prompt.echo, prompt.offsets)
+            CompletionLogprobs(
+                tokenizer,
+                prompt.echo,
+                prompt.offsets,
+                skip_special_tokens=asked.ask.skip_special_tokens,
+            )
             for prompt in asked.ask.prompts
             for _ in range(asked.ask.num_choices)
         ]
@@ -109,7 +119,7 @@ class CompletionFormat(AnswerFormat):
             "index": delta.index,
             "text": delta.text,
             "logprobs": logprobs,
-            "finish_reason": delta.finish_reason,
+            **_end(delta),
         }
 
 
@@ -128,7 +138,7 @@ class ChatFormat(AnswerFormat):
             "index": delta.index,
             "delta": {**role, "content": delta.text},
             "logprobs": self._logprobs(delta.tokens),
-            "finish_reason": delta.finish_reason,
+            **_end(delta),
         }
         return self._chunk("chat.completion.chunk", [choice])
 
@@ -138,7 +148,7 @@ class ChatFormat(AnswerFormat):
                 "index": delta.index,
                 "message": {"role": "assistant", "content": delta.text, "refusal": None},
                 "logprobs": self._logprobs(delta.tokens),
-                "finish_reason": delta.finish_reason,
+                **_end(delta),
             }
             for delta in self._by_choice(deltas)
         ]

@@ -5,7 +5,7 @@ described here; a test holds the answers to it.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
@@ -29,6 +29,10 @@ _EVENT = {
 }
 _Use: TypeAlias = "tuple[type[BaseModel], Literal['validation', 'serialization']]"
 _FinishReason = Literal["stop", "length"]
+_StopReason = Annotated[
+    int | str | None,
+    Field(description="the request's stop token or stop string that ended it; null: neither did"),
+]
 
 
 class _Sent(BaseModel):
@@ -72,6 +76,7 @@ class CompletionChoice(_Sent):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: _FinishReason
+    stop_reason: _StopReason
 
 
 class Completion(_Sent):
@@ -109,6 +114,7 @@ class ChatChoice(_Sent):
     message: Message
     logprobs: ChatLogprobs | None
     finish_reason: _FinishReason
+    stop_reason: _StopReason
 
 
 class ChatCompletion(_Sent):
@@ -120,6 +126,17 @@ class ChatCompletion(_Sent):
     usage: Usage
 
 
+class SamplingDefaults(_Sent):
+    """Of requests that do not say otherwise; max_tokens null: as many as fit."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    max_tokens: int | None
+
+
 class Model(_Sent):
     id: str
     object: Literal["model"]
@@ -127,6 +144,7 @@ class Model(_Sent):
     owned_by: str
     max_model_len: int
     max_output_tokens: int
+    sampling_defaults: SamplingDefaults
 
 
 class Models(_Sent):
@@ -138,6 +156,8 @@ class Tokens(_Sent):
     count: int
     max_model_len: int
     tokens: list[int]
+    token_strs: list[str] | None = Field(description="each token's text, under return_token_strs")
+    special: list[int] | None = Field(description="where in `tokens` control tokens are")
 
 
 class Text(_Sent):

@@ -99,6 +99,7 @@ def _add_models(api: FastAPI, gateway: Gateway) -> None:
         "owned_by": "winnow",
         "max_model_len": gateway.limits.max_positions,
         "max_output_tokens": gateway.limits.max_output_tokens,
+        "sampling_defaults": model.generation.told(),
     }
 
     @api.api_route("/v1/models", methods=_READ)

@@ -337,7 +337,7 @@ class DecodeEngine:
 
     def _take(self, seq: Sequence, logits: Tensor) -> Token | EngineFailed:
         try:
-            token = seq.take(logits)
+            token = seq.take(logits, self.model)
         except EngineFailed as error:
             return error
         return replace(token, finish_reason=seq.finish_reason(self.model))

@@ -34,6 +34,27 @@ def test_pruning_settings_of_all_sources_are_joined(
     assert settings.pruning == {"kv_budget": 100, "threshold": 0.6, "min_layer": 3}
 
 
+def test_variables_of_the_chat_template_of_all_sources_are_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "winnow.yaml"
+    file.write_text("chat_template_kwargs: {enable_thinking: true, style: [a]}\n")
+    monkeypatch.setenv("WINNOW_CHAT_TEMPLATE_KWARGS", '{"date": "today"}')
+    settings = load_settings({"chat_template_kwargs": {"enable_thinking": False}}, file)
+    expected = {"enable_thinking": False, "style": ["a"], "date": "today"}
+    assert settings.chat_template_kwargs == expected
+
+
+def test_a_folder_of_a_generation_config_becomes_absolute_and_a_word_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("auto", "none", "vllm", "own"):
+        (tmp_path / name).mkdir()
+        settings = load_settings({"generation_config": name})
+        assert settings.generation_config == (str(tmp_path / "own") if name == "own" else name)
+
+
 def test_variable_names_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WINNOW_CONFIG", str(file))
     assert load_settings().port == 1

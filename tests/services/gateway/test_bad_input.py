@@ -182,7 +182,7 @@ COMPLETION_CASES: list[tuple[dict[str, Any], int, str, str, str]] = [
     ({"winnow": {"method": "best"}}, 400, "'best'; known are", "winnow.method", ""),
     ({"winnow": {"kernel_size": 4}}, 400, "must be odd", "winnow.kernel_size", ""),
     ({"winnow": {"threshold": "low"}}, 400, "threshold is 'low'", "winnow.threshold", ""),
-    ({"winnow": {"select_tokens": None}}, 400, "select_tokens is None", "winnow.select_tokens", ""),
+    ({"winnow": {"select_tokens": []}}, 400, "select_tokens is []", "winnow.select_tokens", ""),
     (
         {"winnow": {"select_tokens": 513}},
         400,
@@ -281,7 +281,7 @@ CHAT_CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "",
     ),
     (
-        {"messages": [{"role": "user", "content": "a", "tool_calls": []}]},
+        {"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]},
         "unknown parameter",
         "messages[0].tool_calls",
         "unknown_parameter",
@@ -291,6 +291,22 @@ CHAT_CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "type 'image_url'; only text",
         "messages[0].content",
         "unsupported_parameter",
+    ),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+            ]
+        },
+        "type 'image_url'; only text",
+        "messages[0].content",
+        "unsupported_parameter",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"text": "a"}]}]},
+        "missing",
+        "messages[0].content[0].type",
+        "invalid_request",
     ),
     (
         {"messages": [{"role": "user", "content": "z" * 1200}]},

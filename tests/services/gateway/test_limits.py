@@ -28,6 +28,8 @@ def limits(model_path: Path, **changes: Any) -> Limits:
         ({"max_decode_budget": 512}, "decode_budget is unlimited; the operator's cap"),
         ({"pruning": {"min_layer": 9, "observed_layers": 2}}, "min_layer is 9; the allowed range"),
         ({"pruning": {"kv_budget": 8, "window_size": 8}}, "it must be above window_size, 8"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs has 'messages'"),
+        ({"generation_config": "nowhere"}, "generation_config is 'nowhere'; it must be auto, none"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused_at_the_start(
