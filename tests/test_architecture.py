@@ -31,6 +31,7 @@ DOORS = {
         "winnow/models.py",
         "winnow/model_files.py",
         "winnow/attention.py",
+        "winnow/checkpoint.py",
         "winnow/tokenizer.py",
     ),
 }

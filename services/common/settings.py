@@ -61,6 +61,11 @@ class Settings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto, float32, bfloat16 or float16; auto is the checkpoint's"
     )
+    max_model_len: Annotated[int, Field(ge=2, le=2**31 - 1)] | None = Field(
+        None,
+        description="tokens of a prompt and its answer together, the same for all processes of a "
+        "service (default: what the model's rotary tables allow)",
+    )
     pruning: dict[str, Any] = Field(
         default_factory=dict,
         description="pruning settings over the model's own, as in a request's `winnow` object",

@@ -23,15 +23,22 @@ class ServedModel:
     @classmethod
     def load(cls, settings: Settings) -> "ServedModel":
         """Raises UnusableModel, or InvalidSetting for pruning settings that do not fit it."""
-        description = describe_model(settings.model, device=settings.device, dtype=settings.dtype)
+        description = describe_model(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            max_model_len=settings.max_model_len,
+        )
         num_layers = description.shape.num_layers
         pruning = defaults.pruning_defaults(description.path, num_layers)
         pruning = defaults.override(pruning, settings.pruning)
         pruning.require_fits(num_layers)
+        tokenizer = load_tokenizer(description.path)
+        tokenizer.require_fits(description.vocab_size)
         return cls(
             name=settings.served_name,
             description=description,
-            tokenizer=load_tokenizer(description.path),
+            tokenizer=tokenizer,
             pruning=pruning,
             created_s=int(time.time()),
         )

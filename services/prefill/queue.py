@@ -20,6 +20,7 @@ from services.common.tracing import Span, context_of, end_span, span, start_span
 from services.prefill.channels import Channels
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.sender import Delivered, Push
+from winnow.decoder import DecoderModel
 from winnow.engine.prefill import PrefillResult, run_prefill
 from winnow.errors import (
     DeadlineExceeded,
@@ -29,7 +30,6 @@ from winnow.errors import (
     WinnowError,
 )
 from winnow.kv import LayerKV
-from winnow.models import DecoderModel
 from winnow.request import PrefillJob, PrefillOutcome, PrefillTimings
 from winnow.wire import Header, TransferEncoder
 
