@@ -170,9 +170,10 @@ def _replace_parts(description: ModelDescription, network: Any) -> list[_Call]: 
     """Lets every part answer with random numbers; the calls that they will get."""
     calls: list[_Call] = []
     shape, body = description.shape, network.model
+    random = torch.Generator().manual_seed(0)
 
     def replace(part: str, module: Any, width: int) -> None:  # noqa: ANN401
-        answer = torch.rand(1, _NUM_TOKENS, width)
+        answer = torch.rand((1, _NUM_TOKENS, width), generator=random)
 
         def forward(*given: Any, **options: Any) -> Tensor:  # noqa: ANN401
             calls.append(_Call(part, given[0] if given else options["hidden_states"], answer))
