@@ -234,7 +234,10 @@ class Settings(BaseModel):
         """Workers have other working directories, so a folder's path is made absolute here."""
         if not model:
             raise ValueError("it names no model")
-        return str(Path(model).resolve()) if Path(model).is_dir() else model
+        try:
+            return str(Path(model).resolve()) if Path(model).is_dir() else model
+        except OSError:  # too long a name; `describe_model` says so
+            return model
 
     @field_validator("api_keys_file", "redis_ca_file", *_TLS_FILES, *_PEER_FILES)
     @classmethod
