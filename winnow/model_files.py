@@ -116,7 +116,7 @@ def _require_known_quantization(path: Path, config: Any) -> None:  # noqa: ANN40
                 f"{', '.join(_DTYPES)} or {', '.join(_QUANTIZATIONS)}"
             )
         if importlib.util.find_spec("accelerate") is None:
-            raise UnusableModel(f"{path} is quantized by {method}; that needs Python's accelerate")
+            raise UnusableModel(f"{path} is quantized by {method}: accelerate is not installed")
 
 
 def _max_positions(path: Path, config: Any, max_model_len: int | None) -> int:  # noqa: ANN401

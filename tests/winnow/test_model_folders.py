@@ -107,7 +107,7 @@ def test_fp8_asks_for_the_package_that_it_needs(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     change(folder, "config.json", quantization_config={"quant_method": "fp8"})
-    assert "quantized by fp8; that needs Python's accelerate" in refusal(folder)
+    assert "quantized by fp8: accelerate is not installed" in refusal(folder)
 
 
 @pytest.mark.parametrize(
