@@ -138,7 +138,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     add_eval_flags(parser)
-    model = ("model", "device", "dtype", "pruning")
+    model = ("model", "device", "dtype", "max_model_len", "pruning")
     flags.add_settings_flags(parser, {"Model": model, "Memory": ("num_threads", "kv_memory_bytes")})
     parser.set_defaults(run=_eval, config=None)
 

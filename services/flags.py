@@ -8,7 +8,7 @@ from services.common.settings import MAPS, Settings
 from winnow.defaults import parse_change
 
 _WORKER = {
-    "Model": ("model", "model_name", "device", "dtype"),
+    "Model": ("model", "model_name", "device", "dtype", "max_model_len"),
     "Decode workers": (
         "decode_host",
         "decode_advertised_host",

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from winnow.decoder import DecoderModel
 from winnow.engine.outputs import StepOutput
 from winnow.engine.prefill import PrefillResult, run_prefill
 from winnow.engine.sequence import GenerationSpec, Reservation
-from winnow.models import DecoderModel
 from winnow.request import FinishReason, PrefillReport, PruningSettings, SamplingParams
 from winnow.text_stream import TextStream
 

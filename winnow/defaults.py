@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from winnow.errors import InvalidSetting, UnusableModel
+from winnow.folder_errors import as_unusable
 from winnow.request import PruningSettings
 
 SETTINGS_FILE = "winnow.json"
@@ -23,12 +24,13 @@ def pruning_defaults(model_path: Path, num_layers: int) -> PruningSettings:
     file = model_path / SETTINGS_FILE
     if not file.exists():
         return scaled
-    try:
-        settings = override(scaled, json.loads(file.read_text()))
-        settings.require_fits(num_layers)
-    except (ValueError, AttributeError, InvalidSetting) as error:
-        raise UnusableModel(f"{file}: {error}") from error
-    return settings
+    with as_unusable(f"{file} is not usable"):
+        try:
+            settings = override(scaled, json.loads(file.read_text()))
+            settings.require_fits(num_layers)
+        except InvalidSetting as error:
+            raise UnusableModel(f"{file}: {error}") from error
+        return settings
 
 
 def scaled_defaults(num_layers: int) -> PruningSettings:

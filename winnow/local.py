@@ -7,11 +7,12 @@ from typing import Any
 from winnow import defaults
 from winnow.batch import BatchJob, BatchResult, BatchRun
 from winnow.completion import Completion, CompletionStream, generation_spec, prefill_into
+from winnow.decoder import DecoderModel
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.kv_pool import KVPoolConfig
 from winnow.engine.prefill import require_prompt
 from winnow.engine.sequence import Reservation
-from winnow.models import DecoderModel, load_model
+from winnow.models import load_model
 from winnow.request import PruningSettings, SamplingParams
 from winnow.text_stream import TextStream
 from winnow.tokenizer import Tokenizer, load_tokenizer
@@ -43,6 +44,7 @@ class Winnow:
         *,
         device: str = "cpu",
         dtype: str = "auto",
+        max_model_len: int | None = None,
         kv_memory_bytes: int = 1 << 30,
         max_batch_size: int = 1,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -51,22 +53,24 @@ class Winnow:
     ) -> "Winnow":
         """A model folder or hub model; `pruning` overrides the model's own PruningSettings.
 
+        max_model_len: see `describe_model`.
         max_batch_size: sequences that `generate_many` decodes together.
         chat_template_kwargs, allow_special_tokens: as in Tokenizer.
 
         Raises UnusableModel, or InvalidSetting for a setting that does not exist or cannot work.
         """
-        decoder = load_model(model, device=device, dtype=dtype)
+        decoder = load_model(model, device=device, dtype=dtype, max_model_len=max_model_len)
         path = decoder.description.path
         settings = defaults.pruning_defaults(path, decoder.shape.num_layers)
         settings = defaults.override(settings, pruning)
         settings.require_fits(decoder.shape.num_layers)
-        pool_config = KVPoolConfig(kv_memory_bytes)
         tokenizer = load_tokenizer(
             path,
             chat_template_kwargs=chat_template_kwargs,
             allow_special_tokens=allow_special_tokens,
         )
+        tokenizer.require_fits(decoder.vocab_size)
+        pool_config = KVPoolConfig(kv_memory_bytes)
         return cls(decoder, tokenizer, settings, pool_config, max_batch_size)
 
     def generate(

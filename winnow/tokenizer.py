@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from winnow.chat_template import ChatOptions, ChatTemplate, Message
 from winnow.control_tokens import MarkedEncoder, template_tokens
 from winnow.errors import InvalidRequest, UnusableModel
+from winnow.folder_errors import as_unusable
 from winnow.marked_text import MarkedText
-from winnow.model_files import first_line
 from winnow.token_bytes import byte_reader
 
 _PLAIN_CHAT = ChatOptions()
@@ -97,6 +97,19 @@ class Tokenizer:
         token = self._backend.id_to_token(token_id)
         return b"" if token is None else self._read_bytes(token)
 
+    def require_fits(self, vocab_size: int) -> None:
+        """Raise UnusableModel if ordinary text has tokens that a model of `vocab_size` lacks.
+
+        Tokens that were added to the vocabulary may lie beyond it; nobody has to use them.
+        """
+        vocabulary = self._backend.get_vocab(with_added_tokens=False)
+        highest = max(set(vocabulary.values()) - self._added.keys(), default=-1)
+        if highest >= vocab_size:
+            raise UnusableModel(
+                f"the tokenizer is not this model's: it has tokens up to {highest}; the model has "
+                f"{vocab_size}, up to {vocab_size - 1}"
+            )
+
     def is_special(self, token_id: int) -> bool:
         """True for special tokens, which are no part of an answer's text."""
         return token_id in self._special
@@ -167,19 +180,16 @@ def load_tokenizer(
 
     Raises UnusableModel if there is none that works, InvalidSetting for kwargs that cannot be.
     """
-    try:
+    with as_unusable(f"model folder {path} has no usable tokenizer"):
         loader = PreTrainedTokenizerFast if _is_self_contained(Path(path)) else AutoTokenizer
         tokenizer = loader.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = first_line(error)
-        raise UnusableModel(f"model folder {path} has no usable tokenizer: {reason}") from error
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        raise UnusableModel(f"model folder {path} has no tokenizer.json")
-    return Tokenizer(
-        tokenizer,
-        chat_template_kwargs=chat_template_kwargs,
-        allow_special_tokens=allow_special_tokens,
-    )
+        if not hasattr(tokenizer, "backend_tokenizer"):
+            raise UnusableModel(f"model folder {path} has no tokenizer.json")
+        return Tokenizer(
+            tokenizer,
+            chat_template_kwargs=chat_template_kwargs,
+            allow_special_tokens=allow_special_tokens,
+        )
 
 
 def _is_self_contained(folder: Path) -> bool:

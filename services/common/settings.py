@@ -66,6 +66,11 @@ class Settings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto, float32, bfloat16 or float16; auto is the checkpoint's"
     )
+    max_model_len: Annotated[int, Field(ge=2, le=2**31 - 1)] | None = Field(
+        None,
+        description="tokens of a prompt and its answer together, the same for all processes of a "
+        "service (default: what the model's rotary tables allow)",
+    )
     pruning: dict[str, Any] = Field(
         default_factory=dict,
         description="pruning settings over the model's own, as in a request's `winnow` object",
@@ -265,7 +270,10 @@ class Settings(BaseModel):
         """Workers have other working directories, so a folder's path is made absolute here."""
         if not model:
             raise ValueError("it names no model")
-        return str(Path(model).resolve()) if Path(model).is_dir() else model
+        try:
+            return str(Path(model).resolve()) if Path(model).is_dir() else model
+        except OSError:  # too long a name; `describe_model` says so
+            return model
 
     @field_validator("generation_config")
     @classmethod

@@ -148,7 +148,12 @@ class DecodeWorker:
     def _load_engine(self) -> DecodeEngine:
         settings = self._settings
         torch.set_num_threads(settings.threads_per_worker(settings.decode_workers))
-        model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
+        model = load_model(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            max_model_len=settings.max_model_len,
+        )
         engine = DecodeEngine(
             model,
             pool_config=KVPoolConfig(

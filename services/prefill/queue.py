@@ -21,6 +21,7 @@ from services.prefill.channels import Channels
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.sender import Delivered, Push
 from services.prefill.work import Work
+from winnow.decoder import DecoderModel
 from winnow.engine.prefill import run_prefill
 from winnow.engine.prompt_logprobs import prompt_logprobs
 from winnow.errors import (
@@ -31,7 +32,6 @@ from winnow.errors import (
     WinnowError,
 )
 from winnow.kv import LayerKV
-from winnow.models import DecoderModel
 from winnow.request import PrefillJob, PrefillOutcome, PrefillTimings
 from winnow.wire import Header, TransferEncoder
 

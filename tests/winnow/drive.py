@@ -3,12 +3,12 @@
 from collections.abc import Generator, Sequence
 from typing import TypeVar
 
+from winnow.decoder import DecoderModel
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.kv_pool import KVPoolConfig
 from winnow.engine.prefill import PrefillResult, run_prefill
 from winnow.engine.sequence import GenerationSpec, Reservation
 from winnow.kv import LayerKV
-from winnow.models import DecoderModel
 from winnow.request import PruningSettings, SamplingParams, Token
 
 _Yielded = TypeVar("_Yielded")

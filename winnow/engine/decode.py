@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from winnow.decoder import DecoderModel
 from winnow.engine.cutting import CutCounts, Cutter
 from winnow.engine.kv_pool import KVPool, KVPoolConfig
 from winnow.engine.outputs import EngineStats, StepOutput
@@ -21,7 +22,6 @@ from winnow.engine.paged_attention import PagedAttention
 from winnow.engine.relief import Relief, ReliefCounts, age, can_shrink
 from winnow.engine.sequence import GenerationSpec, Reservation, Sequence
 from winnow.errors import EngineFailed, Overloaded, Preempted, WinnowError
-from winnow.models import DecoderModel
 from winnow.request import SequenceState, Token, require_range
 
 logger = logging.getLogger(__name__)

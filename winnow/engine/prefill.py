@@ -12,10 +12,10 @@ from torch import Tensor
 
 from winnow import methods
 from winnow.attention import PrefillAttention
+from winnow.decoder import DecoderModel
 from winnow.errors import InvalidRequest, PromptTooLong
 from winnow.kv import LayerKV, pack_layer
 from winnow.methods.base import Cut, LayerView
-from winnow.models import DecoderModel
 from winnow.request import PrefillReport, PruningSettings
 
 Watch = Callable[[LayerView, Cut | None], None]

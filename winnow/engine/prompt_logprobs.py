@@ -5,8 +5,8 @@ from collections.abc import Generator, Sequence
 import torch
 from torch import Tensor
 
+from winnow.decoder import DecoderModel
 from winnow.errors import NotFinite
-from winnow.models import DecoderModel
 from winnow.request import PromptLogprobs
 
 # Logits held at a time, float32: 64 MiB, however long the prompt and however large the vocabulary.

@@ -8,11 +8,11 @@ from enum import Enum, auto
 
 from torch import Tensor
 
+from winnow.decoder import DecoderModel
 from winnow.engine.kv_pool import KVPool
 from winnow.engine.promises import Promise
 from winnow.engine.query_ring import QueryRing, num_queries
 from winnow.kv import LayerKV
-from winnow.models import DecoderModel
 from winnow.request import FinishReason, SamplingParams, SequenceState, Token
 from winnow.sampling import TokenHistory, sample, token_logprobs
 

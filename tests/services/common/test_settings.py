@@ -188,3 +188,8 @@ def test_settings_travel_between_processes() -> None:
 def test_workers_share_the_cores_unless_told_otherwise() -> None:
     assert Settings(num_threads=3).threads_per_worker(2) == 3
     assert Settings().threads_per_worker(10_000) == 1
+
+
+def test_a_model_s_name_may_be_too_long_for_a_path() -> None:
+    """It is refused where models are, in one line."""
+    assert Settings(model="a" * 5000).model == "a" * 5000

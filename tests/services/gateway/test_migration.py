@@ -170,7 +170,7 @@ async def test_a_full_prefill_queue_does_not_end_a_prompt_that_runs(
 
 
 @pytest.mark.parametrize(
-    "ending", [{}, {"stop_token_ids": [2, 300], "min_tokens": 40, "ignore_eos": False}]
+    "ending", [{}, {"stop_token_ids": [2, 300], "min_tokens": 300, "ignore_eos": False}]
 )
 async def test_a_client_sees_one_stream(
     model_path: Path, redis_url: str, ending: dict[str, Any]

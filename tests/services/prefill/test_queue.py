@@ -15,6 +15,7 @@ from services.prefill.queue import PrefillQueue
 from tests.services.exposed import samples, value
 from tests.services.prefill.conftest import NUM_TOKENS, PRUNING, MakeJob
 from tests.services.prefill.receiver import Receiver
+from winnow.decoder import DecoderModel
 from winnow.engine.prefill import run_prefill
 from winnow.engine.prompt_logprobs import prompt_logprobs
 from winnow.errors import (
@@ -24,7 +25,6 @@ from winnow.errors import (
     PrefillFailed,
     StaleAttempt,
 )
-from winnow.models import DecoderModel
 
 TIMEOUT_S = 30
 

@@ -10,9 +10,9 @@ from services.prefill.channels import Channels
 from services.prefill.sender import LAYERS_AHEAD, Delivered, Push
 from tests.services.prefill.conftest import NUM_TOKENS, PRUNING, MakeJob
 from tests.services.prefill.receiver import GRANT, Receiver
+from winnow.decoder import DecoderModel
 from winnow.engine.prefill import PrefillResult, run_prefill
 from winnow.errors import DeliveryFailed, PrefillFailed, RequestCancelled, WinnowError
-from winnow.models import DecoderModel
 from winnow.wire import Header, TransferEncoder
 
 
