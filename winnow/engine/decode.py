@@ -210,6 +210,15 @@ class DecodeEngine:
             )
             return busy or bool(self._relief.swapped)  # which may have room by now
 
+    def wait_for_news(self, timeout_s: float) -> bool:
+        """Blocks until `step` can do more than go on with who runs; False if the time passed."""
+
+        def has_news() -> bool:
+            return bool(self._arrived or self._wishes) or any(s.goes for s in self._everyone())
+
+        with self._changed:
+            return self._changed.wait_for(has_news, timeout_s)
+
     def stats(self) -> EngineStats:
         with self._changed:
             swapped = list(self._relief.swapped)
