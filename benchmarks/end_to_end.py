@@ -5,65 +5,25 @@ pruning on (the model's own settings) and off, in turn: TTFT split into waiting 
 prefill compute, transfer that compute did not hide, first step (with admission, the hop to prefill
 and the hand-over to the batch: the gateway's TTFT less the former), and HTTP (what the client
 measures on top of the gateway). The floor of TTFT is prefill compute. Then streaming clients side
-by side, each with a prompt of its own: tokens per second against one client alone.
+by side, each with a prompt of its own: tokens per second against one client alone. Last a larger
+model, whose prefill and decode share the cores (benchmarks/shared_cores.py).
 """
 
 import asyncio
-import json
-import random
+import tempfile
 import time
-from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import httpx
 
+from benchmarks import shared_cores
+from benchmarks.client import Answer, complete, prompt_of
 from benchmarks.report import arguments, show, write_json
 from services.demo import running_service
 
 UNPRUNED = {"method": "full"}
-WORDS = ["river", "stone", "lantern", "garden", "window", "harbor", "market", "winter", "copper"]
-
-
-@dataclass
-class Answer:
-    """One streamed completion: seconds to its first text and in all, and its `usage`."""
-
-    ttft_s: float = 0.0
-    total_s: float = 0.0
-    usage: dict[str, Any] = field(default_factory=dict)
-
-
-async def prompt_of(client: httpx.AsyncClient, num_tokens: int, seed: int) -> list[int]:
-    """Token ids of random words, exactly `num_tokens`."""
-    rng = random.Random(seed)
-    text = " ".join(rng.choices(WORDS, k=2 * num_tokens))
-    response = await client.post("/tokenize", json={"prompt": text})
-    return response.json()["tokens"][:num_tokens]  # type: ignore[no-any-return]
-
-
-async def complete(
-    client: httpx.AsyncClient, prompt: list[int], max_tokens: int, winnow: dict[str, Any]
-) -> Answer:
-    body = {
-        "model": "winnow-tiny",
-        "prompt": prompt,
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "ignore_eos": True,
-        "winnow": winnow,
-    }
-    answer, start = Answer(), time.perf_counter()
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                answer.ttft_s = answer.ttft_s or time.perf_counter() - start
-                answer.usage = json.loads(line[6:]).get("usage") or answer.usage
-    answer.total_s = time.perf_counter() - start
-    return answer
 
 
 async def split_ttft(
@@ -142,9 +102,12 @@ def main() -> None:
     options = arguments("Time to first token and concurrent clients of the service.").parse_args()
     with running_service() as url:
         ttft, clients = asyncio.run(measure(url, options.quick))
+    with tempfile.TemporaryDirectory() as folder:
+        shared = shared_cores.compare(Path(folder), options.quick)
     show("Time to first token, embedded model", ttft, [__doc__ or ""])
     show("Streaming clients side by side, 256-token prompts, 64 tokens each", clients)
-    write_json(options.json, "end_to_end", [*ttft, *clients])
+    show("Prefill and decode on the same cores, 0.5B shape", shared, [shared_cores.__doc__ or ""])
+    write_json(options.json, "end_to_end", [*ttft, *clients, *shared])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.end_to_end import Answer, complete, prompt_of
+from benchmarks.client import Answer, complete, prompt_of
 from benchmarks.report import arguments, show, write_json
 from services.demo import running_service
 

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from winnow.local import DEFAULT_MODEL
 
@@ -23,7 +25,10 @@ HALF_BILLION: dict[str, Any] = {
 
 
 def model_path(name: str, folder: Path) -> Path:
-    """`tiny`: the embedded model; `0.5b`: a random bfloat16 one, saved below `folder`."""
+    """`tiny`: the embedded model; `0.5b`: a random bfloat16 one, saved below `folder`.
+
+    The random one's tokenizer knows bytes and numbers.
+    """
     if name == "tiny":
         return DEFAULT_MODEL
     path = folder / name
@@ -31,4 +36,16 @@ def model_path(name: str, folder: Path) -> Path:
         torch.manual_seed(0)
         model: Any = Qwen2ForCausalLM(Qwen2Config(**HALF_BILLION))
         model.to(torch.bfloat16).save_pretrained(path)
+        _save_tokenizer(path, HALF_BILLION["vocab_size"])
     return path
+
+
+def _save_tokenizer(path: Path, vocab_size: int) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [f"Ġ{idx}" for idx in range(vocab_size - len(alphabet))]  # Ġ is a space
+    vocabulary = {token: idx for idx, token in enumerate([*alphabet, *words])}
+    tokenizer = Tokenizer(BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast: Any = PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer).save_pretrained(path)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeAlias
 
 from services.common.logs import configure_logging
+from services.common.openmp import SHORT_WAITS
 from services.signals import Interrupts
 from winnow.errors import WinnowError
 
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
     from services.common.settings import Settings
 
 EXIT_REFUSED = 2
-# Read by OpenMP when torch is imported. Threads that spin while they wait for each other are a
-# fifth faster alone and many times slower beside any other process, for one of them then waits for
-# a core that another holds to wait for it.
-_WAIT_POLICY = "OMP_WAIT_POLICY"
 # Read by the Hugging Face libraries when they are imported. A bar has no place in a log, and a
 # model would not load where the log finds no room for it.
 _NO_PROGRESS_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
@@ -42,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     It is 0, or 2 for what cannot be done as asked. From here on Ctrl-C is answered, so what takes
     long to import is imported within.
     """
-    os.environ.setdefault(_WAIT_POLICY, "PASSIVE")
+    for name, value in SHORT_WAITS.items():
+        os.environ.setdefault(name, value)
     interrupts = Interrupts()
     try:
         with interrupts:

@@ -36,11 +36,13 @@ class Answer:
 
 
 @contextmanager
-def running_service() -> Iterator[str]:
-    """The base URL of a service started for this demo; stopped as Ctrl-C would."""
+def running_service(*arguments: str) -> Iterator[str]:
+    """The base URL of a service started for this; stopped as Ctrl-C would."""
     command = [sys.executable, "-m", "services.cli", "serve", "--log-level", "warning"]
     ports = ["--port", "0", "--grpc-port", "0", "--admin-port", "0"]
-    with subprocess.Popen([*command, *ports], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*command, *ports, *arguments], stdout=subprocess.PIPE, text=True
+    ) as process:
         try:
             yield _read_url(process)
         finally:

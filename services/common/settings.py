@@ -210,7 +210,7 @@ class Settings(BaseModel):
     page_size: Count = Field(16, le=1024, description="KV entries per page")
     max_batch_size: Count = Field(64, le=4096, description="sequences decoded together")
     decode_share: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.125,
+        0.1,
         description="while a prompt is prefilled on a decode worker's cores, it takes this share "
         "of them, and goes on at this share of its pace; 1: both take what they can get",
     )

@@ -23,7 +23,7 @@ _LOOK_S = 0.02  # how soon it notices that prefill has ended
 
 
 class EngineThread:
-    """Runs `engine.step` and posts each step's outputs to the event loop, all in one call.
+    """Runs the engine's steps and posts each step's outputs to the event loop, all in one call.
 
     deliver and fail_all run on the event loop. The thread ends after `stop`, or when step after
     step has failed. So has a device that takes no KV: no step would ever come, so once anything
@@ -77,7 +77,7 @@ class EngineThread:
             while not self._stopping.is_set() and engine.num_failures < _MAX_FAILURES:
                 if engine.wait_for_work(_IDLE_WAIT_S):
                     started_s, cpu_s = time.monotonic(), time.process_time()
-                    self._step()
+                    self._step(engine.step)
                     self._give_way(started_s, time.process_time() - cpu_s)
                 elif engine.num_failures:
                     self._probe()
@@ -98,8 +98,10 @@ class EngineThread:
         end_s = started_s + cpu_s / self._num_cores
         while self._cores is not None and self._cores.prefill_runs and not self._stopping.is_set():
             left_s = end_s - time.monotonic()
-            if left_s <= 0 or self._engine.wait_for_news(min(left_s, _LOOK_S)):
+            if left_s <= 0:
                 return
+            if self._engine.wait_for_news(min(left_s, _LOOK_S)):
+                self._step(self._engine.step_first)
 
     def _end(self) -> None:
         if not self._stopping.is_set():
@@ -107,11 +109,11 @@ class EngineThread:
             self._fail_all(EngineFailed("the decode engine has ended"))
         self._ended.set()
 
-    def _step(self) -> None:
+    def _step(self, step: Callable[[], list[StepOutput]]) -> None:
         """Does a step; where all of it fails, its requests have failed."""
         started = time.perf_counter()
         try:
-            outputs = self._engine.step()
+            outputs = step()
         except Exception as error:  # the thread outlives a broken step; its requests do not
             logger.exception("a decode step failed")
             failure = EngineFailed(f"a decode step failed: {error}")

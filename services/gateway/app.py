@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from services.common.exposition import Exposition
 from services.common.logs import configure_logging
+from services.common.openmp import SHORT_WAITS
 from services.common.ray_registry import reachable_host
 from services.common.registry import open_registry
 from services.common.settings import Settings, load_settings
@@ -40,14 +41,12 @@ _READY_TIMEOUT_S = 2.0
 _SHUTDOWN_MARGIN_S = 5.0
 
 # One arena that keeps freed memory: the next prompt then meets no page faults (200,000 before).
-# Threads that wait must not spin, for prefill and decode share the cores: twice the tokens of 64
-# clients on 2 busy cores.
 _WORKER_ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
+    **SHORT_WAITS,
 }
 
 

@@ -247,6 +247,13 @@ class DecodeEngine:
         batch = [seq for seq in self._running if seq not in given_up]
         return self._emit([*batch, *given_up], given_up | self._results(batch))
 
+    def step_first(self) -> list[StepOutput]:
+        """As `step`, but only sequences without a token get one, which takes no layer."""
+        self._join()
+        self._grant_wishes()
+        batch = [seq for seq in self._running if seq.final_hidden is not None]
+        return self._emit(batch, self._results(batch))
+
     def _results(self, batch: list[Sequence]) -> dict[Sequence, Token | WinnowError]:
         if not batch:
             return {}

@@ -1,0 +1,62 @@
+"""A client of the service: prompts of random words, and streamed answers with their times."""
+
+import json
+import random
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+WORDS = ["river", "stone", "lantern", "garden", "window", "harbor", "market", "winter", "copper"]
+
+
+@dataclass
+class Answer:
+    """One streamed completion: seconds to each piece of text and in all, and its `usage`."""
+
+    times_s: list[float] = field(default_factory=list)
+    total_s: float = 0.0
+    usage: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ttft_s(self) -> float:
+        return self.times_s[0]
+
+
+async def prompt_of(client: httpx.AsyncClient, num_tokens: int, seed: int) -> list[int]:
+    """Token ids of random words, exactly `num_tokens`."""
+    rng = random.Random(seed)
+    text = " ".join(rng.choices(WORDS, k=2 * num_tokens))
+    response = await client.post("/tokenize", json={"prompt": text})
+    return response.json()["tokens"][:num_tokens]  # type: ignore[no-any-return]
+
+
+async def complete(
+    client: httpx.AsyncClient,
+    prompt: list[int],
+    max_tokens: int,
+    winnow: dict[str, Any],
+    model: str = "winnow-tiny",
+) -> Answer:
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "ignore_eos": True,
+        "winnow": winnow,
+    }
+    answer, start = Answer(), time.perf_counter()
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                chunk = json.loads(line[6:])
+                answer.usage = chunk.get("usage") or answer.usage
+                if chunk["choices"]:
+                    answer.times_s.append(time.perf_counter() - start)
+    answer.total_s = time.perf_counter() - start
+    return answer
