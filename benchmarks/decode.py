@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from benchmarks.report import arguments, show, write_json
 from benchmarks.shapes import model_path
 from winnow.engine.decode import DecodeEngine
+from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.kv_pool import KVPoolConfig
-from winnow.engine.sequence import GenerationSpec
 from winnow.kv import LayerKV, ModelShape
 from winnow.models import DecoderModel, load_model
 from winnow.request import SamplingParams

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.outputs import StepOutput
 from winnow.engine.prefill import PrefillResult, run_prefill
-from winnow.engine.sequence import GenerationSpec, Reservation
+from winnow.engine.sequence import Reservation
 from winnow.models import DecoderModel
 from winnow.request import FinishReason, PrefillReport, PruningSettings, SamplingParams
 from winnow.tokenizer import TextStream
@@ -60,13 +61,7 @@ def generation_spec(
         num_prompt_tokens=num_tokens,
         max_prompt_entries=pruning.max_prompt_entries(num_tokens, model.shape.num_kv_heads),
         sampling=sampling,
-        decode_budget=pruning.decode_budget,
-        decode_floor=pruning.decode_floor,
-        recompress_interval=pruning.recompress_interval,
-        recompression=pruning.recompression,
-        redundancy_weight=pruning.redundancy_weight,
-        window_size=pruning.window_size,
-        kernel_size=pruning.kernel_size,
+        recompression=pruning.decode_side,
         prompt_token_ids=tuple(token_ids) if sampling.needs_prompt else (),
     )
 

@@ -10,14 +10,12 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 
+from winnow.catalog import COMPRESSIONS, METHODS, RECOMPRESSIONS, load
 from winnow.errors import InvalidSetting
-from winnow.methods import METHODS, method_class
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_STRINGS = 16
-COMPRESSIONS = ("snapkv", "top_p", "adakv", "none")
-RECOMPRESSIONS = ("snapkv", "rkv")
 _MAX_COUNT = 2**31 - 1
 
 
@@ -82,6 +80,34 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Recompression:
+    """Decode's side of PruningSettings, which explains the fields; `method` is `recompression`."""
+
+    decode_budget: int | None = None
+    decode_floor: int | None = None
+    recompress_interval: int = 128
+    method: str = "snapkv"
+    redundancy_weight: float = 0.1
+    window_size: int = 32
+    kernel_size: int = 7
+
+    def __post_init__(self) -> None:
+        _require_choice("recompression", self.method, RECOMPRESSIONS)
+        _require_window(self.window_size, self.kernel_size)
+        require_range("recompress_interval", self.recompress_interval, 1, 2**20)
+        require_range("redundancy_weight", self.redundancy_weight, 0, 1)
+        _require_above_window("decode_budget", self.decode_budget, self.window_size)
+        _require_above_window("decode_floor", self.decode_floor, self.window_size)
+        if self.decode_budget is not None and self.decode_floor is not None:
+            require_range("decode_floor", self.decode_floor, 1, self.decode_budget)
+
+    @property
+    def observes(self) -> bool:
+        """Whether entries may have to be scored, so that the last queries are kept."""
+        return self.decode_budget is not None or self.decode_floor is not None
+
+
+@dataclass(frozen=True, slots=True)
 class PruningSettings:
     """How prompt and cache are pruned. Defaults are the paper's for 28 to 48 layers.
 
@@ -132,25 +158,14 @@ class PruningSettings:
             _require_type(setting.name, getattr(self, setting.name), setting.type)
         _require_choice("method", self.method, METHODS)
         _require_choice("compression", self.compression, COMPRESSIONS)
-        _require_choice("recompression", self.recompression, RECOMPRESSIONS)
-        require_range("window_size", self.window_size, 1, 1024)
-        require_range("kernel_size", self.kernel_size, 1, 1023)
-        if self.kernel_size % 2 == 0:
-            raise InvalidSetting(
-                f"kernel_size is {self.kernel_size}; it must be odd", param="kernel_size"
-            )
+        _require_window(self.window_size, self.kernel_size)
         require_range("observed_layers", self.observed_layers, 1, 1024)
         require_range("threshold", self.threshold, 0, 1e6)
         require_range("kv_top_p", self.kv_top_p, 0, 1, low_open=True)
-        require_range("recompress_interval", self.recompress_interval, 1, 2**20)
-        require_range("redundancy_weight", self.redundancy_weight, 0, 1)
         require_range("fixed_layer", self.fixed_layer, 0, 1023)
-        self._require_above_window("select_tokens", self.select_tokens)
-        self._require_above_window("kv_budget", self.kv_budget)
-        self._require_above_window("decode_budget", self.decode_budget)
-        self._require_above_window("decode_floor", self.decode_floor)
-        if self.decode_budget is not None and self.decode_floor is not None:
-            require_range("decode_floor", self.decode_floor, 1, self.decode_budget)
+        _require_above_window("select_tokens", self.select_tokens, self.window_size)
+        _require_above_window("kv_budget", self.kv_budget, self.window_size)
+        _ = self.decode_side  # which checks its own
         if self.min_layer < self.observed_layers - 1:
             raise InvalidSetting(
                 f"min_layer is {self.min_layer}; with observed_layers {self.observed_layers} "
@@ -164,22 +179,38 @@ class PruningSettings:
                 param="latest_layer",
             )
 
-    def _require_above_window(self, name: str, value: int | None) -> None:
-        if value is None:
-            return
-        if value <= self.window_size:
-            raise InvalidSetting(
-                f"{name} is {value}; it must be above window_size, {self.window_size}", param=name
-            )
-        require_range(name, value, 1, _MAX_COUNT)
+    @property
+    def decode_side(self) -> Recompression:
+        """What decode has to know."""
+        names = {field.name for field in fields(Recompression)} - {"method"}
+        own = {name: getattr(self, name) for name in names}
+        return Recompression(method=self.recompression, **own)
 
     def max_prompt_entries(self, num_prompt_tokens: int, num_kv_heads: int) -> int:
         """KV entries per (layer, KV head) that a prompt can leave behind at most."""
-        return method_class(self.method).max_entries(self, num_prompt_tokens, num_kv_heads)
+        method = load(METHODS[self.method])
+        return int(method.max_entries(self, num_prompt_tokens, num_kv_heads))
 
     def require_fits(self, num_layers: int) -> None:
         """Raise InvalidSetting for a layer that a model of `num_layers` does not have."""
-        method_class(self.method).require_fits(self, num_layers)
+        load(METHODS[self.method]).require_fits(self, num_layers)
+
+
+def _require_window(window_size: int, kernel_size: int) -> None:
+    require_range("window_size", window_size, 1, 1024)
+    require_range("kernel_size", kernel_size, 1, 1023)
+    if kernel_size % 2 == 0:
+        raise InvalidSetting(f"kernel_size is {kernel_size}; it must be odd", param="kernel_size")
+
+
+def _require_above_window(name: str, value: int | None, window_size: int) -> None:
+    if value is None:
+        return
+    if value <= window_size:
+        raise InvalidSetting(
+            f"{name} is {value}; it must be above window_size, {window_size}", param=name
+        )
+    require_range(name, value, 1, _MAX_COUNT)
 
 
 _TYPE_NAMES: Mapping[object, str] = {

@@ -198,7 +198,7 @@ def _to_proto(request: PromptRequest, model: ModelDescription) -> pb.GenerateReq
         num_sequences=request.num_sequences,
         max_prompt_entries=request.pruning.max_prompt_entries(num_tokens, num_kv_heads),
         sampling=sampling_to_proto(request.sampling),
-        recompression=recompression_to_proto(request.pruning),
+        recompression=recompression_to_proto(request.pruning.decode_side),
         prompt_token_ids=request.token_ids if request.sampling.needs_prompt else (),
         wire_versions=WIRE_VERSIONS,
         replayed=[pb.ReplayedTokens(token_ids=token_ids) for token_ids in request.replayed],

@@ -8,9 +8,9 @@ from services.common.metrics import (
     TOKEN_BUCKETS_S,
     Metrics,
 )
+from winnow.catalog import METHODS
 from winnow.errors import ERROR_CODES
 from winnow.kv import ModelShape
-from winnow.methods import METHODS
 from winnow.request import PrefillOutcome, PrefillReport
 
 NO_SELECTION_REASONS = ("off", "short_prompt", "threshold_not_met")

@@ -1,14 +1,16 @@
 """Runs prompts through both engines in the test's own process."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 from winnow.engine.decode import DecodeEngine
+from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.kv_pool import KVPoolConfig
 from winnow.engine.prefill import PrefillResult, run_prefill
-from winnow.engine.sequence import GenerationSpec, Reservation
+from winnow.engine.sequence import Reservation
 from winnow.kv import LayerKV
 from winnow.models import DecoderModel
-from winnow.request import PruningSettings, SamplingParams, Token
+from winnow.request import PruningSettings, Recompression, SamplingParams, Token
 
 UNPRUNED = PruningSettings(method="full", window_size=8, kernel_size=3)
 
@@ -46,9 +48,16 @@ def make_engine(
 def spec(
     request_id: str, num_tokens: int, sampling: SamplingParams, **more: object
 ) -> GenerationSpec:
-    values = {"max_prompt_entries": num_tokens, "window_size": 8, "kernel_size": 3} | more
+    """more: fields of the spec, or of its recompression."""
+    names = {field.name for field in fields(Recompression)}
+    own = {name: more.pop(name) for name in names & set(more)}
+    values = {"max_prompt_entries": num_tokens} | more
     return GenerationSpec(
-        request_id=request_id, num_prompt_tokens=num_tokens, sampling=sampling, **values
+        request_id=request_id,
+        num_prompt_tokens=num_tokens,
+        sampling=sampling,
+        recompression=Recompression(**{"window_size": 8, "kernel_size": 3} | own),
+        **values,
     )
 
 

@@ -52,7 +52,7 @@ class Client:
             "num_sequences": 1,
             "max_prompt_entries": len(PROMPT),
             "sampling": sampling_to_proto(GREEDY),
-            "recompression": recompression_to_proto(UNPRUNED),
+            "recompression": recompression_to_proto(UNPRUNED.decode_side),
             "wire_versions": WIRE_VERSIONS,
         }
         return pb.GenerateRequest(**(values | changes))

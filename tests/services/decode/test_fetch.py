@@ -113,7 +113,7 @@ async def test_the_tokens_are_those_that_would_have_been(
 ) -> None:
     asked = {
         "sampling": sampling_to_proto(sampling),
-        "recompression": recompression_to_proto(pruning),
+        "recompression": recompression_to_proto(pruning.decode_side),
         "num_sequences": count,
     }
     expected = await whole(two, **asked)

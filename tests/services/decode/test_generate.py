@@ -91,7 +91,9 @@ async def test_recompression_is_counted(client: Client) -> None:
         decode_budget=16,
         recompress_interval=8,
     )
-    call = await client.admit(client.request(recompression=recompression_to_proto(pruning)))
+    call = await client.admit(
+        client.request(recompression=recompression_to_proto(pruning.decode_side))
+    )
     await client.push(client.frames(pruning=pruning))
     events = [event async for event in events_of(call)]
     assert events[-1].tokens.recompressed_entries > 0
