@@ -32,9 +32,10 @@ from services.gateway.generation import Generation, PromptRequest, open_generati
 from services.gateway.routing import Router
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
+from winnow.decoder import DecoderModel
 from winnow.defaults import pruning_defaults
 from winnow.model_files import ModelDescription, describe_model
-from winnow.models import DecoderModel, load_model
+from winnow.models import load_model
 from winnow.request import PrefillJob, PruningSettings, SamplingParams
 
 NUM_GENERATED = 64

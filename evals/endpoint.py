@@ -83,6 +83,7 @@ class EndpointModel:
             "prompt": list(token_ids),
             "max_tokens": max_new_tokens,
             "temperature": 0,
+            "repetition_penalty": 1,  # as in this process, whatever the service's default is
             "winnow": self._changes(variant),
         }
         started_s = time.perf_counter()

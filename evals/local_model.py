@@ -28,6 +28,7 @@ class LocalModel:
         *,
         device: str,
         dtype: str,
+        max_model_len: int | None,
         kv_memory_bytes: int,
         max_batch_size: int,
         pruning: dict[str, Any],
@@ -35,10 +36,13 @@ class LocalModel:
     ) -> None:
         """Raises UnusableModel, InvalidSetting, or InvalidRequest for a missing chat template."""
         self._name = Path(model).name
-        self._description = describe_model(model, device=device, dtype=dtype)
+        self._description = describe_model(
+            model, device=device, dtype=dtype, max_model_len=max_model_len
+        )
         path, num_layers = self._description.path, self._description.shape.num_layers
         self._pruning = override(pruning_defaults(path, num_layers), pruning)
         self._tokenizer = load_tokenizer(path)
+        self._tokenizer.require_fits(self._description.vocab_size)
         self._chat = chat
         self._frame_tokens = len(self._frame(""))
         self._load = partial(
@@ -46,6 +50,7 @@ class LocalModel:
             path,
             device=device,
             dtype=dtype,
+            max_model_len=max_model_len,
             kv_memory_bytes=kv_memory_bytes,
             max_batch_size=max_batch_size,
         )

@@ -112,9 +112,8 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt")
     prompt.add_argument("--prompt-file", metavar="FILE", help="read it from a file; - is stdin")
     parser.add_argument("--chat", action="store_true", help="put it into the chat template")
-    flags.add_settings_flags(
-        parser, {"Model": flags.SERVE_GROUPS["Model"], "Memory": ("num_threads", "kv_memory_bytes")}
-    )
+    groups = {name: flags.SERVE_GROUPS[name] for name in ("Model", "Chat")}
+    flags.add_settings_flags(parser, groups | {"Memory": ("num_threads", "kv_memory_bytes")})
 
 
 def _add_explain(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +138,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     add_eval_flags(parser)
-    model = ("model", "device", "dtype", "pruning")
+    model = ("model", "device", "dtype", "max_model_len", "pruning")
     flags.add_settings_flags(parser, {"Model": model, "Memory": ("num_threads", "kv_memory_bytes")})
     parser.set_defaults(run=_eval, config=None)
 

@@ -81,6 +81,8 @@ def ask(url: str, prompt: str) -> Answer:
 
 
 def _take_chunk(answer: Answer, chunk: dict[str, Any], start: float) -> None:
+    if "error" in chunk:
+        sys.exit(chunk["error"]["message"])
     answer.usage = chunk.get("usage") or answer.usage
     for choice in chunk["choices"]:
         answer.ttft_s = answer.ttft_s or time.perf_counter() - start

@@ -1,6 +1,6 @@
 """The service as a file for `serve deploy`, and what differs where it spans several machines."""
 
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
@@ -9,7 +9,7 @@ from services.common.settings import Settings
 APP_NAME = "winnow"
 IMPORT_PATH = "services.gateway.app:build"
 EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 - what a service on several machines listens on
-SERVE_LOGGING = {"log_level": "WARNING", "enable_access_log": False}
+SERVE_LOGGING: Final[dict[str, Any]] = {"log_level": "WARNING", "enable_access_log": False}
 
 
 def deploy_config(settings: Settings) -> str:

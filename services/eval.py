@@ -128,6 +128,7 @@ def _local_model(args: argparse.Namespace, settings: Settings) -> Model:
         settings.model,
         device=settings.device,
         dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
         kv_memory_bytes=settings.kv_memory_bytes,
         max_batch_size=args.batch_size,
         pruning=settings.pruning,

@@ -4,11 +4,11 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from services.common.settings import Settings
+from services.common.settings import MAPS, Settings
 from winnow.defaults import parse_change
 
 _WORKER = {
-    "Model": ("model", "model_name", "device", "dtype"),
+    "Model": ("model", "model_name", "device", "dtype", "max_model_len"),
     "Decode workers": (
         "decode_host",
         "decode_advertised_host",
@@ -49,12 +49,22 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
         "gateway_metrics_port",
         "prefill_metrics_port",
     ),
-    "Who may connect": ("redis_ca_file", "api_keys_file", "tls_cert_file", "tls_key_file", *_PEERS),
+    "Who may connect": (
+        "redis_ca_file",
+        "cors_allowed_origins",
+        "api_keys_file",
+        "tls_cert_file",
+        "tls_key_file",
+        *_PEERS,
+    ),
     "How many": ("prefill_replicas", "decode_workers", "gateway_replicas"),
     "At its end": ("drain_notice_s",),
+    "What a request gets": ("generation_config",),
+    "Chat": ("chat_template_kwargs", "allow_special_tokens"),
     "What a request may ask for": (
         "max_prompt_tokens",
         "max_new_tokens",
+        "max_tokens_policy",
         "max_n",
         "max_prompts_per_request",
         "max_body_bytes",
@@ -62,6 +72,7 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
         "max_kv_budget",
         "max_decode_budget",
         "request_timeout_s",
+        "sse_keepalive_s",
     ),
     "Prefill workers": ("max_waiting_prefills", "prefill_attempts"),
     "Decode workers": _WORKER["Decode workers"],
@@ -76,15 +87,22 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
 }
 # redis_url is read from WINNOW_REDIS_URL or a file only: command lines are seen by others.
 
+_KINDS = {"pruning": "a pruning setting", "chat_template_kwargs": "a template's variable"}
 _METAVARS = {
     "_s": "SECONDS",
     "_bytes": "BYTES",
     "port": "PORT",
     "host": "ADDRESS",
     "_file": "FILE",
+    "_origins": "ORIGINS",
     "model": "MODEL",
+    "generation_config": "SOURCE",
+    "allow_special_tokens": "BOOLEAN",
 }
-_WORDS = ("otlp_endpoint", "model_name", "namespace", "device", "dtype", "log_level", "log_format")
+_WORDS = (
+    *("otlp_endpoint", "model_name", "namespace", "device", "dtype", "log_level", "log_format"),
+    "max_tokens_policy",
+)
 
 
 def add_settings_flags(
@@ -101,7 +119,7 @@ def _add_flag(group: argparse._ArgumentGroup, name: str) -> None:
     field = Settings.model_fields[name]
     flag = "--" + name.replace("_", "-")
     text = f"{field.description}{_default(field.default)}"
-    if name == "pruning":
+    if name in MAPS:
         group.add_argument(
             flag,
             action="append",
@@ -131,10 +149,11 @@ def _metavar(name: str) -> str:
 def settings_from_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given on the command line, for `load_settings`.
 
-    Raises InvalidSetting for a --pruning that is not NAME=VALUE.
+    Raises InvalidSetting for what should be NAME=VALUE and is not.
     """
     given = {name: value for name, value in vars(args).items() if name in Settings.model_fields}
     flags = {name: None if value == "null" else value for name, value in given.items()}
-    if "pruning" in flags:
-        flags["pruning"] = dict(parse_change(text) for text in given["pruning"])
+    for name in MAPS:
+        if name in flags:
+            flags[name] = dict(parse_change(text, _KINDS[name]) for text in given[name])
     return flags

@@ -37,7 +37,10 @@ def load_winnow(settings: Settings) -> Winnow:
         settings.model,
         device=settings.device,
         dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
         kv_memory_bytes=settings.kv_memory_bytes,
+        chat_template_kwargs=settings.chat_template_kwargs,
+        allow_special_tokens=settings.allow_special_tokens,
         **settings.pruning,
     )
 

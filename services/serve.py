@@ -11,9 +11,11 @@ import secrets
 import signal
 import socket
 import ssl
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -27,6 +29,7 @@ from winnow.errors import InvalidSetting, UnusableModel, WinnowError
 RAY_ADDRESS = "RAY_ADDRESS"
 
 _POLL_S = 0.25
+_FAILED_TO_START = "failed to start"  # in Serve's message of a deployment
 _START_TIMEOUT_S = 600.0
 _OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum, nearly: no tensor goes through it
 
@@ -108,8 +111,9 @@ def _check(settings: Settings) -> None:
     from services.common.redis_access import require_redis  # noqa: PLC0415 - loads Redis' client
     from services.common.tls import PeerTls, public_credentials  # noqa: PLC0415 - loads gRPC
     from services.gateway.served_model import ServedModel  # noqa: PLC0415 - loads transformers
+    from winnow.checkpoint import require_sound  # noqa: PLC0415 - loads transformers
 
-    ServedModel.load(settings)
+    require_sound(ServedModel.load(settings).description)
     public_credentials(settings)
     PeerTls.load(settings)
     require_redis(settings)
@@ -149,12 +153,14 @@ def _ray(settings: Settings, progress: Progress) -> Iterator[None]:
 
     own = _own_cluster(settings) if is_own else {}
     try:
-        with ThreadPoolExecutor(1) as thread:
-            checked = thread.submit(_check, settings)
-            ray.init(logging_level=logging.ERROR, log_to_driver=True, **own)
-            _listen_to_signals()  # Ray put a handler of its own there
-            checked.result()
-        yield
+        with _import_folder() as folder:
+            with ThreadPoolExecutor(1) as thread:
+                checked = thread.submit(_check, settings)
+                with contextlib.chdir(folder):
+                    ray.init(logging_level=logging.ERROR, log_to_driver=True, **own)
+                _listen_to_signals()  # Ray put a handler of its own there
+                checked.result()
+            yield
     except ConnectionError as error:
         raise InvalidSetting(f"RAY_ADDRESS cannot be reached: {error}") from error
     finally:
@@ -162,6 +168,21 @@ def _ray(settings: Settings, progress: Progress) -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)  # a shutdown cut short would leave processes
         progress("stopping Ray")
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _import_folder() -> Iterator[Path]:
+    """Where to stand when Ray is started: it has every worker import from there before all else.
+
+    Elsewhere than in Winnow's own folder (which need not be installed) that is an empty one, lest
+    what lies about there, like a folder `winnow`, be taken for the module of that name.
+    """
+    own = Path(__file__).resolve().parents[1]
+    if Path.cwd() == own:
+        yield own
+        return
+    with tempfile.TemporaryDirectory(prefix="winnow-") as empty:
+        yield Path(empty)
 
 
 def _own_access() -> dict[str, str]:
@@ -200,13 +221,16 @@ def _application(settings: Settings, progress: Progress) -> Iterator[None]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     own = not os.environ.get(RAY_ADDRESS)
     location = "HeadOnly" if own else "EveryNode"
-    serve.start(location, http_options(settings), logging_config=SERVE_LOGGING)
+    quiet = SERVE_LOGGING | {"log_level": "CRITICAL"} if own else SERVE_LOGGING
+    serve.start(location, http_options(settings), logging_config=quiet)
     running = False
     try:
         app = build_app(settings if own else for_cluster(settings))
         target = serve.RunTarget(app, name=APP_NAME, route_prefix="/", logging_config=SERVE_LOGGING)
         serve.run_many([target], wait_for_applications_running=False)
         _wait_until_running(progress)
+        if own:
+            _let_serve_speak()
         running = True
         yield
     finally:
@@ -214,6 +238,19 @@ def _application(settings: Settings, progress: Progress) -> Iterator[None]:
             progress("draining")
             serve.delete(APP_NAME)
             _remove_registry(settings)
+
+
+def _let_serve_speak() -> None:
+    """Ends the silence of Serve's controller.
+
+    It logs what a replica's constructor raises with the tracebacks of three processes, where
+    `_wait_until_running` has one line for it.
+    """
+    from ray.serve.context import _get_global_client  # noqa: PLC0415 - as for serve
+    from ray.serve.schema import LoggingConfig  # noqa: PLC0415
+
+    controller: Any = _get_global_client()
+    controller.update_global_logging_config(LoggingConfig(**SERVE_LOGGING))
 
 
 def _send_clients_elsewhere(settings: Settings, progress: Progress) -> None:
@@ -269,12 +306,18 @@ def _states(deployments: dict[str, Any]) -> str:
 
 
 def _raise_failure(name: str, message: str) -> None:
-    """Raise what a replica's constructor raised, read off the traceback in Serve's message."""
+    """Raise what a replica's constructor raised, read off the traceback in Serve's message.
+
+    At the first failure: what Serve would try again fails again, later.
+    """
     for line in message.splitlines():
         for cls in (UnusableModel, InvalidSetting, WinnowError):
             _, found, reason = line.partition(f"{cls.__module__}.{cls.__name__}: ")
             if found:
                 raise cls(f"{name} cannot start: {reason}")
+    if _FAILED_TO_START in message:
+        *_, last = filter(None, map(str.strip, message.splitlines()))
+        raise WinnowError(f"{name} cannot start: {last}")
 
 
 def _wait_until_served(settings: Settings, progress: Progress) -> None:

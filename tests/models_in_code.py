@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import (
     AutoModelForCausalLM,
@@ -79,3 +79,16 @@ def save_byte_tokenizer(folder: Path) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
+
+
+def save_sentencepiece_tokenizer(folder: Path) -> None:
+    """One of the kind of Llama 2, Mistral and Phi3: ▁ for a space, <0x41> for a byte."""
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁thequick", "th", "qu"]
+    vocab = {token: idx for idx, token in enumerate(dict.fromkeys(tokens))}
+    merges = [("t", "h"), ("q", "u")]
+    backend = Tokenizer(BPE(vocab, merges, byte_fallback=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)

@@ -31,6 +31,8 @@ DOORS = {
         "winnow/models.py",
         "winnow/model_files.py",
         "winnow/attention/calls.py",
+        "winnow/checkpoint.py",
+        "winnow/dry_run.py",
         "winnow/tokenizer.py",
     ),
 }

@@ -11,7 +11,8 @@ from winnow.engine.prefill import PrefillResult, require_prompt
 from winnow.engine.sequence import Reservation
 from winnow.errors import Overloaded
 from winnow.request import PruningSettings, SamplingParams
-from winnow.tokenizer import TextStream, Tokenizer
+from winnow.text_stream import TextStream
+from winnow.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ class BatchRun:
             job_idx,
             reservation,
             CompletionStream(result.report, iter(())),
-            TextStream(self._tokenizer, job.stop),
+            TextStream(self._tokenizer, job.stop, min_tokens=job.sampling.min_tokens),
             [],
             started_s,
             prefill_s,

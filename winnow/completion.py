@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from winnow.decoder import DecoderModel
 from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.outputs import StepOutput
 from winnow.engine.prefill import PrefillResult, run_prefill
 from winnow.engine.sequence import Reservation
-from winnow.models import DecoderModel
 from winnow.request import FinishReason, PrefillReport, PruningSettings, SamplingParams
-from winnow.tokenizer import TextStream
+from winnow.text_stream import TextStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class CompletionStream:
         (token,) = output.tokens
         self.token_ids.append(token.token_id)
         self.recompressed_entries = output.recompressed_entries
-        piece = text.feed(token.token_id)
+        piece = text.feed(token.token_id, is_end=token.finish_reason is FinishReason.STOP)
         self.finish_reason = FinishReason.STOP if text.stopped else token.finish_reason
         return piece
 

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from winnow.errors import InvalidSetting, UnusableModel
+from winnow.folder_errors import as_unusable
 from winnow.request import PruningSettings
 
 SETTINGS_FILE = "winnow.json"
@@ -23,12 +24,13 @@ def pruning_defaults(model_path: Path, num_layers: int) -> PruningSettings:
     file = model_path / SETTINGS_FILE
     if not file.exists():
         return scaled
-    try:
-        settings = override(scaled, json.loads(file.read_text()))
-        settings.require_fits(num_layers)
-    except (ValueError, AttributeError, InvalidSetting) as error:
-        raise UnusableModel(f"{file}: {error}") from error
-    return settings
+    with as_unusable(f"{file} is not usable"):
+        try:
+            settings = override(scaled, json.loads(file.read_text()))
+            settings.require_fits(num_layers)
+        except InvalidSetting as error:
+            raise UnusableModel(f"{file}: {error}") from error
+        return settings
 
 
 def scaled_defaults(num_layers: int) -> PruningSettings:
@@ -55,14 +57,14 @@ def override(settings: PruningSettings, changes: dict[str, Any]) -> PruningSetti
     return replace(settings, **changes)
 
 
-def parse_change(text: str) -> tuple[str, Any]:
+def parse_change(text: str, kind: str = "a pruning setting") -> tuple[str, Any]:
     """`threshold=0.4` as a name and its value for `override`; values are written as in YAML.
 
-    Raises InvalidSetting for what is not NAME=VALUE.
+    kind: what the name is of.  Raises InvalidSetting for what is not NAME=VALUE.
     """
     name, equals, written = text.partition("=")
     if not equals:
-        raise InvalidSetting(f"{text}: a pruning setting must be NAME=VALUE")
+        raise InvalidSetting(f"{text}: {kind} must be NAME=VALUE")
     try:
         value = yaml.safe_load(written)
     except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist

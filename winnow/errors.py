@@ -9,6 +9,7 @@ WinnowError
 │   ├── BodyTooLarge        the HTTP body is over the limit
 │   ├── BodyTooSlow         the HTTP body did not come in its time
 │   ├── BodyEncoded         the HTTP body is compressed
+│   ├── BodyNotJson         the HTTP body is not said to be JSON in UTF-8
 │   ├── HeadersTooLarge     the HTTP request line and headers are over the limit
 │   └── UnknownModel        the service does not serve that model
 ├── InvalidKey              no API key, or one that does not exist (any more)
@@ -89,6 +90,10 @@ class BodyTooSlow(InvalidRequest):
 
 class BodyEncoded(InvalidRequest):
     code = "body_encoded"
+
+
+class BodyNotJson(InvalidRequest):
+    code = "body_not_json"
 
 
 class HeadersTooLarge(InvalidRequest):
@@ -211,6 +216,7 @@ _STATUS: dict[type[WinnowError], Status] = {
     BodyTooLarge: Status(413, "INVALID_ARGUMENT", "invalid_request_error"),
     BodyTooSlow: Status(408, "DEADLINE_EXCEEDED", "timeout_error"),
     BodyEncoded: Status(415, "INVALID_ARGUMENT", "invalid_request_error"),
+    BodyNotJson: Status(415, "INVALID_ARGUMENT", "invalid_request_error"),
     HeadersTooLarge: Status(431, "INVALID_ARGUMENT", "invalid_request_error"),
     UnknownModel: Status(404, "NOT_FOUND", "invalid_request_error"),
     InvalidKey: Status(401, "UNAUTHENTICATED", "authentication_error"),

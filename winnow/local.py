@@ -1,19 +1,21 @@
 """Winnow in one process: the same engines as the service, no server."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from winnow import defaults
 from winnow.batch import BatchJob, BatchResult, BatchRun
 from winnow.completion import Completion, CompletionStream, generation_spec, prefill_into
+from winnow.decoder import DecoderModel
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.kv_pool import KVPoolConfig
 from winnow.engine.prefill import require_prompt
 from winnow.engine.sequence import Reservation
-from winnow.models import DecoderModel, load_model
+from winnow.models import load_model
 from winnow.request import PruningSettings, SamplingParams
-from winnow.tokenizer import TextStream, Tokenizer, load_tokenizer
+from winnow.text_stream import TextStream
+from winnow.tokenizer import Tokenizer, load_tokenizer
 
 DEFAULT_MODEL = Path(__file__).parent.parent / "models" / "winnow-tiny"
 DEFAULT_SAMPLING = SamplingParams(max_tokens=256, temperature=0)
@@ -42,23 +44,34 @@ class Winnow:
         *,
         device: str = "cpu",
         dtype: str = "auto",
+        max_model_len: int | None = None,
         kv_memory_bytes: int = 1 << 30,
         max_batch_size: int = 1,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_special_tokens: bool = False,
         **pruning: Any,  # noqa: ANN401 - checked by defaults.override
     ) -> "Winnow":
         """A model folder or hub model; `pruning` overrides the model's own PruningSettings.
 
+        max_model_len: see `describe_model`.
         max_batch_size: sequences that `generate_many` decodes together.
+        chat_template_kwargs, allow_special_tokens: as in Tokenizer.
 
         Raises UnusableModel, or InvalidSetting for a setting that does not exist or cannot work.
         """
-        decoder = load_model(model, device=device, dtype=dtype)
+        decoder = load_model(model, device=device, dtype=dtype, max_model_len=max_model_len)
         path = decoder.description.path
         settings = defaults.pruning_defaults(path, decoder.shape.num_layers)
         settings = defaults.override(settings, pruning)
         settings.require_fits(decoder.shape.num_layers)
+        tokenizer = load_tokenizer(
+            path,
+            chat_template_kwargs=chat_template_kwargs,
+            allow_special_tokens=allow_special_tokens,
+        )
+        tokenizer.require_fits(decoder.vocab_size)
         pool_config = KVPoolConfig(kv_memory_bytes)
-        return cls(decoder, load_tokenizer(path), settings, pool_config, max_batch_size)
+        return cls(decoder, tokenizer, settings, pool_config, max_batch_size)
 
     def generate(
         self,
@@ -68,6 +81,7 @@ class Winnow:
     ) -> Completion:
         """The whole answer to a text or to token ids; greedy unless `sampling` says otherwise.
 
+        The generation config of the model says what the service's default is, not this one's.
         The answer ends before the first of the `stop` strings.
         Raises InvalidRequest, PromptTooLong, or InvalidSetting if its KV can never fit.
         """
@@ -117,13 +131,13 @@ class Winnow:
             raise
         self._engine.start(reservation, result.final_hidden, result.report.next_position)
         stream = CompletionStream(result.report, iter(()))
-        stream._pieces = self._decode(reservation, stream, stop)
+        text = TextStream(self.tokenizer, stop, min_tokens=sampling.min_tokens)
+        stream._pieces = self._decode(reservation, stream, text)
         return stream
 
     def _decode(
-        self, reservation: Reservation, stream: CompletionStream, stop: tuple[str, ...]
+        self, reservation: Reservation, stream: CompletionStream, text: TextStream
     ) -> Iterator[str]:
-        text = TextStream(self.tokenizer, stop)
         try:
             while stream.finish_reason is None:
                 for output in self._engine.step():

@@ -5,8 +5,9 @@ description before they load.
 """
 
 import hashlib
+import importlib.util
 import json
-import struct
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,31 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 
+from winnow.context_length import constant_length, context_length, positive_int
 from winnow.errors import UnusableModel
+from winnow.folder_errors import as_unusable
+from winnow.generation_defaults import end_token_ids
 from winnow.kv import ModelShape
+from winnow.request import require_range
+from winnow.weight_files import update_digest
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SAMPLE_BYTES = 1 << 20
-# Rotary tables of these types depend on the sequence's length, so keys computed in prefill would
-# not fit queries computed later.
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+# Methods whose weights transformers turns into ordinary ones while it loads them.
+_QUANTIZATIONS = ("fp8",)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
     """A model as every process of the service must agree on it.
 
-    fingerprint: hex digest over the configuration, the weight files and the cache's dtype.
+    fingerprint: hex digest over the configuration, the weight files, the cache's dtype, and
+    max_positions where that is not the configuration's own.
     max_positions: tokens a sequence may have, prompt and answer together.
+    eos_token_ids: as configuration, generation config and tokenizer name them together.
     """
 
     path: Path
@@ -43,25 +51,30 @@ class ModelDescription:
 
 
 def describe_model(
-    model: str | Path, *, device: str = "cpu", dtype: str = "auto"
+    model: str | Path, *, device: str = "cpu", dtype: str = "auto", max_model_len: int | None = None
 ) -> ModelDescription:
     """The description of a model folder, or of a hub model (fetched if it is not cached).
 
     dtype: `auto` is the checkpoint's own; float16 becomes bfloat16 on a CPU, where it is slow.
+    max_model_len: in place of what the rotary tables allow; a longer one is logged as a warning.
     Raises UnusableModel with the reason.
     """
-    path = _resolve(model)
-    config = _load_config(path)
-    _require_supported(path, config)
-    shape = _shape(config, _cache_dtype(config, device, dtype))
-    return ModelDescription(
-        path=path,
-        fingerprint=_fingerprint(path, shape),
-        shape=shape,
-        vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
-        eos_token_ids=_eos_token_ids(path, config),
-    )
+    with as_unusable(f"model folder {model} cannot be read"):
+        path = _resolve(model)
+        config = load_config(path).get_text_config()
+        with as_unusable(f"{path / 'config.json'}, of a {config.model_type}, is not usable"):
+            shape = _shape(config, _cache_dtype(config, device, dtype))
+            max_positions = _max_positions(path, config, max_model_len)
+            vocab_size = positive_int(config, "vocab_size")
+            _require_supported(path, config, max_positions)
+        return ModelDescription(
+            path=path,
+            fingerprint=_fingerprint(path, config, shape, max_positions),
+            shape=shape,
+            vocab_size=vocab_size,
+            max_positions=max_positions,
+            eos_token_ids=end_token_ids(path, getattr(config, "eos_token_id", None), vocab_size),
+        )
 
 
 def _resolve(model: str | Path) -> Path:
@@ -82,128 +95,99 @@ def _resolve(model: str | Path) -> Path:
         ) from error
 
 
-def _load_config(path: Path) -> Any:  # noqa: ANN401 - each family has its own class
+def load_config(path: Path) -> Any:  # noqa: ANN401 - each family has its own class
+    """The configuration of a model folder; raises UnusableModel."""
     if not (path / "config.json").is_file():
         raise UnusableModel(f"model folder {path} has no config.json")
-    try:
+    with as_unusable(f"{path / 'config.json'} is not usable"):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = first_line(error)
-        raise UnusableModel(f"{path / 'config.json'} is not usable: {reason}") from error
-    return config.get_text_config()
+        _require_known_quantization(path, config)
+        return config
 
 
-def first_line(error: BaseException) -> str:
-    """What a library's error says, without the paragraphs of advice that may follow."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _require_known_quantization(path: Path, config: Any) -> None:  # noqa: ANN401
+    """Transformers ignores a method that it does not know, and fails late for most others."""
+    for part in (config, config.get_text_config()):
+        quantization = getattr(part, "quantization_config", None)
+        if quantization is None:
+            continue
+        method = quantization.get("quant_method") or "a method without a name"
+        if method not in _QUANTIZATIONS:
+            raise UnusableModel(
+                f"{path} is quantized by {method}, which Winnow does not run; it runs weights of "
+                f"{', '.join(_DTYPES)} or {', '.join(_QUANTIZATIONS)}"
+            )
+        if importlib.util.find_spec("accelerate") is None:
+            raise UnusableModel(f"{path} is quantized by {method}: accelerate is not installed")
 
 
-def _require_supported(path: Path, config: Any) -> None:  # noqa: ANN401
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None) or []
-    slides = any("full" not in kind for kind in layer_types) if layer_types else bool(window)
-    if slides and (window is None or window < config.max_position_embeddings):
-        raise UnusableModel(
-            f"{path} has layers that do not attend to the whole prompt (sliding_window {window} of "
-            f"{config.max_position_embeddings} positions); their cache cannot be pruned by position"
+def _max_positions(path: Path, config: Any, max_model_len: int | None) -> int:  # noqa: ANN401
+    allowed = context_length(config)
+    if max_model_len is None:
+        return allowed
+    require_range("max_model_len", max_model_len, 2, 2**31 - 1)
+    if max_model_len > allowed:
+        logger.warning(
+            "max_model_len %d is above the %d positions that %s was made for; answers beyond them "
+            "may be nonsense",
+            *(max_model_len, allowed, path),
         )
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in _LENGTH_DEPENDENT_ROPE:
+    return max_model_len
+
+
+def _require_supported(path: Path, config: Any, max_positions: int) -> None:  # noqa: ANN401
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None) or (["sliding"] if window else [])
+    others = sorted({kind for kind in layer_types if "full" not in kind})
+    if others and (window is None or window < max_positions):
+        shorter = f" (sliding_window {window} of {max_positions} positions)" if window else ""
         raise UnusableModel(
-            f"{path} uses {rope} rotary embeddings, which change with the sequence's length; "
-            "prefill and decode would not agree on them"
+            f"{path} has {', '.join(others)} layers, which do not attend to the whole prompt"
+            f"{shorter}; their cache cannot be pruned by position"
+            + (f". max_model_len {window} avoids that" if window else "")
+        )
+    if (constant := constant_length(config)) < max_positions:
+        raise UnusableModel(
+            f"{path} uses {config.rope_parameters['rope_type']} rotary embeddings, which change "
+            f"with the sequence's length beyond {constant} positions; prefill and decode would not "
+            f"agree on them. max_model_len {constant} avoids that"
         )
 
 
 def _cache_dtype(config: Any, device: str, dtype: str) -> torch.dtype:  # noqa: ANN401
-    if dtype == "auto":
-        chosen = getattr(config, "dtype", None) or torch.float32
-        return torch.bfloat16 if chosen == torch.float16 and device == "cpu" else chosen
-    if dtype not in _DTYPES:
-        raise UnusableModel(f"dtype {dtype!r} is not known; known are auto, {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]
+    if dtype != "auto":
+        if dtype not in _DTYPES:
+            known = ", ".join(_DTYPES)
+            raise UnusableModel(f"dtype {dtype!r} is not known; known are auto, {known}")
+        return _DTYPES[dtype]
+    chosen = getattr(config, "dtype", None) or torch.float32
+    if chosen not in _DTYPES.values():
+        raise ValueError(f"its dtype is {chosen}; Winnow computes with {', '.join(_DTYPES)}")
+    return torch.bfloat16 if chosen == torch.float16 and device == "cpu" else chosen
 
 
 def _shape(config: Any, dtype: torch.dtype) -> ModelShape:  # noqa: ANN401
-    num_heads = config.num_attention_heads
+    """Raises ValueError for sizes that are none, or do not go together."""
+    num_heads = positive_int(config, "num_attention_heads")
+    hidden_size = positive_int(config, "hidden_size")
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} attention heads cannot share {num_kv_heads} KV heads")
     return ModelShape(
-        num_layers=config.num_hidden_layers,
+        num_layers=positive_int(config, "num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-        hidden_size=config.hidden_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=getattr(config, "head_dim", None) or hidden_size // num_heads,
+        hidden_size=hidden_size,
         dtype=dtype,
     )
 
 
-def _eos_token_ids(path: Path, config: Any) -> frozenset[int]:  # noqa: ANN401
-    eos = config.eos_token_id
-    if (path / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(path, local_files_only=True)
-        eos = eos if generation.eos_token_id is None else generation.eos_token_id
-    if eos is None:
-        return frozenset()
-    return frozenset(eos) if isinstance(eos, list) else frozenset([eos])
-
-
-def _fingerprint(path: Path, shape: ModelShape) -> str:
+def _fingerprint(path: Path, config: Any, shape: ModelShape, max_positions: int) -> str:  # noqa: ANN401
+    """Two processes whose fingerprints differ exchange nothing."""
     digest = hashlib.sha256(json.dumps(json.loads((path / "config.json").read_text())).encode())
     digest.update(str(shape.dtype).encode())
-    for file in weight_files(path):
-        digest.update(file.name.encode())
-        digest.update(_weight_sample(file))
+    update_digest(digest, path)
+    if max_positions != config.max_position_embeddings:  # as in config.json, which is in already
+        digest.update(str(max_positions).encode())
     return digest.hexdigest()[:32]
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The folder's safetensors files, by name.
-
-    Raises UnusableModel if there are none, or if an index names other ones.
-    """
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise UnusableModel(
-            f"model folder {path} has no *.safetensors file (other formats can run code)"
-        )
-    for index in path.glob("*.safetensors.index.json"):
-        _require_known(index, {file.name for file in files})
-    return files
-
-
-def _require_known(index: Path, names: set[str]) -> None:
-    """Transformers reads whatever file an index of shards names, in whatever format."""
-    try:
-        named = set(json.loads(index.read_text())["weight_map"].values())
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UnusableModel(f"{index} is no index of weights") from error
-    if named - names:
-        others = ", ".join(sorted(map(repr, named - names)))
-        raise UnusableModel(f"{index} names {others}: no *.safetensors file of the folder")
-
-
-def _weight_sample(file: Path) -> bytes:
-    """Size, tensor table, and the first and last megabyte of a safetensors file."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        if len(prefix) < 8 or (table := struct.unpack("<Q", prefix)[0]) > size - 8:
-            raise UnusableModel(f"{file} is not a safetensors file or is cut short")
-        head = stream.read(table + _SAMPLE_BYTES)
-        _require_whole(file, head[:table], size - 8 - table)
-        stream.seek(max(0, size - _SAMPLE_BYTES))
-        return size.to_bytes(8, "little") + head + stream.read()
-
-
-def _require_whole(file: Path, table: bytes, num_bytes: int) -> None:
-    """Raise UnusableModel unless `num_bytes` hold exactly the tensors that `table` announces."""
-    try:
-        tensors = {k: v for k, v in json.loads(table).items() if k != "__metadata__"}
-        announced = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
-        raise UnusableModel(f"{file} is not a safetensors file") from error
-    if announced != num_bytes:
-        raise UnusableModel(
-            f"{file} is cut short or damaged: it has {num_bytes:,} bytes of tensors; "
-            f"its table announces {announced:,}"
-        )

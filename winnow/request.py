@@ -4,7 +4,7 @@ All dataclasses are frozen and checked when they are made: a value out of range 
 InvalidSetting that names the number and the limit.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from types import MappingProxyType
@@ -16,11 +16,12 @@ from winnow.errors import InvalidSetting
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_STRINGS = 16
+MAX_STOP_TOKEN_IDS = 128
 _MAX_COUNT = 2**31 - 1
 
 
 class FinishReason(StrEnum):
-    STOP = "stop"  # an end token or a stop string
+    STOP = "stop"  # an end token, one of `stop_token_ids`, or a stop string
     LENGTH = "length"  # max_tokens, or the model's last position
 
 
@@ -42,9 +43,13 @@ class SamplingParams:
 
     temperature 0 is greedy; top_k 0 and top_p 1 switch those filters off; num_logprobs None gives
     no log-probabilities, 0 the chosen token's only, k the k likeliest tokens' too.
+    stop_token_ids: tokens that end the answer besides the model's end tokens.
+    min_tokens: neither those nor end tokens are sampled before so many tokens have been, and no
+    stop string ends the answer.
     """
 
     max_tokens: int = 16
+    min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -56,9 +61,11 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
     num_logprobs: int | None = None
     ignore_eos: bool = False
+    stop_token_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         require_range("max_tokens", self.max_tokens, 1, _MAX_COUNT)
+        require_range("min_tokens", self.min_tokens, 0, self.max_tokens)
         require_range("temperature", self.temperature, 0, 2)
         require_range("top_p", self.top_p, 0, 1, low_open=True)
         require_range("top_k", self.top_k, 0, _MAX_COUNT)
@@ -72,11 +79,16 @@ class SamplingParams:
             require_range("logit_bias", bias, -100, 100)
         if self.num_logprobs is not None:
             require_range("logprobs", self.num_logprobs, 0, MAX_LOGPROBS)
+        require_range("stop_token_ids", len(self.stop_token_ids), 0, MAX_STOP_TOKEN_IDS)
 
     @property
     def needs_prompt(self) -> bool:
         """True if sampling looks at the prompt's token ids."""
         return self.repetition_penalty != 1.0
+
+    def ends(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
+        """The tokens that end an answer of a model with these end tokens."""
+        return self.stop_token_ids if self.ignore_eos else self.stop_token_ids | eos_token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,17 +279,20 @@ class PrefillJob:
     trace_context is the W3C traceparent of the request; empty where it is not traced.
     admitted: an earlier prefill of the request was let in, so this one is not refused for others
     that wait.
+    kv_address, ticket: None where nothing is generated, so that nobody wants the KV.
+    num_prompt_logprobs: as in SamplingParams, of the prompt's own tokens; needs method `full`.
     """
 
     request_id: str
     attempt: int
     token_ids: tuple[int, ...]
     pruning: PruningSettings
-    kv_address: str
-    ticket: Ticket
+    kv_address: str | None
+    ticket: Ticket | None
     deadline_s: float
     trace_context: str = ""
     admitted: bool = False
+    num_prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,6 +348,27 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """As TokenLogprobs, of every token of a prompt but the first, which nothing predicts.
+
+    logprobs: [num_tokens - 1], each token's.  top_ids, top_logprobs: [num_tokens - 1][k].
+    Plain lists, since they cross processes and are long.
+    """
+
+    logprobs: list[float]
+    top_ids: list[list[int]]
+    top_logprobs: list[list[float]]
+
+    def of_each(self) -> Iterator[TokenLogprobs | None]:
+        """Each token's, from the first on, which has none."""
+        yield None
+        for logprob, ids, values in zip(
+            self.logprobs, self.top_ids, self.top_logprobs, strict=True
+        ):
+            yield TokenLogprobs(logprob, tuple(zip(ids, values, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     """One generated token of sequence `sequence_idx` (0 to n - 1); `finish_reason` on the last."""
 
@@ -344,7 +380,8 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class PrefillOutcome:
-    """What a prefill worker answers when an attempt's KV is in place at the decode worker."""
+    """What a prefill worker answers when an attempt's KV is in place, or was not wanted."""
 
     report: PrefillReport
     timings: PrefillTimings
+    prompt_logprobs: PromptLogprobs | None = None

@@ -4,7 +4,7 @@ One uniform number per (seed, position) picks the token by inverse transform, so
 that moves to another worker goes on as it would have, whatever shares its batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,16 +40,25 @@ def _mix64(value: int) -> int:
 
 
 def sample(
-    logits: Tensor, params: SamplingParams, position: int, history: TokenHistory, *, seed: int
+    logits: Tensor,
+    params: SamplingParams,
+    position: int,
+    history: TokenHistory,
+    *,
+    seed: int,
+    end_token_ids: Collection[int] = (),
 ) -> int:
     """The token that follows at `position`.
 
     logits: [vocab_size] float32; not changed.
+    end_token_ids: not sampled before `params.min_tokens` tokens have been.
     Raises NotFinite if a logit is not finite.
     """
     if not bool(logits.isfinite().all()):
         raise NotFinite(f"the model's logits at position {position} are not finite")
     logits = _adjust(logits.to(torch.float64, copy=True), params, history)
+    if len(history.generated) < params.min_tokens:
+        logits[list(end_token_ids)] = torch.finfo(logits.dtype).min
     if params.temperature == 0:
         return int(logits.argmax())
     below_best = logits - logits.max()  # so that no temperature takes the best out of range

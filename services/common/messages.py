@@ -46,6 +46,8 @@ def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:
         logit_bias=dict(params.logit_bias),
         num_logprobs=params.num_logprobs,
         ignore_eos=params.ignore_eos,
+        stop_token_ids=sorted(params.stop_token_ids),
+        min_tokens=params.min_tokens,
     )
 
 
@@ -64,6 +66,8 @@ def sampling_from_proto(params: pb.SamplingParams) -> SamplingParams:
         logit_bias=dict(params.logit_bias),
         num_logprobs=params.num_logprobs if params.HasField("num_logprobs") else None,
         ignore_eos=params.ignore_eos,
+        stop_token_ids=frozenset(params.stop_token_ids),
+        min_tokens=params.min_tokens,
     )
 
 

@@ -22,6 +22,10 @@ from winnow.errors import RegistryUnavailable
 
 logger = logging.getLogger(__name__)
 
+# What decode workers of this release carry out, and older ones would ignore.
+MIN_TOKENS = "min_tokens"
+FEATURES = (MIN_TOKENS,)
+
 _TIMEOUT_S = 2.0
 _SCAN_BATCH = 1000
 # RuntimeError is uvloop's word for writing to a connection that the other end has just reset.
@@ -34,6 +38,7 @@ class WorkerRecord:
 
     address, kv_address: host:port of Decode and of KvTransfer. model_name is for people; models
     are compared by fingerprint. running: sequences in the batch and requests that wait for KV.
+    features: of FEATURES, and of what newer releases know.
     """
 
     worker_id: str
@@ -46,6 +51,7 @@ class WorkerRecord:
     pages_free: int
     running: int
     draining: bool = False
+    features: tuple[str, ...] = ()
 
     KIND: ClassVar = "worker"
 

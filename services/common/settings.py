@@ -5,6 +5,7 @@ over a YAML file over the defaults. Whatever is unknown or out of range is refus
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -21,18 +22,22 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, EnvSettingsSource
+from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode
 from pydantic_settings.exceptions import SettingsError
 
 from winnow.errors import InvalidSetting
+from winnow.generation_defaults import FROM_MODEL, NONE
 from winnow.request import PruningSettings
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "models" / "winnow-tiny"
 ENV_PREFIX = "WINNOW_"
 CONFIG_VARIABLE = "WINNOW_CONFIG"
 
+MAPS = ("pruning", "chat_template_kwargs")  # whose entries add up, wherever they are set
+
 _TLS_FILES = ("tls_cert_file", "tls_key_file")
 _PEER_FILES = ("peer_cert_file", "peer_key_file", "peer_ca_file")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+")
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 KnownPort = Annotated[int, Field(ge=1, le=65535)]
@@ -61,9 +66,30 @@ class Settings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto, float32, bfloat16 or float16; auto is the checkpoint's"
     )
+    max_model_len: Annotated[int, Field(ge=2, le=2**31 - 1)] | None = Field(
+        None,
+        description="tokens of a prompt and its answer together, the same for all processes of a "
+        "service (default: what the model's rotary tables allow)",
+    )
     pruning: dict[str, Any] = Field(
         default_factory=dict,
         description="pruning settings over the model's own, as in a request's `winnow` object",
+    )
+    generation_config: str = Field(
+        "auto",
+        min_length=1,
+        description="where requests' defaults of sampling come from: auto (the model's "
+        "generation_config.json), none (they are OpenAI's; vllm means the same), or a folder "
+        "with a generation_config.json",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="variables of the chat template, like enable_thinking, under a request's own",
+    )
+    allow_special_tokens: bool = Field(
+        False,
+        description="true: the text of a control token in a message is that token; false: it is "
+        "text like any other",
     )
 
     # Where it listens
@@ -142,6 +168,11 @@ class Settings(BaseModel):
         None, description="longest prompt (default: what the model's context leaves)"
     )
     max_new_tokens: Count = Field(4096, description="highest max_tokens")
+    max_tokens_policy: Literal["refuse", "clamp"] = Field(
+        "refuse",
+        description="of max_tokens over max_new_tokens, or over what the prompt leaves of the "
+        "model's context: refuse the request, or clamp the number",
+    )
     max_n: Count = Field(8, description="highest n")
     max_prompts_per_request: Count = Field(16, description="prompts in one completions request")
     max_body_bytes: ByteSize = Field(
@@ -151,6 +182,11 @@ class Settings(BaseModel):
     max_kv_budget: Count | None = Field(None, description="highest kv_budget")
     max_decode_budget: Count | None = Field(None, description="highest decode_budget")
     request_timeout_s: Seconds = Field(300, description="a request ends within this time")
+    sse_keepalive_s: Annotated[float, Field(ge=0)] | None = Field(
+        3,
+        description="a stream that is silent for this long gets a comment, so that proxies keep it "
+        "open; 0 or null is never",
+    )
 
     # Memory and queues
     kv_memory_bytes: ByteSize = Field(
@@ -186,6 +222,11 @@ class Settings(BaseModel):
     drain_timeout_s: Seconds = Field(30, description="running requests may end within this time")
 
     # Who may connect
+    cors_allowed_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="origins whose web pages may call the HTTP API, with commas between them, like "
+        "https://app.example.com; * is any (default: none)",
+    )
     api_keys_file: Path | None = Field(
         None, description="YAML file of API keys' hashes, see `winnow key` (default: open to all)"
     )
@@ -229,13 +270,40 @@ class Settings(BaseModel):
         """Workers have other working directories, so a folder's path is made absolute here."""
         if not model:
             raise ValueError("it names no model")
-        return str(Path(model).resolve()) if Path(model).is_dir() else model
+        try:
+            return str(Path(model).resolve()) if Path(model).is_dir() else model
+        except OSError:  # too long a name; `describe_model` says so
+            return model
+
+    @field_validator("generation_config")
+    @classmethod
+    def _absolute_generation_config(cls, source: str) -> str:
+        """As for the model's folder."""
+        is_folder = source not in (FROM_MODEL, *NONE) and Path(source).is_dir()
+        return str(Path(source).resolve()) if is_folder else source
 
     @field_validator("api_keys_file", "redis_ca_file", *_TLS_FILES, *_PEER_FILES)
     @classmethod
     def _absolute_file(cls, path: Path | None) -> Path | None:
         """As for the model's folder."""
         return None if path is None else path.resolve()
+
+    @field_validator("cors_allowed_origins", mode="before")
+    @classmethod
+    def _split_origins(cls, origins: object) -> object:
+        """Variables and flags are one text."""
+        if isinstance(origins, str):
+            return tuple(origin for part in origins.split(",") if (origin := part.strip()))
+        return tuple(origins) if isinstance(origins, list) else origins
+
+    @field_validator("cors_allowed_origins")
+    @classmethod
+    def _exact_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        """As browsers write them, since they are compared as texts."""
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is neither * nor like https://app.example.com:8443")
+        return origins
 
     @field_validator("pruning")
     @classmethod
@@ -298,8 +366,9 @@ def load_settings(flags: Mapping[str, Any] | None = None, config: Path | None = 
         config = Path(os.environ[CONFIG_VARIABLE])
     sources = [_read_file(config) if config else {}, _read_environment(), dict(flags or {})]
     merged = {name: value for source in sources for name, value in source.items()}
-    if all(isinstance(source.get("pruning", {}), dict) for source in sources):
-        merged["pruning"] = {k: v for s in sources for k, v in s.get("pruning", {}).items()}
+    for name in MAPS:
+        if all(isinstance(source.get(name, {}), dict) for source in sources):
+            merged[name] = {k: v for s in sources for k, v in s.get(name, {}).items()}
     try:
         return Settings(**merged)
     except ValidationError as error:

@@ -17,7 +17,14 @@ async def end(*tasks: asyncio.Task[Any]) -> None:
         for task in pending:
             task.cancel()
         _, pending = await asyncio.wait(pending, timeout=_AGAIN_S)
-    await asyncio.gather(*tasks, return_exceptions=True)  # so that no error counts as forgotten
+    for task in tasks:
+        note_error(task)
+
+
+def note_error(task: asyncio.Task[Any]) -> None:
+    """A done callback: the task's error, if it has one, does not count as forgotten."""
+    if not task.cancelled():
+        task.exception()
 
 
 def is_cancelled() -> bool:

@@ -4,6 +4,8 @@ Requests do not come through Serve: gateway and prefill reach the worker's own g
 they find in the registry.
 """
 
+from contextlib import AsyncExitStack
+
 from ray import serve
 
 from services.common.logs import configure_logging
@@ -18,20 +20,21 @@ class Decode:
     """One replica is one worker."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._started = AsyncExitStack()
         configure_logging(settings.log_level, settings.log_format)
         configure_tracing(settings.otlp_endpoint, settings.trace_sample_ratio, "decode")
-        self._settings = settings
         self._worker = DecodeWorker(_reachable(settings))
         await self._worker.start()
+        self._started.push_async_callback(self._worker.stop)
+        self._started.push_async_callback(self._worker.drain, settings.drain_timeout_s)
 
     async def check_health(self) -> None:
         """Serve asks every few seconds, and replaces the replica when this raises."""
         await self._worker.check()
 
     async def __del__(self) -> None:
-        """Serve awaits this when the replica is to go."""
-        await self._worker.drain(self._settings.drain_timeout_s)
-        await self._worker.stop()
+        """Serve awaits this when the replica is to go, also after a start that failed."""
+        await self._started.aclose()
 
 
 def _reachable(settings: Settings) -> Settings:

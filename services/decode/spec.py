@@ -22,6 +22,7 @@ def spec_from_request(request: pb.GenerateRequest, vocab_size: int) -> Generatio
     _require_prompt(request, sampling)
     _require_tokens("prompt_token_ids", request.prompt_token_ids, vocab_size)
     _require_tokens("logit_bias", sampling.logit_bias, vocab_size)
+    _require_tokens("stop_token_ids", sampling.stop_token_ids, vocab_size)
     _require_replayed(request, vocab_size)
     return GenerationSpec(
         request_id=request.request_id,

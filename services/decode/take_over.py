@@ -11,6 +11,7 @@ from services.common.rpc import error_from_rpc
 from services.common.tls import PeerTls, open_channel
 from services.decode.active_request import ActiveRequest
 from services.decode.metrics import IN, DecodeMetrics
+from winnow.decoder import DecoderModel
 from winnow.errors import (
     DeliveryFailed,
     TransferDamaged,
@@ -19,7 +20,6 @@ from winnow.errors import (
     WinnowError,
 )
 from winnow.kv import LayerKV
-from winnow.models import DecoderModel
 from winnow.request import PrefillReport, SequenceState
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire import Header, ReceiveBuffer, Trailer, TransferDecoder

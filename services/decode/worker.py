@@ -13,7 +13,7 @@ import torch
 from services.common.exposition import new_worker_id
 from services.common.heartbeat import Heartbeat
 from services.common.metrics import start_metrics_server
-from services.common.registry import MetricsTarget, Record, WorkerRecord, open_registry
+from services.common.registry import FEATURES, MetricsTarget, Record, WorkerRecord, open_registry
 from services.common.settings import Settings
 from services.common.tls import PeerTls
 from services.decode.admission import Admission
@@ -148,7 +148,12 @@ class DecodeWorker:
     def _load_engine(self) -> DecodeEngine:
         settings = self._settings
         torch.set_num_threads(settings.threads_per_worker(settings.decode_workers))
-        model = load_model(settings.model, device=settings.device, dtype=settings.dtype)
+        model = load_model(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            max_model_len=settings.max_model_len,
+        )
         engine = DecodeEngine(
             model,
             pool_config=KVPoolConfig(
@@ -196,6 +201,7 @@ class DecodeWorker:
             pages_free=stats.pool.pages_free,
             running=stats.running_sequences + stats.reserved_requests,
             draining=self.admission.draining,
+            features=FEATURES,
         )
 
 

@@ -55,7 +55,10 @@ def key_of(scope: Scope) -> ApiKey | None:
 
 
 class KeyGuard:
-    """Middleware that answers 401 before a request's body is read."""
+    """Middleware that answers 401 before a request's body is read.
+
+    OPTIONS needs no key: it only tells which methods there are.
+    """
 
     def __init__(self, app: ASGIApp, access: Access, metrics: GatewayMetrics) -> None:
         self._app = app
@@ -63,10 +66,14 @@ class KeyGuard:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
+        if scope["type"] == "http" and not _is_open(scope):
             try:
                 scope[_KEY] = self._access.require(Headers(scope=scope).get("authorization"))
             except InvalidKey as error:
                 await refusal(error, self._metrics)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+def _is_open(scope: Scope) -> bool:
+    return scope["path"] in _OPEN_PATHS or scope["method"] == "OPTIONS"

@@ -23,6 +23,7 @@ from winnow.errors import InvalidSetting, WinnowError
 
 _MAX_CONNECTIONS = 64
 _GRACE_S = 1
+_READ = ["GET", "HEAD"]
 
 
 class AdminServer:
@@ -84,11 +85,11 @@ def create_admin_api(gateway: Gateway) -> FastAPI:
 
 
 def _add_state(api: FastAPI, gateway: Gateway) -> None:
-    @api.get("/health")
+    @api.api_route("/health", methods=_READ)
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @api.get("/ready")
+    @api.api_route("/ready", methods=_READ)
     async def ready() -> Response:
         readiness = await gateway.readiness()
         body = {

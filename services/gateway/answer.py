@@ -1,10 +1,8 @@
 """One request's HTTP answer: a JSON object, or server-sent events while it is generated."""
 
 import asyncio
-import json
-import logging
 from collections.abc import Coroutine
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
@@ -12,18 +10,15 @@ from starlette.types import Receive, Scope, Send
 
 from services.common.tasks import end
 from services.gateway.access import key_of
+from services.gateway.choices import Delta
 from services.gateway.completion import Completion
+from services.gateway.event_stream import EventStream, event_text
 from services.gateway.gateway import Gateway
-from services.gateway.http_errors import error_object, public_error, refusal
+from services.gateway.http_errors import public_error, refusal
 from services.gateway.keys import ApiKey
 from services.gateway.openai_asks import OpenAIAsk
 from services.gateway.openai_format import AnswerFormat
-from winnow.errors import WinnowError
-
-logger = logging.getLogger(__name__)
-
-# An error is told to a client that reads; one that does not is not waited for.
-_ERROR_TIMEOUT_S = 5.0
+from winnow.errors import Overloaded
 
 
 class Answer(Response):
@@ -46,7 +41,8 @@ class Answer(Response):
         await _unless_disconnected(receive, self._answer(scope, receive, send))
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        events = EventStream(send, self._asked.ask.request_id)
+        keepalive_s = self._gateway.settings.sse_keepalive_s
+        events = EventStream(send, self._asked.ask.request_id, keepalive_s)
         try:
             response = await self._run(events, key_of(scope))
         except Exception as error:  # whatever it is, the client gets one typed error
@@ -59,75 +55,51 @@ class Answer(Response):
             response.headers["x-request-id"] = self._asked.ask.request_id
             await response(scope, receive, send)
 
-    async def _run(self, events: "EventStream", key: ApiKey | None) -> Response | None:
+    async def _run(self, events: EventStream, key: ApiKey | None) -> Response | None:
         """The response that is still to be sent, once nothing is held for it any more."""
         asked = self._asked
         async with self._gateway.open(asked.ask, key, self._trace_context) as completion:
             if asked.stream:
                 await self._stream(completion, events)
                 return None
-            return JSONResponse(await self._whole(completion))
+            return await self._whole(completion)
 
-    async def _stream(self, completion: Completion, events: "EventStream") -> None:
-        async with aclosing(completion.deltas()) as deltas:
-            async for delta in deltas:
-                if self._format.has_news(delta):
-                    await events.send(self._format.chunk(delta))
+    async def _stream(self, completion: Completion, events: EventStream) -> None:
+        try:
+            await self._stream_deltas(completion, events)
+        except Overloaded:  # as a refusal, if prefill refuses at once
+            raise
+        except Exception:
+            await events.start()
+            raise
         if self._asked.include_usage:
-            await events.send(self._format.usage_chunk(completion.usage()))
+            await events.send(event_text(self._format.usage_chunk(completion.usage())))
         await events.finish()
 
-    async def _whole(self, completion: Completion) -> dict[str, Any]:
+    async def _stream_deltas(self, completion: Completion, events: EventStream) -> None:
+        async with aclosing(completion.paced_deltas(events.patience_s)) as deltas:
+            async for delta in deltas:
+                text = None if delta is None else await self._event_text(delta)
+                if text is None:
+                    await events.keep_alive()
+                else:
+                    await events.send(text)
+
+    async def _event_text(self, delta: Delta) -> str | None:
+        """In a thread where a prompt's log-probabilities are in it, which may be many."""
+        if delta.prompt:
+            return await asyncio.to_thread(self._format_event, delta)
+        return self._format_event(delta)
+
+    def _format_event(self, delta: Delta) -> str | None:
+        chunk = self._format.chunk(delta)
+        return None if chunk is None else event_text(chunk)
+
+    async def _whole(self, completion: Completion) -> Response:
         async with aclosing(completion.deltas()) as deltas:
             collected = [delta async for delta in deltas]
-        return self._format.whole(collected, completion.usage())
-
-
-class EventStream:
-    """Server-sent events; the HTTP status is sent with the first, so that errors can come before.
-
-    After an error the stream ends without `[DONE]`.
-    """
-
-    def __init__(self, send: Send, request_id: str) -> None:
-        self._send = send
-        self._request_id = request_id
-        self.started = False
-
-    async def send(self, event: dict[str, Any]) -> None:
-        """One event, `data: {...}`."""
-        await self._send_text(json.dumps(event, ensure_ascii=False, separators=(",", ":")))
-
-    async def finish(self) -> None:
-        await self._send_text("[DONE]")
-        await self._end()
-
-    async def fail(self, error: WinnowError) -> None:
-        """The error as the last event."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_ERROR_TIMEOUT_S):
-                await self.send(error_object(error))
-                await self._end()
-
-    async def _send_text(self, text: str) -> None:
-        if not self.started:
-            await self._start()
-        body = f"data: {text}\n\n".encode()
-        await self._send({"type": "http.response.body", "body": body, "more_body": True})
-
-    async def _start(self) -> None:
-        self.started = True
-        headers = {
-            "content-type": "text/event-stream; charset=utf-8",
-            "cache-control": "no-cache",
-            "x-accel-buffering": "no",  # nginx would hold events back
-            "x-request-id": self._request_id,
-        }
-        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await self._send({"type": "http.response.start", "status": 200, "headers": raw})
-
-    async def _end(self) -> None:
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        usage = completion.usage()
+        return await asyncio.to_thread(lambda: JSONResponse(self._format.whole(collected, usage)))
 
 
 async def _unless_disconnected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

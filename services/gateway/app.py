@@ -5,6 +5,7 @@ that `winnow serve --print-config` writes.
 """
 
 import asyncio
+from contextlib import AsyncExitStack
 from typing import Any, cast
 
 import grpc
@@ -103,25 +104,29 @@ class GatewayReplica:
         self, settings: Settings, prefill: Handle, decode: Handle | None
     ) -> None:
         """`decode` only makes its workers part of the application; the registry leads to them."""
+        self._started = AsyncExitStack()
         configure_logging(settings.log_level, settings.log_format)
         configure_tracing(settings.otlp_endpoint, settings.trace_sample_ratio, "gateway")
-        self._registry = await asyncio.to_thread(open_registry, settings)
-        self._gateway = Gateway(settings, self._registry, HandlePrefiller(prefill))
-        self._grpc: GrpcServer | None = None
-        self._admin: AdminServer | None = None
-        self._exposition = Exposition(self._gateway.metrics, settings.served_name, self._registry)
-        await self._exposition.start(
+        registry = await asyncio.to_thread(open_registry, settings)
+        self._started.push_async_callback(registry.close)
+        self._gateway = Gateway(settings, registry, HandlePrefiller(prefill))
+        self._started.push_async_callback(self._gateway.close)
+        exposition = Exposition(self._gateway.metrics, settings.served_name, registry)
+        self._started.push_async_callback(exposition.stop)
+        await exposition.start(
             settings.decode_host,
             settings.gateway_metrics_port,
             reachable_host(settings.decode_host),
             settings.lease_s,
         )
-        if settings.grpc_port is not None:
-            self._grpc = GrpcServer(self._gateway)
-            await self._grpc.start(settings.host, settings.grpc_port)
         if settings.admin_port is not None:
-            self._admin = AdminServer(self._gateway)
-            await self._admin.start(settings.decode_host, settings.admin_port)
+            admin = AdminServer(self._gateway)
+            self._started.push_async_callback(admin.stop)
+            await admin.start(settings.decode_host, settings.admin_port)
+        if settings.grpc_port is not None:
+            grpc_server = GrpcServer(self._gateway)
+            self._started.push_async_callback(grpc_server.stop, settings.drain_timeout_s)
+            await grpc_server.start(settings.host, settings.grpc_port)
 
     def __serve_build_asgi_app__(self) -> Any:  # noqa: ANN401 - as Serve wants it
         return create_api(self._gateway)
@@ -136,14 +141,11 @@ class GatewayReplica:
         await self._gateway.readiness()
 
     async def __del__(self) -> None:
-        """Serve awaits this when the replica is to go, after its requests have ended."""
-        if self._grpc is not None:
-            await self._grpc.stop(self._gateway.settings.drain_timeout_s)
-        if self._admin is not None:
-            await self._admin.stop()
-        await self._exposition.stop()
-        await self._gateway.close()
-        await self._registry.close()
+        """Serve awaits this when the replica is to go, after its requests have ended.
+
+        Also after a start that failed.
+        """
+        await self._started.aclose()
 
 
 def build(args: dict[str, Any]) -> serve.Application:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.gateway.limits import Limits
-from winnow.errors import UnsupportedParameter
 from winnow.request import PruningSettings, SamplingParams
 from winnow.tokenizer import Tokenizer
 
@@ -21,11 +20,15 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class PromptAsk:
-    """One prompt: its tokens, what its answers begin with (`echo`), and their greatest length."""
+    """One prompt: its tokens, what its answers begin with (`echo`), and their greatest length.
+
+    offsets: where each token begins in `echo`, if their log-probabilities are wanted.
+    """
 
     token_ids: tuple[int, ...]
     echo: str
     max_tokens: int
+    offsets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,8 @@ class Ask:
 
     request_id: unique, what the client sees as the completion's id.
     sampling: for all prompts; its max_tokens gives way to each prompt's own.
+    stop to skip_special_tokens: as in TextStream.
+    num_prompt_logprobs: as num_logprobs in `sampling`, of the prompts' own tokens.
     """
 
     request_id: str
@@ -41,7 +46,10 @@ class Ask:
     num_choices: int
     sampling: SamplingParams
     stop: tuple[str, ...]
+    include_stop_str_in_output: bool
+    skip_special_tokens: bool
     pruning: PruningSettings
+    num_prompt_logprobs: int | None = None
 
     @property
     def most_tokens(self) -> int:
@@ -64,6 +72,8 @@ class Wishes:
     default_max_tokens: int | None
     n: int | None
     stop: Sequence[str]
+    include_stop_str_in_output: bool | None
+    skip_special_tokens: bool | None
     echo: bool
     sampling: Mapping[str, Any]
     pruning: Mapping[str, Any]
@@ -78,24 +88,24 @@ def make_ask(
 ) -> Ask:
     """The request's Ask.
 
-    Raises InvalidSetting or PromptTooLong, naming number and limit, or UnsupportedParameter.
+    Raises InvalidSetting or PromptTooLong, naming number and limit.
     """
-    if wishes.echo and wishes.sampling.get("num_logprobs") is not None:
-        raise UnsupportedParameter(
-            "echo together with logprobs is not supported: Winnow computes no log-probabilities "
-            "of the prompt",
-            param="echo",
-        )
     num_choices = 1 if wishes.n is None else wishes.n
     limits.require_choices(num_choices)
     limits.require_stop(wishes.stop)
+    num_prompt_logprobs = wishes.sampling.get("num_logprobs") if wishes.echo else None
+    prompt_asks = tuple(_prompt_ask(prompt, wishes, limits, tokenizer) for prompt in prompts)
+    shortest = max(1, min(prompt.max_tokens for prompt in prompt_asks))
     return Ask(
         request_id=f"{id_prefix}-{secrets.token_hex(16)}",
-        prompts=tuple(_prompt_ask(prompt, wishes, limits, tokenizer) for prompt in prompts),
+        prompts=prompt_asks,
         num_choices=num_choices,
-        sampling=_sampling(wishes.sampling, limits),
+        sampling=_sampling({**wishes.sampling, "max_tokens": shortest}, limits),
         stop=tuple(wishes.stop),
-        pruning=limits.pruning(wishes.pruning),
+        include_stop_str_in_output=bool(wishes.include_stop_str_in_output),
+        skip_special_tokens=wishes.skip_special_tokens is not False,
+        pruning=limits.pruning(wishes.pruning, scores_prompt=num_prompt_logprobs is not None),
+        num_prompt_logprobs=num_prompt_logprobs,
     )
 
 
@@ -105,16 +115,21 @@ def _prompt_ask(prompt: Prompt, wishes: Wishes, limits: Limits, tokenizer: Token
         wishes.default_max_tokens,
         len(prompt.token_ids),
         wishes.max_tokens_param,
+        least=0 if wishes.echo else 1,
     )
-    echo = ""
-    if wishes.echo:
-        echo = tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
-    return PromptAsk(tuple(prompt.token_ids), echo, max_tokens)
+    token_ids = tuple(prompt.token_ids)
+    if not wishes.echo:
+        return PromptAsk(token_ids, "", max_tokens)
+    echo = tokenizer.decode(token_ids) if prompt.text is None else prompt.text
+    scored = wishes.sampling.get("num_logprobs") is not None
+    offsets = tokenizer.offsets(token_ids, prompt.text) if scored else ()
+    return PromptAsk(token_ids, echo, max_tokens, tuple(offsets))
 
 
 def _sampling(fields: Mapping[str, Any], limits: Limits) -> SamplingParams:
-    """OpenAI's defaults under the given fields; a random seed if none is given."""
+    """The model's defaults, or OpenAI's, for what is not given; a random seed if none is."""
     given = {name: value for name, value in fields.items() if value is not None}
-    sampling = SamplingParams(**({"seed": secrets.randbits(63)} | given))
+    given["stop_token_ids"] = limits.stop_token_ids(given.get("stop_token_ids", ()))
+    sampling = SamplingParams(**{"seed": secrets.randbits(63), **limits.sampling_defaults, **given})
     limits.require_token_ids(list(sampling.logit_bias), "logit_bias")
     return sampling

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from services.common.tasks import end
+from services.common.tasks import end, note_error
 from services.gateway.generation import (
     NOBODY_TAKES_IT,
     Generation,
@@ -57,6 +57,7 @@ class Calls:
         if self._next is None and self.current.grant.allows_fetch:
             self._stopped, self._fetching = False, None
             self._next = asyncio.create_task(self._move(request, self.current.origin))
+            self._next.add_done_callback(note_error)  # where nobody waits for it any more
 
     async def follow_move(self) -> None:
         """The worker has stopped and gives the prompt away: from now on, the other one's events.

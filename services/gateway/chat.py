@@ -1,13 +1,20 @@
-"""Chat messages as the chat template wants them: a role and a text."""
+"""Chat messages as the chat template reads them: role, text, and what else a template may show."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from services.gateway.openai_types import ROLES, ChatMessage
-from winnow.errors import InvalidRequest, InvalidSetting, UnsupportedParameter
+from services.gateway.openai_types import ROLES, ChatMessage, ChatParameters, TextPart
+from winnow.chat_template import ChatOptions
+from winnow.errors import InvalidRequest, InvalidSetting, UnknownParameter, UnsupportedParameter
+
+# What only an assistant's message may have.
+_ASSISTANTS_OWN = ("refusal", "reasoning_content", "reasoning")
+# Under which names templates look for an assistant's reasoning.
+_REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
-def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
-    """Each message's role and text; parts of text are joined, developer is another system.
+def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Each message as `ChatTemplate.render` takes it; developer is another system.
 
     Raises InvalidRequest or InvalidSetting that names the message, UnsupportedParameter for
     content that is no text.
@@ -17,24 +24,54 @@ def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
     return [_plain(message, f"messages[{idx}]") for idx, message in enumerate(messages)]
 
 
-def _plain(message: ChatMessage, name: str) -> dict[str, str]:
+def chat_options(request: ChatParameters) -> ChatOptions:
+    """Raises InvalidRequest for options that contradict each other, InvalidSetting for a name."""
+    return ChatOptions(
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=bool(request.continue_final_message),
+        template_kwargs=request.chat_template_kwargs or {},
+    )
+
+
+def _plain(message: ChatMessage, name: str) -> dict[str, Any]:
     if message.role not in ROLES:
         raise InvalidSetting(
             f"{name}.role is {message.role!r}; known are {', '.join(ROLES)}", param=f"{name}.role"
         )
+    if message.role != "assistant":
+        _require_no_assistants_own(message, name)
     role = "system" if message.role == "developer" else message.role
-    return {"role": role, "content": _text(message, name)}
+    reasoning = message.reasoning_content or message.reasoning
+    return {
+        "role": role,
+        "content": _content(message, name),
+        **({"name": message.name} if message.name else {}),
+        **(dict.fromkeys(_REASONING, reasoning) if reasoning else {}),
+    }
 
 
-def _text(message: ChatMessage, name: str) -> str:
-    if isinstance(message.content, str):
-        return message.content
-    if message.content is None:
-        raise InvalidRequest(f"{name} has no content", param=f"{name}.content")
-    for part in message.content:
-        if part.type != "text" or part.text is None:
-            raise UnsupportedParameter(
-                f"{name} has content of type {part.type!r}; only text is supported",
-                param=f"{name}.content",
+def _require_no_assistants_own(message: ChatMessage, name: str) -> None:
+    for field in _ASSISTANTS_OWN:
+        if getattr(message, field):
+            raise UnknownParameter(
+                f"unknown parameter: {name}.{field}, in a message of {message.role}",
+                param=f"{name}.{field}",
             )
-    return "".join(part.text or "" for part in message.content)
+
+
+def _content(message: ChatMessage, name: str) -> str | list[dict[str, str]]:
+    """An assistant that said nothing else has refused, or called a tool: it has said nothing."""
+    if isinstance(message.content, list):
+        return [{"type": "text", "text": _text(part, name)} for part in message.content]
+    if message.content is None and message.role != "assistant":
+        raise InvalidRequest(f"{name} has no content", param=f"{name}.content")
+    return message.content or message.refusal or ""
+
+
+def _text(part: TextPart, name: str) -> str:
+    if part.type != "text":
+        raise UnsupportedParameter(
+            f"{name} has content of type {part.type!r}; only text is supported",
+            param=f"{name}.content",
+        )
+    return part.text or ""

@@ -1,12 +1,11 @@
 """The answers of one request while they are generated: tokens in, pieces of text out."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.gateway.metrics import GatewayMetrics
-from winnow.request import FinishReason, Token
-from winnow.tokenizer import TextStream, Tokenizer
+from winnow.request import FinishReason, SamplingParams, Token
+from winnow.text_stream import TextStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,13 +13,38 @@ class Delta:
     """What one engine step added to choice `index`.
 
     text: whole characters, certainly before any stop string. tokens: the step's token, which may
-    add no text yet. finish_reason: in the choice's last delta.
+    add no text yet. finish_reason: in the choice's last delta, with the request's stop token or
+    stop string if one of those ended it. prompt: the prompt's own tokens with their
+    log-probabilities, in the choice's first delta, if they are wanted.
     """
 
     index: int
     text: str
     tokens: tuple[Token, ...]
     finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    prompt: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EndTokens:
+    """The tokens that end an answer: the model's own, and those that the request adds.
+
+    Decode ends a sequence at any of them; one of an older release knows the model's alone.
+    """
+
+    own: frozenset[int]
+    added: frozenset[int]
+
+    @classmethod
+    def of(cls, sampling: SamplingParams, eos_token_ids: frozenset[int]) -> "EndTokens":
+        own = frozenset() if sampling.ignore_eos else eos_token_ids
+        return cls(own, sampling.stop_token_ids - own)
+
+    def end_at(self, token: Token) -> bool:
+        """Whether the answer ends at this token."""
+        is_end = token.token_id in self.own or token.token_id in self.added
+        return is_end or token.finish_reason is FinishReason.STOP
 
 
 class Choice:
@@ -29,18 +53,29 @@ class Choice:
     def __init__(
         self,
         index: int,
-        tokenizer: Tokenizer,
-        stop: Sequence[str],
+        text: TextStream,
         echo: str,
+        end_tokens: EndTokens,
         metrics: GatewayMetrics,
     ) -> None:
         self.index = index
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None
-        self._text = TextStream(tokenizer, stop)
+        self._text = text
         self._echo = echo
+        self._prompt: tuple[Token, ...] = ()
+        self._end_tokens = end_tokens
         self._metrics = metrics
         self._last_token_s: float | None = None
+
+    def begin(self, prompt: tuple[Token, ...]) -> None:
+        """Notes what the first delta tells of the prompt's own tokens."""
+        self._prompt = prompt
+
+    def end_at_once(self) -> Delta:
+        """The only delta of an answer that may have no token."""
+        self.finish_reason = FinishReason.LENGTH
+        return self._delta("", ())
 
     def take(self, token: Token) -> Delta | None:
         """What the token adds; None for a token after the choice's end."""
@@ -48,14 +83,26 @@ class Choice:
             return None
         self._measure()
         self.num_tokens += 1
-        # The end token itself is no part of the answer.
-        ended = token.finish_reason is FinishReason.STOP
-        text = "" if ended else self._text.feed(token.token_id)
-        self.finish_reason = FinishReason.STOP if self._text.stopped else token.finish_reason
+        is_end = self._end_tokens.end_at(token)
+        text = self._text.feed(token.token_id, is_end=is_end)
+        stopped = is_end or self._text.stopped
+        self.finish_reason = FinishReason.STOP if stopped else token.finish_reason
         if self.finish_reason is not None:
             text += self._text.finish()
+        return self._delta(text, (token,))
+
+    def _delta(self, text: str, tokens: tuple[Token, ...]) -> Delta:
         echo, self._echo = self._echo, ""
-        return Delta(self.index, echo + text, (token,), self.finish_reason)
+        prompt, self._prompt = self._prompt, ()
+        reason = self._stop_reason(tokens[-1]) if tokens else None
+        return Delta(self.index, echo + text, tokens, self.finish_reason, reason, prompt)
+
+    def _stop_reason(self, last: Token) -> int | str | None:
+        if self.finish_reason is not FinishReason.STOP:
+            return None
+        if self._text.stop_string is not None:
+            return self._text.stop_string
+        return last.token_id if last.token_id in self._end_tokens.added else None
 
     def _measure(self) -> None:
         now_s = time.monotonic()

@@ -2,18 +2,22 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
 from services.common.tasks import end, is_cancelled
-from services.gateway.ask import Ask
-from services.gateway.choices import Choice, Delta
+from services.gateway.ask import Ask, PromptAsk
+from services.gateway.choices import Choice, Delta, EndTokens
 from services.gateway.generation import PromptRequest
-from services.gateway.lifecycle import PromptRun, Service
+from services.gateway.lifecycle import PromptRun
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.run import Run, Service
+from services.gateway.scoring import PromptScoring
+from services.gateway.served_model import ServedModel
 from services.gateway.usage import Usage, winnow_usage
-from winnow.tokenizer import Tokenizer
+from winnow.request import PromptLogprobs, Token
+from winnow.text_stream import TextStream
 
 # Deltas that wait for a slow client before decode is made to wait.
 _MAX_WAITING_DELTAS = 256
@@ -23,18 +27,16 @@ class Completion:
     """Made with `Gateway.open`, which admits and frees the runs."""
 
     def __init__(
-        self, ask: Ask, runs: Sequence[PromptRun], tokenizer: Tokenizer, metrics: GatewayMetrics
+        self, ask: Ask, runs: Sequence[Run], model: ServedModel, metrics: GatewayMetrics
     ) -> None:
         self.ask = ask
         self.runs = runs
-        self._tokenizer = tokenizer
-        self._metrics = metrics
         self.choices = [
             Choice(
                 prompt_idx * ask.num_choices + sequence_idx,
-                tokenizer,
-                ask.stop,
+                _text_stream(ask, model),
                 prompt.echo,
+                EndTokens.of(ask.sampling, model.description.eos_token_ids),
                 metrics,
             )
             for prompt_idx, prompt in enumerate(ask.prompts)
@@ -43,6 +45,15 @@ class Completion:
 
     async def deltas(self) -> AsyncGenerator[Delta]:
         """Every choice's deltas as they come; raises the first error of any prompt."""
+        async with aclosing(self.paced_deltas(lambda: None)) as deltas:
+            async for delta in deltas:
+                assert delta is not None
+                yield delta
+
+    async def paced_deltas(
+        self, patience_s: Callable[[], float | None]
+    ) -> AsyncGenerator[Delta | None]:
+        """As `deltas`; and None whenever no delta has come for `patience_s()` seconds."""
         waiting: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(_MAX_WAITING_DELTAS)
         pumps = [
             asyncio.create_task(self._pump(prompt_idx, waiting))
@@ -51,7 +62,12 @@ class Completion:
         try:
             running = len(pumps)
             while running:
-                item = await waiting.get()
+                try:
+                    async with asyncio.timeout(patience_s()):
+                        item = await waiting.get()
+                except TimeoutError:
+                    yield None
+                    continue
                 if isinstance(item, Exception):
                     raise item
                 if item is None:
@@ -96,34 +112,71 @@ class Completion:
     async def _prompt_deltas(self, prompt_idx: int) -> AsyncGenerator[Delta]:
         """One prompt's deltas; ends its run as soon as all its choices have ended."""
         run, choices = self.runs[prompt_idx], self.choices_of(prompt_idx)
+        num_steps = 0
         async with aclosing(run.tokens()) as steps:
             async for tokens in steps:
+                num_steps += 1
+                if num_steps == 1:
+                    await self._tell_prompt(prompt_idx)
                 for token in tokens:
                     delta = choices[token.sequence_idx].take(token)
                     if delta is not None:
                         yield delta
+                if self.ask.prompts[prompt_idx].max_tokens == 0:
+                    for choice in choices:
+                        yield choice.end_at_once()
                 if all(choice.finish_reason for choice in choices):
                     break
             await run.finish()
 
+    async def _tell_prompt(self, prompt_idx: int) -> None:
+        """Has every choice begin with the prompt's log-probabilities, if they are wanted."""
+        if self.ask.num_prompt_logprobs is None:
+            return
+        logprobs = await self.runs[prompt_idx].prompt_logprobs()
+        token_ids = self.ask.prompts[prompt_idx].token_ids
+        tokens = await asyncio.to_thread(_scored_tokens, token_ids, logprobs)
+        for choice in self.choices_of(prompt_idx):
+            choice.begin(tokens)
 
-def prompt_runs(
-    ask: Ask, service: Service, timeout_s: float, trace_context: str = ""
-) -> list[PromptRun]:
+
+def _text_stream(ask: Ask, model: ServedModel) -> TextStream:
+    return TextStream(
+        model.tokenizer,
+        ask.stop,
+        include_stop_str_in_output=ask.include_stop_str_in_output,
+        skip_special_tokens=ask.skip_special_tokens,
+        min_tokens=ask.sampling.min_tokens,
+    )
+
+
+def _scored_tokens(token_ids: Sequence[int], logprobs: PromptLogprobs) -> tuple[Token, ...]:
+    """Takes time for a long prompt."""
+    scored = zip(token_ids, logprobs.of_each(), strict=True)
+    return tuple(Token(0, token_id, of_token) for token_id, of_token in scored)
+
+
+def prompt_runs(ask: Ask, service: Service, timeout_s: float, trace_context: str = "") -> list[Run]:
     """A run per prompt; all end within `timeout_s` seconds."""
     deadline_s = time.monotonic() + timeout_s
     return [
-        PromptRun(
+        _run_of(prompt)(
             PromptRequest(
                 request_id=f"{ask.request_id}-{prompt_idx}",
                 token_ids=prompt.token_ids,
                 num_sequences=ask.num_choices,
-                sampling=replace(ask.sampling, max_tokens=prompt.max_tokens),
+                # SamplingParams are of what is generated, which is at least a token.
+                sampling=replace(ask.sampling, max_tokens=max(1, prompt.max_tokens)),
                 pruning=ask.pruning,
                 trace_context=trace_context,
+                num_prompt_logprobs=ask.num_prompt_logprobs,
             ),
             service,
             deadline_s,
         )
         for prompt_idx, prompt in enumerate(ask.prompts)
     ]
+
+
+def _run_of(prompt: PromptAsk) -> type[PromptRun | PromptScoring]:
+    return PromptRun if prompt.max_tokens else PromptScoring

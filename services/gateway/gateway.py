@@ -14,12 +14,12 @@ from services.gateway.access import Access
 from services.gateway.ask import Ask
 from services.gateway.completion import Completion, prompt_runs
 from services.gateway.keys import ApiKey
-from services.gateway.lifecycle import PromptRun, Service
 from services.gateway.limits import Limits
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.outcomes import Outcomes
 from services.gateway.prefiller import Prefiller
 from services.gateway.routing import Router
+from services.gateway.run import Run, Service
 from services.gateway.served_model import ServedModel
 from winnow.errors import DeadlineExceeded, RegistryUnavailable
 
@@ -97,7 +97,7 @@ class Gateway:
             prompts=len(ask.prompts),
         ) as request_span:
             runs = prompt_runs(ask, self._service, timeout_s, context_of(request_span))
-            completion = Completion(ask, runs, self.model.tokenizer, self.metrics)
+            completion = Completion(ask, runs, self.model, self.metrics)
             async with self._admitted(completion, timeout_s):
                 await self.access.charge_tokens(key, ask.most_tokens)
                 yield completion
@@ -145,7 +145,7 @@ async def _deadline(timeout_s: float) -> AsyncIterator[None]:
         raise DeadlineExceeded(f"the request did not end within {timeout_s:g} seconds") from error
 
 
-async def _admit_all(runs: Sequence[PromptRun]) -> None:
+async def _admit_all(runs: Sequence[Run]) -> None:
     """Admits the runs side by side; raises the first error after all have ended."""
     results = await asyncio.gather(*(run.admit() for run in runs), return_exceptions=True)
     for result in results:

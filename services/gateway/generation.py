@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import grpc.aio
 
 from services.common.messages import recompression_to_proto, sampling_to_proto
+from services.common.registry import MIN_TOKENS, WorkerRecord
 from services.common.rpc import error_from_rpc, is_typed
 from services.common.tracing import metadata_of
 from services.gateway.routing import Place, Router
@@ -54,6 +55,7 @@ class PromptRequest:
     replayed: tuple[tuple[int, ...], ...] = ()  # as in GenerationSpec
     origin: pb.Origin | None = None  # where it runs already
     assured: bool = False  # as in GenerationSpec
+    num_prompt_logprobs: int | None = None  # as in PrefillJob
 
 
 class Generation:
@@ -120,10 +122,7 @@ async def open_generation(
     """
     message = _to_proto(request, model)
     refusals: list[WinnowError] = []
-    candidates = await router.candidates()
-    if request.origin is not None:
-        candidates = [worker for worker in candidates if FIRST_WITH_FETCH in worker.wire_versions]
-    for worker in candidates:
+    for worker in _able(await router.candidates(), request):
         try:
             return await _admit(router.enter(worker), message, deadline_s, request.trace_context)
         except (*NOBODY_TAKES_IT, EngineFailed, ModelMismatch, TransferMismatch) as error:
@@ -133,6 +132,18 @@ async def open_generation(
             logger.log(level, "decode worker %s: %s", worker.worker_id, error, extra=about)
             refusals.append(error)
     raise _verdict(refusals)
+
+
+def _able(workers: list[WorkerRecord], request: PromptRequest) -> list[WorkerRecord]:
+    """The workers that carry out all that the request asks for.  Raises NoDecodeWorker if none."""
+    able = workers
+    if request.origin is not None:
+        able = [worker for worker in able if FIRST_WITH_FETCH in worker.wire_versions]
+    if request.sampling.min_tokens:
+        able = [worker for worker in able if MIN_TOKENS in worker.features]
+    if workers and not able:
+        raise NoDecodeWorker(f"none of {len(workers)} decode workers is new enough for the request")
+    return able
 
 
 def _verdict(refusals: list[WinnowError]) -> WinnowError:

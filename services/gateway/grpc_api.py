@@ -152,7 +152,8 @@ class _Inference:
             aclosing(completion.deltas()) as deltas,
         ):
             async for delta in deltas:
-                await write(delta_to_proto(delta, ask.request_id, tokenizer))
+                for response in delta_to_proto(delta, ask.request_id, tokenizer):
+                    await write(response)
             await write(usage_to_proto(completion.usage(), ask.request_id))
 
 

@@ -2,12 +2,16 @@
 
 from typing import Any
 
+from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import DecodeError
 
 from services.gateway.ask import Ask, Prompt, Wishes, make_ask
+from services.gateway.chat import plain_messages
 from services.gateway.gateway import Gateway
-from services.gateway.openai_types import ROLES
+from services.gateway.openai_types import ChatMessage
+from winnow.chat_template import ChatOptions
 from winnow.errors import InvalidRequest, InvalidSetting
+from winnow.marked_text import plain
 from winnow.v1 import inference_pb2 as pb
 
 # Over gRPC 0 stands for JSON's null: keep every entry.
@@ -35,6 +39,8 @@ def ask_from_proto(gateway: Gateway, request: pb.CompleteRequest) -> Ask:
         default_max_tokens=None,
         n=request.n or None,
         stop=list(request.stop),
+        include_stop_str_in_output=request.include_stop_str_in_output,
+        skip_special_tokens=_optional(request, "skip_special_tokens"),
         echo=request.echo,
         sampling=_sampling(request),
         pruning=_pruning(request.winnow),
@@ -51,8 +57,8 @@ def _sampling(request: pb.CompleteRequest) -> dict[str, Any]:
     return {
         "temperature": _optional(request, "temperature"),
         "top_p": _optional(request, "top_p"),
-        "top_k": request.top_k,
-        "min_p": request.min_p,
+        "top_k": _optional(request, "top_k"),
+        "min_p": _optional(request, "min_p"),
         "seed": _optional(request, "seed"),
         "presence_penalty": request.presence_penalty,
         "frequency_penalty": request.frequency_penalty,
@@ -60,6 +66,8 @@ def _sampling(request: pb.CompleteRequest) -> dict[str, Any]:
         "logit_bias": dict(request.logit_bias),
         "num_logprobs": _optional(request, "logprobs"),
         "ignore_eos": request.ignore_eos,
+        "stop_token_ids": list(request.stop_token_ids),
+        "min_tokens": request.min_tokens,
     }
 
 
@@ -81,18 +89,40 @@ def _prompt(gateway: Gateway, request: pb.CompleteRequest) -> Prompt:
         gateway.limits.require_token_ids(token_ids, "token_ids")
         return Prompt(token_ids)
     if kind == "messages":
-        text = gateway.model.tokenizer.chat_text(_messages(request.messages))
-        return Prompt(gateway.limits.encode(text, "messages", add_special_tokens=False), text)
+        options = _chat_options(request.messages)
+        text = gateway.model.tokenizer.chat_text(_messages(request.messages), options)
+        token_ids = gateway.limits.encode(text, "messages", add_special_tokens=False)
+        return Prompt(token_ids, plain(text))
     raise InvalidRequest("give a prompt: text, token_ids or messages", param="prompt")
 
 
-def _messages(messages: pb.ChatMessages) -> list[dict[str, str]]:
-    if not messages.messages:
-        raise InvalidRequest("messages is empty; it must have at least 1", param="messages")
-    for idx, message in enumerate(messages.messages):
-        if message.role not in ROLES:
-            raise InvalidSetting(
-                f"messages[{idx}].role is {message.role!r}; known are {', '.join(ROLES)}",
-                param=f"messages[{idx}].role",
-            )
-    return [{"role": message.role, "content": message.content} for message in messages.messages]
+def _messages(messages: pb.ChatMessages) -> list[dict[str, Any]]:
+    return plain_messages(
+        [
+            ChatMessage(role=message.role, content=message.content, name=message.name)
+            for message in messages.messages
+        ]
+    )
+
+
+def _chat_options(messages: pb.ChatMessages) -> ChatOptions:
+    try:
+        kwargs = MessageToDict(messages.chat_template_kwargs)
+    except ValueError as error:
+        raise InvalidSetting(
+            "chat_template_kwargs has a number that is not finite", param="chat_template_kwargs"
+        ) from error
+    return ChatOptions(
+        add_generation_prompt=_optional(messages, "add_generation_prompt"),
+        continue_final_message=messages.continue_final_message,
+        template_kwargs=_whole_numbers(kwargs),
+    )
+
+
+def _whole_numbers(value: Any) -> Any:  # noqa: ANN401 - what JSON can hold
+    """A Struct has no whole numbers of its own: 2 is 2.0 in it."""
+    if isinstance(value, dict):
+        return {name: _whole_numbers(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

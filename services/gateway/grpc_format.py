@@ -1,5 +1,6 @@
 """Answers as messages of proto/winnow/v1/inference.proto."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 
 from services.gateway.choices import Delta
@@ -9,9 +10,19 @@ from winnow.request import Token
 from winnow.tokenizer import Tokenizer
 from winnow.v1 import inference_pb2 as pb
 
+# With 20 likely tokens each, under 1 MiB: clients of gRPC take 4 MiB unless told otherwise.
+_PROMPT_TOKENS_PER_CHUNK = 1024
 
-def delta_to_proto(delta: Delta, request_id: str, tokenizer: Tokenizer) -> pb.CompleteResponse:
-    """The chunk that streams `delta`."""
+
+def delta_to_proto(
+    delta: Delta, request_id: str, tokenizer: Tokenizer
+) -> Iterator[pb.CompleteResponse]:
+    """The chunks that stream `delta`: one, and before it those of the prompt's own tokens."""
+    for start in range(0, len(delta.prompt), _PROMPT_TOKENS_PER_CHUNK):
+        tokens = delta.prompt[start : start + _PROMPT_TOKENS_PER_CHUNK]
+        prompt_logprobs = [_logprob(token, tokenizer) for token in tokens]
+        choice = pb.ChoiceDelta(index=delta.index, prompt_logprobs=prompt_logprobs)
+        yield pb.CompleteResponse(id=request_id, choices=[choice])
     logprobs = [_logprob(token, tokenizer) for token in delta.tokens if token.logprobs]
     choice = pb.ChoiceDelta(
         index=delta.index,
@@ -19,8 +30,10 @@ def delta_to_proto(delta: Delta, request_id: str, tokenizer: Tokenizer) -> pb.Co
         token_ids=[token.token_id for token in delta.tokens],
         logprobs=logprobs,
         finish_reason=delta.finish_reason,
+        stop_string=delta.stop_reason if isinstance(delta.stop_reason, str) else None,
+        stop_token_id=delta.stop_reason if isinstance(delta.stop_reason, int) else None,
     )
-    return pb.CompleteResponse(id=request_id, choices=[choice])
+    yield pb.CompleteResponse(id=request_id, choices=[choice])
 
 
 def usage_to_proto(usage: Usage, request_id: str) -> pb.CompleteResponse:
@@ -34,12 +47,11 @@ def usage_to_proto(usage: Usage, request_id: str) -> pb.CompleteResponse:
 
 
 def _logprob(token: Token, tokenizer: Tokenizer) -> pb.TokenLogprob:
-    assert token.logprobs is not None
-    return pb.TokenLogprob(
-        token=token_text(tokenizer, token.token_id),
-        logprob=token.logprobs.logprob,
-        top=[
-            pb.TokenLogprob(token=token_text(tokenizer, token_id), logprob=logprob)
-            for token_id, logprob in token.logprobs.top
-        ],
-    )
+    text, logprobs = token_text(tokenizer, token.token_id), token.logprobs
+    if logprobs is None:
+        return pb.TokenLogprob(token=text)
+    top = [
+        pb.TokenLogprob(token=token_text(tokenizer, token_id), logprob=logprob)
+        for token_id, logprob in logprobs.top
+    ]
+    return pb.TokenLogprob(token=text, logprob=logprobs.logprob, top=top)

@@ -103,6 +103,9 @@ def add_error_handlers(api: FastAPI, metrics: GatewayMetrics) -> None:
 
     async def not_served(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        allowed = (error.headers or {}).get("Allow")
+        if request.method == "OPTIONS" and allowed is not None:
+            return Response(status_code=204, headers={"allow": f"{allowed}, OPTIONS"})
         body = {
             "message": f"{error.detail}: {request.method} {request.url.path}",
             "type": "invalid_request_error",

@@ -3,11 +3,20 @@
 import asyncio
 import json
 import logging
+import re
+from email.message import Message
 from typing import Any, NoReturn
 
 from starlette.requests import ClientDisconnect, Request
 
-from winnow.errors import BodyEncoded, BodyTooLarge, BodyTooSlow, InvalidRequest, RequestCancelled
+from winnow.errors import (
+    BodyEncoded,
+    BodyNotJson,
+    BodyTooLarge,
+    BodyTooSlow,
+    InvalidRequest,
+    RequestCancelled,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -18,19 +27,33 @@ _DISCARD_TIMEOUT_S = 0.5
 # At the largest body allowed, a slow line's time; a client that drips must not hold on for ever.
 BODY_TIMEOUT_S = 60.0
 _PLAIN = "identity"
+_JSON = re.compile(r"application/(json|[a-z0-9!#$&^_.-]+\+json)")
+_CHARSETS = (None, "utf-8", "utf8")
 
 
 async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     """The JSON object in the request's body.
 
-    Raises BodyEncoded for a compressed one: unpacked, a few bytes could fill the memory. Raises
-    BodyTooLarge as soon as more than `max_bytes` are announced or have come, BodyTooSlow after
-    BODY_TIMEOUT_S, and InvalidRequest for anything but a JSON object in UTF-8.
+    Raises BodyNotJson unless the headers say that it is JSON, BodyEncoded for a compressed one:
+    unpacked, a few bytes could fill the memory. Raises BodyTooLarge as soon as more than
+    `max_bytes` are announced or have come, BodyTooSlow after BODY_TIMEOUT_S, and InvalidRequest for
+    anything but a JSON object in UTF-8.
     """
+    _require_json_type(request.headers.getlist("content-type"))
     encoding = request.headers.get("content-encoding", _PLAIN)
     if encoding.lower() != _PLAIN:
         raise BodyEncoded(f"content-encoding {encoding!r} is not taken; send the body as it is")
     return parse_json(await read_body(request, max_bytes))
+
+
+def _require_json_type(types: list[str]) -> None:
+    """Whatever else a web page may send to any origin without asking; none at all is among it."""
+    message = Message()
+    message["content-type"] = types[0] if len(types) == 1 else ""
+    is_json = _JSON.fullmatch(message.get_content_type()) is not None
+    if not is_json or message.get_content_charset() not in _CHARSETS:
+        shown = ", ".join(types) or "missing"
+        raise BodyNotJson(f"content-type is {shown[:100]}; send `content-type: application/json`")
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from services.common.settings import Settings
-from services.gateway.pruning_caps import changed_pruning, require_within_caps
+from services.gateway.pruning_caps import changed_pruning, require_within_caps, unpruned
 from services.gateway.served_model import ServedModel
 from winnow.errors import InvalidRequest, InvalidSetting, PromptTooLong, UnknownModel
-from winnow.request import MAX_STOP_STRINGS, PruningSettings
+from winnow.request import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, PruningSettings
 
 MAX_STOP_CHARS = 1024
 # English has 4 to 5 characters per token; a text much longer than that is measured by its start.
@@ -21,10 +21,12 @@ class Limits:
         self._settings = settings
         self._model = model
         self._vocab_size = model.description.vocab_size
+        self.sampling_defaults = model.generation.sampling
         self.max_positions = model.description.max_positions
         self.max_prompt_tokens = min(
             settings.max_prompt_tokens or self.max_positions, self.max_positions - 1
         )
+        self.max_output_tokens = min(settings.max_new_tokens, self.max_positions - 1)
         require_within_caps(settings, model.pruning)
 
     def require_model(self, name: str) -> None:
@@ -81,20 +83,31 @@ class Limits:
         )
 
     def max_tokens(
-        self, asked: int | None, default: int | None, num_prompt_tokens: int, param: str
+        self,
+        asked: int | None,
+        default: int | None,
+        num_prompt_tokens: int,
+        param: str,
+        *,
+        least: int = 1,
     ) -> int:
-        """How many tokens an answer may have; `default` None is as many as are allowed.
+        """How many tokens an answer may have; `default` None is the model's own, else all allowed.
 
+        Where max_tokens_policy is clamp, too many are as many as are allowed.
         Raises InvalidSetting for a number out of range, PromptTooLong if prompt and answer exceed
         the model's context.
         """
         left = self.max_positions - num_prompt_tokens
         most = self._settings.max_new_tokens
         if asked is None:
-            return min(most if default is None else default, most, left)
-        if not 1 <= asked <= most:
+            if default is None:
+                default = self._model.generation.max_new_tokens or most
+            return min(default, most, left)
+        if self._settings.max_tokens_policy == "clamp":
+            asked = min(asked, most, left)
+        if not least <= asked <= most:
             raise InvalidSetting(
-                f"{param} is {asked:,}; the allowed range is 1 to {most:,}", param=param
+                f"{param} is {asked:,}; the allowed range is {least} to {most:,}", param=param
             )
         if asked > left:
             raise PromptTooLong(
@@ -124,9 +137,27 @@ class Limits:
                     param="stop",
                 )
 
-    def pruning(self, changes: Mapping[str, Any]) -> PruningSettings:
-        """The service's settings with a request's changes; raises as `changed_pruning`."""
-        if not changes:
-            return self._model.pruning
+    def stop_token_ids(self, token_ids: Sequence[int]) -> frozenset[int]:
+        """Raises InvalidSetting for too many, InvalidRequest for one that does not exist."""
+        if len(token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidSetting(
+                f"stop_token_ids has {len(token_ids):,} tokens; the limit is {MAX_STOP_TOKEN_IDS}",
+                param="stop_token_ids",
+            )
+        self.require_token_ids(token_ids, "stop_token_ids")
+        return frozenset(token_ids)
+
+    def pruning(
+        self, changes: Mapping[str, Any], *, scores_prompt: bool = False
+    ) -> PruningSettings:
+        """The service's settings with a request's changes; raises as `changed_pruning`.
+
+        scores_prompt: its log-probabilities are wanted, which are those of the unpruned prompt.
+        """
         num_layers = self._model.description.shape.num_layers
-        return changed_pruning(self._settings, self._model.pruning, num_layers, changes)
+        pruning = self._model.pruning
+        if changes:
+            pruning = changed_pruning(self._settings, pruning, num_layers, changes)
+        if scores_prompt:
+            pruning = unpruned(self._settings, pruning)
+        return pruning

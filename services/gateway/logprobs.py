@@ -1,10 +1,11 @@
 """Log-probabilities of generated tokens in the two forms of OpenAI's API."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from winnow.request import Token
-from winnow.tokenizer import IncrementalDetokenizer, Tokenizer
+from winnow.text_stream import IncrementalDetokenizer
+from winnow.tokenizer import Tokenizer
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
@@ -22,29 +23,49 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
 
 
 class CompletionLogprobs:
-    """`logprobs` of one choice of a text completion: parallel lists, offsets in characters."""
+    """`logprobs` of one choice of a text completion: parallel lists, offsets in characters.
 
-    def __init__(self, tokenizer: Tokenizer, first_offset: int) -> None:
+    echo: the text that the choice begins with. prompt_offsets: where the prompt's own tokens begin
+    in it, if they are listed.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        echo: str,
+        prompt_offsets: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+    ) -> None:
         self._tokenizer = tokenizer
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
-        self._offset = first_offset
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, skip_special_tokens=skip_special_tokens
+        )
+        self._prompt_offsets = prompt_offsets
+        self._offset = len(echo)
 
-    def take(self, tokens: Iterable[Token]) -> dict[str, list[Any]]:
-        """The lists for the next tokens."""
+    def take(self, prompt: Sequence[Token], tokens: Iterable[Token]) -> dict[str, list[Any]]:
+        """The lists for the prompt's own tokens, of which the first has none, and the next ones."""
         lists: dict[str, list[Any]] = {
             "tokens": [],
             "token_logprobs": [],
             "top_logprobs": [],
             "text_offset": [],
         }
+        if prompt:
+            for token, offset in zip(prompt, self._prompt_offsets, strict=True):
+                self._list(lists, token, offset)
         for token in tokens:
-            assert token.logprobs is not None
-            lists["tokens"].append(token_text(self._tokenizer, token.token_id))
-            lists["token_logprobs"].append(token.logprobs.logprob)
-            lists["top_logprobs"].append(self._top(token.logprobs.top))
-            lists["text_offset"].append(self._offset)
+            self._list(lists, token, self._offset)
             self._offset += len(self._detokenizer.feed(token.token_id))
         return lists
+
+    def _list(self, lists: dict[str, list[Any]], token: Token, offset: int) -> None:
+        logprobs = token.logprobs
+        lists["tokens"].append(token_text(self._tokenizer, token.token_id))
+        lists["token_logprobs"].append(None if logprobs is None else logprobs.logprob)
+        lists["top_logprobs"].append(None if logprobs is None else self._top(logprobs.top))
+        lists["text_offset"].append(offset)
 
     def _top(self, top: Iterable[tuple[int, float]]) -> dict[str, float]:
         """The likelier one counts where two tokens have the same text."""

@@ -6,11 +6,12 @@ from typing import Any
 
 from services.common.settings import Settings
 from services.gateway.ask import Ask, Prompt, Wishes, make_ask
-from services.gateway.chat import plain_messages
+from services.gateway.chat import chat_options, plain_messages
 from services.gateway.limits import Limits
 from services.gateway.openai_types import (
     ChatRequest,
     CompletionRequest,
+    StreamOptions,
     validate,
 )
 from services.gateway.prompts import read_prompts
@@ -19,7 +20,7 @@ from services.gateway.unsupported import (
     COMPLETION_PARAMETERS,
     without_unsupported,
 )
-from winnow.errors import InvalidRequest, InvalidSetting, UnsupportedParameter
+from winnow.errors import InvalidRequest, InvalidSetting
 from winnow.request import MAX_LOGPROBS
 from winnow.tokenizer import Tokenizer
 
@@ -34,19 +35,26 @@ _SAMPLING_FIELDS = (
     "frequency_penalty",
     "repetition_penalty",
     "ignore_eos",
+    "min_tokens",
 )
+
+
+# What -1 asks for in vLLM's dialect: no such filter, a random seed.
+_AT_MINUS_ONE: Mapping[str, int | None] = {"top_k": 0, "seed": None}
 
 
 @dataclass(frozen=True, slots=True)
 class OpenAIAsk:
     """An Ask, and how its answer is to be delivered.
 
+    continuous_usage: every chunk tells the usage so far.
     top_logprobs: how many likely tokens to list beside each chosen one; None: no logprobs.
     """
 
     ask: Ask
     stream: bool
     include_usage: bool
+    continuous_usage: bool
     top_logprobs: int | None
 
 
@@ -80,7 +88,7 @@ class AskReader:
         request = validate(ChatRequest, without_unsupported(body, CHAT_PARAMETERS))
         self._limits.require_model(request.model)
         top_logprobs = _chat_logprobs(request)
-        text = self._tokenizer.chat_text(plain_messages(request.messages))
+        text = self._tokenizer.chat_text(plain_messages(request.messages), chat_options(request))
         token_ids = self._limits.encode(text, "messages", add_special_tokens=False)
         wishes = _wishes(
             request,
@@ -110,7 +118,7 @@ def _chat_logprobs(request: ChatRequest) -> int | None:
     _require_logprobs("top_logprobs", request.top_logprobs)
     if request.logprobs:
         return request.top_logprobs or 0
-    if request.top_logprobs is not None:
+    if request.top_logprobs:
         raise InvalidSetting(
             f"top_logprobs is {request.top_logprobs}, but logprobs is not true",
             param="top_logprobs",
@@ -135,18 +143,22 @@ def _wishes(
     num_logprobs: int | None,
 ) -> Wishes:
     sampling = {name: getattr(request, name) for name in _SAMPLING_FIELDS}
-    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    sampling |= {name: value for name, value in _AT_MINUS_ONE.items() if sampling[name] == -1}
+    stop = request.stop or []
     return Wishes(
         max_tokens=max_tokens,
         max_tokens_param=max_tokens_param,
         default_max_tokens=default_max_tokens,
         n=request.n,
-        stop=stop,
+        stop=[stop] if isinstance(stop, str) else stop,
+        include_stop_str_in_output=request.include_stop_str_in_output,
+        skip_special_tokens=request.skip_special_tokens,
         echo=echo,
         sampling={
             **sampling,
             "logit_bias": _logit_bias(request.logit_bias),
             "num_logprobs": num_logprobs,
+            "stop_token_ids": request.stop_token_ids,
         },
         pruning=request.winnow.changes() if request.winnow else {},
     )
@@ -167,19 +179,16 @@ def _logit_bias(biases: Mapping[str, float] | None) -> dict[int, float] | None:
 def _delivered(
     request: CompletionRequest | ChatRequest, ask: Ask, top_logprobs: int | None
 ) -> OpenAIAsk:
-    options = request.stream_options
-    if options is not None and not request.stream:
+    options = request.stream_options or StreamOptions()
+    asks_for_usage = bool(options.include_usage or options.continuous_usage_stats)
+    if asks_for_usage and not request.stream:
         raise InvalidRequest(
             "stream_options is only allowed when stream is true", param="stream_options"
-        )
-    if options is not None and options.include_obfuscation:
-        raise UnsupportedParameter(
-            "stream_options.include_obfuscation is not supported by Winnow",
-            param="stream_options.include_obfuscation",
         )
     return OpenAIAsk(
         ask=ask,
         stream=bool(request.stream),
-        include_usage=bool(options and options.include_usage),
+        include_usage=bool(options.include_usage),
+        continuous_usage=bool(options.include_usage and options.continuous_usage_stats),
         top_logprobs=top_logprobs,
     )

@@ -2,12 +2,13 @@
 
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from typing import Any
 
 from services.gateway.choices import Delta
 from services.gateway.logprobs import CompletionLogprobs, chat_logprobs
 from services.gateway.openai_asks import OpenAIAsk
-from services.gateway.usage import Usage
+from services.gateway.usage import Usage, token_counts
 from winnow.request import Token
 from winnow.tokenizer import Tokenizer
 
@@ -18,15 +19,32 @@ class AnswerFormat(ABC):
     def __init__(self, asked: OpenAIAsk, model_name: str, tokenizer: Tokenizer) -> None:
         self._asked = asked
         self._tokenizer = tokenizer
+        self._num_tokens: Counter[int] = Counter()
         self._head = {
             "id": asked.ask.request_id,
             "created": int(time.time()),
             "model": model_name,
         }
 
+    def chunk(self, delta: Delta) -> dict[str, Any] | None:
+        """The chunk that streams `delta`; None where it would tell the client nothing."""
+        self._num_tokens[delta.index] += len(delta.tokens)
+        if not (delta.text or delta.finish_reason or self._asked.top_logprobs is not None):
+            return None
+        chunk = self._chunk_of(delta)
+        if self._asked.include_usage:
+            chunk["usage"] = self._usage_so_far(delta) if self._asked.continuous_usage else None
+        return chunk
+
+    def _usage_so_far(self, delta: Delta) -> dict[str, int]:
+        """Of the delta's choice, as vLLM counts."""
+        ask = self._asked.ask
+        num_prompt_tokens = len(ask.prompts[delta.index // ask.num_choices].token_ids)
+        return token_counts(num_prompt_tokens, self._num_tokens[delta.index])
+
     @abstractmethod
-    def chunk(self, delta: Delta) -> dict[str, Any]:
-        """The chunk that streams `delta`."""
+    def _chunk_of(self, delta: Delta) -> dict[str, Any]:
+        """As `chunk`, without the usage."""
 
     @abstractmethod
     def whole(self, deltas: list[Delta], usage: Usage) -> dict[str, Any]:
@@ -36,16 +54,11 @@ class AnswerFormat(ABC):
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         """The last chunk under stream_options.include_usage: no choices."""
 
-    def has_news(self, delta: Delta) -> bool:
-        """False if a chunk would tell the client nothing."""
-        return bool(delta.text or delta.finish_reason or self._asked.top_logprobs is not None)
-
     def _chunk(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        usage = {"usage": None} if self._asked.include_usage else {}
-        return {**self._head, "object": kind, "choices": choices, **usage}
+        return {**self._head, "object": kind, "choices": choices}
 
     def _whole(self, kind: str, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
-        return {**self._head, "object": kind, "choices": choices, "usage": usage.to_json()}
+        return {**self._chunk(kind, choices), "usage": usage.to_json()}
 
     def _by_choice(self, deltas: list[Delta]) -> list[Delta]:
         """Each choice's deltas joined to one, by index."""
@@ -59,9 +72,15 @@ class AnswerFormat(ABC):
                 "".join(delta.text for delta in own),
                 tuple(token for delta in own for token in delta.tokens),
                 own[-1].finish_reason,
+                own[-1].stop_reason,
+                own[0].prompt,
             )
             for index, own in enumerate(parts)
         ]
+
+
+def _end(delta: Delta) -> dict[str, Any]:
+    return {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
 
 
 class CompletionFormat(AnswerFormat):
@@ -72,12 +91,17 @@ class CompletionFormat(AnswerFormat):
     def __init__(self, asked: OpenAIAsk, model_name: str, tokenizer: Tokenizer) -> None:
         super().__init__(asked, model_name, tokenizer)
         self._logprobs = [
-            CompletionLogprobs(tokenizer, len(prompt.echo))
+            CompletionLogprobs(
+                tokenizer,
+                prompt.echo,
+                prompt.offsets,
+                skip_special_tokens=asked.ask.skip_special_tokens,
+            )
             for prompt in asked.ask.prompts
             for _ in range(asked.ask.num_choices)
         ]
 
-    def chunk(self, delta: Delta) -> dict[str, Any]:
+    def _chunk_of(self, delta: Delta) -> dict[str, Any]:
         return self._chunk(self._KIND, [self._choice(delta)])
 
     def whole(self, deltas: list[Delta], usage: Usage) -> dict[str, Any]:
@@ -90,12 +114,12 @@ class CompletionFormat(AnswerFormat):
     def _choice(self, delta: Delta) -> dict[str, Any]:
         logprobs = None
         if self._asked.top_logprobs is not None:
-            logprobs = self._logprobs[delta.index].take(delta.tokens)
+            logprobs = self._logprobs[delta.index].take(delta.prompt, delta.tokens)
         return {
             "index": delta.index,
             "text": delta.text,
             "logprobs": logprobs,
-            "finish_reason": delta.finish_reason,
+            **_end(delta),
         }
 
 
@@ -106,7 +130,7 @@ class ChatFormat(AnswerFormat):
         super().__init__(asked, model_name, tokenizer)
         self._begun: set[int] = set()
 
-    def chunk(self, delta: Delta) -> dict[str, Any]:
+    def _chunk_of(self, delta: Delta) -> dict[str, Any]:
         """The first chunk of each choice tells the role."""
         role = {} if delta.index in self._begun else {"role": "assistant"}
         self._begun.add(delta.index)
@@ -114,7 +138,7 @@ class ChatFormat(AnswerFormat):
             "index": delta.index,
             "delta": {**role, "content": delta.text},
             "logprobs": self._logprobs(delta.tokens),
-            "finish_reason": delta.finish_reason,
+            **_end(delta),
         }
         return self._chunk("chat.completion.chunk", [choice])
 
@@ -124,7 +148,7 @@ class ChatFormat(AnswerFormat):
                 "index": delta.index,
                 "message": {"role": "assistant", "content": delta.text, "refusal": None},
                 "logprobs": self._logprobs(delta.tokens),
-                "finish_reason": delta.finish_reason,
+                **_end(delta),
             }
             for delta in self._by_choice(deltas)
         ]

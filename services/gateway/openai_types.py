@@ -5,12 +5,20 @@ so that REST and gRPC share the checks; here they are only told, for /openapi.js
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
+from services.gateway.without_effect import WithoutEffect
 from winnow.errors import InvalidRequest, InvalidSetting, UnknownParameter
-from winnow.request import MAX_LOGPROBS
+from winnow.request import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 
 Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 ROLES = ("system", "developer", "user", "assistant")
@@ -29,19 +37,42 @@ def _told(**schema: Any) -> Any:  # noqa: ANN401 - a field's, as pydantic types 
     return Field(None, json_schema_extra=schema)
 
 
-def _not_null(schema: dict[str, Any]) -> None:
-    """Leaves out of a field's schema what only its checks may see."""
-    schema.pop("default")
-    schema["anyOf"] = [one for one in schema["anyOf"] if one != {"type": "null"}]
+def _asks_for_nothing(value: object) -> bool:
+    """Null, and what is empty: clients send fields that they do not use."""
+    return value is None or value in ("", [], {})
+
+
+def _allow_nothing(schema: dict[str, Any]) -> None:
+    """Tells of the fields that are not known what may come in them all the same."""
+    schema["additionalProperties"] = {"enum": [None, "", [], {}]}
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, json_schema_extra=_allow_nothing
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, body: object) -> object:
+        """Leaves out what asks for nothing: unknown fields, and null where there is no null."""
+        if not isinstance(body, Mapping):
+            return body
+        return {name: value for name, value in body.items() if not cls._is_nothing(name, value)}
+
+    @classmethod
+    def _is_nothing(cls, name: str, value: object) -> bool:
+        field = cls.model_fields.get(name)
+        if field is None:
+            return _asks_for_nothing(value)
+        is_nullable = type(None) in get_args(field.annotation) or field.annotation is Any
+        return value is None and not is_nullable and not field.is_required()
 
 
 class StreamOptions(_Body):
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's
+    include_obfuscation: bool | None = None  # without effect
 
 
 class WinnowOptions(_Body):
@@ -74,17 +105,21 @@ class WinnowOptions(_Body):
         return self.model_dump(exclude_unset=True)
 
 
-class _Generation(_Body):
+class _Generation(WithoutEffect, _Body):
     """What completions and chat share."""
 
     model: str
     max_tokens: Integer | None = _told(minimum=1)
+    min_tokens: Integer | None = _told(minimum=0)
     temperature: float | None = _told(minimum=0, maximum=2)
     top_p: float | None = _told(exclusiveMinimum=0, maximum=1)
-    top_k: Integer | None = _told(minimum=0)
+    top_k: Integer | None = _told(minimum=-1)
     min_p: float | None = _told(minimum=0, maximum=1)
-    seed: Integer | None = _told(minimum=0)
+    seed: Integer | None = _told(minimum=-1)
     stop: str | list[str] | None = None
+    stop_token_ids: list[Integer] | None = _told(maxItems=MAX_STOP_TOKEN_IDS)
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
     presence_penalty: float | None = _told(minimum=-2, maximum=2)
     frequency_penalty: float | None = _told(minimum=-2, maximum=2)
     repetition_penalty: float | None = _told(exclusiveMinimum=0, maximum=10)
@@ -93,13 +128,13 @@ class _Generation(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
-    user: str | None = None
     winnow: WinnowOptions | None = None
 
 
 class CompletionRequest(_Generation):
     # Text, token ids, or a list of either; prompts.py tells them apart, and names what is wrong.
     prompt: Annotated[Any, WithJsonSchema({"anyOf": _PROMPTS})]
+    max_tokens: Integer | None = _told(minimum=0)  # 0 only with echo
     logprobs: Integer | None = _told(minimum=0, maximum=MAX_LOGPROBS)
     echo: bool | None = None
 
@@ -107,30 +142,50 @@ class CompletionRequest(_Generation):
 class TextPart(_Body):
     type: str = Field(json_schema_extra={"enum": ["text"]})
     text: str | None = None
+    cache_control: Any = None  # for other services' caches
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_type_alone(cls, body: object) -> object:
+        """Of a part that is no text its type, so that chat.py can say which it is."""
+        if not isinstance(body, Mapping) or body.get("type") in (None, "text"):
+            return body
+        return {"type": body["type"]}
 
 
 class ChatMessage(_Body):
-    # Content may be absent here, so that chat.py can say which message has none.
-    model_config = ConfigDict(json_schema_extra={"required": ["role", "content"]})
+    """Only an assistant's may have no content; chat.py says of others which has none."""
 
     role: str = Field(json_schema_extra={"enum": list(ROLES)})
-    content: str | list[TextPart] | None = Field(None, json_schema_extra=_not_null)
+    content: str | list[TextPart] | None = None
     name: str | None = None
     refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    cache_control: Any = None
 
 
-class ChatRequest(_Generation):
+class ChatParameters(_Body):
+    """How a conversation becomes a prompt; as in vLLM."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ChatRequest(_Generation, ChatParameters):
     messages: list[ChatMessage] = Field(json_schema_extra={"minItems": 1})
     max_completion_tokens: Integer | None = _told(minimum=1)
     logprobs: bool | None = None
     top_logprobs: Integer | None = None
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(ChatParameters):
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
     add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
 
 
 class DetokenizeRequest(_Body):
@@ -150,7 +205,9 @@ def validate(cls: type[_RequestBody], body: Mapping[str, Any]) -> _RequestBody:
     try:
         return cls.model_validate(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
+        # Of the types that a value may have, the one that fits it best has the innermost error.
+        errors = error.errors(include_url=False, include_context=False)
+        first = max(errors, key=lambda one: len(one["loc"]))
         raise _named(body, first["type"], first["loc"], first["msg"], first["input"]) from error
 
 

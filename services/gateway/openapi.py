@@ -5,7 +5,7 @@ described here; a test holds the answers to it.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
@@ -29,6 +29,10 @@ _EVENT = {
 }
 _Use: TypeAlias = "tuple[type[BaseModel], Literal['validation', 'serialization']]"
 _FinishReason = Literal["stop", "length"]
+_StopReason = Annotated[
+    int | str | None,
+    Field(description="the request's stop token or stop string that ended it; null: neither did"),
+]
 
 
 class _Sent(BaseModel):
@@ -62,8 +66,8 @@ class Usage(_Sent):
 
 class CompletionLogprobs(_Sent):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -72,6 +76,7 @@ class CompletionChoice(_Sent):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: _FinishReason
+    stop_reason: _StopReason
 
 
 class Completion(_Sent):
@@ -109,6 +114,7 @@ class ChatChoice(_Sent):
     message: Message
     logprobs: ChatLogprobs | None
     finish_reason: _FinishReason
+    stop_reason: _StopReason
 
 
 class ChatCompletion(_Sent):
@@ -120,12 +126,25 @@ class ChatCompletion(_Sent):
     usage: Usage
 
 
+class SamplingDefaults(_Sent):
+    """Of requests that do not say otherwise; max_tokens null: as many as fit."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    max_tokens: int | None
+
+
 class Model(_Sent):
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     max_model_len: int
+    max_output_tokens: int
+    sampling_defaults: SamplingDefaults
 
 
 class Models(_Sent):
@@ -137,6 +156,8 @@ class Tokens(_Sent):
     count: int
     max_model_len: int
     tokens: list[int]
+    token_strs: list[str] | None = Field(description="each token's text, under return_token_strs")
+    special: list[int] | None = Field(description="where in `tokens` control tokens are")
 
 
 class Text(_Sent):
@@ -179,7 +200,8 @@ def describe(*, needs_key: bool) -> dict[str, Any]:
             "title": "Winnow",
             "version": __version__,
             "description": "OpenAI's API, and in `winnow` how prompts are pruned. Numbers out of "
-            "the ranges that this service allows are refused with 400.",
+            "the ranges that this service allows are refused with 400. HEAD is answered as GET is, "
+            "without the body.",
         },
         "paths": {one.path: _path(one) for one in _OPERATIONS},
         "components": {

@@ -5,8 +5,8 @@ import time
 from types import TracebackType
 
 from services.gateway.completion import Completion
-from services.gateway.lifecycle import PromptRun
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.run import Run
 from services.gateway.states import State
 from winnow.errors import WinnowError
 
@@ -39,7 +39,7 @@ class Outcomes:
             self._measure(prompt_idx, run, seconds)
         self._log(error, seconds)
 
-    def _measure(self, prompt_idx: int, run: PromptRun, seconds: float) -> None:
+    def _measure(self, prompt_idx: int, run: Run, seconds: float) -> None:
         choices = self._completion.choices_of(prompt_idx)
         metrics, figures = self._metrics, run.figures
         metrics.requests_running.dec()
@@ -68,7 +68,7 @@ class Outcomes:
         )
 
 
-def _reason(run: PromptRun, finish_reason: str | None) -> str:
+def _reason(run: Run, finish_reason: str | None) -> str:
     """The label of a run's end; of several choices the first one's."""
     if run.state is State.FINISHED:
         return str(finish_reason)
@@ -83,14 +83,15 @@ def _outcome(error: BaseException | None) -> str:
     return "failed (internal_error)" if isinstance(error, Exception) else "cancelled"
 
 
-def _figures(run: PromptRun) -> str:
+def _figures(run: Run) -> str:
     figures = run.figures
-    if figures.report is None or figures.ttft_s is None:
-        return f"{run.state} before the first token"
     report, timings = figures.report, figures.timings
+    if report is None or (figures.ttft_s is None and run.state is not State.FINISHED):
+        return f"{run.state} before the first token"
     layer = report.no_selection_reason if report.selection_layer is None else report.selection_layer
+    first = "nothing generated" if figures.ttft_s is None else f"ttft {figures.ttft_s:.3f} s"
     return (
-        f"ttft {figures.ttft_s:.3f} s, selection layer {layer}, "
+        f"{first}, selection layer {layer}, "
         f"KV {report.kv_bytes_kept} of {report.kv_bytes_full} bytes, "
         f"{timings.wire_bytes if timings else 'unknown'} on the wire"
     )

@@ -11,6 +11,8 @@ class Prefiller(Protocol):
     async def prefill(self, job: PrefillJob) -> PrefillOutcome:
         """Compute one prompt's KV and push it to `job.kv_address`; returns when it is in place.
 
+        Without an address it goes nowhere, and the prompt's log-probabilities are all that returns.
+
         Cancelling the call stops the work. Raises WinnowError: PrefillFailed or a TransferRefused
         where another attempt may succeed.
         """

@@ -1,6 +1,7 @@
 """The `winnow` object of a request: pruning settings over the service's, under its caps."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from services.common.settings import Settings
@@ -26,6 +27,17 @@ def changed_pruning(
     except InvalidSetting as error:
         param = f"winnow.{error.param}" if error.param else "winnow"
         raise InvalidSetting(error.message, param=param) from error
+    return pruning
+
+
+def unpruned(settings: Settings, pruning: PruningSettings) -> PruningSettings:
+    """The same, but of the prompt all is kept; raises InvalidSetting where that is over a cap."""
+    try:
+        pruning = replace(pruning, method="full")
+        require_within_caps(settings, pruning)
+    except InvalidSetting as error:
+        message = f"echo with logprobs computes the prompt unpruned: {error.message}"
+        raise InvalidSetting(message, param="echo") from error
     return pruning
 
 

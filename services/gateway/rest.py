@@ -19,9 +19,12 @@ from services.gateway.json_body import read_json
 from services.gateway.openai_asks import AskReader, OpenAIAsk
 from services.gateway.openai_format import AnswerFormat, ChatFormat, CompletionFormat
 from services.gateway.openapi import describe
+from services.gateway.origins import add_origins
 from services.gateway.tokenize_api import Translation, detokenize, tokenize
 
 _T = TypeVar("_T")
+_READ = ["GET", "HEAD"]
+
 Translate = Callable[[Gateway, Mapping[str, Any]], Translation]
 
 
@@ -39,6 +42,7 @@ def create_api(gateway: Gateway) -> FastAPI:
     _add_models(api, gateway)
     _add_probes(api, gateway)
     _add_description(api, gateway)
+    add_origins(api, gateway.settings.cors_allowed_origins)
     return api
 
 
@@ -94,13 +98,15 @@ def _add_models(api: FastAPI, gateway: Gateway) -> None:
         "created": model.created_s,
         "owned_by": "winnow",
         "max_model_len": gateway.limits.max_positions,
+        "max_output_tokens": gateway.limits.max_output_tokens,
+        "sampling_defaults": model.generation.told(),
     }
 
-    @api.get("/v1/models")
+    @api.api_route("/v1/models", methods=_READ)
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [card]}
 
-    @api.get("/v1/models/{name:path}")
+    @api.api_route("/v1/models/{name:path}", methods=_READ)
     async def one_model(name: str) -> dict[str, Any]:
         gateway.limits.require_model(name)
         return card
@@ -109,11 +115,11 @@ def _add_models(api: FastAPI, gateway: Gateway) -> None:
 def _add_probes(api: FastAPI, gateway: Gateway) -> None:
     """They need no key, so they tell a status and nothing else; admin.py tells more."""
 
-    @api.get("/health")
+    @api.api_route("/health", methods=_READ)
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @api.get("/ready")
+    @api.api_route("/ready", methods=_READ)
     async def ready() -> Response:
         readiness = await gateway.readiness()
         return JSONResponse({"status": readiness.status}, 200 if readiness.ready else 503)
@@ -122,7 +128,7 @@ def _add_probes(api: FastAPI, gateway: Gateway) -> None:
 def _add_description(api: FastAPI, gateway: Gateway) -> None:
     document = describe(needs_key=gateway.settings.api_keys_file is not None)
 
-    @api.get("/openapi.json")
+    @api.api_route("/openapi.json", methods=_READ)
     async def description() -> dict[str, Any]:
         return document
 

@@ -1,37 +1,56 @@
 """The model as the gateway knows it: name, sizes, vocabulary, settings, but no weights."""
 
+import logging
 import time
 from dataclasses import dataclass
 
 from services.common.settings import Settings
 from winnow import defaults
+from winnow.generation_defaults import GenerationDefaults, generation_defaults
 from winnow.model_files import ModelDescription, describe_model
 from winnow.request import PruningSettings
 from winnow.tokenizer import Tokenizer, load_tokenizer
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """pruning: what a request gets that asks for nothing else. created_s: Unix time."""
+    """pruning, generation: what a request gets that asks for nothing else. created_s: Unix time."""
 
     name: str
     description: ModelDescription
     tokenizer: Tokenizer
     pruning: PruningSettings
+    generation: GenerationDefaults
     created_s: int
 
     @classmethod
     def load(cls, settings: Settings) -> "ServedModel":
         """Raises UnusableModel, or InvalidSetting for pruning settings that do not fit it."""
-        description = describe_model(settings.model, device=settings.device, dtype=settings.dtype)
+        description = describe_model(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            max_model_len=settings.max_model_len,
+        )
         num_layers = description.shape.num_layers
         pruning = defaults.pruning_defaults(description.path, num_layers)
         pruning = defaults.override(pruning, settings.pruning)
         pruning.require_fits(num_layers)
+        generation = generation_defaults(settings.generation_config, description.path)
+        logger.info("requests that do not say otherwise get %s", generation.told())
+        tokenizer = load_tokenizer(
+            description.path,
+            chat_template_kwargs=settings.chat_template_kwargs,
+            allow_special_tokens=settings.allow_special_tokens,
+        )
+        tokenizer.require_fits(description.vocab_size)
         return cls(
             name=settings.served_name,
             description=description,
-            tokenizer=load_tokenizer(description.path),
+            tokenizer=tokenizer,
             pruning=pruning,
+            generation=generation,
             created_s=int(time.time()),
         )

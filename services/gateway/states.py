@@ -5,6 +5,8 @@
                            │     │      │     │ ▼
 RECEIVED ─▶ ADMITTED ─▶ PREFILLING ─▶ DECODING ─▶ FINISHED
 └────────────┴────────────┴────────────┴────────▶ FAILED, CANCELLED
+
+A prompt that is only scored needs no decode worker: RECEIVED ─▶ PREFILLING ─▶ FINISHED.
 """
 
 from enum import StrEnum
@@ -30,11 +32,12 @@ WAITS_FOR = {
     State.PREFILLING: PREFILL,
     State.LOST: ADMISSION,
 }
+RUNS = (State.DECODING, State.MOVING)  # the decode worker has had all it needs
 _ENDS = frozenset({State.FAILED, State.CANCELLED})
 NEXT = {
-    State.RECEIVED: _ENDS | {State.ADMITTED},
+    State.RECEIVED: _ENDS | {State.ADMITTED, State.PREFILLING},
     State.ADMITTED: _ENDS | {State.PREFILLING},
-    State.PREFILLING: _ENDS | {State.DECODING, State.LOST},
+    State.PREFILLING: _ENDS | {State.DECODING, State.LOST, State.FINISHED},
     State.DECODING: _ENDS | {State.FINISHED, State.MOVING, State.LOST},
     State.MOVING: _ENDS | {State.DECODING, State.LOST},
     State.LOST: _ENDS | {State.PREFILLING},

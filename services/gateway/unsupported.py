@@ -1,4 +1,4 @@
-"""Parameters of OpenAI's API that Winnow does not carry out: refused by name, never ignored.
+"""Parameters of OpenAI's API, and vLLM's, that Winnow does not carry out: refused, never ignored.
 
 A value that asks for nothing (the API's default) is let through, since many clients send it.
 """
@@ -9,33 +9,52 @@ from typing import Any
 from winnow.errors import UnsupportedParameter
 
 _COMMON: Mapping[str, tuple[Any, ...]] = {
-    "metadata": ({},),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
-    "prompt_cache_key": (),
-    "safety_identifier": (),
+    "best_of": (1,),
+    "moderation": (),
+    "response_format": ({"type": "text"},),
+    # vLLM's
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "early_stopping": (False,),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "kv_transfer_params": (),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "prompt_logprobs": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
 }
 
 COMPLETION_PARAMETERS: Mapping[str, tuple[Any, ...]] = {
     **_COMMON,
     "suffix": ("",),
-    "best_of": (1,),
+    "add_special_tokens": (True,),
+    "prompt_embeds": (),
 }
 
 CHAT_PARAMETERS: Mapping[str, tuple[Any, ...]] = {
     **_COMMON,
     "tools": ([],),
     "tool_choice": ("none",),
-    "parallel_tool_calls": (True,),
     "functions": ([],),
     "function_call": ("none",),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
-    "prediction": (),
-    "reasoning_effort": ("none",),
-    "verbosity": ("medium",),
     "web_search_options": (),
+    # vLLM's
+    "add_special_tokens": (False,),
+    "chat_template": (),
+    "documents": ([],),
+    "echo": (False,),
+    "mm_processor_kwargs": ({},),
 }
 
 
@@ -56,4 +75,4 @@ def without_unsupported(
 
 def _same(value: object, other: object) -> bool:
     """Equal, with True and 1 told apart."""
-    return type(value) is type(other) and value == other
+    return isinstance(value, bool) == isinstance(other, bool) and value == other

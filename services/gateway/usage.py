@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from services.gateway.lifecycle import Figures
+from services.gateway.run import Figures
 from winnow.request import PrefillTimings
 
 _UNTOLD = PrefillTimings(0.0, 0.0, 0.0, 0.0, 0)
@@ -46,18 +46,22 @@ class Usage:
         winnow = asdict(self.winnow())
         if len(self.prompts) > 1:
             winnow["prompts"] = [asdict(prompt) for prompt in self.prompts]
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "winnow": winnow,
-        }
+        return {**token_counts(self.prompt_tokens, self.completion_tokens), "winnow": winnow}
+
+
+def token_counts(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """OpenAI's part of `usage`."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
 
 
 def winnow_usage(figures: Figures) -> WinnowUsage:
     """What was done to one prompt whose run has finished."""
     report, timings = figures.report, figures.timings or _UNTOLD
-    assert report is not None and figures.ttft_s is not None
+    assert report is not None
     return WinnowUsage(
         selection_layer=report.selection_layer,
         no_selection_reason=report.no_selection_reason or "",
@@ -71,7 +75,7 @@ def winnow_usage(figures: Figures) -> WinnowUsage:
         queue_s=timings.queue_s,
         prefill_s=timings.compute_s,
         exposed_transfer_s=timings.exposed_transfer_s,
-        ttft_s=figures.ttft_s,
+        ttft_s=figures.ttft_s or 0.0,
     )
 
 

@@ -11,7 +11,7 @@ from services.common.metrics import (
 from winnow.catalog import METHODS
 from winnow.errors import ERROR_CODES
 from winnow.kv import ModelShape
-from winnow.request import PrefillOutcome, PrefillReport
+from winnow.request import PrefillOutcome, PrefillReport, PrefillTimings
 
 NO_SELECTION_REASONS = ("off", "short_prompt", "threshold_not_met")
 RHO_BUCKETS = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
@@ -120,11 +120,15 @@ class PrefillMetrics(Metrics):
             ):
                 histogram.labels(method)
 
+    def observe_engine(self, timings: PrefillTimings) -> None:
+        """Count one prompt that was computed, for nobody to keep its KV."""
+        self.queue_seconds.observe(timings.queue_s)
+        self.compute_seconds.observe(timings.compute_s)
+
     def observe(self, outcome: PrefillOutcome, method: str, shape: ModelShape) -> None:
         """Count one prompt whose KV is in place."""
         timings, report = outcome.timings, outcome.report
-        self.queue_seconds.observe(timings.queue_s)
-        self.compute_seconds.observe(timings.compute_s)
+        self.observe_engine(timings)
         self.transfer_seconds.observe(timings.transfer_s)
         self.exposed_transfer_seconds.observe(timings.exposed_transfer_s)
         self.wire_bytes.inc(timings.wire_bytes)

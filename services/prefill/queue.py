@@ -10,17 +10,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import replace
 
 import torch
 
 from services.common.tls import PeerTls
-from services.common.tracing import Span, context_of, end_span, span, start_span
+from services.common.tracing import context_of, end_span, span, start_span
 from services.prefill.channels import Channels
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.sender import Delivered, Push
-from winnow.engine.prefill import PrefillResult, run_prefill
+from services.prefill.work import Work
+from winnow.decoder import DecoderModel
+from winnow.engine.prefill import run_prefill
+from winnow.engine.prompt_logprobs import prompt_logprobs
 from winnow.errors import (
     DeadlineExceeded,
     Overloaded,
@@ -29,41 +32,10 @@ from winnow.errors import (
     WinnowError,
 )
 from winnow.kv import LayerKV
-from winnow.models import DecoderModel
 from winnow.request import PrefillJob, PrefillOutcome, PrefillTimings
 from winnow.wire import Header, TransferEncoder
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False, slots=True)
-class _Work:
-    """A job on its way; cancelling `outcome` cancels it. Times are those of time.monotonic().
-
-    blocked_s: seconds in which the engine waited for the network to take a layer.
-    """
-
-    job: PrefillJob
-    outcome: "Future[PrefillOutcome]" = field(default_factory=Future)
-    received_s: float = field(default_factory=time.monotonic)
-    started_s: float = 0.0
-    computed_s: float = 0.0
-    blocked_s: float = 0.0
-    failed: bool = False
-    transfer_span: Span | None = None
-    result: PrefillResult | None = None
-
-    @property
-    def remaining_s(self) -> float:
-        return self.received_s + self.job.deadline_s - time.monotonic()
-
-    def settle(self, outcome: PrefillOutcome | WinnowError) -> None:
-        """The first outcome counts; a cancelled job takes none."""
-        with contextlib.suppress(InvalidStateError):
-            if isinstance(outcome, WinnowError):
-                self.outcome.set_exception(outcome)
-            else:
-                self.outcome.set_result(outcome)
 
 
 class PrefillQueue:
@@ -84,7 +56,7 @@ class PrefillQueue:
         self._num_threads = num_threads
         self._channels = Channels(peers)
         self._changed = threading.Condition()
-        self._waiting: deque[_Work] = deque()
+        self._waiting: deque[Work] = deque()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="prefill-engine", daemon=True)
         metrics.waiting.set_function(lambda: len(self._waiting))
@@ -116,7 +88,7 @@ class PrefillQueue:
         Raises Overloaded if too many prompts wait already, unless the job's request was admitted
         before; PrefillFailed after `stop`.
         """
-        work = _Work(job)
+        work = Work(job)
         with self._changed:
             if self._stopping:
                 raise _stopped()
@@ -134,7 +106,7 @@ class PrefillQueue:
         with self._changed:
             return sum(len(work.job.token_ids) for work in self._waiting)
 
-    def _forget(self, work: _Work) -> None:
+    def _forget(self, work: Work) -> None:
         """A job cancelled while it waits leaves its place to others."""
         with self._changed, contextlib.suppress(ValueError):
             self._waiting.remove(work)
@@ -144,12 +116,12 @@ class PrefillQueue:
         while (work := self._next()) is not None:
             self._prefill(work)
 
-    def _next(self) -> _Work | None:
+    def _next(self) -> Work | None:
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or bool(self._waiting))
             return None if self._stopping else self._waiting.popleft()
 
-    def _prefill(self, work: _Work) -> None:
+    def _prefill(self, work: Work) -> None:
         """Runs one prompt; whatever goes wrong becomes that prompt's outcome."""
         work.started_s = time.monotonic()
         try:
@@ -160,22 +132,13 @@ class PrefillQueue:
             logger.exception("prefill broke", extra={"request_id": work.job.request_id})
             self._fail(work, PrefillFailed(f"prefill broke: {error!r}"))
 
-    def _compute(self, work: _Work) -> None:
-        """Pushes every layer and leaves the end of the push to `_deliver`."""
+    def _compute(self, work: Work) -> None:
+        """Runs the prompt; its KV is pushed meanwhile, and the push's end left to `_deliver`."""
         if work.remaining_s <= 0:
             raise DeadlineExceeded(f"the prompt waited {work.job.deadline_s:g} s for prefill")
         context = work.job.trace_context
         start_span("prefill.queue", context, start_s=work.received_s).end()
-        work.transfer_span = start_span("kv.transfer", context)
-        push = Push(
-            work.job,
-            self._encoder(work.job),
-            lambda end: self._deliver(work, end),
-            trace_context=context_of(work.transfer_span),
-        )
-        push.open(self._channels, work.remaining_s)
-        self._metrics.transfers_in_flight.inc()
-        work.outcome.add_done_callback(lambda _: push.abort(_cancelled()))  # no-op after its end
+        push = self._open_push(work)
         try:
             with (
                 span("prefill.compute", context, tokens=len(work.job.token_ids)) as compute,
@@ -183,16 +146,45 @@ class PrefillQueue:
             ):
                 for layer in self._timed(layers):
                     compute.add_event("layer", {} if layer is None else {"layer": layer.layer_idx})
-                    self._hand_over(work, push, layer)
+                    self._require_wanted(work)
+                    if layer is not None and push is not None:
+                        self._hand_over(work, push, layer)
+                self._score(work)
         except Exception as error:
-            push.abort(error if isinstance(error, WinnowError) else PrefillFailed(repr(error)))
+            if push is not None:
+                push.abort(error if isinstance(error, WinnowError) else PrefillFailed(repr(error)))
             raise
         assert work.result is not None
         work.computed_s = time.monotonic()
-        push.finish(work.result)
+        if push is None:
+            self._settle(work, None)
+        else:
+            push.finish(work.result)
 
-    def _layers(self, work: _Work) -> Generator[LayerKV | None, None, None]:
-        work.result = yield from run_prefill(self._model, work.job.token_ids, work.job.pruning)
+    def _open_push(self, work: Work) -> Push | None:
+        job = work.job
+        if job.kv_address is None:
+            return None
+        work.transfer_span = start_span("kv.transfer", job.trace_context)
+        push = Push(
+            job.kv_address,
+            self._encoder(job),
+            lambda end: self._deliver(work, end),
+            trace_context=context_of(work.transfer_span),
+        )
+        push.open(self._channels, work.remaining_s)
+        self._metrics.transfers_in_flight.inc()
+        work.outcome.add_done_callback(lambda _: push.abort(_cancelled()))  # no-op after its end
+        return push
+
+    def _layers(self, work: Work) -> Generator[LayerKV | None, None, None]:
+        job = work.job
+        work.result = yield from run_prefill(
+            self._model,
+            job.token_ids,
+            job.pruning,
+            keep_hidden=job.num_prompt_logprobs is not None,
+        )
 
     def _timed(self, layers: Iterator[LayerKV | None]) -> Iterator[LayerKV | None]:
         started_s = time.monotonic()
@@ -201,18 +193,34 @@ class PrefillQueue:
             yield layer
             started_s = time.monotonic()
 
-    def _hand_over(self, work: _Work, push: Push, layer: LayerKV | None) -> None:
+    def _require_wanted(self, work: Work) -> None:
+        """Raises where the job was cancelled, or the worker stops."""
         if work.outcome.cancelled():
             raise _cancelled()
         if self._stopping:
             raise _stopped()
-        if layer is None:
-            return
+
+    def _hand_over(self, work: Work, push: Push, layer: LayerKV) -> None:
         before_s = time.monotonic()
         push.send(layer)
         work.blocked_s += time.monotonic() - before_s
 
+    def _score(self, work: Work) -> None:
+        """The prompt's log-probabilities, if they are wanted; then its hidden states are let go."""
+        for _ in self._score_blocks(work):
+            self._require_wanted(work)
+
+    def _score_blocks(self, work: Work) -> Generator[None, None, None]:
+        num_top, result = work.job.num_prompt_logprobs, work.result
+        if num_top is None or result is None or result.hidden is None:
+            return
+        work.result = replace(result, hidden=None)
+        work.logprobs = yield from prompt_logprobs(
+            self._model, result.hidden, work.job.token_ids, num_top
+        )
+
     def _encoder(self, job: PrefillJob) -> TransferEncoder:
+        assert job.ticket is not None
         header = Header(
             job.request_id,
             job.attempt,
@@ -223,7 +231,7 @@ class PrefillQueue:
         )
         return TransferEncoder(header)
 
-    def _deliver(self, work: _Work, end: Delivered | WinnowError) -> None:
+    def _deliver(self, work: Work, end: Delivered | WinnowError) -> None:
         """Runs once when the push is over, in whichever thread ended it."""
         self._metrics.transfers_in_flight.dec()
         if work.transfer_span is not None:
@@ -231,19 +239,26 @@ class PrefillQueue:
         if isinstance(end, WinnowError):
             self._fail(work, end)
             return
+        self._settle(work, end)
+
+    def _settle(self, work: Work, end: Delivered | None) -> None:
+        """The job's outcome; end: None where nothing had to be delivered."""
         assert work.result is not None
         timings = PrefillTimings(
             queue_s=work.started_s - work.received_s,
             compute_s=work.computed_s - work.started_s - work.blocked_s,
-            transfer_s=end.transfer_s,
-            exposed_transfer_s=end.at_s - work.computed_s,
-            wire_bytes=end.wire_bytes,
+            transfer_s=end.transfer_s if end else 0.0,
+            exposed_transfer_s=end.at_s - work.computed_s if end else 0.0,
+            wire_bytes=end.wire_bytes if end else 0,
         )
-        outcome = PrefillOutcome(work.result.report, timings)
-        self._metrics.observe(outcome, work.job.pruning.method, self._model.shape)
+        outcome = PrefillOutcome(work.result.report, timings, work.logprobs)
+        if end is None:
+            self._metrics.observe_engine(timings)
+        else:
+            self._metrics.observe(outcome, work.job.pruning.method, self._model.shape)
         work.settle(outcome)
 
-    def _fail(self, work: _Work, error: WinnowError) -> None:
+    def _fail(self, work: Work, error: WinnowError) -> None:
         if not work.failed:  # the engine thread and the push may both report the end
             self._metrics.failures.labels(error.code).inc()
         work.failed = True

@@ -26,7 +26,6 @@ from winnow.errors import (
     WinnowError,
 )
 from winnow.kv import LayerKV
-from winnow.request import PrefillJob
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire import TransferEncoder
 
@@ -52,14 +51,14 @@ class Push:
 
     def __init__(
         self,
-        job: PrefillJob,
+        kv_address: str,
         encoder: TransferEncoder,
         on_end: Callable[[Delivered | WinnowError], None],
         *,
         trace_context: str = "",
         stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
-        self._job = job
+        self._kv_address = kv_address
         self._encoder = encoder
         self._on_end = on_end
         self._trace_context = trace_context
@@ -77,7 +76,7 @@ class Push:
     def open(self, channels: Channels, timeout_s: float) -> None:
         """Starts the call, which ends within `timeout_s`; the header is sent at once."""
         self._started_s = time.monotonic()
-        push = channels.borrow(self._job.kv_address).stream_unary(
+        push = channels.borrow(self._kv_address).stream_unary(
             _PUSH_METHOD,
             request_serializer=None,  # frames are bytes already
             response_deserializer=pb.PushReceipt.FromString,
@@ -141,7 +140,7 @@ class Push:
 
     def _stalled(self) -> DeliveryFailed:
         return DeliveryFailed(
-            f"decode worker {self._job.kv_address} took no KV for {self._stall_timeout_s:g} s"
+            f"decode worker {self._kv_address} took no KV for {self._stall_timeout_s:g} s"
         )
 
     def _frames(self) -> Iterator[bytes]:
@@ -180,12 +179,12 @@ class Push:
         error = self._error or self._failure(call)
         self._error = error
         self._end()
-        channels.give_back(self._job.kv_address, lost=isinstance(error, DeliveryFailed))
+        channels.give_back(self._kv_address, lost=isinstance(error, DeliveryFailed))
         self._on_end(error or Delivered(now - self._started_s, now, self._wire_bytes))
 
     def _failure(self, call: grpc.Future) -> WinnowError | None:
         """Why the call is no success; None if it is.  Our own `abort` leaves its error itself."""
-        address = self._job.kv_address
+        address = self._kv_address
         if call.cancelled():
             return PrefillFailed(f"the transfer to decode worker {address} was cut off")
         failure = call.exception()

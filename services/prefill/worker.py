@@ -1,6 +1,7 @@
 """A prefill worker as Ray Serve hosts it: a queue, an engine thread, pushes to decode."""
 
 import asyncio
+from contextlib import AsyncExitStack
 
 from ray import serve
 
@@ -22,20 +23,29 @@ class Prefill:
     """One replica is one worker: one model, one engine thread."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._started = AsyncExitStack()
         configure_logging(settings.log_level, settings.log_format)
         configure_tracing(settings.otlp_endpoint, settings.trace_sample_ratio, "prefill")
         metrics = PrefillMetrics(settings.served_name)
         self._queue = PrefillQueue(
-            load_model(settings.model, device=settings.device, dtype=settings.dtype),
+            load_model(
+                settings.model,
+                device=settings.device,
+                dtype=settings.dtype,
+                max_model_len=settings.max_model_len,
+            ),
             metrics,
             max_waiting=settings.max_waiting_prefills,
             num_threads=settings.threads_per_worker(settings.prefill_replicas),
             peers=PeerTls.load(settings),
         )
         self._queue.start()
-        self._registry = await asyncio.to_thread(open_registry, settings)
-        self._exposition = Exposition(metrics, settings.served_name, self._registry)
-        await self._exposition.start(
+        self._started.push_async_callback(asyncio.to_thread, self._queue.stop)
+        registry = await asyncio.to_thread(open_registry, settings)
+        self._started.push_async_callback(registry.close)
+        exposition = Exposition(metrics, settings.served_name, registry)
+        self._started.push_async_callback(exposition.stop)
+        await exposition.start(
             settings.decode_host,
             settings.prefill_metrics_port,
             reachable_host(settings.decode_host),
@@ -59,7 +69,8 @@ class Prefill:
             raise RuntimeError("the prefill engine's thread has ended")
 
     async def __del__(self) -> None:
-        """Serve awaits this when the replica is to go, after the calls it was given have ended."""
-        await asyncio.to_thread(self._queue.stop)
-        await self._exposition.stop()
-        await self._registry.close()
+        """Serve awaits this when the replica is to go, after the calls it was given have ended.
+
+        Also after a start that failed.
+        """
+        await self._started.aclose()

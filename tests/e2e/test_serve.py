@@ -125,18 +125,23 @@ def test_a_client_that_leaves_cancels_decode_and_prefill(
     until("nothing runs", lambda: metric(admin_url, "winnow_requests_running") == 0)
 
 
+def events_of(response: httpx.Response) -> Iterator[str]:
+    """A stream's events, without comments."""
+    return (line[6:] for line in response.iter_lines() if line.startswith("data: "))
+
+
 def test_a_request_with_another_one_s_id_neither_ends_nor_sees_it(url: str, model: Path) -> None:
     """Ray Serve takes the id of its requests from a header, so anybody can name one in use."""
     headers = {"x-request-id": "theirs"}
     body = {"model": model.name, "prompt": PROMPT, "max_tokens": 300, "ignore_eos": True}
     ask = {"method": "POST", "url": f"{url}/v1/completions", "headers": headers, "timeout": 60}
     with httpx.stream(json=body | {"stream": True}, **ask) as theirs:
-        lines = theirs.iter_lines()
-        first = json.loads(next(lines).removeprefix("data: "))
+        lines = events_of(theirs)
+        first = json.loads(next(lines))
         with httpx.stream(json=body | {"stream": True}, **ask) as other:
-            begun = json.loads(next(other.iter_lines()).removeprefix("data: "))
+            begun = json.loads(next(events_of(other)))
         assert begun["id"] != first["id"]  # and it was cancelled by leaving
-        events = [line.removeprefix("data: ") for line in lines if line]
+        events = list(lines)
     assert events.pop() == "[DONE]"
     assert {json.loads(event)["id"] for event in events} == {first["id"]}
     assert json.loads(events[-1])["choices"][0]["finish_reason"] == "length"

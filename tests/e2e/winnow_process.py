@@ -12,6 +12,8 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 STOP_TIMEOUT_S = 60
+MODULE = (sys.executable, "-m", "services.cli")
+SCRIPT = (str(Path(sys.executable).with_name("winnow")),)  # of an installed Winnow
 FREE_PORTS = ("--port", "0", "--grpc-port", "0", "--admin-port", "0")
 
 
@@ -21,12 +23,14 @@ def environment(**variables: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"} | variables
 
 
-def winnow(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+def winnow(
+    *arguments: str, program: Sequence[str] = MODULE, cwd: Path = Path("/"), **variables: str
+) -> "subprocess.CompletedProcess[str]":
     """Runs a command to its end."""
     return subprocess.run(
-        [sys.executable, "-m", "services.cli", *arguments],
+        [*program, *arguments],
         env=environment(**variables),
-        cwd="/",
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=100,
@@ -37,14 +41,22 @@ def winnow(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[st
 class WinnowServe:
     """A service in the foreground of a session of its own, as in a terminal."""
 
-    def __init__(self, folder: Path, arguments: Sequence[str], **variables: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        arguments: Sequence[str],
+        *,
+        program: Sequence[str] = MODULE,
+        cwd: Path = Path("/"),
+        **variables: str,
+    ) -> None:
         self.stderr = folder / "stderr.txt"
         at_once = ("--drain-notice-s", "0")
         with self.stderr.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "services.cli", "serve", *at_once, *arguments],
+                [*program, "serve", *at_once, *arguments],
                 env=environment(**variables),
-                cwd="/",
+                cwd=cwd,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

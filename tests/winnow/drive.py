@@ -1,32 +1,39 @@
 """Runs prompts through both engines in the test's own process."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import fields
+from typing import TypeVar
 
+from winnow.decoder import DecoderModel
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.kv_pool import KVPoolConfig
 from winnow.engine.prefill import PrefillResult, run_prefill
 from winnow.engine.sequence import Reservation
 from winnow.kv import LayerKV
-from winnow.models import DecoderModel
 from winnow.request import PruningSettings, Recompression, SamplingParams, Token
 
+_Yielded = TypeVar("_Yielded")
+_Result = TypeVar("_Result")
+
 UNPRUNED = PruningSettings(method="full", window_size=8, kernel_size=3)
+
+
+def run_to_end(run: Generator[_Yielded, None, _Result]) -> tuple[list[_Yielded], _Result]:
+    """All that a generator yields, and what it returns."""
+    yielded = []
+    while True:
+        try:
+            yielded.append(next(run))
+        except StopIteration as end:
+            return yielded, end.value
 
 
 def prefill_all(
     model: DecoderModel, token_ids: Sequence[int], settings: PruningSettings
 ) -> tuple[list[LayerKV], PrefillResult]:
-    layers = []
-    run = run_prefill(model, token_ids, settings)
-    while True:
-        try:
-            layer = next(run)
-        except StopIteration as end:
-            return layers, end.value
-        if layer is not None:
-            layers.append(layer)
+    layers, result = run_to_end(run_prefill(model, token_ids, settings))
+    return [layer for layer in layers if layer is not None], result
 
 
 def make_engine(

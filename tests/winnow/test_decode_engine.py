@@ -58,8 +58,8 @@ def test_a_long_prompt_in_the_batch_makes_no_other_as_long(
         gathered.append(keys.shape[0] * keys.shape[2])
         return keys, values
 
-    monkeypatch.setattr(KVPool, "gather", counted)
     engine = make_engine(load_model(tiny_models["llama"]))
+    monkeypatch.setattr(KVPool, "gather", counted)
     long, sampling = prompt(1100, 1), replace(GREEDY, max_tokens=4)
     admit(engine, spec("long", len(long), sampling), long)
     for name in range(8):

@@ -31,6 +31,8 @@ def test_the_model_folder_comes_before_the_scaled_defaults(tmp_path: Path) -> No
         ('{"kv_budget": 32}', "kv_budget is 32; it must be above window_size, 32"),
         ('{"min_layer": 12}', r"min_layer is 12; the allowed range is \[0, 11\]"),
         ("[1]", "winnow.json"),
+        ("[]", "winnow.json"),
+        ("null", "winnow.json"),
     ],
 )
 def test_a_broken_settings_file_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -1,3 +1,5 @@
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,34 @@ def test_streams_the_same_text_in_pieces_and_stops_at_a_stop_string(winnow: Winn
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert cut.finish_reason is FinishReason.STOP
     assert len(cut.token_ids) < 40
+
+
+def test_what_ends_an_answer_ends_it_here_too(winnow: Winnow) -> None:
+    sampling = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+    token_ids = winnow.generate(TEXT, sampling).token_ids
+    late = next(i for i in token_ids[3:] if i not in token_ids[:3])
+    ends = replace(sampling, stop_token_ids=frozenset({late}))
+    stopped = winnow.generate(TEXT, ends)
+    assert stopped.token_ids == token_ids[: token_ids.index(late) + 1]
+    assert stopped.finish_reason is FinishReason.STOP
+    delayed = winnow.generate(TEXT, replace(ends, min_tokens=20))
+    assert len(delayed.token_ids) == 20 and late not in delayed.token_ids
+    text = winnow.generate(TEXT, replace(sampling, min_tokens=5), stop=("a", "e", " ", "o", "t"))
+    assert len(text.token_ids) > 5
+
+
+def test_options_of_the_chat_template_are_given_when_it_is_loaded(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_models["llama"], tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[0].content }}{{ x }}")
+    messages = [{"role": "user", "content": "<|end|>"}]
+    kwargs = {"chat_template_kwargs": {"x": "<|user|>"}}
+    loaded = Winnow.load(tmp_path / "model", method="full", **kwargs)
+    assert loaded.tokenizer.render_chat(messages)[-1] == 2
+    assert len(loaded.tokenizer.render_chat(messages)) == len("<|end|>") + 1
+    trusting = Winnow.load(tmp_path / "model", method="full", allow_special_tokens=True, **kwargs)
+    assert trusting.tokenizer.render_chat(messages) == [0, 2]
 
 
 def test_a_stream_closed_early_frees_its_memory(winnow: Winnow) -> None:

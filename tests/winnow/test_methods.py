@@ -19,10 +19,11 @@ from tests.winnow.drive import (
     spec,
 )
 from tests.winnow.test_prefill import prompt
+from winnow.decoder import DecoderModel
 from winnow.engine.prefill import PrefillResult
 from winnow.kv import LayerKV
 from winnow.methods import METHODS, method_class
-from winnow.models import DecoderModel, load_model
+from winnow.models import load_model
 from winnow.request import COMPRESSIONS, PruningSettings, SamplingParams
 
 SMALL = PruningSettings(

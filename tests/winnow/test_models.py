@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig, OlmoConfig
 
 from tests.models_in_code import save_byte_tokenizer, save_tiny_model
 from tests.winnow.drive import UNPRUNED, prefill_all
 from tests.winnow.test_prefill import prompt
+from winnow.attention import causal_attention
 from winnow.errors import UnusableModel
 from winnow.model_files import describe_model
 from winnow.models import load_model
@@ -60,8 +62,19 @@ def test_a_family_outside_the_verified_ones_is_checked_and_used(tmp_path: Path) 
 
 def test_a_family_that_computes_more_between_its_layers_is_refused(tmp_path: Path) -> None:
     config = GraniteConfig(**SIZES, embedding_multiplier=12.0, logits_scaling=8.0)
-    with pytest.raises(UnusableModel, match=r"granite computes something .* differ by .* limit is"):
+    with pytest.raises(UnusableModel, match="granite computes something between its embeddings"):
         load_model(save(tmp_path, config))
+
+
+def test_a_family_whose_logits_are_not_transformers_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attends_less(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        return causal_attention(query, key, value, scaling / 10)
+
+    monkeypatch.setattr("winnow.models.causal_attention", attends_less)
+    with pytest.raises(UnusableModel, match=r"olmo computes something .* differ by .* limit is"):
+        load_model(save(tmp_path, OlmoConfig(**SIZES, pad_token_id=0)))
 
 
 def test_a_model_that_is_not_layered_as_needed_is_refused(tmp_path: Path) -> None:

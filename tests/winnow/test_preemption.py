@@ -11,12 +11,13 @@ import torch
 from tests.winnow import reference
 from tests.winnow.drive import UNPRUNED, admit, assert_empty, ids, make_engine, prefill_all, spec
 from tests.winnow.test_prefill import prompt
+from winnow.decoder import DecoderModel
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.sequence import Reservation
 from winnow.errors import Overloaded, Preempted
 from winnow.kv import LayerKV
-from winnow.models import DecoderModel, load_model
+from winnow.models import load_model
 from winnow.request import SamplingParams, SequenceState, Token
 
 LONG = SamplingParams(max_tokens=160, temperature=0, ignore_eos=True)

@@ -54,6 +54,22 @@ def test_a_sequence_that_had_ended_says_nothing_more(engine: DecodeEngine) -> No
     assert_empty(engine)
 
 
+@pytest.mark.parametrize("num_done", [0, 3, 6])
+def test_what_ends_a_sequence_and_what_may_not_goes_on_too(
+    engine: DecodeEngine, num_done: int
+) -> None:
+    free = spec("r1", len(PROMPT), replace(SAMPLING, max_tokens=8))
+    admit(engine, free, PROMPT)
+    first, *_, last = ids(decode_all(engine)["r1"])
+    ends = replace(SAMPLING, max_tokens=20, min_tokens=7, stop_token_ids=frozenset({first, last}))
+    request = spec("r1", len(PROMPT), ends)
+    admit(engine, request, PROMPT)
+    tokens = decode_all(engine)["r1"]
+    assert not set(ids(tokens)[:7]) & ends.stop_token_ids
+    admit(engine, replace(request, replayed=(tuple(ids(tokens)[:num_done]),)), PROMPT)
+    assert decode_all(engine)["r1"] == tokens[num_done:]
+
+
 def test_log_probabilities_go_on_too(engine: DecodeEngine) -> None:
     request = spec("r1", len(PROMPT), replace(SAMPLING, num_logprobs=2, max_tokens=6))
     admit(engine, request, PROMPT)

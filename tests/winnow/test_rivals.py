@@ -16,12 +16,13 @@ from tests.winnow.test_methods import SMALL
 from tests.winnow.test_prefill import prompt
 from winnow import scoring
 from winnow.attention import PrefillAttention
+from winnow.decoder import DecoderModel
 from winnow.engine.prefill import run_prefill
 from winnow.kv import LayerKV
 from winnow.methods.base import LayerView
 from winnow.methods.h2o import keep_heavy_hitters
 from winnow.methods.pyramidinfer import context_lengths, context_scores
-from winnow.models import DecoderModel, load_model
+from winnow.models import load_model
 from winnow.request import PruningSettings
 from winnow.scoring import accumulated_attention
 

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from math import exp, log
 from types import MappingProxyType
 from typing import Any
@@ -86,6 +87,22 @@ def test_penalties_and_biases_change_the_logits_as_documented() -> None:
     assert logits.tolist() == [2.0, 2.0, -1.0, 0.0], "the caller's logits stay as they are"
 
 
+def test_no_end_token_is_sampled_before_min_tokens() -> None:
+    params = SamplingParams(max_tokens=9, min_tokens=2, temperature=1.5, logit_bias={3: 100})
+
+    def tokens(num_generated: int) -> set[int]:
+        history = TokenHistory(generated=[0] * num_generated)
+        return {
+            sample(LOGITS, params, at, history, seed=5, end_token_ids={3, 4}) for at in range(200)
+        }
+
+    assert [tokens(number) for number in range(3)] == [{0, 1, 2}, {0, 1, 2}, {3}]
+    greedy = replace(params, temperature=0)
+    assert sample(LOGITS, greedy, 0, TokenHistory(), seed=5, end_token_ids={3}) == 2
+    everything = range(len(LOGITS))
+    assert sample(LOGITS, params, 0, TokenHistory(), seed=5, end_token_ids=everything) in everything
+
+
 def test_logits_that_are_not_finite_are_an_error() -> None:
     with pytest.raises(EngineFailed, match="position 5 are not finite"):
         sample(torch.tensor([0.0, float("nan")]), SamplingParams(), 5, TokenHistory(), seed=0)
@@ -128,6 +145,12 @@ def test_settings_out_of_range_name_the_number_and_the_limit() -> None:
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"num_logprobs": 21}, r"logprobs is 21; the allowed range is \[0, 20\]"),
         ({"logit_bias": MappingProxyType({1: 101.0})}, "logit_bias is 101"),
+        ({"max_tokens": 4, "min_tokens": 5}, r"min_tokens is 5; the allowed range is \[0, 4\]"),
+        ({"min_tokens": -1}, "min_tokens is -1"),
+        (
+            {"stop_token_ids": frozenset(range(129))},
+            r"stop_token_ids is 129; the allowed range is",
+        ),
     ]
     for values, message in cases:
         with pytest.raises(InvalidSetting, match=message):

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
+from winnow.decoder import DecoderModel
 from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.kv_manager import KVManager
 from winnow.engine.kv_pool import KVPool, KVPoolConfig
@@ -20,7 +21,6 @@ from winnow.engine.runner import ModelRunner, StepResult
 from winnow.engine.scheduler import Schedule, Scheduler
 from winnow.engine.sequence import Reservation, Sequence
 from winnow.errors import EngineFailed, WinnowError
-from winnow.models import DecoderModel
 from winnow.request import SequenceState, Token
 
 logger = logging.getLogger(__name__)

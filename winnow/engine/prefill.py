@@ -12,10 +12,10 @@ from torch import Tensor
 
 from winnow import methods
 from winnow.attention import PrefillAttention
+from winnow.decoder import DecoderModel
 from winnow.errors import InvalidRequest, PromptTooLong
 from winnow.kv import LayerKV, pack_layer
 from winnow.methods.base import Cut, LayerView
-from winnow.models import DecoderModel
 from winnow.request import PrefillReport, PruningSettings
 
 Watch = Callable[[LayerView, Cut | None], None]
@@ -23,10 +23,14 @@ Watch = Callable[[LayerView, Cut | None], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrefillResult:
-    """final_hidden: [hidden_size], the last token's after the last layer, before the final norm."""
+    """final_hidden: [hidden_size], the last token's after the last layer, before the final norm.
+
+    hidden: [num_tokens, hidden_size], likewise of all tokens of the last layer, if asked for.
+    """
 
     final_hidden: Tensor
     report: PrefillReport
+    hidden: Tensor | None = None
 
 
 def run_prefill(
@@ -34,11 +38,13 @@ def run_prefill(
     token_ids: Sequence[int],
     settings: PruningSettings,
     watch: Watch | None = None,
+    *,
+    keep_hidden: bool = False,
 ) -> Generator[LayerKV | None, None, PrefillResult]:
     """Yields each layer's kept KV as soon as it is final; returns the result after the last.
 
     Layers of a first pass, of which nothing is kept, yield None.  watch: called after each layer
-    that the method was shown, with its cut.
+    that the method was shown, with its cut.  keep_hidden: the result has all hidden states.
 
     Raises InvalidRequest for an empty prompt or a token outside the vocabulary, PromptTooLong, and
     InvalidSetting for a layer that the model does not have.
@@ -48,7 +54,7 @@ def run_prefill(
     run = _PrefillRun(model, token_ids, settings, watch)
     while not run.finished:
         yield run.compute_layer()
-    return run.result()
+    return run.result(keep_hidden=keep_hidden)
 
 
 def require_prompt(model: DecoderModel, token_ids: Sequence[int]) -> None:
@@ -149,7 +155,7 @@ class _PrefillRun:
         cos, sin = self._rope
         self._rope = cos[:, cut.kept], sin[:, cut.kept]
 
-    def result(self) -> PrefillResult:
+    def result(self, *, keep_hidden: bool) -> PrefillResult:
         shape = self._model.shape
         full_layer_tokens = shape.num_layers * self._num_prompt_tokens
         report = PrefillReport(
@@ -164,4 +170,5 @@ class _PrefillRun:
             kv_bytes_kept=shape.kv_bytes(sum(self._layer_entries)),
             layer_entries=tuple(self._layer_entries),
         )
-        return PrefillResult(self._hidden[0, -1].clone(), report)
+        hidden = self._hidden[0]
+        return PrefillResult(hidden[-1].clone(), report, hidden if keep_hidden else None)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from winnow.attention import GatherBackend, StepAttention
+from winnow.decoder import DecoderModel
 from winnow.engine.kv_pool import KVPool
 from winnow.engine.sequence import Sequence
 from winnow.errors import EngineFailed
-from winnow.models import DecoderModel
 from winnow.request import Token
 
 
@@ -82,7 +82,7 @@ class ModelRunner:
 
     def _sample(self, seq: Sequence, logits: Tensor) -> Token | EngineFailed:
         try:
-            token = seq.take(logits)
+            token = seq.take(logits, self.model)
         except EngineFailed as error:
             return error
         return replace(token, finish_reason=seq.finish_reason(self.model))

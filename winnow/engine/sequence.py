@@ -11,12 +11,12 @@ from enum import Enum, auto
 
 from torch import Tensor
 
+from winnow.decoder import DecoderModel
 from winnow.engine.generation_spec import GenerationSpec, promise_for
 from winnow.engine.kv_manager import KVManager
 from winnow.engine.kv_pool import KVPool
 from winnow.engine.query_ring import QueryRing
 from winnow.kv import LayerKV
-from winnow.models import DecoderModel
 from winnow.request import FinishReason, SequenceState, Token
 from winnow.sampling import TokenHistory, sample, token_logprobs
 
@@ -241,7 +241,7 @@ class Sequence:
         """Whether the token just taken goes beyond those that are replayed."""
         return self.num_generated > len(self._replayed)
 
-    def take(self, logits: Tensor) -> Token:
+    def take(self, logits: Tensor, model: DecoderModel) -> Token:
         """The next token, sampled from logits [vocab_size] or replayed; raises NotFinite."""
         sampling = self.spec.sampling
         token_id = self._next_replayed()
@@ -252,6 +252,7 @@ class Sequence:
                 self.num_tokens,
                 self.history,
                 seed=sampling.seed + self.sequence_idx,
+                end_token_ids=sampling.stop_token_ids | model.eos_token_ids,
             )
         self.history.generated.append(token_id)
         self.num_tokens += 1
@@ -269,10 +270,10 @@ class Sequence:
 
     def finish_reason(self, model: DecoderModel) -> FinishReason | None:
         """Why the sequence ends with the token just taken, if it does."""
-        last = self.history.generated[-1]
-        if last in model.eos_token_ids and not self.spec.sampling.ignore_eos:
+        sampling = self.spec.sampling
+        if self.history.generated[-1] in sampling.ends(model.eos_token_ids):
             return FinishReason.STOP
-        at_limit = self.num_generated >= self.spec.sampling.max_tokens
+        at_limit = self.num_generated >= sampling.max_tokens
         if at_limit or self.num_tokens >= model.max_positions:
             return FinishReason.LENGTH
         return None

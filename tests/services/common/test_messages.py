@@ -27,7 +27,9 @@ float32 = st.floats(-2, 2, width=32)
 @given(
     st.builds(
         SamplingParams,
-        max_tokens=st.integers(1, 2**31 - 1),
+        max_tokens=st.integers(5, 2**31 - 1),
+        min_tokens=st.integers(0, 5),
+        stop_token_ids=st.frozensets(st.integers(0, 2**32 - 1), max_size=5),
         temperature=st.floats(0, 2, width=32),
         top_p=st.floats(0.5, 1, width=32),
         top_k=st.integers(0, 2**31 - 1),

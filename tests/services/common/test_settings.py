@@ -34,6 +34,27 @@ def test_pruning_settings_of_all_sources_are_joined(
     assert settings.pruning == {"kv_budget": 100, "threshold": 0.6, "min_layer": 3}
 
 
+def test_variables_of_the_chat_template_of_all_sources_are_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "winnow.yaml"
+    file.write_text("chat_template_kwargs: {enable_thinking: true, style: [a]}\n")
+    monkeypatch.setenv("WINNOW_CHAT_TEMPLATE_KWARGS", '{"date": "today"}')
+    settings = load_settings({"chat_template_kwargs": {"enable_thinking": False}}, file)
+    expected = {"enable_thinking": False, "style": ["a"], "date": "today"}
+    assert settings.chat_template_kwargs == expected
+
+
+def test_a_folder_of_a_generation_config_becomes_absolute_and_a_word_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("auto", "none", "vllm", "own"):
+        (tmp_path / name).mkdir()
+        settings = load_settings({"generation_config": name})
+        assert settings.generation_config == (str(tmp_path / "own") if name == "own" else name)
+
+
 def test_variable_names_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WINNOW_CONFIG", str(file))
     assert load_settings().port == 1
@@ -67,6 +88,24 @@ def test_a_relative_model_folder_becomes_absolute(
     assert settings.served_name == "my-model"
 
 
+@pytest.mark.parametrize("value", ["https://a.b, http://localhost:3000", "https://a.b", "*", ""])
+def test_origins_are_one_text_or_a_list(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WINNOW_CORS_ALLOWED_ORIGINS", value)
+    expected = tuple(value.split(", ")) if value else ()
+    assert load_settings().cors_allowed_origins == expected
+    assert load_settings({"cors_allowed_origins": list(expected)}).cors_allowed_origins == expected
+
+
+@pytest.mark.parametrize("silence", ["0", "null"])
+def test_comments_in_streams_can_be_switched_off(
+    silence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WINNOW_SSE_KEEPALIVE_S", silence)
+    assert not load_settings().sse_keepalive_s
+
+
 @pytest.mark.parametrize(
     ("variables", "complaint"),
     [
@@ -75,6 +114,11 @@ def test_a_relative_model_folder_becomes_absolute(
         ({"WINNOW_PORT": "70000"}, "less than or equal to 65535"),
         ({"WINNOW_PRUNING": "{"}, "environment is malformed"),
         ({"WINNOW_PRUNING": '{"budget": 1}'}, "'budget' is not a pruning setting"),
+        ({"WINNOW_CORS_ALLOWED_ORIGINS": "https://a.b/"}, "'https://a.b/' is neither * nor like"),
+        ({"WINNOW_CORS_ALLOWED_ORIGINS": "a.b"}, "'a.b' is neither * nor like"),
+        ({"WINNOW_CORS_ALLOWED_ORIGINS": "null"}, "cors_allowed_origins is None"),
+        ({"WINNOW_MAX_TOKENS_POLICY": "cut"}, "setting max_tokens_policy is 'cut'"),
+        ({"WINNOW_SSE_KEEPALIVE_S": "-1"}, "greater than or equal to 0"),
         ({"WINNOW_NAMESPACE": "a b"}, "setting namespace is 'a b'"),
         ({"WINNOW_CONFIG": "/does/not/exist"}, "/does/not/exist cannot be read"),
     ],
@@ -144,3 +188,8 @@ def test_settings_travel_between_processes() -> None:
 def test_workers_share_the_cores_unless_told_otherwise() -> None:
     assert Settings(num_threads=3).threads_per_worker(2) == 3
     assert Settings().threads_per_worker(10_000) == 1
+
+
+def test_a_model_s_name_may_be_too_long_for_a_path() -> None:
+    """It is refused where models are, in one line."""
+    assert Settings(model="a" * 5000).model == "a" * 5000

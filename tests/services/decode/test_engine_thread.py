@@ -9,11 +9,12 @@ from services.decode.engine_thread import EngineThread
 from services.decode.metrics import DecodeMetrics
 from tests.services.decode.client import GREEDY, PROMPT
 from tests.winnow.drive import UNPRUNED, admit, prefill_all, spec
+from winnow.decoder import DecoderModel
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.kv_pool import KVPool, KVPoolConfig
 from winnow.engine.outputs import StepOutput
 from winnow.errors import EngineFailed, NotFinite, WinnowError
-from winnow.models import DecoderModel, load_model
+from winnow.models import load_model
 
 
 class BreaksOnce(DecodeEngine):

@@ -199,6 +199,11 @@ async def test_what_can_never_fit_is_invalid(start_worker: StartWorker) -> None:
             "logit_bias",
         ),
         (
+            {"sampling": sampling_to_proto(replace(GREEDY, stop_token_ids=frozenset({99_999})))},
+            "stop_token_ids",
+        ),
+        ({"sampling": pb.SamplingParams(max_tokens=1, min_tokens=2, top_p=1)}, "min_tokens"),
+        (
             {"sampling": sampling_to_proto(replace(GREEDY, repetition_penalty=2))},
             "prompt_token_ids",
         ),

@@ -19,8 +19,8 @@ from services.decode.worker import DecodeWorker
 from tests.services.decode.client import GREEDY, Client, error_of, token_ids_of
 from tests.services.decode.conftest import StartWorker
 from tests.services.exposed import value
+from winnow.decoder import DecoderModel
 from winnow.errors import InvalidSetting, NoDecodeWorker, NotFinite, UnusableModel
-from winnow.models import DecoderModel
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire import WIRE_VERSIONS
 

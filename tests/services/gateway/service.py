@@ -172,7 +172,7 @@ async def _start_worker(running: AsyncExitStack, settings: Settings) -> DecodeWo
 
 def _start_prefill(running: AsyncExitStack, settings: Settings) -> QueuePrefiller:
     queue = PrefillQueue(
-        load_model(settings.model),
+        load_model(settings.model, max_model_len=settings.max_model_len),
         PrefillMetrics("tiny"),
         max_waiting=settings.max_waiting_prefills,
         num_threads=1,

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from tests.services.gateway.service import MODEL_NAME, TestService
 from tests.winnow import reference
-from winnow.tokenizer import TextStream, Tokenizer
+from winnow.text_stream import TextStream
+from winnow.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

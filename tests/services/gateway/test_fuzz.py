@@ -66,7 +66,9 @@ async def test_whatever_comes_over_rest_has_an_answer(service: TestService) -> N
     requests = drawn_requests()
     for path, body in requests:
         async with asyncio.timeout(30):
-            response = await service.http.post(path, content=body)
+            response = await service.http.post(
+                path, content=body, headers={"content-type": "application/json"}
+            )
         if response.status_code != 200:
             error = response.json()["error"]
             assert 400 <= response.status_code < 500, (path, body, error)

@@ -171,11 +171,11 @@ REFUSALS: list[tuple[dict[str, Any], grpc.StatusCode, str, str | None, str]] = [
         "at least 1",
     ),
     (
-        {"echo": True, "logprobs": 1},
+        {"max_tokens": 0},
         grpc.StatusCode.INVALID_ARGUMENT,
-        "unsupported_parameter",
-        "echo",
-        "echo together",
+        "invalid_value",
+        "max_tokens",
+        "the allowed range is 1 to",
     ),
 ]
 

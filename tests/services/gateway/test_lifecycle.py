@@ -18,8 +18,9 @@ from services.decode.generate import GenerateServicer
 from services.decode.worker import DecodeWorker
 from services.gateway import lifecycle
 from services.gateway.generation import PromptRequest
-from services.gateway.lifecycle import PromptRun, Service
+from services.gateway.lifecycle import PromptRun
 from services.gateway.routing import Router
+from services.gateway.run import Service
 from services.gateway.states import State
 from tests.services.gateway.service import TestService, running_service
 from tests.winnow.drive import UNPRUNED
@@ -147,7 +148,7 @@ async def test_a_lost_prefill_worker_costs_no_try(service: TestService, parts: S
 async def test_prefill_that_stays_lost_ends_the_prompt(
     service: TestService, parts: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.gateway.lifecycle._PREFILL_PATIENCE_S", 0.5)
+    monkeypatch.setattr("services.gateway.run._PREFILL_PATIENCE_S", 0.5)
     error = PrefillLost("lost")
     service.prefiller.failures = [error] * 10
     assert await failure(make_run(parts)) is error

@@ -28,6 +28,8 @@ def limits(model_path: Path, **changes: Any) -> Limits:
         ({"max_decode_budget": 512}, "decode_budget is unlimited; the operator's cap"),
         ({"pruning": {"min_layer": 9, "observed_layers": 2}}, "min_layer is 9; the allowed range"),
         ({"pruning": {"kv_budget": 8, "window_size": 8}}, "it must be above window_size, 8"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs has 'messages'"),
+        ({"generation_config": "nowhere"}, "generation_config is 'nowhere'; it must be auto, none"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused_at_the_start(
@@ -51,6 +53,39 @@ def test_default_length_is_what_context_and_operator_leave(model_path: Path) -> 
     assert ours.max_tokens(None, None, 100, "max_tokens") == 500
     assert ours.max_tokens(None, None, 8000, "max_tokens") == 192
     assert ours.max_tokens(None, 16, 8190, "max_tokens") == 2
+
+
+@pytest.mark.parametrize("asked", [501, 10**9])
+def test_too_many_tokens_are_refused_by_default_and_clamped_where_the_operator_says(
+    model_path: Path, asked: int
+) -> None:
+    refusing = limits(model_path, max_new_tokens=500)
+    with pytest.raises(InvalidSetting, match="the allowed range is 1 to 500"):
+        refusing.max_tokens(asked, None, 100, "max_tokens")
+    clamping = limits(model_path, max_new_tokens=500, max_tokens_policy="clamp")
+    assert clamping.max_tokens(asked, None, 100, "max_tokens") == 500
+    assert clamping.max_tokens(7, None, 100, "max_tokens") == 7
+
+
+def test_clamping_also_fits_an_answer_into_the_context(model_path: Path) -> None:
+    refusing = limits(model_path)
+    with pytest.raises(PromptTooLong, match="make 8,193; the model's limit is 8,192"):
+        refusing.max_tokens(193, None, 8000, "max_tokens")
+    clamping = limits(model_path, max_tokens_policy="clamp")
+    assert clamping.max_tokens(193, None, 8000, "max_tokens") == 192
+    assert clamping.max_tokens(4096, None, 8191, "max_tokens") == 1
+
+
+def test_clamping_makes_no_tokens_of_none(model_path: Path) -> None:
+    clamping = limits(model_path, max_tokens_policy="clamp")
+    for asked in (0, -1):
+        with pytest.raises(InvalidSetting, match="the allowed range is 1 to 4,096"):
+            clamping.max_tokens(asked, None, 8, "max_tokens")
+
+
+def test_the_longest_answer_is_the_operators_or_the_models(model_path: Path) -> None:
+    assert limits(model_path, max_new_tokens=500).max_output_tokens == 500
+    assert limits(model_path, max_new_tokens=10**6).max_output_tokens == 8191
 
 
 def test_a_text_far_over_the_limit_is_not_tokenized_whole(model_path: Path) -> None:

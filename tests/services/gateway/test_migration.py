@@ -17,7 +17,8 @@ from services.decode import take_over
 from services.decode.take_over import Fetcher
 from services.decode.worker import DecodeWorker
 from services.gateway import lifecycle
-from services.gateway.lifecycle import PromptRun, Service
+from services.gateway.lifecycle import PromptRun
+from services.gateway.run import Service
 from services.gateway.states import State
 from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
@@ -168,7 +169,12 @@ async def test_a_full_prefill_queue_does_not_end_a_prompt_that_runs(
         await service.until_idle()
 
 
-async def test_a_client_sees_one_stream(model_path: Path, redis_url: str) -> None:
+@pytest.mark.parametrize(
+    "ending", [{}, {"stop_token_ids": [2, 300], "min_tokens": 300, "ignore_eos": False}]
+)
+async def test_a_client_sees_one_stream(
+    model_path: Path, redis_url: str, ending: dict[str, Any]
+) -> None:
     async with running_service(model_path, redis_url, num_workers=2) as service:
 
         async def stream(kill: bool) -> tuple[str, list[float]]:
@@ -180,7 +186,7 @@ async def test_a_client_sees_one_stream(model_path: Path, redis_url: str) -> Non
                 seed=3,
                 logprobs=1,
                 stream=True,
-                extra_body={"ignore_eos": True},
+                extra_body={"ignore_eos": True} | ending,
             )
             async for chunk in chunks:
                 text += chunk.choices[0].text

@@ -36,7 +36,7 @@ CHECKS = [
 NEEDED = {
     "/v1/completions": ["prompt"],
     "/v1/chat/completions": ["messages"],
-    "/tokenize": [],
+    "/tokenize": ["prompt"],
     "/detokenize": ["tokens"],
 }
 FULL: dict[str, dict[str, Any]] = {
@@ -45,6 +45,7 @@ FULL: dict[str, dict[str, Any]] = {
         "messages": [{"role": "user", "content": "a"}],
         "logprobs": True,
         "top_logprobs": 2,
+        "stop_token_ids": [*range(4, 100)],
     },
 }
 
@@ -107,7 +108,8 @@ def ask_all(operation: schemathesis.APIOperation, url: str, mode: GenerationMode
     )
     def ask(case: schemathesis.Case, num_wishes: int) -> None:
         if mode is GenerationMode.POSITIVE and operation.method == "post":
-            needed = {name: case.body.pop(name) for name in NEEDED[operation.path]}
+            names = [name for name in NEEDED[operation.path] if name in case.body]
+            needed = {name: case.body.pop(name) for name in names}
             wishes = sorted(case.body.items())[:num_wishes]
             case.body = needed | dict(wishes) | {"model": MODEL_NAME}
         response = case.call(base_url=url, timeout=60)

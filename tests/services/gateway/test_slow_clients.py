@@ -24,8 +24,8 @@ async def test_a_body_that_drips_is_cut_off(
     monkeypatch.setattr(json_body, "BODY_TIMEOUT_S", 0.5)
     host, _, port = service.url.removeprefix("http://").partition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-length: 1000\r\n\r\n{{"
-    writer.write(head.encode())
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-length: 1000\r\n"
+    writer.write(f"{head}content-type: application/json\r\n\r\n{{".encode())
     async with asyncio.timeout(10):
         answer = await reader.readline()
         assert b" 408 " in answer

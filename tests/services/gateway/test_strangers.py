@@ -74,8 +74,9 @@ async def test_a_failure_inside_is_told_by_its_kind_alone(
 
 
 async def failed(service: TestService, way: str) -> str:
+    """A stream has been admitted by then, so that it tells as its last event."""
     response = await service.http.post(COMPLETIONS, json=BODY | {"stream": way == "stream"})
-    assert response.status_code >= 500
+    assert response.status_code == 200 if way == "stream" else response.status_code >= 500
     return response.text + str(response.headers)
 
 
@@ -109,7 +110,9 @@ async def test_a_compressed_body_is_not_unpacked(service: TestService, encoding:
     bomb = gzip.compress(json.dumps(BODY | {"prompt": "a" * (64 << 20)}).encode())
     assert len(bomb) < 100_000
     refused = await service.http.post(
-        COMPLETIONS, content=bomb, headers={"content-encoding": encoding}
+        COMPLETIONS,
+        content=bomb,
+        headers={"content-type": "application/json", "content-encoding": encoding},
     )
     assert refused.status_code == 415
     assert refused.json()["error"]["code"] == "body_encoded"
@@ -151,7 +154,7 @@ async def test_a_body_announced_longer_than_memory_is_refused(
     host, _, port = service.url.removeprefix("http://").partition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: " + length)
-    writer.write(b"\r\n\r\n{")
+    writer.write(b"\r\ncontent-type: application/json\r\n\r\n{")
     async with asyncio.timeout(10):
         assert re.match(rb"HTTP/1.1 4(00|13) ", await reader.readline())
     writer.close()
@@ -219,7 +222,7 @@ async def test_pages_of_others_get_no_leave(service: TestService) -> None:
         await service.http.options(COMPLETIONS, headers=origin | preflight),
         await service.http.post(COMPLETIONS, json=BODY, headers=origin),
     ]
-    assert [answer.status_code for answer in answers] == [405, 200]
+    assert [answer.status_code for answer in answers] == [204, 200]
     for answer in answers:
         assert not [name for name in answer.headers if name.startswith("access-control-")]
 

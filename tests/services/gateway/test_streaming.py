@@ -117,12 +117,16 @@ async def test_a_stop_string_is_never_streamed(service: TestService) -> None:
     assert reasons[-1] == "stop"
 
 
-async def test_an_error_before_the_first_token_has_its_http_status(service: TestService) -> None:
+async def test_an_error_before_the_first_token_is_the_streams_only_event(
+    service: TestService,
+) -> None:
     failure = PrefillFailed("the engine is on fire")
     service.prefiller.failures = [failure, failure]
     response = await service.http.post("/v1/completions", json=BODY)
-    assert response.status_code == 502
-    assert response.json()["error"]["code"] == "prefill_failed"
+    assert response.status_code == 200
+    event, end = response.text.split("\n\n")
+    assert json.loads(event.removeprefix("data: "))["error"]["code"] == "prefill_failed"
+    assert end == ""
 
 
 async def test_an_error_in_mid_stream_is_the_streams_last_event(

@@ -8,7 +8,8 @@ import pytest
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
 from tests.services.prefill.receiver import GRANT, Receiver
-from winnow.models import DecoderModel, load_model
+from winnow.decoder import DecoderModel
+from winnow.models import load_model
 from winnow.request import PrefillJob, PruningSettings
 
 NUM_TOKENS = 300

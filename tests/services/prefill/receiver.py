@@ -8,9 +8,9 @@ import grpc
 import torch
 
 from services.common.rpc import abort, server_options
+from winnow.decoder import DecoderModel
 from winnow.errors import WinnowError
 from winnow.kv import LayerKV
-from winnow.models import DecoderModel
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire import WIRE_VERSIONS, Expected, Grant, Header, Trailer, TransferDecoder
 

@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import CancelledError
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from services.prefill.queue import PrefillQueue
 from tests.services.exposed import samples, value
 from tests.services.prefill.conftest import NUM_TOKENS, PRUNING, MakeJob
 from tests.services.prefill.receiver import Receiver
+from winnow.decoder import DecoderModel
 from winnow.engine.prefill import run_prefill
+from winnow.engine.prompt_logprobs import prompt_logprobs
 from winnow.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -22,7 +25,6 @@ from winnow.errors import (
     PrefillFailed,
     StaleAttempt,
 )
-from winnow.models import DecoderModel
 
 TIMEOUT_S = 30
 
@@ -241,3 +243,61 @@ def test_a_worker_that_answers_too_early_is_a_failed_prefill(
     receiver.stop_after_layer = 0
     with pytest.raises(PrefillFailed):
         queue.submit(make_job()).result(TIMEOUT_S)
+
+
+SCORED: dict[str, Any] = {
+    "kv_address": None,
+    "ticket": None,
+    "pruning": replace(PRUNING, method="full"),
+    "num_prompt_logprobs": 2,
+}
+
+
+def test_a_prompt_that_is_only_scored_is_sent_to_nobody(
+    queue: PrefillQueue, metrics: PrefillMetrics, receiver: Receiver, make_job: MakeJob
+) -> None:
+    outcome = queue.submit(make_job(**SCORED)).result(TIMEOUT_S)
+    assert outcome.prompt_logprobs is not None
+    assert len(outcome.prompt_logprobs.logprobs) == NUM_TOKENS - 1
+    assert {len(ids) for ids in outcome.prompt_logprobs.top_ids} == {2}
+    assert (outcome.timings.wire_bytes, outcome.timings.transfer_s) == (0, 0)
+    assert outcome.report.no_selection_reason == "off"
+    assert receiver.headers == []
+    text = render(metrics.registry).decode()
+    assert value(text, "winnow_prefill_compute_seconds_count") == 1.0
+    assert value(text, "winnow_transfer_seconds_count") == 0.0
+
+
+def test_a_prompt_that_is_also_generated_from_is_scored_before_its_end_is_sent(
+    queue: PrefillQueue, receiver: Receiver, make_job: MakeJob
+) -> None:
+    alone = queue.submit(make_job("alone", **SCORED)).result(TIMEOUT_S)
+    job = make_job("both", pruning=SCORED["pruning"], num_prompt_logprobs=2)
+    both = queue.submit(job).result(TIMEOUT_S)
+    assert both.prompt_logprobs == alone.prompt_logprobs
+    assert len(receiver.trailers) == 1
+    plain = queue.submit(make_job("plain")).result(TIMEOUT_S)
+    assert plain.prompt_logprobs is None
+
+
+def test_cancelling_between_two_blocks_of_log_probabilities_ends_it_there(
+    queue: PrefillQueue, model: DecoderModel, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, blocks = model.logits, []
+    submitted = threading.Event()
+
+    def cancelling(hidden: torch.Tensor) -> torch.Tensor:
+        blocks.append(len(hidden))
+        assert submitted.wait(TIMEOUT_S)
+        outcome.cancel()
+        return logits(hidden)
+
+    small_blocks = partial(prompt_logprobs, max_logits=100 * model.vocab_size)
+    monkeypatch.setattr("services.prefill.queue.prompt_logprobs", small_blocks)
+    monkeypatch.setattr(model, "logits", cancelling)
+    outcome = queue.submit(make_job(**SCORED))
+    submitted.set()
+    queue.submit(make_job("next")).result(TIMEOUT_S)
+    with pytest.raises(CancelledError):
+        outcome.result()
+    assert blocks == [100]

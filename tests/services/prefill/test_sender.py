@@ -10,9 +10,9 @@ from services.prefill.channels import Channels
 from services.prefill.sender import LAYERS_AHEAD, Delivered, Push
 from tests.services.prefill.conftest import NUM_TOKENS, PRUNING, MakeJob
 from tests.services.prefill.receiver import GRANT, Receiver
+from winnow.decoder import DecoderModel
 from winnow.engine.prefill import PrefillResult, run_prefill
 from winnow.errors import DeliveryFailed, PrefillFailed, RequestCancelled, WinnowError
-from winnow.models import DecoderModel
 from winnow.wire import Header, TransferEncoder
 
 
@@ -38,9 +38,9 @@ def ends() -> "SimpleQueue[Delivered | WinnowError]":
 
 
 def test_a_stalled_worker_stops_the_engine_s_wait(
-    model: DecoderModel, ends: "SimpleQueue[Delivered | WinnowError]", make_job: MakeJob
+    model: DecoderModel, ends: "SimpleQueue[Delivered | WinnowError]"
 ) -> None:
-    push = Push(make_job(), encoder(model), ends.put, stall_timeout_s=0.2)
+    push = Push("127.0.0.1:1", encoder(model), ends.put, stall_timeout_s=0.2)
     layers = list(run_prefill(model, range(1, NUM_TOKENS + 1), PRUNING))
     started_s = time.monotonic()
     with pytest.raises(PrefillFailed, match=r"took no KV for 0.2 s"):
@@ -63,7 +63,7 @@ def test_a_worker_that_takes_everything_and_says_nothing_is_not_waited_for(
 
     receiver.before_layer = wait
     channels = Channels()
-    push = Push(make_job(), encoder(model), ends.put, stall_timeout_s=0.5)
+    push = Push(receiver.address, encoder(model), ends.put, stall_timeout_s=0.5)
     push.open(channels, timeout_s=30)
     push.finish(hand_over(push, model))
     end = ends.get(timeout=20)
@@ -80,7 +80,7 @@ def test_aborting_wakes_the_engine_and_the_receiver(
     receiver: Receiver,
 ) -> None:
     channels = Channels()
-    push = Push(make_job(), encoder(model), ends.put)
+    push = Push(receiver.address, encoder(model), ends.put)
     push.open(channels, timeout_s=30)
     abort = threading.Timer(0.1, push.abort, [RequestCancelled("gone")])
     abort.start()

@@ -1,0 +1,30 @@
+"""Parameters that are taken and change nothing: what other servers bill, store or look up by them.
+
+Only their types are checked. docs/api.md lists them.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel
+
+
+class WithoutEffect(BaseModel):
+    """Of completions and chat alike, since clients do not tell them apart."""
+
+    # OpenAI's
+    metadata: dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    prediction: dict[str, Any] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+    reasoning_effort: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    store: bool | None = None
+    user: str | None = None
+    verbosity: str | None = None
+    # vLLM's
+    cache_salt: str | None = None
+    include_reasoning: bool | None = None
+    priority: int | None = None

@@ -1,0 +1,209 @@
+"""A conversation as one text, by the model's chat template."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+from jinja2 import Template, TemplateError, TemplateSyntaxError
+
+from winnow.errors import InvalidRequest, InvalidSetting
+from winnow.marked_text import CLIENT, FINAL, MarkedText, joined, mark
+from winnow.template_environment import TemplateEnvironment, bounded_time
+
+Message = Mapping[str, Any]
+# What a template gets by these names is not a client's to choose.
+RESERVED = frozenset(
+    {
+        *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
+        *("chat_template", "conversation", "tokenize", "raise_exception", "strftime_now"),
+    }
+)
+_MAX_REASON_CHARS = 300
+_DEFAULT = "default"
+# With messages like these a template shows what it reads, and what it writes around them.
+_PROBE = "winnowprobe"
+_PROBED: Mapping[str, Sequence[str]] = {
+    "user": ("user",),
+    "system": ("system", "user"),
+    "assistant": ("user", "assistant", "user"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """How a conversation becomes a prompt.
+
+    add_generation_prompt: it ends where the assistant's answer begins; None: unless the final
+    message is continued.  continue_final_message: it ends where the last message's text does.
+    template_kwargs: the template's variables, as a client names them.
+    """
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    template_kwargs: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        if self.add_generation_prompt and self.continue_final_message:
+            raise InvalidRequest(
+                "add_generation_prompt and continue_final_message are both true; an answer either "
+                "begins a message or goes on with one",
+                param="continue_final_message",
+            )
+        require_template_kwargs(self.template_kwargs)
+
+    @property
+    def begins_answer(self) -> bool:
+        if self.add_generation_prompt is None:
+            return not self.continue_final_message
+        return self.add_generation_prompt
+
+
+def require_template_kwargs(kwargs: Mapping[str, Any]) -> None:
+    """Raise InvalidSetting for a name that has a meaning of its own."""
+    for name in kwargs:
+        if name in RESERVED:
+            raise InvalidSetting(
+                f"chat_template_kwargs has {name!r}, a name that has a meaning of its own",
+                param="chat_template_kwargs",
+            )
+
+
+class ChatTemplate:
+    """A model's chat template; usable from any thread.
+
+    sources: Jinja, by name.  variables: the tokenizer's own, like bos_token.
+    kwargs: the operator's chat_template_kwargs, under a request's.
+    allow_special_tokens: what clients write counts as the template's own words.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, str],
+        variables: Mapping[str, str],
+        kwargs: Mapping[str, Any],
+        *,
+        allow_special_tokens: bool,
+    ) -> None:
+        require_template_kwargs(kwargs)
+        self._sources = sources
+        self._variables = {**variables, **kwargs}
+        self._client = 0 if allow_special_tokens else CLIENT
+
+    def render(self, messages: Sequence[Message], options: ChatOptions) -> str:
+        """The conversation's text, marked where a client wrote it.
+
+        messages: each with `role`, and `content` as a text or a list of parts.
+        Raises InvalidRequest if the template cannot be used, or refuses them.
+        """
+        marks = [self._client] * len(messages)
+        if options.continue_final_message and messages:
+            marks[-1] |= FINAL
+        rendered = self._render(
+            list(map(self._message, messages, marks)),
+            begins_answer=options.begins_answer,
+            kwargs=options.template_kwargs,
+        )
+        return _up_to_final(rendered) if options.continue_final_message else rendered
+
+    def samples(self) -> Iterator[str]:
+        """Plain conversations as the template writes them, without the beginning of an answer."""
+        for roles in _PROBED.values():
+            messages = [{"role": role, "content": _PROBE} for role in roles]
+            with contextlib.suppress(InvalidRequest):  # no such role, or in another order alone
+                yield self.render(messages, ChatOptions(add_generation_prompt=False))
+
+    def _render(
+        self, messages: Sequence[Message], *, begins_answer: bool, kwargs: Mapping[str, Any]
+    ) -> str:
+        own = {"messages": messages, "tools": None, "documents": None}
+        template = self._template
+        try:
+            context = {**self._variables, **self._marked(kwargs), **own}
+            with bounded_time():
+                return template.render(context, add_generation_prompt=begins_answer)
+        except TemplateError as error:
+            reason = error.message or type(error).__name__
+        except Exception as error:  # a template is a program, and may fail like one
+            reason = f"{type(error).__name__}: {error}"
+        reason = " ".join(reason.split())[:_MAX_REASON_CHARS]
+        raise InvalidRequest(
+            f"the model's chat template refuses the messages: {reason}", param="messages"
+        )
+
+    @cached_property
+    def _template(self) -> Template:
+        try:
+            return TemplateEnvironment().from_string(self._source())
+        except TemplateSyntaxError as error:
+            raise InvalidRequest(
+                f"the model's chat template is broken: line {error.lineno}: {error.message}",
+                param="messages",
+            ) from error
+
+    def _source(self) -> str:
+        """The one by the name of default, or the only one."""
+        if len(self._sources) == 1:
+            return next(iter(self._sources.values()))
+        if _DEFAULT not in self._sources:
+            raise InvalidRequest(
+                f"the model has chat templates {', '.join(sorted(self._sources))}, but none is "
+                f"its {_DEFAULT}",
+                param="messages",
+            )
+        return self._sources[_DEFAULT]
+
+    def _message(self, message: Message, marks: int) -> Message:
+        """As the template reads it: what is null is left out, the role alone is not a client's."""
+        own = {name: value for name, value in message.items() if value is not None}
+        role, content = own.pop("role"), own.pop("content")
+        parts = [content] if isinstance(content, str) else [part["text"] for part in content]
+        texts = [mark(text, marks) if marks else text for text in parts]
+        return {
+            "role": role,
+            "content": _as_parts(texts) if role in self._roles_of_parts else joined(texts),
+            **{name: self._marked(value) for name, value in own.items()},
+        }
+
+    def _marked(self, value: Any) -> Any:  # noqa: ANN401 - what JSON can hold
+        return mark(value, self._client) if self._client else value
+
+    @cached_property
+    def _roles_of_parts(self) -> frozenset[str]:
+        """The roles whose content the template reads as a list of parts, and not as a text."""
+        found: set[str] = set()
+        for role in _PROBED:
+            if not self._shows(role, found) and self._shows(role, found | {role}):
+                found.add(role)
+        return frozenset(found)
+
+    def _shows(self, role: str, roles_of_parts: Set[str]) -> bool:
+        """Whether the text of such a message is in a conversation."""
+        messages = []
+        for one in _PROBED[role]:
+            text = _PROBE if one == role else "x"
+            content = _as_parts([text]) if one in roles_of_parts else text
+            messages.append({"role": one, "content": content})
+        try:
+            return _PROBE in self._render(messages, begins_answer=True, kwargs={}).lower()
+        except InvalidRequest:  # it has no such role, or wants another order
+            return False
+
+
+def _as_parts(texts: Iterable[str]) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def _up_to_final(rendered: str) -> str:
+    """The text up to where the last message's own ends."""
+    marks = rendered.marks if isinstance(rendered, MarkedText) else b""
+    end = max(marks.rfind(bytes([one])) for one in (FINAL, CLIENT | FINAL)) + 1
+    if not end:
+        raise InvalidRequest(
+            "continue_final_message is true, but the chat template shows no text of the last "
+            "message",
+            param="continue_final_message",
+        )
+    return rendered[:end]

@@ -1,0 +1,148 @@
+"""Whether a checkpoint is what its configuration claims, found out before its weights are read.
+
+The network is built on torch's meta device, where tensors have shapes but no numbers, so this takes
+no memory and little time. transformers' own loader, which knows each family's renamed and fused
+tensors, is given the files' tables in place of the files.
+"""
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from winnow.dry_run import RECORDER, require_decoder, require_known_attention, require_plain_loop
+from winnow.errors import UnusableModel
+from winnow.folder_errors import as_unusable
+from winnow.model_files import ModelDescription, load_config
+from winnow.weight_files import StoredTensor, stored_tensors
+
+_META = torch.device("meta")
+_NAMES_SHOWN = 5
+
+
+def require_sound(description: ModelDescription) -> None:
+    """Raise UnusableModel unless the files hold this network, and Winnow can run its layers."""
+    with as_unusable(f"model folder {description.path} cannot be loaded"):
+        config = load_config(description.path)
+        stored = stored_tensors(description.path, getattr(config, "transformers_weights", None))
+        _require_layers(description, stored)
+        network = _empty_network(config)
+        require_decoder(description, network)
+        if getattr(config, "quantization_config", None) is None:
+            _require_all_placed(description, network, stored)
+        require_known_attention(description, network)
+        require_plain_loop(description, network)
+
+
+def _require_layers(description: ModelDescription, stored: Collection[str]) -> None:
+    """A configuration with a wrong number could otherwise ask for any number of layers."""
+    if description.shape.num_layers > len(stored):
+        raise UnusableModel(
+            f"{description.path} has {len(stored)} tensors, but config.json says that there are "
+            f"{description.shape.num_layers} layers"
+        )
+
+
+def _empty_network(config: Any) -> Any:  # noqa: ANN401 - each family has its own class
+    try:
+        with _META:
+            network: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, attn_implementation=RECORDER, trust_remote_code=False
+            )
+    except KeyError as error:
+        if error.args != (RECORDER,):
+            raise
+        raise UnusableModel(
+            f"{config.name_or_path} is a {config.model_type}, whose attention cannot be replaced"
+        ) from error
+    return network.eval()
+
+
+def _require_all_placed(
+    description: ModelDescription,
+    network: Any,  # noqa: ANN401
+    stored: Mapping[str, StoredTensor],
+) -> None:
+    """Let transformers put the files' tensors into the network, as it would the real ones."""
+    tensors = {k: torch.empty(t.shape, dtype=t.dtype, device=_META) for k, t in stored.items()}
+    wanted = {name: tensor.dtype for name, tensor in network.state_dict().items()}
+    loading = LoadStateDictConfig(
+        device_map={"": _META},
+        weight_mapping=get_model_conversion_mapping(network),  # type: ignore[arg-type]
+        dtype=network.dtype,
+    )
+    with _no_progress_bar():
+        found, _ = convert_and_load_state_dict_in_model(network, tensors, loading)
+    missing = found.missing_keys - _tied_to_what_is_there(network, found.missing_keys)
+    network._adjust_missing_and_unexpected_keys(found)  # takes the declared leftovers out
+    require_complete(
+        description,
+        missing,
+        found.unexpected_keys,
+        other_shapes=[f"{k} {list(has)} for {list(is_)}" for k, has, is_ in found.mismatched_keys],
+        not_converted=found.conversion_errors,
+        whole_numbers=[
+            f"{name} of {tensor.dtype}"
+            for name, tensor in stored.items()
+            if name in wanted
+            and wanted[name].is_floating_point
+            and not tensor.dtype.is_floating_point
+        ],
+    )
+
+
+def require_complete(
+    description: ModelDescription,
+    missing: Collection[str],
+    unexpected: Collection[str],
+    *,
+    other_shapes: Collection[str] = (),
+    not_converted: Collection[str] = (),
+    whole_numbers: Collection[str] = (),
+) -> None:
+    """Raise UnusableModel unless every parameter came from the files, and every tensor has a place.
+
+    Excepted are parameters tied to one that is there, and tensors that transformers declares to be
+    leftovers: rotary frequencies of old checkpoints, layers that only speculate, and the like.
+    """
+    defects = (
+        ("parameters of the network that are in no file", missing),
+        ("tensors of the files that have no place in the network", unexpected),
+        ("tensors of another shape than config.json says", other_shapes),
+        ("tensors that cannot be converted to what the network needs", not_converted),
+        ("tensors of whole numbers, with no quantization in config.json", whole_numbers),
+    )
+    reasons = [f"{what}: {len(names)} ({_some(names)})" for what, names in defects if names]
+    if reasons:
+        raise UnusableModel(f"{description.path} is not what it claims: {'; '.join(reasons)}")
+
+
+def _tied_to_what_is_there(network: Any, missing: set[str]) -> set[str]:  # noqa: ANN401
+    """Names that share their parameter with one that is not missing."""
+    groups: dict[str, set[str]] = {}
+    for target, source in network.all_tied_weights_keys.items():
+        groups.setdefault(source, {source}).add(target)
+    return {name for group in groups.values() if group - missing for name in group}
+
+
+def _some(names: Collection[str]) -> str:
+    shown = sorted(names)[:_NAMES_SHOWN]
+    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "")
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Transformers shows one for each load, though this one takes no time."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

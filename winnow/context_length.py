@@ -1,0 +1,58 @@
+"""How many positions a model has, and where its rotary tables begin to depend on the length."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+_MOST = 2**31 - 1  # positions are int32 in the cache
+
+
+def context_length(config: Any) -> int:  # noqa: ANN401 - each family has its own class
+    """Positions that the rotary tables of a configuration were scaled to reach.
+
+    `max_position_embeddings` is the length before scaling in some configurations, and the scaled
+    one in others:
+
+    yarn              the original length times the factor, whatever is stated.
+    llama3, longrope  the stated length; where that is the original one, times the factor.
+    linear, dynamic   the stated length times the factor.
+
+    Where layers differ in their tables the stated length is the scaled one.
+    Raises ValueError if none is stated.
+    """
+    stated = positive_int(config, "max_position_embeddings")
+    rope = _rope(config)
+    factor = rope.get("factor")
+    if "rope_type" not in rope or factor is None:
+        return stated
+    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise ValueError(f"the factor of its rotary tables is {factor!r}; it must be above 0")
+    original = rope.get("original_max_position_embeddings") or stated
+    if rope["rope_type"] in ("llama3", "longrope") and stated != original:
+        return stated
+    return min(int(original * factor), _MOST)
+
+
+def constant_length(config: Any) -> int:  # noqa: ANN401
+    """Positions up to which the rotary tables are the same for every sequence.
+
+    Beyond it keys that were computed in prefill would not fit queries computed later.
+    """
+    rope = _rope(config)
+    if rope.get("rope_type") == "dynamic":
+        return positive_int(config, "max_position_embeddings")
+    if rope.get("rope_type") == "longrope":
+        return int(rope["original_max_position_embeddings"])
+    return _MOST
+
+
+def _rope(config: Any) -> Mapping[str, Any]:  # noqa: ANN401
+    return getattr(config, "rope_parameters", None) or {}
+
+
+def positive_int(config: Any, name: str) -> int:  # noqa: ANN401
+    """A size that a configuration must have; raises ValueError if it is missing or no size."""
+    value = getattr(config, name, None)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number above 0")
+    return value

@@ -1,0 +1,56 @@
+"""One prompt and one decode step by the engines themselves: the proof that a loaded model runs."""
+
+import torch
+
+from winnow.completion import generation_spec, prefill_into
+from winnow.decoder import DecoderModel
+from winnow.engine.decode import DecodeEngine
+from winnow.engine.kv_pool import KVPoolConfig
+from winnow.errors import UnusableModel, WinnowError
+from winnow.folder_errors import as_unusable
+from winnow.request import PruningSettings, SamplingParams
+
+_PROMPT_TOKENS = 16
+_PAGE_SIZE = 16
+_PAGES_PER_HEAD = 4
+
+
+def require_runs(model: DecoderModel) -> None:
+    """Raise UnusableModel unless the model answers a short prompt, pruned, with finite numbers."""
+    path = model.description.path
+    with as_unusable(f"model folder {path} was loaded, but cannot be run"):
+        try:
+            _answer(model)
+        except WinnowError as error:
+            raise UnusableModel(f"model folder {path} cannot be run: {error}") from error
+
+
+def _answer(model: DecoderModel) -> None:
+    """The first token comes from the prompt alone; the second one takes a decode step."""
+    num_tokens = min(_PROMPT_TOKENS, model.max_positions - 1)
+    token_ids = [idx % model.vocab_size for idx in range(num_tokens)]
+    pruning = PruningSettings(
+        method="fastkv",
+        fixed_layer=(model.shape.num_layers - 1) // 2,
+        window_size=2,
+        kernel_size=3,
+        select_tokens=8,
+        kv_budget=8,
+    )
+    sampling = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
+    engine = DecodeEngine(model, pool_config=_small_pool(model), max_batch_size=1)
+    spec = generation_spec("proof", model, token_ids, pruning, sampling)
+    reservation = engine.reserve(spec)
+    result = prefill_into(reservation, model, token_ids, pruning)
+    engine.start(reservation, result.final_hidden, result.report.next_position)
+    while engine.stats().running_sequences:
+        for output in engine.step():
+            if output.error is not None:
+                raise output.error
+
+
+def _small_pool(model: DecoderModel) -> KVPoolConfig:
+    shape = model.shape
+    num_pages = 1 + shape.num_layers * shape.num_kv_heads * _PAGES_PER_HEAD
+    page_bytes = _PAGE_SIZE * (shape.kv_bytes(1) + torch.int32.itemsize)
+    return KVPoolConfig(num_pages * page_bytes, _PAGE_SIZE)

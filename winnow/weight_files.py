@@ -1,0 +1,165 @@
+"""The safetensors files of a model folder, without the numbers in them."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from winnow.errors import UnusableModel
+from winnow.folder_errors import as_unusable
+
+_SAMPLE_BYTES = 1 << 20
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as a file's table announces it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The folder's safetensors files, by name.
+
+    Raises UnusableModel if there are none, or if an index names other ones.
+    """
+    files = sorted(file for file in path.glob("*.safetensors") if not file.is_dir())
+    if not files:
+        raise UnusableModel(
+            f"model folder {path} has no *.safetensors file (other formats can run code)"
+        )
+    for file in files:
+        if not file.is_file():
+            raise UnusableModel(f"{file} is no file, or a link to one that does not exist")
+    for index in path.glob("*.safetensors.index.json"):
+        _require_known(index, {file.name for file in files})
+    return files
+
+
+def stored_tensors(path: Path, name: str | None = None) -> dict[str, StoredTensor]:
+    """The tensors that transformers loads from a model folder, by the name they have in the files.
+
+    name: of the weights or their index, where the configuration names one.
+    Raises UnusableModel for files that are missing or broken, or a tensor that is in two of them.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in _loaded_files(path, name):
+        with as_unusable(f"weights in {file} are broken"):
+            table = _read_table(file)
+        for tensor, stored in table.items():
+            if tensor in tensors:
+                raise UnusableModel(
+                    f"tensor {tensor} is in two files of {path}: {tensors[tensor].file.name} and "
+                    f"{file.name}"
+                )
+            tensors[tensor] = stored
+    return tensors
+
+
+def _loaded_files(path: Path, name: str | None) -> list[Path]:
+    """One file with all weights; else the shards of the index."""
+    known = weight_files(path)
+    for candidate in [path / name] if name else [path / _WEIGHTS, path / _INDEX]:
+        if candidate.suffix == ".json" and candidate.is_file():
+            shards = set(_weight_map(candidate).values())
+            return [file for file in known if file.name in shards]
+        if candidate in known:
+            return [candidate]
+    raise UnusableModel(
+        f"model folder {path} has no {name or f'{_WEIGHTS} and no {_INDEX}'}; its weights are in "
+        f"{', '.join(file.name for file in known)}"
+    )
+
+
+def _read_table(file: Path) -> dict[str, StoredTensor]:
+    with safe_open(file, framework="pt") as stream:
+        slices = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118 - no dict
+        return {
+            name: StoredTensor(file, tuple(part.get_shape()), _dtype(name, part.get_dtype()))
+            for name, part in slices.items()
+        }
+
+
+def _dtype(tensor: str, name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ValueError(f"tensor {tensor} is of type {name}, which torch cannot read")
+    return _DTYPES[name]
+
+
+def _require_known(index: Path, names: set[str]) -> None:
+    """Transformers reads whatever file an index of shards names, in whatever format."""
+    named = set(_weight_map(index).values())
+    if named - names:
+        others = ", ".join(sorted(map(repr, named - names)))
+        raise UnusableModel(f"{index} names {others}: no *.safetensors file of the folder")
+
+
+def _weight_map(index: Path) -> Mapping[str, Any]:
+    try:
+        weight_map: Mapping[str, Any] = json.loads(index.read_text())["weight_map"]
+        set(weight_map.values())
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UnusableModel(f"{index} is no index of weights") from error
+    return weight_map
+
+
+def update_digest(digest: "hashlib._Hash", path: Path) -> None:
+    """Adds names, tables and samples of the weights: their first and last megabyte.
+
+    Raises UnusableModel for a file that is no safetensors file, or is cut short.
+    """
+    for file in weight_files(path):
+        digest.update(file.name.encode())
+        digest.update(_weight_sample(file))
+
+
+def _weight_sample(file: Path) -> bytes:
+    """Size, tensor table, and the first and last megabyte of a safetensors file."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        if len(prefix) < 8 or (table := struct.unpack("<Q", prefix)[0]) > size - 8:
+            raise UnusableModel(f"{file} is not a safetensors file or is cut short")
+        head = stream.read(table + _SAMPLE_BYTES)
+        _require_whole(file, head[:table], size - 8 - table)
+        stream.seek(max(0, size - _SAMPLE_BYTES))
+        return size.to_bytes(8, "little") + head + stream.read()
+
+
+def _require_whole(file: Path, table: bytes, num_bytes: int) -> None:
+    """Raise UnusableModel unless `num_bytes` hold exactly the tensors that `table` announces."""
+    try:
+        tensors = {k: v for k, v in json.loads(table).items() if k != "__metadata__"}
+        announced = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+        raise UnusableModel(f"{file} is not a safetensors file") from error
+    if announced != num_bytes:
+        raise UnusableModel(
+            f"{file} is cut short or damaged: it has {num_bytes:,} bytes of tensors; "
+            f"its table announces {announced:,}"
+        )
