@@ -8,17 +8,20 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO, TypeAlias
+from typing import TYPE_CHECKING, TextIO, TypeAlias
 
-from services import flags
 from services.common.logs import configure_logging
-from services.common.settings import Settings, load_settings
-from services.deploy import deploy_config
-from services.eval import add_eval_flags, run_eval
+from services.signals import Interrupts
 from winnow.errors import WinnowError
 
+if TYPE_CHECKING:
+    from services.common.settings import Settings
+
 EXIT_REFUSED = 2
-EXIT_INTERRUPTED = 130
+# Read by OpenMP when torch is imported. Threads that spin while they wait for each other are a
+# fifth faster alone and many times slower beside any other process, for one of them then waits for
+# a core that another holds to wait for it.
+_WAIT_POLICY = "OMP_WAIT_POLICY"
 # Read by the Hugging Face libraries when they are imported. A bar has no place in a log, and a
 # model would not load where the log finds no room for it.
 _NO_PROGRESS_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
@@ -34,10 +37,20 @@ _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, or 2 for what cannot be done as asked."""
-    args = _parser().parse_args(arguments)
+    """Runs a command; returns its exit code.
+
+    It is 0, or 2 for what cannot be done as asked. From here on Ctrl-C is answered, so what takes
+    long to import is imported within.
+    """
+    os.environ.setdefault(_WAIT_POLICY, "PASSIVE")
+    interrupts = Interrupts()
     try:
-        args.run(args)
+        with interrupts:
+            args = _parser().parse_args(arguments)
+            interrupts.farewell = args.farewell.format(args)
+            args.run(args)
+    except KeyboardInterrupt:
+        interrupts.end_process()
     except WinnowError as error:
         print(f"winnow: {error}", file=sys.stderr)
         return EXIT_REFUSED
@@ -49,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="winnow",
         description="Long-context completions: the prompt is pruned, prefill and decode are apart.",
     )
+    parser.set_defaults(farewell="stopped")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(_add_command(commands, "serve", "run the service in the foreground"))
     _add_decode(_add_command(commands, "decode", "run a decode worker that joins through Redis"))
@@ -91,11 +105,15 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write what `serve deploy` needs to run this service on a Ray cluster, and stop",
     )
+    from services import flags  # noqa: PLC0415 - loads pydantic
+
     flags.add_settings_flags(parser, flags.SERVE_GROUPS)
     parser.set_defaults(run=_serve)
 
 
 def _add_decode(parser: argparse.ArgumentParser) -> None:
+    from services import flags  # noqa: PLC0415 - loads pydantic
+
     _add_config_flag(parser)
     flags.add_settings_flags(parser, flags.DECODE_GROUPS)
     parser.set_defaults(run=_decode)
@@ -108,6 +126,8 @@ def _add_config_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_prompt(parser: argparse.ArgumentParser) -> None:
+    from services import flags  # noqa: PLC0415 - loads pydantic
+
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt")
     prompt.add_argument("--prompt-file", metavar="FILE", help="read it from a file; - is stdin")
@@ -137,19 +157,28 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
+    from services import flags  # noqa: PLC0415 - loads pydantic
+    from services.eval import add_eval_flags  # noqa: PLC0415 - loads tasks
+
     add_eval_flags(parser)
     model = ("model", "device", "dtype", "max_model_len", "pruning")
     flags.add_settings_flags(parser, {"Model": model, "Memory": ("num_threads", "kv_memory_bytes")})
-    parser.set_defaults(run=_eval, config=None)
+    farewell = "stopped; the same command goes on in {0.output}"
+    parser.set_defaults(run=_eval, config=None, farewell=farewell)
 
 
-def _settings(args: argparse.Namespace) -> Settings:
+def _settings(args: argparse.Namespace) -> "Settings":
+    from services import flags  # noqa: PLC0415 - loads pydantic
+    from services.common.settings import load_settings  # noqa: PLC0415 - loads pydantic
+
     return load_settings(flags.settings_from_flags(args), args.config)
 
 
 def _serve(args: argparse.Namespace) -> None:
     settings = _settings(args)
     if args.print_config:
+        from services.deploy import deploy_config  # noqa: PLC0415 - loads YAML
+
         print(deploy_config(settings), end="")
         return
     from services.serve import run_service  # noqa: PLC0415 - loads transformers
@@ -169,6 +198,7 @@ def _decode(args: argparse.Namespace) -> None:
 
 
 def _health(args: argparse.Namespace) -> None:
+    from services.common.settings import load_settings  # noqa: PLC0415 - loads pydantic
     from services.health import check  # noqa: PLC0415 - loads gRPC
 
     check(args.target, load_settings(), args.service)
@@ -183,6 +213,7 @@ def _key(args: argparse.Namespace) -> None:
 
 
 def _drain(args: argparse.Namespace) -> None:
+    from services.common.settings import load_settings  # noqa: PLC0415 - loads pydantic
     from services.health import drain  # noqa: PLC0415 - loads gRPC
 
     left = drain(args.target, args.timeout, load_settings())
@@ -202,14 +233,12 @@ def _explain(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    try:
-        run_eval(args, _settings(args))
-    except KeyboardInterrupt:
-        print(f"winnow: stopped; the same command goes on in {args.output}", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+    from services.eval import run_eval  # noqa: PLC0415 - loads tasks
+
+    run_eval(args, _settings(args))
 
 
-def _ready_message(settings: Settings) -> str:
+def _ready_message(settings: "Settings") -> str:
     url = f"{settings.scheme}://{settings.host}:{settings.port}"
     grpc = f", gRPC on {settings.host}:{settings.grpc_port}" if settings.grpc_port else ""
     admin = (

@@ -22,11 +22,13 @@ _WORKER = {
         "swap_bytes",
         "page_size",
         "max_batch_size",
+        "decode_share",
         "lease_s",
         "kv_lease_s",
     ),
     "Process": (
         "num_threads",
+        "cores_dir",
         "namespace",
         "drain_timeout_s",
         "log_level",
@@ -77,12 +79,12 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
     "Prefill workers": ("max_waiting_prefills", "prefill_attempts"),
     "Decode workers": _WORKER["Decode workers"],
     "Processes": (
-        *_WORKER["Process"][:1],
+        *_WORKER["Process"][:2],
         "prefill_num_cpus",
         "decode_num_cpus",
         "gateway_num_cpus",
         "worker_num_gpus",
-        *_WORKER["Process"][1:],
+        *_WORKER["Process"][2:],
     ),
 }
 # redis_url is read from WINNOW_REDIS_URL or a file only: command lines are seen by others.
@@ -95,6 +97,7 @@ _METAVARS = {
     "host": "ADDRESS",
     "_file": "FILE",
     "_origins": "ORIGINS",
+    "_dir": "DIR",
     "model": "MODEL",
     "generation_config": "SOURCE",
     "allow_special_tokens": "BOOLEAN",

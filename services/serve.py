@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import httpx
@@ -24,6 +23,7 @@ import httpx
 from services.common.ports import free_port, listening
 from services.common.settings import Settings
 from services.deploy import APP_NAME, EVERY_ADDRESS, SERVE_LOGGING, for_cluster, http_options
+from services.signals import StopSignals
 from winnow.errors import InvalidSetting, UnusableModel, WinnowError
 
 RAY_ADDRESS = "RAY_ADDRESS"
@@ -47,17 +47,7 @@ _RAY_ENVIRONMENT = {
 # With any of these an operator says who may reach Ray.
 _RAY_ACCESS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
 Progress = Callable[[str], None]
-
-
-class Stop(BaseException):
-    """SIGINT or SIGTERM arrived."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 def run_service(settings: Settings, progress: Progress, ready: Callable[[Settings], None]) -> None:
@@ -68,20 +58,17 @@ def run_service(settings: Settings, progress: Progress, ready: Callable[[Setting
     """
     settings = with_ports(settings)
     with (
-        _stop_on_signals(),
-        contextlib.suppress(Stop),
-        _ray(settings, progress),
-        _application(settings, progress),
+        StopSignals() as signals,
+        contextlib.suppress(KeyboardInterrupt),
+        _ray(settings, progress, signals),
+        _application(settings, progress, signals),
     ):
-        _wait_until_served(settings, progress)
+        _wait_until_served(settings, progress, signals)
         ready(settings)
-        try:
-            while True:
-                signal.pause()
-        except Stop as stop:
-            if stop.number == signal.SIGTERM:
-                _send_clients_elsewhere(settings, progress)
-            raise
+        signals.wait()
+        signals.raise_next()
+        if signals.number == signal.SIGTERM:
+            _send_clients_elsewhere(settings, progress)
 
 
 def with_ports(settings: Settings) -> Settings:
@@ -120,27 +107,7 @@ def _check(settings: Settings) -> None:
 
 
 @contextlib.contextmanager
-def _stop_on_signals() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    _listen_to_signals()
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _listen_to_signals() -> None:
-    for number in _SIGNALS:
-        signal.signal(number, _stop)
-
-
-def _stop(number: int, _frame: FrameType | None) -> None:
-    raise Stop(number)
-
-
-@contextlib.contextmanager
-def _ray(settings: Settings, progress: Progress) -> Iterator[None]:
+def _ray(settings: Settings, progress: Progress, signals: StopSignals) -> Iterator[None]:
     """This process as a driver of RAY_ADDRESS's cluster, or of one that lives as long as it.
 
     The model is checked meanwhile, because loading torch takes as long as starting Ray.
@@ -158,14 +125,16 @@ def _ray(settings: Settings, progress: Progress) -> Iterator[None]:
                 checked = thread.submit(_check, settings)
                 with contextlib.chdir(folder):
                     ray.init(logging_level=logging.ERROR, log_to_driver=True, **own)
-                _listen_to_signals()  # Ray put a handler of its own there
+                signals.listen()  # Ray put a handler of its own there
                 checked.result()
+            signals.check()
             yield
+    except SystemExit as error:  # Ray's own answer to a SIGTERM while it starts
+        raise KeyboardInterrupt from error
     except ConnectionError as error:
         raise InvalidSetting(f"RAY_ADDRESS cannot be reached: {error}") from error
     finally:
-        for number in _SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # a shutdown cut short would leave processes
+        signals.ignore()  # a shutdown cut short would leave processes
         progress("stopping Ray")
         ray.shutdown()
 
@@ -212,7 +181,7 @@ def _own_cluster(settings: Settings) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _application(settings: Settings, progress: Progress) -> Iterator[None]:
+def _application(settings: Settings, progress: Progress, signals: StopSignals) -> Iterator[None]:
     """The application deployed and every replica up; drained and deleted at the end."""
     from ray import serve  # noqa: PLC0415 - reads its environment when it is imported
 
@@ -228,7 +197,7 @@ def _application(settings: Settings, progress: Progress) -> Iterator[None]:
         app = build_app(settings if own else for_cluster(settings))
         target = serve.RunTarget(app, name=APP_NAME, route_prefix="/", logging_config=SERVE_LOGGING)
         serve.run_many([target], wait_for_applications_running=False)
-        _wait_until_running(progress)
+        _wait_until_running(progress, signals)
         if own:
             _let_serve_speak()
         running = True
@@ -279,7 +248,7 @@ def _remove_registry(settings: Settings) -> None:
         remove_ray_registry(settings.namespace)
 
 
-def _wait_until_running(progress: Progress) -> None:
+def _wait_until_running(progress: Progress, signals: StopSignals) -> None:
     """Raises as soon as a replica cannot start, with the reason in one line."""
     from ray import serve  # noqa: PLC0415 - reads its environment when it is imported
 
@@ -293,7 +262,7 @@ def _wait_until_running(progress: Progress) -> None:
         if app.status == "DEPLOY_FAILED":
             raise InvalidSetting(f"the service cannot start: {app.message}")
         progress(f"starting workers: {_states(app.deployments)}")
-        time.sleep(_POLL_S)
+        signals.check(_POLL_S)
     raise InvalidSetting(f"the workers did not start within {_START_TIMEOUT_S:g} seconds")
 
 
@@ -320,7 +289,7 @@ def _raise_failure(name: str, message: str) -> None:
         raise WinnowError(f"{name} cannot start: {last}")
 
 
-def _wait_until_served(settings: Settings, progress: Progress) -> None:
+def _wait_until_served(settings: Settings, progress: Progress, signals: StopSignals) -> None:
     """Every part has found the others: the gateway says that it is ready."""
     from services.common.tls import own_verification  # noqa: PLC0415 - loads gRPC
 
@@ -329,7 +298,7 @@ def _wait_until_served(settings: Settings, progress: Progress) -> None:
     url = f"{settings.scheme}://{host}:{settings.port}/ready"
     verify = own_verification(settings)
     while not _answers(url, verify):
-        time.sleep(_POLL_S)
+        signals.check(_POLL_S)
 
 
 def _answers(url: str, verify: ssl.SSLContext | bool) -> bool:

@@ -139,6 +139,11 @@ class Settings(BaseModel):
     num_threads: Count | None = Field(
         None, description="torch threads per worker (default: its share of this machine's cores)"
     )
+    cores_dir: Path | None = Field(
+        None,
+        description="folder in which workers on the same cores learn of each other; containers "
+        "need a common one (default: winnow-UID in /dev/shm)",
+    )
     prefill_num_cpus: Annotated[float, Field(ge=0)] = Field(
         1, description="cores that Ray sets aside per prefill worker"
     )
@@ -204,6 +209,11 @@ class Settings(BaseModel):
     )
     page_size: Count = Field(16, le=1024, description="KV entries per page")
     max_batch_size: Count = Field(64, le=4096, description="sequences decoded together")
+    decode_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.125,
+        description="while a prompt is prefilled on a decode worker's cores, it takes this share "
+        "of them, and goes on at this share of its pace; 1: both take what they can get",
+    )
     max_waiting_prefills: Count = Field(64, description="prompts waiting per prefill worker")
     prefill_attempts: Count = Field(2, le=10, description="tries at a prompt's prefill")
     lease_s: Seconds = Field(
@@ -282,7 +292,7 @@ class Settings(BaseModel):
         is_folder = source not in (FROM_MODEL, *NONE) and Path(source).is_dir()
         return str(Path(source).resolve()) if is_folder else source
 
-    @field_validator("api_keys_file", "redis_ca_file", *_TLS_FILES, *_PEER_FILES)
+    @field_validator("api_keys_file", "redis_ca_file", "cores_dir", *_TLS_FILES, *_PEER_FILES)
     @classmethod
     def _absolute_file(cls, path: Path | None) -> Path | None:
         """As for the model's folder."""
@@ -346,6 +356,12 @@ class Settings(BaseModel):
         if self.worker_num_gpus is not None:
             return self.worker_num_gpus
         return 1.0 if self.device.startswith("cuda") else 0.0
+
+    @property
+    def prefill_crowds_decode(self) -> bool:
+        """Whether prefill workers leave decode less than half of a machine's cores."""
+        threads = self.prefill_replicas * self.threads_per_worker(self.prefill_replicas)
+        return 2 * threads > len(os.sched_getaffinity(0))
 
     def threads_per_worker(self, num_workers: int) -> int:
         """Torch threads for each of `num_workers` of one kind on this machine."""

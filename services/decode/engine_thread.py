@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from services.common.cores import SharedCores
 from services.decode.metrics import PREEMPTIONS, DecodeMetrics
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.outputs import StepOutput
@@ -18,6 +19,7 @@ _IDLE_WAIT_S = 0.1  # how long a stop can take at most
 # GPU that failed once fails ever after, and memory that others took may stay away.
 _MAX_FAILURES = 10
 _FAILURE_PAUSE_S = 0.1
+_LOOK_S = 0.02  # how soon it notices that prefill has ended
 
 
 class EngineThread:
@@ -34,8 +36,14 @@ class EngineThread:
         metrics: DecodeMetrics,
         deliver: Callable[[list[StepOutput]], None],
         fail_all: Callable[[WinnowError], None],
+        *,
+        cores: SharedCores | None = None,
+        num_cores: float = 1.0,
     ) -> None:
+        """cores: those on which it gives way to prefill, down to `num_cores` of them on average."""
         self._engine = engine
+        self._cores = cores
+        self._num_cores = num_cores
         self._metrics = metrics
         self._deliver = deliver
         self._fail_all = fail_all
@@ -68,13 +76,30 @@ class EngineThread:
         try:
             while not self._stopping.is_set() and engine.num_failures < _MAX_FAILURES:
                 if engine.wait_for_work(_IDLE_WAIT_S):
+                    started_s, cpu_s = time.monotonic(), time.process_time()
                     self._step()
+                    self._give_way(started_s, time.process_time() - cpu_s)
                 elif engine.num_failures:
                     self._probe()
                 if engine.num_failures:
                     self._stopping.wait(_FAILURE_PAUSE_S)
         finally:
+            if self._cores is not None:
+                self._cores.close()
             self._loop.call_soon_threadsafe(self._end)
+
+    def _give_way(self, started_s: float, cpu_s: float) -> None:
+        """Rests while a prompt is computed on the same cores, as long as the step's CPU time asks.
+
+        Left to the operating system each would get half of the cores, and decode would spend its
+        half on steps of the few sequences whose prompts are ready, of which each takes nearly as
+        long as a step of many.
+        """
+        end_s = started_s + cpu_s / self._num_cores
+        while self._cores is not None and self._cores.prefill_runs and not self._stopping.is_set():
+            left_s = end_s - time.monotonic()
+            if left_s <= 0 or self._engine.wait_for_news(min(left_s, _LOOK_S)):
+                return
 
     def _end(self) -> None:
         if not self._stopping.is_set():

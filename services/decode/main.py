@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 
 from services.common.settings import Settings
@@ -18,18 +19,28 @@ async def run_decode(settings: Settings) -> None:
     Raises UnusableModel or InvalidSetting if the worker cannot start, EngineFailed if it can serve
     no more.
     """
+    worker = DecodeWorker(settings)
     signals: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signals.put_nowait, number)
+        loop.add_signal_handler(number, _take_signal, number, worker, signals)
     configure_tracing(settings.otlp_endpoint, settings.trace_sample_ratio, "decode")
-    worker = DecodeWorker(settings)
     await worker.start()
     try:
         await _until_told_to_stop(worker, signals)
         await _drain(worker, settings.drain_timeout_s, signals)
     finally:
         await worker.stop()
+
+
+def _take_signal(number: int, worker: DecodeWorker, signals: "asyncio.Queue[int]") -> None:
+    """A worker without an address drains nothing, and the thread that loads its model is not to be
+    waited for.
+    """
+    if not worker.address:
+        logger.info("stopped while it started")
+        os._exit(128 + number)
+    signals.put_nowait(number)
 
 
 async def _until_told_to_stop(worker: DecodeWorker, signals: "asyncio.Queue[int]") -> None:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from services.common.cores import open_shared_cores
 from services.common.exposition import new_worker_id
 from services.common.heartbeat import Heartbeat
 from services.common.metrics import start_metrics_server
@@ -93,7 +94,12 @@ class DecodeWorker:
         self.engine = await _in_thread(self._load_engine)
         self.admission = Admission(self.engine)
         self._engine_thread = EngineThread(
-            self.engine, self.metrics, self.admission.deliver, self.admission.fail_all
+            self.engine,
+            self.metrics,
+            self.admission.deliver,
+            self.admission.fail_all,
+            cores=open_shared_cores(settings),
+            num_cores=settings.decode_share * settings.threads_per_worker(settings.decode_workers),
         )
         self._engine_thread.start()
         started.push_async_callback(self._engine_thread.stop)

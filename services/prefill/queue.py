@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import torch
 
+from services.common.cores import SharedCores
 from services.common.tls import PeerTls
 from services.common.tracing import context_of, end_span, span, start_span
 from services.prefill.channels import Channels
@@ -49,12 +50,15 @@ class PrefillQueue:
         max_waiting: int,
         num_threads: int,
         peers: PeerTls | None = None,
+        cores: SharedCores | None = None,
     ) -> None:
+        """cores: those that decode workers give way on while a layer is computed."""
         self._model = model
         self._metrics = metrics
         self._max_waiting = max_waiting
         self._num_threads = num_threads
         self._channels = Channels(peers)
+        self._cores = cores
         self._changed = threading.Condition()
         self._waiting: deque[Work] = deque()
         self._stopping = False
@@ -81,6 +85,8 @@ class PrefillQueue:
             work.settle(_stopped())
         self._thread.join()
         self._channels.close()
+        if self._cores is not None:
+            self._cores.close()
 
     def submit(self, job: PrefillJob) -> "Future[PrefillOutcome]":
         """The job's outcome, once its KV is in place; cancelling it stops the work.
@@ -187,11 +193,15 @@ class PrefillQueue:
         )
 
     def _timed(self, layers: Iterator[LayerKV | None]) -> Iterator[LayerKV | None]:
-        started_s = time.monotonic()
-        for layer in layers:
+        while True:
+            started_s = time.monotonic()
+            try:
+                with self._cores.prefilling() if self._cores else contextlib.nullcontext():
+                    layer = next(layers)
+            except StopIteration:
+                return
             self._metrics.layer_seconds.observe(time.monotonic() - started_s)
             yield layer
-            started_s = time.monotonic()
 
     def _require_wanted(self, work: Work) -> None:
         """Raises where the job was cancelled, or the worker stops."""

@@ -5,6 +5,7 @@ from contextlib import AsyncExitStack
 
 from ray import serve
 
+from services.common.cores import open_shared_cores
 from services.common.exposition import Exposition
 from services.common.logs import configure_logging
 from services.common.ray_registry import reachable_host
@@ -38,6 +39,7 @@ class Prefill:
             max_waiting=settings.max_waiting_prefills,
             num_threads=settings.threads_per_worker(settings.prefill_replicas),
             peers=PeerTls.load(settings),
+            cores=open_shared_cores(settings) if settings.prefill_crowds_decode else None,
         )
         self._queue.start()
         self._started.push_async_callback(asyncio.to_thread, self._queue.stop)

@@ -7,7 +7,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import ItemsView, Iterator
 from pathlib import Path
 
 import grpc
@@ -197,6 +197,32 @@ def test_a_signal_while_it_starts_leaves_no_process_behind(model: Path, tmp_path
     assert service.process.wait(60) == 0
     assert service.left() == []
     service.kill()
+
+
+@pytest.mark.parametrize(
+    ("number", "moment_s"),
+    [(signal.SIGTERM, 0), (signal.SIGINT, 0.5), (signal.SIGINT, 2), (signal.SIGINT, 5)],
+)
+def test_a_signal_at_any_moment_of_the_start_is_heard(
+    number: int, moment_s: float, model: Path, tmp_path: Path
+) -> None:
+    mark = {"MARK": str(tmp_path)}
+    service = WinnowServe(tmp_path, ["--model", str(model), *FREE_PORTS], **mark)
+    until("Ray starts", lambda: "starting Ray" in service.stderr.read_text(), 60)
+    time.sleep(moment_s)
+    service.process.send_signal(number)
+    assert service.process.wait(30) == 0
+    assert "Traceback" not in service.stderr.read_text()
+    until("every process has ended", lambda: not processes_with(mark))
+    service.kill()
+
+
+def processes_with(mark: dict[str, str]) -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["environ"]) if mark.items() <= _environment_of(p)]
+
+
+def _environment_of(process: psutil.Process) -> ItemsView[str, str]:
+    return (process.info["environ"] or {}).items()  # none of one that ends just now
 
 
 def test_a_missing_model_is_one_clear_line() -> None:

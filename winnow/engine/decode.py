@@ -142,6 +142,10 @@ class DecodeEngine:
         """Blocks until there is something for `step` to do; False if the time passed first."""
         return self.scheduler.wait_for_work(timeout_s)
 
+    def wait_for_news(self, timeout_s: float) -> bool:
+        """Blocks until `step` can do more than go on with who runs; False if the time passed."""
+        return self.scheduler.wait_for_news(timeout_s)
+
     # From the engine's thread
 
     def step(self) -> list[StepOutput]:

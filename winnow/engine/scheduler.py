@@ -157,6 +157,16 @@ class Scheduler:
             )
             return busy or bool(self._preemptor.swapped)  # which may have room by now
 
+    def wait_for_news(self, timeout_s: float) -> bool:
+        """As DecodeEngine.wait_for_news."""
+
+        def has_news() -> bool:
+            comes = bool(self._arrived or self._room_requests)
+            return comes or any(map(self._goes, self._everyone()))
+
+        with self._changed:
+            return self._changed.wait_for(has_news, timeout_s)
+
     def stats(self) -> EngineStats:
         with self._changed:
             swapped = list(self._preemptor.swapped)

@@ -1,14 +1,17 @@
 """Prompts through the queue, the engine thread and a real push."""
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from services.common.cores import SharedCores
 from services.common.metrics import render
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
@@ -301,3 +304,58 @@ def test_cancelling_between_two_blocks_of_log_probabilities_ends_it_there(
     with pytest.raises(CancelledError):
         outcome.result()
     assert blocks == [100]
+
+
+@pytest.fixture
+def seen(tmp_path: Path) -> Iterator[SharedCores]:
+    """The cores as a decode worker sees them."""
+    cores = SharedCores(tmp_path / "cores")
+    yield cores
+    cores.close()
+
+
+def test_decode_sees_that_layers_are_computed_and_not_that_a_push_ends(
+    model: DecoderModel,
+    metrics: PrefillMetrics,
+    receiver: Receiver,
+    make_job: MakeJob,
+    seen: SharedCores,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    computing = []
+    layer = DecoderModel.layer
+
+    def watched(*args: Any) -> torch.Tensor:
+        computing.append(seen.prefill_runs)
+        return layer(*args)
+
+    monkeypatch.setattr(DecoderModel, "layer", watched)
+    gate = Gate(receiver, layer_idx=3)
+    cores = SharedCores(tmp_path / "cores")
+    queue = PrefillQueue(model, metrics, max_waiting=2, num_threads=1, cores=cores)
+    queue.start()
+    held = queue.submit(make_job())
+    assert gate.reached.wait(TIMEOUT_S)
+    assert computing == [True] * model.shape.num_layers
+    assert not seen.prefill_runs
+    gate.open.set()
+    held.result(TIMEOUT_S)
+    queue.stop()
+    assert not seen.prefill_runs
+
+
+def test_decode_sees_no_prompt_that_failed(
+    model: DecoderModel,
+    metrics: PrefillMetrics,
+    make_job: MakeJob,
+    seen: SharedCores,
+    tmp_path: Path,
+) -> None:
+    cores = SharedCores(tmp_path / "cores")
+    queue = PrefillQueue(model, metrics, max_waiting=2, num_threads=1, cores=cores)
+    queue.start()
+    with pytest.raises(InvalidRequest):
+        queue.submit(make_job(token_ids=(999_999,) * NUM_TOKENS)).result(TIMEOUT_S)
+    queue.stop()
+    assert not seen.prefill_runs
