@@ -24,7 +24,7 @@ from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.kv_pool import KVPoolConfig
 from winnow.kv import LayerKV, ModelShape
 from winnow.models import load_model
-from winnow.request import SamplingParams
+from winnow.sampling_params import SamplingParams
 
 ROUNDS = 3
 

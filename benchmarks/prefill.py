@@ -29,7 +29,7 @@ from benchmarks.shapes import model_path
 from winnow.defaults import scaled_defaults
 from winnow.engine.prefill import run_prefill
 from winnow.models import load_model
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 
 THEIRS, UNPRUNED = "transformers", "full"
 CONTESTANTS = (THEIRS, UNPRUNED, "fastkv", "asl")

@@ -9,7 +9,7 @@ from typing import Any
 from winnow.catalog import METHODS
 from winnow.defaults import parse_change
 from winnow.errors import InvalidSetting
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 
 UNPRUNED = "full"
 _LINE_CHARS = 24

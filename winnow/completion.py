@@ -8,8 +8,11 @@ from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.outputs import StepOutput
 from winnow.engine.prefill import PrefillResult, run_prefill
 from winnow.engine.sequence import Reservation
-from winnow.request import FinishReason, PrefillReport, PruningSettings, SamplingParams
+from winnow.pruning_settings import PruningSettings
+from winnow.report import PrefillReport
+from winnow.sampling_params import SamplingParams
 from winnow.text_stream import TextStream
+from winnow.tokens import FinishReason
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,9 @@ from winnow.completion import Completion
 from winnow.engine.prefill import run_prefill
 from winnow.local import Winnow
 from winnow.methods.base import Cut, LayerView
-from winnow.request import PrefillReport, PruningSettings, SamplingParams
+from winnow.pruning_settings import PruningSettings
+from winnow.report import PrefillReport
+from winnow.sampling_params import SamplingParams
 from winnow.selection import token_scores
 from winnow.tokenizer import Tokenizer
 

@@ -3,13 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import asdict
 
-from winnow.request import (
-    FinishReason,
-    Recompression,
-    SamplingParams,
-    Token,
-    TokenLogprobs,
-)
+from winnow.pruning_settings import Recompression
+from winnow.sampling_params import SamplingParams
+from winnow.tokens import FinishReason, Token, TokenLogprobs
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire import report_from_proto, report_to_proto
 

@@ -21,8 +21,8 @@ from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.outputs import StepOutput
 from winnow.engine.sequence import Sequence
 from winnow.errors import EngineFailed, StaleAttempt, UnknownReservation, WinnowError
-from winnow.kv import LayerKV, ModelShape
-from winnow.request import PrefillReport, SequenceState
+from winnow.kv import LayerKV, ModelShape, SequenceState
+from winnow.report import PrefillReport
 from winnow.wire import Expected, Grant, Trailer
 
 logger = logging.getLogger(__name__)

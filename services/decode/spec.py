@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from services.common.messages import recompression_from_proto, sampling_from_proto
 from winnow.engine.generation_spec import GenerationSpec
 from winnow.errors import InvalidSetting
-from winnow.request import Recompression, SamplingParams
+from winnow.pruning_settings import Recompression
+from winnow.sampling_params import SamplingParams
 from winnow.v1 import decode_pb2 as pb
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")

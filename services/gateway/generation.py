@@ -25,7 +25,8 @@ from winnow.errors import (
     WinnowError,
 )
 from winnow.model_files import ModelDescription
-from winnow.request import PruningSettings, SamplingParams
+from winnow.pruning_settings import PruningSettings
+from winnow.sampling_params import SamplingParams
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire import FIRST_WITH_FETCH, WIRE_VERSIONS, Grant
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 
 from services.common.cores import SharedCores
+from services.common.jobs import PrefillJob, PrefillOutcome, PrefillTimings
 from services.common.tls import PeerTls
 from services.common.tracing import context_of, end_span, span, start_span
 from services.prefill.channels import Channels
@@ -33,7 +34,6 @@ from winnow.errors import (
     WinnowError,
 )
 from winnow.kv import LayerKV
-from winnow.request import PrefillJob, PrefillOutcome, PrefillTimings
 from winnow.wire import Header, TransferEncoder
 
 logger = logging.getLogger(__name__)

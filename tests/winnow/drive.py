@@ -11,7 +11,9 @@ from winnow.engine.kv_pool import KVPoolConfig
 from winnow.engine.prefill import PrefillResult, run_prefill
 from winnow.engine.sequence import Reservation
 from winnow.kv import LayerKV
-from winnow.request import PruningSettings, Recompression, SamplingParams, Token
+from winnow.pruning_settings import PruningSettings, Recompression
+from winnow.sampling_params import SamplingParams
+from winnow.tokens import Token
 
 _Yielded = TypeVar("_Yielded")
 _Result = TypeVar("_Result")

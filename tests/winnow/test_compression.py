@@ -9,7 +9,7 @@ from tests.winnow import naive
 from winnow.compression import compression_rule, recompression_rule
 from winnow.compression.recompress import recompress_layer
 from winnow.kv import LayerKV
-from winnow.request import PruningSettings, Recompression
+from winnow.pruning_settings import PruningSettings, Recompression
 from winnow.scoring import observed_attention
 
 BASE = PruningSettings(window_size=4, kernel_size=3, kv_budget=8, select_tokens=8)

@@ -24,9 +24,10 @@ from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.kv_pool import KVPool
 from winnow.engine.sequence import Reservation
 from winnow.errors import InvalidSetting, Overloaded
-from winnow.kv import LayerKV
+from winnow.kv import LayerKV, SequenceState
 from winnow.models import load_model
-from winnow.request import FinishReason, SamplingParams, SequenceState
+from winnow.sampling_params import SamplingParams
+from winnow.tokens import FinishReason
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
 LENGTHS = (1, 2, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 100, 150, 300)

@@ -16,9 +16,10 @@ from winnow.engine.decode import DecodeEngine
 from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.sequence import Reservation
 from winnow.errors import Overloaded, Preempted
-from winnow.kv import LayerKV
+from winnow.kv import LayerKV, SequenceState
 from winnow.models import load_model
-from winnow.request import SamplingParams, SequenceState, Token
+from winnow.sampling_params import SamplingParams
+from winnow.tokens import Token
 
 LONG = SamplingParams(max_tokens=160, temperature=0, ignore_eos=True)
 PROMPT_TOKENS = 40

@@ -10,7 +10,7 @@ from tests.winnow.drive import UNPRUNED, prefill_all
 from winnow.engine.prefill import run_prefill
 from winnow.errors import InvalidRequest, InvalidSetting, PromptTooLong
 from winnow.models import load_model
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 
 ASL = PruningSettings(
     select_tokens=24,

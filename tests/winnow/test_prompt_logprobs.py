@@ -13,7 +13,7 @@ from winnow.engine.prefill import run_prefill
 from winnow.engine.prompt_logprobs import prompt_logprobs
 from winnow.errors import NotFinite
 from winnow.models import DecoderModel, load_model
-from winnow.request import PromptLogprobs
+from winnow.tokens import PromptLogprobs
 
 NUM_TOKENS = 50
 

@@ -23,7 +23,7 @@ from winnow.methods.base import LayerView
 from winnow.methods.h2o import keep_heavy_hitters
 from winnow.methods.pyramidinfer import context_lengths, context_scores
 from winnow.models import load_model
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 from winnow.scoring import accumulated_attention
 
 H2O = replace(SMALL, method="h2o")

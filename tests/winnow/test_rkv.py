@@ -10,7 +10,7 @@ from winnow.compression import recompression_rule, rkv
 from winnow.compression.recompress import recompress_layer
 from winnow.compression.rkv import importance, keep_diverse, redundancy
 from winnow.kv import LayerKV
-from winnow.request import Recompression
+from winnow.pruning_settings import Recompression
 
 SCALING = 8**-0.5
 

@@ -14,7 +14,7 @@ from tests.winnow.test_prefill import prompt
 from winnow.engine.prefill import run_prefill
 from winnow.errors import InvalidSetting
 from winnow.models import load_model
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 
 GEMFILTER = replace(SMALL, method="gemfilter")
 ASL_2PASS = replace(SMALL, method="asl-2pass")

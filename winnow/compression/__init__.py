@@ -6,7 +6,7 @@ add its line to winnow/catalog.py.
 
 from winnow.catalog import COMPRESSIONS, RECOMPRESSIONS, load
 from winnow.compression.base import CompressionRule, RecompressionRule
-from winnow.request import PruningSettings, Recompression
+from winnow.pruning_settings import PruningSettings, Recompression
 
 __all__ = ["CompressionRule", "RecompressionRule", "compression_rule", "recompression_rule"]
 

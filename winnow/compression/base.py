@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from winnow.request import PruningSettings, Recompression
+from winnow.pruning_settings import PruningSettings, Recompression
 
 
 class CompressionRule(ABC):

@@ -21,7 +21,8 @@ from winnow.engine.runner import ModelRunner, StepResult
 from winnow.engine.scheduler import Schedule, Scheduler
 from winnow.engine.sequence import Reservation, Sequence
 from winnow.errors import EngineFailed, WinnowError
-from winnow.request import SequenceState, Token
+from winnow.kv import SequenceState
+from winnow.tokens import Token
 
 logger = logging.getLogger(__name__)
 

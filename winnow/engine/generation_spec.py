@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from winnow.engine.kv_pool import KVPool
 from winnow.engine.promises import Promise
 from winnow.engine.query_ring import num_queries
-from winnow.request import Recompression, SamplingParams
+from winnow.pruning_settings import Recompression
+from winnow.sampling_params import SamplingParams
 
 _ENDLESS = 2**62
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from winnow.errors import WinnowError
-from winnow.request import Token
+from winnow.tokens import Token
 
 
 @dataclass(frozen=True, slots=True)

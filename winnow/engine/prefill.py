@@ -16,7 +16,8 @@ from winnow.decoder import DecoderModel
 from winnow.errors import InvalidRequest, PromptTooLong
 from winnow.kv import LayerKV, pack_layer
 from winnow.methods.base import Cut, LayerView
-from winnow.request import PrefillReport, PruningSettings
+from winnow.pruning_settings import PruningSettings
+from winnow.report import PrefillReport
 
 Watch = Callable[[LayerView, Cut | None], None]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from winnow.decoder import DecoderModel
 from winnow.errors import NotFinite
-from winnow.request import PromptLogprobs
+from winnow.tokens import PromptLogprobs
 
 # Logits held at a time, float32: 64 MiB, however long the prompt and however large the vocabulary.
 MAX_LOGITS = 1 << 24

@@ -10,7 +10,7 @@ from winnow.decoder import DecoderModel
 from winnow.engine.kv_pool import KVPool
 from winnow.engine.sequence import Sequence
 from winnow.errors import EngineFailed
-from winnow.request import Token
+from winnow.tokens import Token
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
+from winnow.checks import require_range
 from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.kv_manager import KVManager
 from winnow.engine.outputs import EngineStats
@@ -17,7 +18,6 @@ from winnow.engine.preemption import PreemptionStats, Preemptor, age, can_shrink
 from winnow.engine.recompressor import Recompressor
 from winnow.engine.sequence import Reservation, Sequence
 from winnow.errors import EngineFailed, Overloaded, Preempted
-from winnow.request import require_range
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ from winnow.engine.generation_spec import GenerationSpec, promise_for
 from winnow.engine.kv_manager import KVManager
 from winnow.engine.kv_pool import KVPool
 from winnow.engine.query_ring import QueryRing
-from winnow.kv import LayerKV
-from winnow.request import FinishReason, SequenceState, Token
+from winnow.kv import LayerKV, SequenceState
 from winnow.sampling import TokenHistory, sample, token_logprobs
+from winnow.tokens import FinishReason, Token
 
 
 class State(Enum):

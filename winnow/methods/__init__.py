@@ -11,7 +11,7 @@ from winnow.catalog import METHODS, load
 if TYPE_CHECKING:
     from winnow.kv import ModelShape
     from winnow.methods.base import Method
-    from winnow.request import PruningSettings
+    from winnow.pruning_settings import PruningSettings
 
 
 def method_class(name: str) -> "type[Method]":

@@ -5,7 +5,7 @@ from torch import Tensor
 from winnow.compression import compression_rule
 from winnow.kv import ModelShape
 from winnow.methods.base import Bound, LayerView, Method
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 
 
 class SnapKV(Method):

@@ -11,14 +11,9 @@ from services.common.messages import (
     tokens_to_proto,
 )
 from winnow.errors import InvalidSetting
-from winnow.request import (
-    FinishReason,
-    PruningSettings,
-    Recompression,
-    SamplingParams,
-    Token,
-    TokenLogprobs,
-)
+from winnow.pruning_settings import PruningSettings, Recompression
+from winnow.sampling_params import SamplingParams
+from winnow.tokens import FinishReason, Token, TokenLogprobs
 from winnow.v1 import decode_pb2 as pb
 
 float32 = st.floats(-2, 2, width=32)

@@ -16,7 +16,8 @@ from tests.winnow.drive import UNPRUNED, prefill_all
 from winnow.engine.prefill import PrefillResult
 from winnow.errors import WinnowError
 from winnow.kv import LayerKV
-from winnow.request import PruningSettings, SamplingParams
+from winnow.pruning_settings import PruningSettings
+from winnow.sampling_params import SamplingParams
 from winnow.v1 import decode_pb2 as pb
 from winnow.v1.decode_pb2_grpc import DecodeStub
 from winnow.wire import WIRE_VERSIONS, Grant, Header, TransferEncoder

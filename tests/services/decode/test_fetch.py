@@ -17,7 +17,9 @@ from tests.services.decode.client import GREEDY, PROMPT, Call, Client, error_of
 from tests.services.decode.conftest import StartWorker
 from tests.winnow.drive import UNPRUNED
 from winnow.errors import DeliveryFailed, TransferForged, UnknownReservation
-from winnow.request import PruningSettings, SamplingParams, Token
+from winnow.pruning_settings import PruningSettings
+from winnow.sampling_params import SamplingParams
+from winnow.tokens import Token
 from winnow.v1 import decode_pb2 as pb
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -11,7 +11,8 @@ from tests.services.decode.client import GREEDY, PROMPT, Client, error_of, event
 from tests.services.decode.conftest import StartWorker
 from tests.winnow.drive import admit, decode_all, ids, make_engine, spec
 from winnow.errors import InvalidSetting, ModelMismatch, Overloaded
-from winnow.request import PruningSettings, SamplingParams
+from winnow.pruning_settings import PruningSettings
+from winnow.sampling_params import SamplingParams
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire import WIRE_VERSIONS
 
