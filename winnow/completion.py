@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from winnow.decoder import DecoderModel
 from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.outputs import StepOutput
-from winnow.engine.prefill import PrefillResult, run_prefill
+from winnow.engine.prefill import PrefillResult, PrefillRun
 from winnow.engine.sequence import Reservation
 from winnow.pruning_settings import PruningSettings
 from winnow.report import PrefillReport
@@ -76,11 +76,9 @@ def prefill_into(
     pruning: PruningSettings,
 ) -> PrefillResult:
     """Computes a prompt and writes what is kept of its KV into the reservation."""
-    layers = run_prefill(model, token_ids, pruning)
-    while True:
-        try:
-            layer = next(layers)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
+    run = PrefillRun(model, token_ids, pruning)
+    while not run.finished:
+        layer = run.compute_layer()
         if layer is not None:
             reservation.write_layer(layer)
+    return run.result()
