@@ -20,11 +20,11 @@ from benchmarks.report import arguments, show, write_json
 from benchmarks.shapes import model_path
 from winnow.decoder import DecoderModel
 from winnow.engine.decode import DecodeEngine
+from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.kv_pool import KVPoolConfig
-from winnow.engine.sequence import GenerationSpec
 from winnow.kv import LayerKV, ModelShape
 from winnow.models import load_model
-from winnow.request import SamplingParams
+from winnow.sampling_params import SamplingParams
 
 ROUNDS = 3
 

@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.report import arguments, show, write_json
 from benchmarks.shapes import model_path
+from services.common.jobs import PrefillJob
 from services.common.registry import RedisRegistry
 from services.common.settings import load_settings
 from services.decode.worker import DecodeWorker
@@ -36,7 +37,8 @@ from winnow.decoder import DecoderModel
 from winnow.defaults import pruning_defaults
 from winnow.model_files import ModelDescription, describe_model
 from winnow.models import load_model
-from winnow.request import PrefillJob, PruningSettings, SamplingParams
+from winnow.pruning_settings import PruningSettings
+from winnow.sampling_params import SamplingParams
 
 NUM_GENERATED = 64
 MAX_TOKENS = 4 * NUM_GENERATED  # so that the first worker has not ended before it is asked

@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM
 from benchmarks.report import arguments, show, write_json
 from benchmarks.shapes import model_path
 from winnow.defaults import scaled_defaults
-from winnow.engine.prefill import run_prefill
+from winnow.engine.prefill import PrefillRun
 from winnow.models import load_model
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 
 THEIRS, UNPRUNED = "transformers", "full"
 CONTESTANTS = (THEIRS, UNPRUNED, "fastkv", "asl")
@@ -65,12 +65,10 @@ def our_prefill(path: Path, contestant: str) -> Callable[[list[int]], float]:
 
     def prefill(token_ids: list[int]) -> float:
         settings = settings_for(contestant, model.shape.num_layers, len(token_ids))
-        run = run_prefill(model, token_ids, settings)
-        while True:
-            try:
-                next(run)  # a layer's KV is dropped here; in the service it leaves over the wire
-            except StopIteration as end:
-                return float(model.logits(end.value.final_hidden[None])[0, 0])
+        run = PrefillRun(model, token_ids, settings)
+        while not run.finished:
+            run.compute_layer()  # its KV is dropped here; in the service it leaves over the wire
+        return float(model.logits(run.result().final_hidden[None])[0, 0])
 
     return prefill
 

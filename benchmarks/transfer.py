@@ -30,7 +30,7 @@ from benchmarks.report import arguments, show, write_json
 from services.common.rpc import channel_options, server_options
 from services.common.tls import PeerTls, bind, open_channel
 from winnow.kv import LayerKV, ModelShape
-from winnow.request import PrefillReport
+from winnow.report import PrefillReport
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire import (
     WIRE_VERSIONS,

@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
+from winnow.catalog import METHODS
 from winnow.defaults import parse_change
 from winnow.errors import InvalidSetting
-from winnow.methods import METHODS
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 
 UNPRUNED = "full"
 _LINE_CHARS = 24

@@ -10,7 +10,7 @@ from services.common.settings import Settings
 from winnow.completion import CompletionStream
 from winnow.errors import InvalidRequest
 from winnow.local import Winnow
-from winnow.request import SamplingParams
+from winnow.sampling_params import SamplingParams
 
 
 def generate(args: argparse.Namespace, settings: Settings) -> None:

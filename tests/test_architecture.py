@@ -30,7 +30,7 @@ DOORS = {
     "transformers": (
         "winnow/models.py",
         "winnow/model_files.py",
-        "winnow/attention.py",
+        "winnow/attention/calls.py",
         "winnow/checkpoint.py",
         "winnow/dry_run.py",
         "winnow/tokenizer.py",

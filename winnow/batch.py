@@ -10,7 +10,8 @@ from winnow.engine.outputs import StepOutput
 from winnow.engine.prefill import PrefillResult, require_prompt
 from winnow.engine.sequence import Reservation
 from winnow.errors import Overloaded
-from winnow.request import PruningSettings, SamplingParams
+from winnow.pruning_settings import PruningSettings
+from winnow.sampling_params import SamplingParams
 from winnow.text_stream import TextStream
 from winnow.tokenizer import Tokenizer
 

@@ -4,11 +4,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from winnow.decoder import DecoderModel
+from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.outputs import StepOutput
-from winnow.engine.prefill import PrefillResult, run_prefill
-from winnow.engine.sequence import GenerationSpec, Reservation
-from winnow.request import FinishReason, PrefillReport, PruningSettings, SamplingParams
+from winnow.engine.prefill import PrefillResult, PrefillRun
+from winnow.engine.sequence import Reservation
+from winnow.pruning_settings import PruningSettings
+from winnow.report import PrefillReport
+from winnow.sampling_params import SamplingParams
 from winnow.text_stream import TextStream
+from winnow.tokens import FinishReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +64,7 @@ def generation_spec(
         num_prompt_tokens=num_tokens,
         max_prompt_entries=pruning.max_prompt_entries(num_tokens, model.shape.num_kv_heads),
         sampling=sampling,
-        decode_budget=pruning.decode_budget,
-        decode_floor=pruning.decode_floor,
-        recompress_interval=pruning.recompress_interval,
-        recompression=pruning.recompression,
-        redundancy_weight=pruning.redundancy_weight,
-        window_size=pruning.window_size,
-        kernel_size=pruning.kernel_size,
+        recompression=pruning.decode_side,
         prompt_token_ids=tuple(token_ids) if sampling.needs_prompt else (),
     )
 
@@ -78,11 +76,9 @@ def prefill_into(
     pruning: PruningSettings,
 ) -> PrefillResult:
     """Computes a prompt and writes what is kept of its KV into the reservation."""
-    layers = run_prefill(model, token_ids, pruning)
-    while True:
-        try:
-            layer = next(layers)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
+    run = PrefillRun(model, token_ids, pruning)
+    while not run.finished:
+        layer = run.compute_layer()
         if layer is not None:
             reservation.write_layer(layer)
+    return run.result()

@@ -9,7 +9,7 @@ import yaml
 
 from winnow.errors import InvalidSetting, UnusableModel
 from winnow.folder_errors import as_unusable
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 
 SETTINGS_FILE = "winnow.json"
 _PAPER_LAYERS = 32  # the depth for which the paper's layer numbers were chosen

@@ -10,10 +10,12 @@ import torch
 
 from winnow.batch import BatchJob
 from winnow.completion import Completion
-from winnow.engine.prefill import run_prefill
+from winnow.engine.prefill import PrefillRun
 from winnow.local import Winnow
 from winnow.methods.base import Cut, LayerView
-from winnow.request import PrefillReport, PruningSettings, SamplingParams
+from winnow.pruning_settings import PruningSettings
+from winnow.report import PrefillReport
+from winnow.sampling_params import SamplingParams
 from winnow.selection import token_scores
 from winnow.tokenizer import Tokenizer
 
@@ -119,12 +121,10 @@ def _prefill(
     settings: PruningSettings,
     observer: _Observer | None = None,
 ) -> PrefillReport:
-    layers = run_prefill(winnow.model, token_ids, settings, observer)
-    while True:
-        try:
-            next(layers)
-        except StopIteration as end:
-            return end.value.report  # type: ignore[no-any-return]
+    run = PrefillRun(winnow.model, token_ids, settings, observer)
+    while not run.finished:
+        run.compute_layer()
+    return run.result().report
 
 
 def _times(

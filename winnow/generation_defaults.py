@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from winnow.errors import InvalidSetting, UnusableModel
-from winnow.request import SamplingParams
+from winnow.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 

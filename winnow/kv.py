@@ -96,3 +96,17 @@ def pack_layer(
         head_lengths=tuple(len(k) for k in kept),
         window_queries=window_queries,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceState:
+    """Where a running sequence is, besides its KV and its last queries.
+
+    next_position: as in PrefillReport, of its next token.
+    recompressed_entries: of its whole request.  at_floor: its budget was lowered to decode_floor.
+    """
+
+    token_ids: tuple[int, ...]
+    next_position: int
+    recompressed_entries: int = 0
+    at_floor: bool = False

@@ -13,7 +13,8 @@ from winnow.engine.kv_pool import KVPoolConfig
 from winnow.engine.prefill import require_prompt
 from winnow.engine.sequence import Reservation
 from winnow.models import load_model
-from winnow.request import PruningSettings, SamplingParams
+from winnow.pruning_settings import PruningSettings
+from winnow.sampling_params import SamplingParams
 from winnow.text_stream import TextStream
 from winnow.tokenizer import Tokenizer, load_tokenizer
 

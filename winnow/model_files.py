@@ -17,12 +17,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig
 
+from winnow.checks import require_range
 from winnow.context_length import constant_length, context_length, positive_int
 from winnow.errors import UnusableModel
 from winnow.folder_errors import as_unusable
 from winnow.generation_defaults import end_token_ids
 from winnow.kv import ModelShape
-from winnow.request import require_range
 from winnow.weight_files import update_digest
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,8 @@ from winnow.engine.decode import DecodeEngine
 from winnow.engine.kv_pool import KVPoolConfig
 from winnow.errors import UnusableModel, WinnowError
 from winnow.folder_errors import as_unusable
-from winnow.request import PruningSettings, SamplingParams
+from winnow.pruning_settings import PruningSettings
+from winnow.sampling_params import SamplingParams
 
 _PROMPT_TOKENS = 16
 _PAGE_SIZE = 16

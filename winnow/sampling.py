@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from winnow.errors import NotFinite
-from winnow.request import SamplingParams, TokenLogprobs
+from winnow.sampling_params import SamplingParams
+from winnow.tokens import TokenLogprobs
 
 _MASK64 = (1 << 64) - 1
 

@@ -1,14 +1,11 @@
 """Winnow's dataclasses as messages of proto/winnow/v1/decode.proto, and back."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
 
-from winnow.request import (
-    FinishReason,
-    PruningSettings,
-    SamplingParams,
-    Token,
-    TokenLogprobs,
-)
+from winnow.pruning_settings import Recompression
+from winnow.sampling_params import SamplingParams
+from winnow.tokens import FinishReason, Token, TokenLogprobs
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire import report_from_proto, report_to_proto
 
@@ -70,36 +67,24 @@ def sampling_from_proto(params: pb.SamplingParams) -> SamplingParams:
     )
 
 
-def recompression_to_proto(pruning: PruningSettings) -> pb.Recompression:
-    """The part of `pruning` that decode carries out."""
-    return pb.Recompression(
-        decode_budget=pruning.decode_budget,
-        decode_floor=pruning.decode_floor,
-        recompress_interval=pruning.recompress_interval,
-        method=pruning.recompression,
-        redundancy_weight=pruning.redundancy_weight,
-        window_size=pruning.window_size,
-        kernel_size=pruning.kernel_size,
-    )
+def recompression_to_proto(settings: Recompression) -> pb.Recompression:
+    """The message's fields are those of the dataclass."""
+    return pb.Recompression(**asdict(settings))
 
 
-def recompression_from_proto(message: pb.Recompression) -> PruningSettings:
-    """Settings whose decode side is `message`'s; the prompt's side is off.
-
-    Raises InvalidSetting for a value out of range.
-    """
-    return PruningSettings(
-        method="full",
-        compression="none",
-        kv_budget=None,
-        select_tokens=message.window_size + 1,
-        decode_budget=message.decode_budget if message.HasField("decode_budget") else None,
-        decode_floor=message.decode_floor if message.HasField("decode_floor") else None,
+def recompression_from_proto(message: pb.Recompression) -> Recompression:
+    """Raises InvalidSetting for a value out of range."""
+    optional = {
+        name: getattr(message, name) if message.HasField(name) else None
+        for name in ("decode_budget", "decode_floor")
+    }
+    return Recompression(
         recompress_interval=message.recompress_interval,
-        recompression=message.method or "snapkv",
+        method=message.method or "snapkv",
         redundancy_weight=message.redundancy_weight,
         window_size=message.window_size,
         kernel_size=message.kernel_size,
+        **optional,
     )
 
 

@@ -27,7 +27,7 @@ from pydantic_settings.exceptions import SettingsError
 
 from winnow.errors import InvalidSetting
 from winnow.generation_defaults import FROM_MODEL, NONE
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "models" / "winnow-tiny"
 ENV_PREFIX = "WINNOW_"

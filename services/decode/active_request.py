@@ -17,11 +17,12 @@ from enum import Enum, auto
 from torch import Tensor
 
 from winnow.engine.decode import DecodeEngine
+from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.outputs import StepOutput
-from winnow.engine.sequence import GenerationSpec, Sequence
+from winnow.engine.sequence import Sequence
 from winnow.errors import EngineFailed, StaleAttempt, UnknownReservation, WinnowError
-from winnow.kv import LayerKV, ModelShape
-from winnow.request import PrefillReport, SequenceState
+from winnow.kv import LayerKV, ModelShape, SequenceState
+from winnow.report import PrefillReport
 from winnow.wire import Expected, Grant, Trailer
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ class ActiveRequest:
             shape=shape,
             num_prompt_tokens=spec.num_prompt_tokens,
             max_entries=spec.max_entries if running else spec.max_prompt_entries,
-            max_window=spec.window_size,
+            max_window=spec.recompression.window_size,
             max_generated=spec.sampling.max_tokens if running else None,
         )
 

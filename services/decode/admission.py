@@ -6,8 +6,8 @@ import time
 
 from services.decode.active_request import ActiveRequest
 from winnow.engine.decode import DecodeEngine
+from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.outputs import StepOutput
-from winnow.engine.sequence import GenerationSpec
 from winnow.errors import (
     InvalidSetting,
     NoDecodeWorker,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from services.common.cores import SharedCores
-from services.decode.metrics import RELIEF, DecodeMetrics
+from services.decode.metrics import PREEMPTIONS, DecodeMetrics
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.outputs import StepOutput
 from winnow.errors import EngineFailed, WinnowError
@@ -48,8 +48,8 @@ class EngineThread:
         self._deliver = deliver
         self._fail_all = fail_all
         self._loop = asyncio.get_running_loop()
-        self._seen_cuts = engine.cut_counts
-        self._seen_relief = engine.relief_counts
+        self._seen_recompressions = engine.recompression_stats
+        self._seen_preemptions = engine.preemption_stats
         self._stopping = threading.Event()
         self._ended = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="winnow-decode-engine")
@@ -135,22 +135,22 @@ class EngineThread:
     def _observe(self, outputs: list[StepOutput], step_s: float) -> None:
         self._metrics.step_seconds.observe(step_s)
         self._metrics.batch_size.observe(sum(len(output.tokens) for output in outputs))
-        self._observe_cuts()
-        self._observe_relief()
+        self._observe_recompressions()
+        self._observe_preemptions()
 
-    def _observe_cuts(self) -> None:
-        counts, seen = self._engine.cut_counts, self._seen_cuts
-        self._metrics.recompressions.inc(counts.recompressions - seen.recompressions)
+    def _observe_recompressions(self) -> None:
+        stats, seen = self._engine.recompression_stats, self._seen_recompressions
+        self._metrics.recompressions.inc(stats.recompressions - seen.recompressions)
         shape = self._engine.model.shape
         heads = shape.num_layers * shape.num_kv_heads
-        kept = counts.kept_entries - seen.kept_entries
-        dropped = counts.dropped_entries - seen.dropped_entries
+        kept = stats.kept_entries - seen.kept_entries
+        dropped = stats.dropped_entries - seen.dropped_entries
         self._metrics.tokens_kept.labels("decode").inc(kept / heads)
         self._metrics.tokens_dropped.labels("decode").inc(dropped / heads)
-        self._seen_cuts = counts
+        self._seen_recompressions = stats
 
-    def _observe_relief(self) -> None:
-        counts, seen = self._engine.relief_counts, self._seen_relief
-        for how in RELIEF:
-            self._metrics.relieved.labels(how).inc(getattr(counts, how) - getattr(seen, how))
-        self._seen_relief = counts
+    def _observe_preemptions(self) -> None:
+        stats, seen = self._engine.preemption_stats, self._seen_preemptions
+        for how in PREEMPTIONS:
+            self._metrics.preemptions.labels(how).inc(getattr(stats, how) - getattr(seen, how))
+        self._seen_preemptions = stats

@@ -170,7 +170,7 @@ async def _stream_tokens(
             async with asyncio.timeout(sign_of_life_s):
                 event = await request.events.get()
         except TimeoutError:
-            if request.reservation.num_swapped:
+            if request.reservation.waits_for_memory:
                 await context.write(pb.GenerateEvent(waiting=pb.Waiting()))
             continue
         if event is Move.OVER:

@@ -14,9 +14,8 @@ from services.decode.metrics import OUT, DecodeMetrics
 from winnow.engine.kv_pool import KVPool
 from winnow.engine.sequence import Sequence
 from winnow.errors import TransferMalformed, UnknownReservation, WinnowError
-from winnow.request import Ticket
 from winnow.v1 import decode_pb2 as pb
-from winnow.wire import Header, TransferEncoder
+from winnow.wire import Header, Ticket, TransferEncoder
 
 logger = logging.getLogger(__name__)
 

@@ -3,11 +3,11 @@
 from dataclasses import fields
 
 from services.common.metrics import BATCH_BUCKETS, TOKEN_BUCKETS_S, Metrics
-from winnow.engine.relief import ReliefCounts
+from winnow.engine.preemption import PreemptionStats
 from winnow.errors import ERROR_CODES
 
 IN, OUT = "in", "out"
-RELIEF = tuple(field.name for field in fields(ReliefCounts))
+PREEMPTIONS = tuple(field.name for field in fields(PreemptionStats))
 
 
 class DecodeMetrics(Metrics):
@@ -41,12 +41,12 @@ class DecodeMetrics(Metrics):
         self.recompressions = self._counter(
             "winnow_recompressions", "Times that a sequence was cut back to its decode_budget"
         )
-        self.relieved = self._counter(
+        self.preemptions = self._counter(
             "winnow_kv_relief",
             "Sequences that gave way because pages ran short: shrunk to decode_floor, swapped out "
             "to host memory, or given up and computed anew",
             "how",
-            RELIEF,
+            PREEMPTIONS,
         )
         self.swapped_sequences = self._gauge(
             "winnow_kv_swapped_sequences", "Sequences that wait in host memory for pages"

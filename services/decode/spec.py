@@ -4,9 +4,10 @@ import re
 from collections.abc import Iterable
 
 from services.common.messages import recompression_from_proto, sampling_from_proto
-from winnow.engine.sequence import GenerationSpec
+from winnow.engine.generation_spec import GenerationSpec
 from winnow.errors import InvalidSetting
-from winnow.request import PruningSettings, SamplingParams
+from winnow.pruning_settings import Recompression
+from winnow.sampling_params import SamplingParams
 from winnow.v1 import decode_pb2 as pb
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
@@ -19,7 +20,6 @@ def spec_from_request(request: pb.GenerateRequest, vocab_size: int) -> Generatio
             "request_id must be 1 to 128 characters of [A-Za-z0-9_.-]", param="request_id"
         )
     sampling = sampling_from_proto(request.sampling)
-    recompression = _recompression(request)
     _require_prompt(request, sampling)
     _require_tokens("prompt_token_ids", request.prompt_token_ids, vocab_size)
     _require_tokens("logit_bias", sampling.logit_bias, vocab_size)
@@ -31,13 +31,7 @@ def spec_from_request(request: pb.GenerateRequest, vocab_size: int) -> Generatio
         max_prompt_entries=request.max_prompt_entries,
         sampling=sampling,
         num_sequences=request.num_sequences,
-        decode_budget=recompression.decode_budget,
-        decode_floor=recompression.decode_floor,
-        recompress_interval=recompression.recompress_interval,
-        recompression=recompression.recompression,
-        redundancy_weight=recompression.redundancy_weight,
-        window_size=recompression.window_size,
-        kernel_size=recompression.kernel_size,
+        recompression=_recompression(request),
         prompt_token_ids=tuple(request.prompt_token_ids),
         replayed=tuple(tuple(sequence.token_ids) for sequence in request.replayed),
         assured=request.assured,
@@ -45,10 +39,10 @@ def spec_from_request(request: pb.GenerateRequest, vocab_size: int) -> Generatio
     )
 
 
-def _recompression(request: pb.GenerateRequest) -> PruningSettings:
+def _recompression(request: pb.GenerateRequest) -> Recompression:
     if request.HasField("recompression"):
         return recompression_from_proto(request.recompression)
-    return PruningSettings()  # no decode_budget, no decode_floor: nothing is cut
+    return Recompression()  # no decode_budget, no decode_floor: nothing is cut
 
 
 def _require_prompt(request: pb.GenerateRequest, sampling: SamplingParams) -> None:

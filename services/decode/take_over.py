@@ -19,8 +19,8 @@ from winnow.errors import (
     TransferMismatch,
     WinnowError,
 )
-from winnow.kv import LayerKV
-from winnow.request import PrefillReport, SequenceState
+from winnow.kv import LayerKV, SequenceState
+from winnow.report import PrefillReport
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire import Header, ReceiveBuffer, Trailer, TransferDecoder
 

@@ -11,7 +11,7 @@ from services.explain.page import render
 from services.generate import load_winnow, read_prompt, token_ids_of
 from winnow.errors import InvalidSetting
 from winnow.explain import explain
-from winnow.request import SamplingParams
+from winnow.sampling_params import SamplingParams
 
 
 def run_explain(args: argparse.Namespace, settings: Settings) -> None:

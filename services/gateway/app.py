@@ -15,6 +15,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from services.common.exposition import Exposition
+from services.common.jobs import PrefillJob, PrefillOutcome
 from services.common.logs import configure_logging
 from services.common.openmp import SHORT_WAITS
 from services.common.ray_registry import reachable_host
@@ -29,7 +30,6 @@ from services.gateway.grpc_api import GrpcServer
 from services.gateway.rest import create_api
 from services.prefill.worker import Prefill
 from winnow.errors import DeadlineExceeded, PrefillFailed, PrefillLost, WinnowError
-from winnow.request import PrefillJob, PrefillOutcome
 
 Handle = DeploymentHandle[Any]
 

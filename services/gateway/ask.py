@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.gateway.limits import Limits
-from winnow.request import PruningSettings, SamplingParams
+from winnow.pruning_settings import PruningSettings
+from winnow.sampling_params import SamplingParams
 from winnow.tokenizer import Tokenizer
 
 

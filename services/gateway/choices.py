@@ -4,8 +4,9 @@ import time
 from dataclasses import dataclass
 
 from services.gateway.metrics import GatewayMetrics
-from winnow.request import FinishReason, SamplingParams, Token
+from winnow.sampling_params import SamplingParams
 from winnow.text_stream import TextStream
+from winnow.tokens import FinishReason, Token
 
 
 @dataclass(frozen=True, slots=True)

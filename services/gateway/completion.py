@@ -16,8 +16,8 @@ from services.gateway.run import Run, Service
 from services.gateway.scoring import PromptScoring
 from services.gateway.served_model import ServedModel
 from services.gateway.usage import Usage, winnow_usage
-from winnow.request import PromptLogprobs, Token
 from winnow.text_stream import TextStream
+from winnow.tokens import PromptLogprobs, Token
 
 # Deltas that wait for a slow client before decode is made to wait.
 _MAX_WAITING_DELTAS = 256

@@ -25,7 +25,8 @@ from winnow.errors import (
     WinnowError,
 )
 from winnow.model_files import ModelDescription
-from winnow.request import PruningSettings, SamplingParams
+from winnow.pruning_settings import PruningSettings
+from winnow.sampling_params import SamplingParams
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire import FIRST_WITH_FETCH, WIRE_VERSIONS, Grant
 
@@ -209,7 +210,7 @@ def _to_proto(request: PromptRequest, model: ModelDescription) -> pb.GenerateReq
         num_sequences=request.num_sequences,
         max_prompt_entries=request.pruning.max_prompt_entries(num_tokens, num_kv_heads),
         sampling=sampling_to_proto(request.sampling),
-        recompression=recompression_to_proto(request.pruning),
+        recompression=recompression_to_proto(request.pruning.decode_side),
         prompt_token_ids=request.token_ids if request.sampling.needs_prompt else (),
         wire_versions=WIRE_VERSIONS,
         replayed=[pb.ReplayedTokens(token_ids=token_ids) for token_ids in request.replayed],

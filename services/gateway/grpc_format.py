@@ -6,8 +6,8 @@ from dataclasses import asdict
 from services.gateway.choices import Delta
 from services.gateway.logprobs import token_text
 from services.gateway.usage import Usage
-from winnow.request import Token
 from winnow.tokenizer import Tokenizer
+from winnow.tokens import Token
 from winnow.v1 import inference_pb2 as pb
 
 # With 20 likely tokens each, under 1 MiB: clients of gRPC take 4 MiB unless told otherwise.

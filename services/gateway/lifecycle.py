@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import replace
 from typing import TypeVar
 
+from services.common.jobs import PrefillJob
 from services.common.messages import report_from_proto, tokens_from_proto
 from services.common.tasks import end
 from services.common.tracing import span
@@ -28,7 +29,7 @@ from winnow.errors import (
     TransferRefused,
     WinnowError,
 )
-from winnow.request import PrefillJob, PromptLogprobs, Token
+from winnow.tokens import PromptLogprobs, Token
 from winnow.v1 import decode_pb2 as pb
 
 _T = TypeVar("_T")

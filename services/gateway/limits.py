@@ -7,7 +7,8 @@ from services.common.settings import Settings
 from services.gateway.pruning_caps import changed_pruning, require_within_caps, unpruned
 from services.gateway.served_model import ServedModel
 from winnow.errors import InvalidRequest, InvalidSetting, PromptTooLong, UnknownModel
-from winnow.request import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, PruningSettings
+from winnow.pruning_settings import PruningSettings
+from winnow.sampling_params import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 
 MAX_STOP_CHARS = 1024
 # English has 4 to 5 characters per token; a text much longer than that is measured by its start.

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from winnow.request import Token
 from winnow.text_stream import IncrementalDetokenizer
 from winnow.tokenizer import Tokenizer
+from winnow.tokens import Token
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:

@@ -21,7 +21,7 @@ from services.gateway.unsupported import (
     without_unsupported,
 )
 from winnow.errors import InvalidRequest, InvalidSetting
-from winnow.request import MAX_LOGPROBS
+from winnow.sampling_params import MAX_LOGPROBS
 from winnow.tokenizer import Tokenizer
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for text completions; chat has none

@@ -9,8 +9,8 @@ from services.gateway.choices import Delta
 from services.gateway.logprobs import CompletionLogprobs, chat_logprobs
 from services.gateway.openai_asks import OpenAIAsk
 from services.gateway.usage import Usage, token_counts
-from winnow.request import Token
 from winnow.tokenizer import Tokenizer
+from winnow.tokens import Token
 
 
 class AnswerFormat(ABC):

@@ -18,7 +18,7 @@ from pydantic import (
 
 from services.gateway.without_effect import WithoutEffect
 from winnow.errors import InvalidRequest, InvalidSetting, UnknownParameter
-from winnow.request import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
+from winnow.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 
 Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 ROLES = ("system", "developer", "user", "assistant")
@@ -76,7 +76,7 @@ class StreamOptions(_Body):
 
 
 class WinnowOptions(_Body):
-    """`winnow` in a request's body: fields of winnow.request.PruningSettings.
+    """`winnow` in a request's body: fields of winnow.PruningSettings.
 
     An absent field keeps the service's setting; null means none where that is possible.
     """

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from winnow.request import PrefillJob, PrefillOutcome
+from services.common.jobs import PrefillJob, PrefillOutcome
 
 
 class Prefiller(Protocol):

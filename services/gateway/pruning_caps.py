@@ -9,7 +9,7 @@ from winnow import defaults
 from winnow.errors import InvalidSetting
 from winnow.methods import method_class
 from winnow.methods.base import Bound
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 
 
 def changed_pruning(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from services.common.jobs import PrefillJob, PrefillOutcome, PrefillTimings
 from services.common.tracing import context_of, span
 from services.gateway.generation import PromptRequest
 from services.gateway.metrics import GatewayMetrics
@@ -26,14 +27,8 @@ from winnow.errors import (
     UnknownReservation,
 )
 from winnow.model_files import ModelDescription
-from winnow.request import (
-    PrefillJob,
-    PrefillOutcome,
-    PrefillReport,
-    PrefillTimings,
-    PromptLogprobs,
-    Token,
-)
+from winnow.report import PrefillReport
+from winnow.tokens import PromptLogprobs, Token
 
 logger = logging.getLogger(__name__)
 

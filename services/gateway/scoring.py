@@ -5,10 +5,11 @@ No decode worker takes part: nothing is reserved, and no KV is sent.
 
 from collections.abc import AsyncGenerator
 
+from services.common.jobs import PrefillJob
 from services.common.tasks import end
 from services.gateway.run import Run
 from services.gateway.states import State
-from winnow.request import PrefillJob, Token
+from winnow.tokens import Token
 
 
 class PromptScoring(Run):

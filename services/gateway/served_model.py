@@ -8,7 +8,7 @@ from services.common.settings import Settings
 from winnow import defaults
 from winnow.generation_defaults import GenerationDefaults, generation_defaults
 from winnow.model_files import ModelDescription, describe_model
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 from winnow.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)

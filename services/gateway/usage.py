@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from services.common.jobs import PrefillTimings
 from services.gateway.run import Figures
-from winnow.request import PrefillTimings
 
 _UNTOLD = PrefillTimings(0.0, 0.0, 0.0, 0.0, 0)
 

@@ -1,5 +1,6 @@
 """What a prefill worker does, and what its pruning saves."""
 
+from services.common.jobs import PrefillOutcome, PrefillTimings
 from services.common.metrics import (
     BYTES_BUCKETS,
     LAYER_BUCKETS,
@@ -8,10 +9,10 @@ from services.common.metrics import (
     TOKEN_BUCKETS_S,
     Metrics,
 )
+from winnow.catalog import METHODS
 from winnow.errors import ERROR_CODES
 from winnow.kv import ModelShape
-from winnow.methods import METHODS
-from winnow.request import PrefillOutcome, PrefillReport, PrefillTimings
+from winnow.report import PrefillReport
 
 NO_SELECTION_REASONS = ("off", "short_prompt", "threshold_not_met")
 RHO_BUCKETS = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)

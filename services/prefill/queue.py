@@ -9,22 +9,23 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
 
 from services.common.cores import SharedCores
+from services.common.jobs import PrefillJob, PrefillOutcome, PrefillTimings
 from services.common.tls import PeerTls
-from services.common.tracing import context_of, end_span, span, start_span
+from services.common.tracing import Span, context_of, end_span, span, start_span
 from services.prefill.channels import Channels
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.sender import Delivered, Push
 from services.prefill.work import Work
 from winnow.decoder import DecoderModel
-from winnow.engine.prefill import run_prefill
-from winnow.engine.prompt_logprobs import prompt_logprobs
+from winnow.engine.prefill import PrefillRun
+from winnow.engine.prompt_logprobs import PromptLogprobsRun
 from winnow.errors import (
     DeadlineExceeded,
     Overloaded,
@@ -33,7 +34,6 @@ from winnow.errors import (
     WinnowError,
 )
 from winnow.kv import LayerKV
-from winnow.request import PrefillJob, PrefillOutcome, PrefillTimings
 from winnow.wire import Header, TransferEncoder
 
 logger = logging.getLogger(__name__)
@@ -146,15 +146,8 @@ class PrefillQueue:
         start_span("prefill.queue", context, start_s=work.received_s).end()
         push = self._open_push(work)
         try:
-            with (
-                span("prefill.compute", context, tokens=len(work.job.token_ids)) as compute,
-                contextlib.closing(self._layers(work)) as layers,
-            ):
-                for layer in self._timed(layers):
-                    compute.add_event("layer", {} if layer is None else {"layer": layer.layer_idx})
-                    self._require_wanted(work)
-                    if layer is not None and push is not None:
-                        self._hand_over(work, push, layer)
+            with span("prefill.compute", context, tokens=len(work.job.token_ids)) as compute:
+                self._run_layers(work, push, compute)
                 self._score(work)
         except Exception as error:
             if push is not None:
@@ -183,25 +176,23 @@ class PrefillQueue:
         work.outcome.add_done_callback(lambda _: push.abort(_cancelled()))  # no-op after its end
         return push
 
-    def _layers(self, work: Work) -> Generator[LayerKV | None, None, None]:
+    def _run_layers(self, work: Work, push: Push | None, compute: Span) -> None:
         job = work.job
-        work.result = yield from run_prefill(
-            self._model,
-            job.token_ids,
-            job.pruning,
-            keep_hidden=job.num_prompt_logprobs is not None,
-        )
-
-    def _timed(self, layers: Iterator[LayerKV | None]) -> Iterator[LayerKV | None]:
-        while True:
+        run = PrefillRun(self._model, job.token_ids, job.pruning)
+        while not run.finished:
             started_s = time.monotonic()
-            try:
-                with self._cores.prefilling() if self._cores else contextlib.nullcontext():
-                    layer = next(layers)
-            except StopIteration:
-                return
+            with self._computing():
+                layer = run.compute_layer()
             self._metrics.layer_seconds.observe(time.monotonic() - started_s)
-            yield layer
+            compute.add_event("layer", {} if layer is None else {"layer": layer.layer_idx})
+            self._require_wanted(work)
+            if layer is not None and push is not None:
+                self._hand_over(work, push, layer)
+        work.result = run.result(keep_hidden=job.num_prompt_logprobs is not None)
+
+    def _computing(self) -> AbstractContextManager[None]:
+        """Decode workers on the same cores see it."""
+        return self._cores.prefilling() if self._cores else contextlib.nullcontext()
 
     def _require_wanted(self, work: Work) -> None:
         """Raises where the job was cancelled, or the worker stops."""
@@ -217,17 +208,16 @@ class PrefillQueue:
 
     def _score(self, work: Work) -> None:
         """The prompt's log-probabilities, if they are wanted; then its hidden states are let go."""
-        for _ in self._score_blocks(work):
-            self._require_wanted(work)
-
-    def _score_blocks(self, work: Work) -> Generator[None, None, None]:
         num_top, result = work.job.num_prompt_logprobs, work.result
         if num_top is None or result is None or result.hidden is None:
             return
         work.result = replace(result, hidden=None)
-        work.logprobs = yield from prompt_logprobs(
-            self._model, result.hidden, work.job.token_ids, num_top
-        )
+        run = PromptLogprobsRun(self._model, result.hidden, work.job.token_ids, num_top)
+        while not run.finished:
+            with self._computing():
+                run.compute_block()
+            self._require_wanted(work)
+        work.logprobs = run.result()
 
     def _encoder(self, job: PrefillJob) -> TransferEncoder:
         assert job.ticket is not None

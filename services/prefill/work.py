@@ -5,10 +5,11 @@ import time
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
+from services.common.jobs import PrefillJob, PrefillOutcome
 from services.common.tracing import Span
 from winnow.engine.prefill import PrefillResult
 from winnow.errors import WinnowError
-from winnow.request import PrefillJob, PrefillOutcome, PromptLogprobs
+from winnow.tokens import PromptLogprobs
 
 
 @dataclass(eq=False, slots=True)

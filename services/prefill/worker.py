@@ -7,6 +7,7 @@ from ray import serve
 
 from services.common.cores import open_shared_cores
 from services.common.exposition import Exposition
+from services.common.jobs import PrefillJob, PrefillOutcome
 from services.common.logs import configure_logging
 from services.common.ray_registry import reachable_host
 from services.common.registry import open_registry
@@ -16,7 +17,6 @@ from services.common.tracing import configure_tracing
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
 from winnow.models import load_model
-from winnow.request import PrefillJob, PrefillOutcome
 
 
 @serve.deployment

@@ -15,7 +15,7 @@ from services.common.ports import free_port
 from tests.e2e.winnow_process import WinnowServe, environment, winnow
 from tests.load import NUM_CLIENTS, load
 from winnow.local import Winnow
-from winnow.request import SamplingParams
+from winnow.sampling_params import SamplingParams
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 

@@ -19,7 +19,7 @@ from tests.e2e.ray_ports import RAY_CALLS, code_of, outward_ports
 from tests.e2e.winnow_process import FREE_PORTS, WinnowServe, winnow
 from tests.services.exposed import value
 from winnow.local import Winnow
-from winnow.request import SamplingParams
+from winnow.sampling_params import SamplingParams
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 

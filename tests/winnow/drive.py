@@ -1,37 +1,35 @@
 """Runs prompts through both engines in the test's own process."""
 
-from collections.abc import Generator, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
+from dataclasses import fields
 
 from winnow.decoder import DecoderModel
 from winnow.engine.decode import DecodeEngine
+from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.kv_pool import KVPoolConfig
-from winnow.engine.prefill import PrefillResult, run_prefill
-from winnow.engine.sequence import GenerationSpec, Reservation
+from winnow.engine.prefill import PrefillResult, PrefillRun
+from winnow.engine.sequence import Reservation
 from winnow.kv import LayerKV
-from winnow.request import PruningSettings, SamplingParams, Token
-
-_Yielded = TypeVar("_Yielded")
-_Result = TypeVar("_Result")
+from winnow.pruning_settings import PruningSettings, Recompression
+from winnow.sampling_params import SamplingParams
+from winnow.tokens import Token
 
 UNPRUNED = PruningSettings(method="full", window_size=8, kernel_size=3)
 
 
-def run_to_end(run: Generator[_Yielded, None, _Result]) -> tuple[list[_Yielded], _Result]:
-    """All that a generator yields, and what it returns."""
-    yielded = []
-    while True:
-        try:
-            yielded.append(next(run))
-        except StopIteration as end:
-            return yielded, end.value
+def all_layers(run: PrefillRun) -> list[LayerKV | None]:
+    """What the run gives for each layer that it computes."""
+    layers = []
+    while not run.finished:
+        layers.append(run.compute_layer())
+    return layers
 
 
 def prefill_all(
     model: DecoderModel, token_ids: Sequence[int], settings: PruningSettings
 ) -> tuple[list[LayerKV], PrefillResult]:
-    layers, result = run_to_end(run_prefill(model, token_ids, settings))
-    return [layer for layer in layers if layer is not None], result
+    run = PrefillRun(model, token_ids, settings)
+    return [layer for layer in all_layers(run) if layer is not None], run.result()
 
 
 def make_engine(
@@ -53,9 +51,16 @@ def make_engine(
 def spec(
     request_id: str, num_tokens: int, sampling: SamplingParams, **more: object
 ) -> GenerationSpec:
-    values = {"max_prompt_entries": num_tokens, "window_size": 8, "kernel_size": 3} | more
+    """more: fields of the spec, or of its recompression."""
+    names = {field.name for field in fields(Recompression)}
+    own = {name: more.pop(name) for name in names & set(more)}
+    values = {"max_prompt_entries": num_tokens} | more
     return GenerationSpec(
-        request_id=request_id, num_prompt_tokens=num_tokens, sampling=sampling, **values
+        request_id=request_id,
+        num_prompt_tokens=num_tokens,
+        sampling=sampling,
+        recompression=Recompression(**{"window_size": 8, "kernel_size": 3} | own),
+        **values,
     )
 
 

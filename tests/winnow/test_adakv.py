@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.winnow import naive, naive_rivals
 from tests.winnow.test_compression import BASE, UNIT
-from winnow.compression import kept_entries, max_entries
+from winnow.compression import compression_rule
 
 ADAKV = replace(BASE, compression="adakv")
 
@@ -37,12 +37,13 @@ def test_keeps_what_the_formula_keeps_within_the_promised_memory(
     mass *= torch.randint(1, 4, (len(mass), 1), generator=generator)  # heads of different weight
     budget = window + 1 + seed % (more - 1)
     config = replace(ADAKV, window_size=window, kernel_size=kernel_size, kv_budget=budget)
-    kept = [head.tolist() for head in kept_entries(mass, num_kv_heads, config)]
+    rule = compression_rule(config)
+    kept = [head.tolist() for head in rule.keep(mass, num_kv_heads)]
     assert kept == naive_rivals.adakv(
         naive.as_lists(mass), num_kv_heads, window, kernel_size, budget
     )
     assert sum(map(len, kept)) == num_kv_heads * budget
-    assert max(map(len, kept)) <= max_entries(config, window + more, num_kv_heads)
+    assert max(map(len, kept)) <= rule.max_entries(window + more, num_kv_heads)
 
 
 def test_a_head_with_all_of_the_attention_leaves_the_others_their_safeguard() -> None:
@@ -50,9 +51,10 @@ def test_a_head_with_all_of_the_attention_leaves_the_others_their_safeguard() ->
     mass[:, -4:] = 1
     mass[2, :-4] = 1
     config = replace(ADAKV, kv_budget=24)  # 20 beside the window, 4 of them certain
-    kept = kept_entries(mass, 4, config)
+    rule = compression_rule(config)
+    kept = rule.keep(mass, 4)
     assert [len(head) for head in kept] == [8, 8, 72, 8]
-    assert max_entries(config, 200, 4) == 72
+    assert rule.max_entries(200, 4) == 72
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2])
@@ -60,7 +62,7 @@ def test_one_token_over_the_budget_drops_the_worst_of_the_layer(num_kv_heads: in
     mass = torch.arange(40.0).repeat(num_kv_heads, 1) + 1
     mass[0, 17] = 0
     config = replace(ADAKV, kernel_size=1, kv_budget=39)
-    kept = kept_entries(mass, num_kv_heads, config)
+    kept = compression_rule(config).keep(mass, num_kv_heads)
     everything = list(range(40))
     assert kept[0].tolist() == [token for token in everything if token != 17]
     assert [len(head) for head in kept] == [39] * num_kv_heads
@@ -69,7 +71,7 @@ def test_one_token_over_the_budget_drops_the_worst_of_the_layer(num_kv_heads: in
 def test_one_head_alone_keeps_what_snapkv_keeps() -> None:
     mass = torch.rand(3, 50, generator=torch.Generator().manual_seed(1))
     shared, same = (
-        kept_entries(mass, 1, replace(BASE, compression=compression))[0].tolist()
+        compression_rule(replace(BASE, compression=compression)).keep(mass, 1)[0].tolist()
         for compression in ("adakv", "snapkv")
     )
     assert shared == same
@@ -88,4 +90,4 @@ def test_one_head_alone_keeps_what_snapkv_keeps() -> None:
 def test_promises_what_one_head_can_come_to_keep(
     changes: dict, num_tokens: int, num_kv_heads: int, most: int
 ) -> None:
-    assert max_entries(replace(ADAKV, **changes), num_tokens, num_kv_heads) == most
+    assert compression_rule(replace(ADAKV, **changes)).max_entries(num_tokens, num_kv_heads) == most

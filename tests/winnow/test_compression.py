@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.winnow import naive
-from winnow.compression import keeps_all, kept_entries
+from winnow.compression import compression_rule, recompression_rule
 from winnow.compression.recompress import recompress_layer
 from winnow.kv import LayerKV
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings, Recompression
 from winnow.scoring import observed_attention
 
 BASE = PruningSettings(window_size=4, kernel_size=3, kv_budget=8, select_tokens=8)
@@ -33,7 +33,7 @@ def test_snapkv_keeps_what_the_formula_keeps(
     mass = torch.randint(0, 5, size, generator=generator).float() * UNIT
     budget = window + 1 + seed % more
     config = replace(BASE, window_size=window, kernel_size=kernel_size, kv_budget=budget)
-    kept = [head.tolist() for head in kept_entries(mass, num_kv_heads, config)]
+    kept = [head.tolist() for head in compression_rule(config).keep(mass, num_kv_heads)]
     assert kept == naive.snapkv(naive.as_lists(mass), num_kv_heads, window, kernel_size, budget)
 
 
@@ -43,7 +43,7 @@ def test_top_p_keeps_the_smallest_set_with_the_mass(p: float) -> None:
     queries, keys = torch.randn(4, 4, 8) * 2, torch.randn(2, 50, 8) * 2
     mass = observed_attention(queries, keys, 8**-0.5)
     config = replace(BASE, compression="top_p", kv_top_p=p)
-    kept = [head.tolist() for head in kept_entries(mass, 2, config)]
+    kept = [head.tolist() for head in compression_rule(config).keep(mass, 2)]
     assert kept == naive.top_p(naive.as_lists(mass), 2, 4, p)
     if p == 0.9:
         assert len(kept[0]) != len(kept[1]), "heads of this case differ in length"
@@ -63,9 +63,10 @@ def test_top_p_keeps_the_smallest_set_with_the_mass(p: float) -> None:
 )
 def test_knows_when_a_layer_stays_whole(changes: dict, num_tokens: int, whole: bool) -> None:
     config = replace(BASE, **changes)
-    assert keeps_all(config, num_tokens) is whole
+    rule = compression_rule(config)
+    assert rule.keeps_all(num_tokens) is whole
     if whole:
-        kept = kept_entries(torch.rand(2, num_tokens), 2, config)
+        kept = rule.keep(torch.rand(2, num_tokens), 2)
         assert [head.tolist() for head in kept] == [list(range(num_tokens))] * 2
 
 
@@ -81,7 +82,8 @@ def test_recompression_cuts_long_heads_by_the_ring_and_leaves_short_ones() -> No
         head_lengths=lengths,
         window_queries=queries,
     )
-    cut = recompress_layer(layer, 8**-0.5, kernel_size=3, decode_budget=10)
+    rule = recompression_rule(Recompression(kernel_size=3))
+    cut = recompress_layer(layer, 8**-0.5, rule, 10)
     mass = naive.observed_attention(queries[:2], keys[None, :20])
     expected = naive.snapkv(mass, 1, window, 3, 10)[0]
     assert cut.head_lengths == (10, 9)

@@ -18,12 +18,16 @@ from tests.winnow.drive import (
     spec,
 )
 from tests.winnow.test_prefill import ASL, prompt
-from winnow.engine.kv_pool import KVPool, StepPlan
-from winnow.engine.sequence import GenerationSpec, Reservation
+from winnow.attention import StepPlan
+from winnow.catalog import RECOMPRESSIONS
+from winnow.engine.generation_spec import GenerationSpec
+from winnow.engine.kv_pool import KVPool
+from winnow.engine.sequence import Reservation
 from winnow.errors import InvalidSetting, Overloaded
-from winnow.kv import LayerKV
+from winnow.kv import LayerKV, SequenceState
 from winnow.models import load_model
-from winnow.request import RECOMPRESSIONS, FinishReason, SamplingParams, SequenceState
+from winnow.sampling_params import SamplingParams
+from winnow.tokens import FinishReason
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
 LENGTHS = (1, 2, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 100, 150, 300)
@@ -134,7 +138,7 @@ def test_memory_stays_flat_over_2000_tokens_at_a_decode_budget_of_256(
         sampling,
         decode_budget=256,
         recompress_interval=32,
-        recompression=recompression,
+        method=recompression,
     )
     reservation = admit(engine, request, prompt(400))
     pages, longest, dropped = [], [], 0
@@ -158,7 +162,7 @@ def test_recompression_keeps_what_its_method_and_weight_say(tiny_models: dict[st
     forms = [("snapkv", 0.1), ("rkv", 0.0), ("rkv", 1.0)]
     kept = set()
     for method, weight in forms:
-        more = {"recompression": method, "redundancy_weight": weight}
+        more = {"method": method, "redundancy_weight": weight}
         request = spec("r", 100, GREEDY, decode_budget=40, recompress_interval=1, **more)
         reservation = admit(engine, request, prompt(100))
         for _ in range(3):

@@ -5,7 +5,7 @@ import pytest
 
 from winnow.defaults import override, parse_change, pruning_defaults, scaled_defaults
 from winnow.errors import InvalidSetting, UnusableModel
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 
 
 @pytest.mark.parametrize("num_layers", range(1, 81))

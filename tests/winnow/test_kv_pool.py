@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from winnow.engine.kv_manager import KVManager
 from winnow.engine.kv_pool import KVPool, KVPoolConfig
 from winnow.engine.promises import Promise
 from winnow.engine.query_ring import QueryRing
@@ -18,6 +19,10 @@ PAGE_BYTES = 4 * (SHAPE.kv_bytes(1) + 4)
 def make_pool(num_pages: int = 100, rows: int = 4) -> KVPool:
     config = KVPoolConfig(memory_bytes=(num_pages + 1) * PAGE_BYTES, page_size=4)
     return KVPool(SHAPE, config, rows, torch.device("cpu"))
+
+
+def make_memory(num_pages: int = 100, rows: int = 4) -> KVManager:
+    return KVManager(make_pool(num_pages, rows), rows, overcommit=1.0)
 
 
 def layer_of(layer_idx: int, lengths: tuple[int, int], seed: int = 0) -> LayerKV:
@@ -51,8 +56,8 @@ ACTIONS = st.lists(
 @settings(max_examples=200, deadline=None)
 @given(ACTIONS)
 def test_pages_are_accounted_and_contents_kept_through_any_history(actions: list[tuple]) -> None:
-    pool = make_pool(num_pages=400, rows=3)
-    rows = pool.reserve(3, Promise(100, 100))
+    memory = make_memory(num_pages=400, rows=3)
+    pool, rows = memory.pool, memory.reserve(3, Promise(100, 100))
     held = {(row, layer): layer_of(layer, (0, 0)) for row in rows for layer in range(2)}
     for turn, (action, target, *rest) in enumerate(actions):
         if action == "write":
@@ -69,10 +74,11 @@ def test_pages_are_accounted_and_contents_kept_through_any_history(actions: list
         assert actual.head_lengths == expected.head_lengths
         for name in ("keys", "values", "positions"):
             assert torch.equal(getattr(actual, name), getattr(expected, name)), name
-    assert pool.stats().pages_used == sum(pages_of(layer.head_lengths) for layer in held.values())
+    assert pool.num_used == sum(pages_of(layer.head_lengths) for layer in held.values())
     for row in rows:
-        pool.release(row)
-    assert (pool.stats().pages_used, pool.stats().pages_reserved) == (0, 0)
+        memory.release(row)
+    stats = memory.stats()
+    assert (stats.pages_used, stats.pages_reserved) == (0, 0)
 
 
 def step(pool: KVPool, rows: list[int], held: dict[tuple[int, int], LayerKV], turn: int) -> None:
@@ -85,7 +91,8 @@ def step(pool: KVPool, rows: list[int], held: dict[tuple[int, int], LayerKV], tu
         for idx, row in enumerate(rows):
             held[row, layer_idx] = extend(held[row, layer_idx], new[:, idx], 1000 + turn)
             expected = held[row, layer_idx]
-            visible = plan.visible[layer_idx, idx]
+            entry = torch.arange(keys.shape[2])
+            visible = entry < plan.lengths[layer_idx, idx][:, None]
             assert torch.equal(keys[idx][visible], expected.keys)
             assert torch.equal(values[idx][visible], expected.values)
 
@@ -108,14 +115,16 @@ def extend(layer: LayerKV, new: torch.Tensor, position: int) -> LayerKV:
 
 
 def test_a_promise_shrinks_to_what_the_heads_can_reach() -> None:
-    pool = make_pool()
-    (row,) = pool.reserve(1, Promise(80, 80))
+    memory = make_memory()
+    (row,) = memory.reserve(1, Promise(80, 80))
     for layer_idx in range(2):
-        pool.write_layer(row, layer_of(layer_idx, (5, 30)))
-    pool.settle(row, extra_entries=10, cap=1000)
-    assert pool.stats().pages_reserved == 2 * (4 + 10)  # 15 and 40 entries in pages of 4
-    pool.settle(row, extra_entries=10, cap=12)
-    assert pool.stats().pages_reserved == 2 * (3 + 8)  # 12, and 31: a head over the cap grows by 1
+        memory.pool.write_layer(row, layer_of(layer_idx, (5, 30)))
+    memory.settle(row, extra_entries=10, cap=1000)
+    assert memory.stats().pages_reserved == 2 * (4 + 10)  # 15 and 40 entries in pages of 4
+    memory.settle(row, extra_entries=10, cap=12)
+    assert memory.stats().pages_reserved == 2 * (
+        3 + 8
+    )  # 12, and 31: a head over the cap grows by 1
 
 
 def test_a_pool_too_small_for_the_model_is_refused() -> None:
@@ -129,26 +138,26 @@ def test_rows_that_cannot_be_cleared_are_free_for_others_all_the_same(
     def dies(*_: object) -> None:
         raise RuntimeError("CUDA error")
 
-    pool = make_pool(num_pages=30, rows=2)
-    rows = pool.reserve(2, Promise(15, 15))
+    memory = make_memory(num_pages=30, rows=2)
+    pool, rows = memory.pool, memory.reserve(2, Promise(15, 15))
     for row in rows:
         pool.write_layer(row, layer_of(0, (20, 20)))
     with monkeypatch.context() as patch:
         patch.setattr(KVPool, "_truncate", dies)
         with pytest.raises(RuntimeError, match="CUDA error"):
-            pool.release(*rows)
-    assert pool.stats().pages_reserved == 0
-    assert sorted(pool.reserve(2, Promise(15, 15))) == sorted(rows)
+            memory.release(*rows)
+    assert memory.stats().pages_reserved == 0
+    assert sorted(memory.reserve(2, Promise(15, 15))) == sorted(rows)
     for row in rows:
         pool.write_layer(row, layer_of(0, (20, 20)))
-    assert pool.stats().pages_used == 20
-    pool.release(*rows)
-    assert pool.stats().pages_used == 0
+    assert memory.stats().pages_used == 20
+    memory.release(*rows)
+    assert memory.stats().pages_used == 0
 
 
 def test_queries_lie_in_pages_that_go_with_their_row() -> None:
-    pool = make_pool(num_pages=30, rows=2)
-    first, second = pool.reserve(2, Promise(15, 15))
+    memory = make_memory(num_pages=30, rows=2)
+    pool, (first, second) = memory.pool, memory.reserve(2, Promise(15, 15))
     layer = layer_of(0, (9, 5))
     pool.write_layer(first, layer)
     rings = [QueryRing(pool, row, window_size=5) for row in (first, second)]
@@ -162,8 +171,8 @@ def test_queries_lie_in_pages_that_go_with_their_row() -> None:
         assert torch.equal(torch.stack([ring.ordered(idx) for idx in range(2)]), own[:, :, 2:])
     assert torch.equal(pool.read_layer(first, 0).keys, layer.keys)
     per_ring = pool.pages_for_queries(2 * 4 * 5)
-    assert (per_ring, pool.stats().pages_used) == (5, 5 + 2 * per_ring)
+    assert (per_ring, pool.num_used) == (5, 5 + 2 * per_ring)
     pool.clear(first)
-    assert pool.stats().pages_used == per_ring
-    pool.release(first, second)
-    assert pool.stats().pages_used == 0
+    assert pool.num_used == per_ring
+    memory.release(first, second)
+    assert pool.num_used == 0

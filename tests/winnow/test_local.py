@@ -8,7 +8,7 @@ from tests.winnow import reference
 from tests.winnow.drive import assert_empty
 from winnow import SamplingParams, Winnow
 from winnow.errors import InvalidRequest, InvalidSetting
-from winnow.request import FinishReason
+from winnow.tokens import FinishReason
 
 TEXT = "the quick brown fox jumps over the lazy dog " * 12
 

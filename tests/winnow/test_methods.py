@@ -19,12 +19,14 @@ from tests.winnow.drive import (
     spec,
 )
 from tests.winnow.test_prefill import prompt
+from winnow.catalog import COMPRESSIONS
 from winnow.decoder import DecoderModel
 from winnow.engine.prefill import PrefillResult
 from winnow.kv import LayerKV
 from winnow.methods import METHODS, method_class
 from winnow.models import load_model
-from winnow.request import COMPRESSIONS, PruningSettings, SamplingParams
+from winnow.pruning_settings import PruningSettings
+from winnow.sampling_params import SamplingParams
 
 SMALL = PruningSettings(
     select_tokens=24,
@@ -216,7 +218,7 @@ def test_the_memory_to_reserve_is_no_more_than_can_be_needed(
 
 
 def test_methods_are_known_without_loading_torch() -> None:
-    code = "import sys, winnow.request; sys.exit('torch' in sys.modules)"
+    code = "import sys, winnow.pruning_settings; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

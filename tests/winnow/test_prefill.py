@@ -7,10 +7,10 @@ import torch
 from tests.models_in_code import FAMILIES, VOCAB_SIZE, save_tiny_model
 from tests.winnow import naive, reference
 from tests.winnow.drive import UNPRUNED, prefill_all
-from winnow.engine.prefill import run_prefill
+from winnow.engine.prefill import PrefillRun
 from winnow.errors import InvalidRequest, InvalidSetting, PromptTooLong
 from winnow.models import load_model
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 
 ASL = PruningSettings(
     select_tokens=24,
@@ -168,10 +168,10 @@ def test_refuses_prompts_that_cannot_be(
 ) -> None:
     model = load_model(tiny_models["llama"])
     with pytest.raises(error, match=message):
-        next(run_prefill(model, token_ids, UNPRUNED))
+        PrefillRun(model, token_ids, UNPRUNED)
 
 
 def test_refuses_a_layer_the_model_does_not_have(tiny_models: dict[str, Path]) -> None:
     config = replace(ASL, method="fastkv", fixed_layer=4)
     with pytest.raises(InvalidSetting, match=r"fixed_layer is 4; .* \[0, 3\]"):
-        next(run_prefill(load_model(tiny_models["llama"]), prompt(60), config))
+        PrefillRun(load_model(tiny_models["llama"]), prompt(60), config)

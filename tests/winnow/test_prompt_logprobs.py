@@ -7,13 +7,13 @@ import torch
 
 from tests.models_in_code import FAMILIES, VOCAB_SIZE
 from tests.winnow import reference
-from tests.winnow.drive import UNPRUNED, run_to_end
+from tests.winnow.drive import UNPRUNED, all_layers
 from tests.winnow.test_prefill import prompt
-from winnow.engine.prefill import run_prefill
-from winnow.engine.prompt_logprobs import prompt_logprobs
+from winnow.engine.prefill import PrefillRun
+from winnow.engine.prompt_logprobs import PromptLogprobsRun
 from winnow.errors import NotFinite
 from winnow.models import DecoderModel, load_model
-from winnow.request import PromptLogprobs
+from winnow.tokens import PromptLogprobs
 
 NUM_TOKENS = 50
 
@@ -22,14 +22,17 @@ def score(
     model: DecoderModel, token_ids: list[int], num_top: int, block_size: int
 ) -> tuple[PromptLogprobs, int]:
     """The log-probabilities, and in how many blocks they were computed."""
-    prefilled = run_to_end(run_prefill(model, token_ids, UNPRUNED, keep_hidden=True))[1]
-    assert prefilled.hidden is not None
-    blocks, logprobs = run_to_end(
-        prompt_logprobs(
-            model, prefilled.hidden, token_ids, num_top, max_logits=block_size * VOCAB_SIZE
-        )
-    )
-    return logprobs, len(blocks)
+    prefill = PrefillRun(model, token_ids, UNPRUNED)
+    all_layers(prefill)
+    hidden = prefill.result(keep_hidden=True).hidden
+    assert hidden is not None
+    max_logits = block_size * VOCAB_SIZE
+    run = PromptLogprobsRun(model, hidden, token_ids, num_top, max_logits)
+    num_blocks = 0
+    while not run.finished:
+        run.compute_block()
+        num_blocks += 1
+    return run.result(), num_blocks
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 49, 1000])
@@ -77,4 +80,4 @@ def test_broken_numbers_are_an_error(tiny_models: dict[str, Path]) -> None:
     model = load_model(tiny_models["llama"])
     hidden = torch.full((3, model.shape.hidden_size), float("nan"))
     with pytest.raises(NotFinite):
-        run_to_end(prompt_logprobs(model, hidden, [1, 2, 3], 0))
+        PromptLogprobsRun(model, hidden, [1, 2, 3], 0).compute_block()

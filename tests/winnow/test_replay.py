@@ -8,7 +8,7 @@ import pytest
 from tests.winnow.drive import admit, assert_empty, decode_all, ids, make_engine, spec
 from winnow.engine.decode import DecodeEngine
 from winnow.models import load_model
-from winnow.request import SamplingParams
+from winnow.sampling_params import SamplingParams
 
 PROMPT = tuple(range(5, 45))
 SAMPLING = SamplingParams(

@@ -17,13 +17,12 @@ from tests.winnow.test_prefill import prompt
 from winnow import scoring
 from winnow.attention import PrefillAttention
 from winnow.decoder import DecoderModel
-from winnow.engine.prefill import run_prefill
 from winnow.kv import LayerKV
 from winnow.methods.base import LayerView
 from winnow.methods.h2o import keep_heavy_hitters
 from winnow.methods.pyramidinfer import context_lengths, context_scores
 from winnow.models import load_model
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 from winnow.scoring import accumulated_attention
 
 H2O = replace(SMALL, method="h2o")
@@ -206,5 +205,6 @@ def test_pyramidinfer_keeps_and_computes_what_the_formulas_do(
 def test_without_a_budget_nothing_is_pruned(
     tiny_models: dict[str, Path], config: PruningSettings
 ) -> None:
-    run = run_prefill(load_model(tiny_models["llama"]), prompt(60), replace(config, kv_budget=None))
-    assert [layer.head_lengths for layer in run if layer is not None] == [(60, 60)] * 4
+    unbounded = replace(config, kv_budget=None)
+    layers, _ = prefill_all(load_model(tiny_models["llama"]), prompt(60), unbounded)
+    assert [layer.head_lengths for layer in layers] == [(60, 60)] * 4

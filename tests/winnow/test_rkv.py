@@ -6,10 +6,11 @@ from torch import Tensor
 
 from tests.winnow import naive_rivals
 from tests.winnow.naive import by_score
-from winnow.compression import rkv
+from winnow.compression import recompression_rule, rkv
 from winnow.compression.recompress import recompress_layer
 from winnow.compression.rkv import importance, keep_diverse, redundancy
 from winnow.kv import LayerKV
+from winnow.pruning_settings import Recompression
 
 SCALING = 8**-0.5
 
@@ -116,7 +117,9 @@ def test_recompression_keeps_of_a_repeated_phrase_what_attention_alone_would_not
         window_queries=queries,
     )
     cuts = {
-        method: recompress_layer(layer, SCALING, 1, 12, method=method, redundancy_weight=0.1)
+        method: recompress_layer(
+            layer, SCALING, recompression_rule(Recompression(method=method, kernel_size=1)), 12
+        )
         for method in ("snapkv", "rkv")
     }
     assert [cut.head_lengths for cut in cuts.values()] == [(12, 9), (12, 9)]

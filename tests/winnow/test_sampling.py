@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from winnow.errors import EngineFailed, InvalidSetting
-from winnow.request import SamplingParams
 from winnow.sampling import TokenHistory, sample, token_logprobs, uniform
+from winnow.sampling_params import SamplingParams
 
 LOGITS = torch.tensor([0.0, 1.0, 2.0, 3.0, -1.0]).log_softmax(-1)
 

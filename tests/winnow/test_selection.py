@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.winnow import naive
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 from winnow.scoring import descending_order
 from winnow.selection import AdaptiveSelection, best_tokens, most_relevant, token_scores
 

@@ -8,13 +8,13 @@ import torch
 
 from tests.models_in_code import FAMILIES
 from tests.winnow import naive, reference
-from tests.winnow.drive import UNPRUNED, prefill_all
+from tests.winnow.drive import UNPRUNED, all_layers, prefill_all
 from tests.winnow.test_methods import SMALL, answer
 from tests.winnow.test_prefill import prompt
-from winnow.engine.prefill import run_prefill
+from winnow.engine.prefill import PrefillRun
 from winnow.errors import InvalidSetting
 from winnow.models import load_model
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 
 GEMFILTER = replace(SMALL, method="gemfilter")
 ASL_2PASS = replace(SMALL, method="asl-2pass")
@@ -103,8 +103,8 @@ def test_pass_two_starts_again_at_position_0(
 
 def test_layers_of_pass_one_give_way_between_them(tiny_models: dict[str, Path]) -> None:
     """Whoever drives the prefill may stop it, or turn to another prompt, after each layer."""
-    run = run_prefill(load_model(tiny_models["llama"]), prompt(60), GEMFILTER)
-    assert [None if layer is None else layer.layer_idx for layer in run] == [
+    run = PrefillRun(load_model(tiny_models["llama"]), prompt(60), GEMFILTER)
+    assert [None if layer is None else layer.layer_idx for layer in all_layers(run)] == [
         *(None, None),
         *range(4),
     ]
@@ -130,4 +130,4 @@ def test_refuses_a_layer_the_model_does_not_have(
     tiny_models: dict[str, Path], settings: PruningSettings, message: str
 ) -> None:
     with pytest.raises(InvalidSetting, match=message):
-        next(run_prefill(load_model(tiny_models["llama"]), prompt(60), settings))
+        PrefillRun(load_model(tiny_models["llama"]), prompt(60), settings)

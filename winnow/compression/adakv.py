@@ -2,10 +2,26 @@
 
 from torch import Tensor
 
+from winnow.compression.base import BudgetRule
 from winnow.scoring import descending_order, pooled_scores, sum_head_groups, with_window
 
 # The safeguard alpha is 1 / 5: that share of the budget each head has for certain.
 _ALPHA_PARTS = 5
+
+
+class AdaKVRule(BudgetRule):
+    """`kv_budget` entries per head on average, more where a head has more of the best ones."""
+
+    def max_entries(self, num_tokens: int, num_kv_heads: int) -> int:
+        if self.keeps_all(num_tokens):
+            return num_tokens
+        return most_entries(num_tokens, num_kv_heads, self.settings.window_size, self.kv_budget)
+
+    def keep_some(self, mass: Tensor, num_kv_heads: int) -> list[Tensor]:
+        settings = self.settings
+        return keep_shared(
+            mass, num_kv_heads, settings.window_size, settings.kernel_size, self.kv_budget
+        )
 
 
 def keep_shared(

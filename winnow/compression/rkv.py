@@ -4,10 +4,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from winnow.compression.base import RecompressionRule
 from winnow.scoring import descending_order, with_window
 
 _SIMILAR = 0.5  # T of the authors' code; the paper leaves it open, and beta, which is 1 there
 _BLOCK_SIZE = 1024
+
+
+class RKVRecompression(RecompressionRule):
+    """Weighs attention against redundancy by `redundancy_weight`."""
+
+    def keep(self, keys: Tensor, queries: Tensor, scaling: float, num_kept: int) -> Tensor:
+        return keep_diverse(
+            keys,
+            queries,
+            scaling,
+            self.settings.kernel_size,
+            num_kept,
+            self.settings.redundancy_weight,
+        )
 
 
 def keep_diverse(

@@ -2,7 +2,32 @@
 
 from torch import Tensor
 
-from winnow.scoring import descending_order, pooled_scores, sum_head_groups, with_window
+from winnow.compression.base import BudgetRule, RecompressionRule
+from winnow.scoring import (
+    descending_order,
+    observed_attention,
+    pooled_scores,
+    sum_head_groups,
+    with_window,
+)
+
+
+class SnapKVRule(BudgetRule):
+    """Of each head the `kv_budget - window_size` best entries and the window."""
+
+    def keep_some(self, mass: Tensor, num_kv_heads: int) -> list[Tensor]:
+        settings = self.settings
+        return keep_best(
+            mass, num_kv_heads, settings.window_size, settings.kernel_size, self.kv_budget
+        )
+
+
+class SnapKVRecompression(RecompressionRule):
+    """The same, with the last generated tokens as the window."""
+
+    def keep(self, keys: Tensor, queries: Tensor, scaling: float, num_kept: int) -> Tensor:
+        mass = observed_attention(queries, keys[None], scaling)
+        return keep_best(mass, 1, queries.shape[1], self.settings.kernel_size, num_kept)[0]
 
 
 def keep_best(

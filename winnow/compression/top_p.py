@@ -6,7 +6,21 @@ The rule is nucleus sampling's (arXiv 1904.09751) on the window's mean attention
 import torch
 from torch import Tensor
 
+from winnow.compression.base import CompressionRule
 from winnow.scoring import descending_order
+
+
+class TopPRule(CompressionRule):
+    """Of each head the smallest set with attention mass `kv_top_p`."""
+
+    def keeps_all(self, num_tokens: int) -> bool:
+        return num_tokens <= self.settings.window_size or self.settings.kv_top_p >= 1
+
+    def max_entries(self, num_tokens: int, num_kv_heads: int) -> int:
+        return num_tokens
+
+    def keep_some(self, mass: Tensor, num_kv_heads: int) -> list[Tensor]:
+        return keep_mass(mass, num_kv_heads, self.settings.window_size, self.settings.kv_top_p)
 
 
 def keep_mass(mass: Tensor, num_kv_heads: int, window_size: int, kv_top_p: float) -> list[Tensor]:

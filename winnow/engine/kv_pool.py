@@ -1,28 +1,24 @@
 """Paged memory for the KV of many sequences. A page belongs to one (layer, KV head) of one row.
 
 Because pages are per head, heads of different lengths cost nothing but the rest of their last page.
-A row's last queries, by which it is cut, lie in pages too, so that the pool bounds them as well.
-A row is a sequence's place in the batch. Rows and pages are promised together (`reserve`). The
-pages for what a row holds, or is about to receive, are always there. Those that it may still grow
-into are too, unless promises exceed the pool by `overcommit`; so whoever runs the rows claims what
-a step takes before it, and makes some of them give way where that fails.
+A row's last queries, by which it is recompressed, lie in pages too, so that the pool bounds them as
+well. A row is a sequence's place in the batch. Who may take how many pages is decided elsewhere
+(kv_manager.py): here they are there when they are taken.
 
 Every method may be called from any thread; pages of different rows are never written by the same
 call, so prefill's KV arrives while other rows decode.
 """
 
-import contextlib
 import threading
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from winnow.engine.promises import Promise, Promises
+from winnow.attention import StepPlan
 from winnow.errors import InvalidSetting
 from winnow.kv import LayerKV, ModelShape
 
-_NOTHING = Promise(0, 0)
 _FIRST_PAGE = 1  # page 0 fills the unused ends of page tables and is never promised
 
 
@@ -34,7 +30,7 @@ class KVPoolConfig:
     """
 
     memory_bytes: int = 1 << 30
-    page_size: int = 32
+    page_size: int = 16
     overcommit: float = 1.0
 
     def num_pages(self, shape: ModelShape) -> int:
@@ -51,42 +47,8 @@ class KVPoolConfig:
         return num_pages
 
 
-@dataclass(frozen=True, slots=True)
-class PoolStats:
-    """Pages in all, used, and promised (the used ones included); bytes of used pages.
-
-    pages_used: that hold entries or queries.  pages_free: that a request could be promised now.
-    """
-
-    pages_total: int
-    pages_used: int
-    pages_reserved: int
-    pages_free: int
-    page_size: int
-    kv_bytes_used: int
-
-    @property
-    def used_ratio(self) -> float:
-        """Pages holding entries, of all."""
-        return self.pages_used / self.pages_total
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StepPlan:
-    """Where one decode step writes and reads, for a batch of B rows.
-
-    slots: [L, B, H_kv] entry that each head's new token goes to.
-    pages: [L, B, H_kv, P] pages of each head, the new token's included.
-    visible: [L, B, H_kv, P * page_size] bool, False behind a head's last entry.
-    """
-
-    slots: Tensor
-    pages: Tensor
-    visible: Tensor
-
-
 class KVPool:
-    """Pages, the rows that own them, and the promises made."""
+    """Pages, and the rows that own them."""
 
     def __init__(
         self, shape: ModelShape, config: KVPoolConfig, num_rows: int, device: torch.device
@@ -108,10 +70,9 @@ class KVPool:
         self._table = torch.zeros(*heads, 1, dtype=torch.int64, device=device)
         self._free_pages = torch.arange(_FIRST_PAGE, size[0], device=device)  # a stack
         self._num_free = self.num_pages
-        self._promises = Promises(self.num_pages, num_rows, config.overcommit)
         self._lock = threading.RLock()
 
-    # Promises
+    # How many pages
 
     def pages_for(self, num_entries: int) -> int:
         """Pages of one sequence whose every (layer, KV head) holds up to `num_entries`."""
@@ -122,72 +83,38 @@ class KVPool:
         """Pages that `place_queries` takes."""
         return -(-num_queries // (2 * self.page_size))
 
-    def reserve(self, num_rows: int, promise: Promise) -> list[int]:
-        """Rows with that promise to each.
-
-        Raises InvalidSetting if the pool could never hold them, Overloaded if it cannot now.
-        """
+    def pages_held(self, row: int) -> int:
+        """Pages that the row has, those of its queries included."""
         with self._lock:
-            return self._promises.give(num_rows, promise)
+            return self._num_pages_of(row, self._lengths[row])
 
-    def has_room(self, num_rows: int, promise: Promise, freed: Promise = _NOTHING) -> bool:
-        """Whether `reserve` would succeed, once `freed` were free besides."""
-        with self._lock:
-            return self._promises.has_room(num_rows, promise, freed)
-
-    def promised(self, row: int) -> Promise:
-        with self._lock:
-            return self._promises.of(row)
-
-    def settle(self, row: int, extra_entries: int, cap: int, *, assured: bool = False) -> None:
-        """Lower a row's promise to what it holds and what its heads can still grow to.
+    def pages_within_reach(self, row: int, extra_entries: int, cap: int) -> int:
+        """Pages that the row may come to hold.
 
         Each head may grow by `extra_entries`, but stays within the larger of `cap` and its length
-        plus one.  assured: that is kept for it, too; other rows can give way from then on.
+        plus one.
         """
         with self._lock:
             lengths = self._lengths[row]
             reach = (lengths + extra_entries).minimum((lengths + 1).clamp_min(cap))
-            most, held = (int((-(-n // self.page_size)).sum()) for n in (reach, lengths))
-            most, held = most + self._num_query_pages(row), held + self._num_query_pages(row)
-            self._promises.change(row, Promise(most, most if assured else held))
-            if not assured:
-                self._promises.loosen(row)
+            return self._num_pages_of(row, reach)
 
-    def claim(self, rows: list[int]) -> bool:
-        """Keeps the pages that `plan_step` of these rows takes; False if there are too few."""
+    def pages_after_step(self, rows: list[int]) -> dict[int, int]:
+        """Pages that each row has once `plan_step` has made room for one more entry per head."""
         with self._lock:
             entries = (self._lengths[rows] // self.page_size + 1).flatten(1).sum(1).tolist()
-            needed = {
+            return {
                 row: own + self._num_query_pages(row)
                 for row, own in zip(rows, entries, strict=True)
             }
-            return self._promises.secure(needed)
 
-    def evict(self, row: int) -> None:
-        """Frees a row's pages and keeps none for it; `readmit` it before it is written again."""
-        with self._lock:
-            self.clear(row)
-            self._promises.unsecure(row)
-
-    def readmit(self, row: int, num_pages: int, *, spare: int) -> bool:
-        """Keeps pages for an evicted row if, after that, `spare` others are free."""
-        with self._lock:
-            return self._promises.secure({row: num_pages}, spare=spare)
-
-    def release(self, *rows: int) -> None:
-        """Frees rows, their pages and their promises.
-
-        Promises are taken back from all even if the device fails at that; pages that a row keeps
-        then are freed when it is written next.
-        """
-        with self._lock, contextlib.ExitStack() as steps:  # the last one first
-            for row in rows:
-                steps.callback(self._promises.take_back, row)
-                steps.callback(self.clear, row)
+    @property
+    def num_used(self) -> int:
+        """Pages that hold entries or queries."""
+        return self.num_pages - self._num_free
 
     def clear(self, row: int) -> None:
-        """Frees a row's pages; the promise stays."""
+        """Frees a row's pages."""
         with self._lock:
             for layer_idx in range(self.shape.num_layers):
                 self._truncate(row, layer_idx, torch.zeros_like(self._lengths[row, layer_idx]))
@@ -197,20 +124,6 @@ class KVPool:
         """Raises RuntimeError if the device computes no more.  Writes to no row's page."""
         self._blank(torch.zeros(1, dtype=torch.int64, device=self.device))
         float(self._keys[0, 0, 0])  # waits for the device, which tells only then
-
-    def stats(self) -> PoolStats:
-        with self._lock:
-            used = self.num_pages - self._num_free
-            free = self._promises.free()
-            page_bytes = self.page_size * self.shape.kv_bytes(1)
-            return PoolStats(
-                pages_total=self.num_pages,
-                pages_used=used,
-                pages_reserved=self._promises.most_in_all(),
-                pages_free=max(0, min(free.most, free.sure)),
-                page_size=self.page_size,
-                kv_bytes_used=used * page_bytes,
-            )
 
     # Whole layers
 
@@ -281,12 +194,10 @@ class KVPool:
             slots = last_page * self.page_size + lengths % self.page_size
             self._positions.view(-1)[slots] = positions.to(torch.int32)[:, None, None]
             self._lengths[rows] = lengths + 1
-        entry = torch.arange(width * self.page_size, device=self.device)
-        visible = entry <= lengths[..., None]
         return StepPlan(
             slots=slots.transpose(0, 1).contiguous(),
             pages=pages.transpose(0, 1).contiguous(),
-            visible=visible.transpose(0, 1).contiguous(),
+            lengths=(lengths + 1).transpose(0, 1).contiguous(),
         )
 
     def append(self, layer_idx: int, plan: StepPlan, keys: Tensor, values: Tensor) -> None:
@@ -303,6 +214,10 @@ class KVPool:
         return self._keys[flat].view(shape), self._values[flat].view(shape)
 
     # Pages of one row; the lock is held
+
+    def _num_pages_of(self, row: int, lengths: Tensor) -> int:
+        """Of the row, were its heads of these lengths [L, H_kv]."""
+        return int((-(-lengths // self.page_size)).sum()) + self._num_query_pages(row)
 
     def _num_query_pages(self, row: int) -> int:
         return len(self._query_pages.get(row, ()))
@@ -370,7 +285,7 @@ class KVPool:
         self._values[pages] = 0
 
     def _take_pages(self, count: int) -> Tensor:
-        assert count <= self._num_free, "promises cover every page that is taken"
+        assert count <= self._num_free, "every page that is taken was promised"
         self._num_free -= count
         return self._free_pages[self._num_free : self._num_free + count].clone()
 

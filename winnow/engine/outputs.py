@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from winnow.engine.kv_pool import PoolStats
 from winnow.errors import WinnowError
-from winnow.request import Token
+from winnow.tokens import Token
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +19,26 @@ class StepOutput:
     recompressed_entries: int
     finished: bool
     error: WinnowError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """Pages in all, used, and promised (the used ones included); bytes of used pages.
+
+    pages_used: that hold entries or queries.  pages_free: that a request could be promised now.
+    """
+
+    pages_total: int
+    pages_used: int
+    pages_reserved: int
+    pages_free: int
+    page_size: int
+    kv_bytes_used: int
+
+    @property
+    def used_ratio(self) -> float:
+        """Pages holding entries, of all."""
+        return self.pages_used / self.pages_total
 
 
 @dataclass(frozen=True, slots=True)

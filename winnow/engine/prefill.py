@@ -1,10 +1,10 @@
 """One prompt through the model, layer by layer: score, maybe cut, compress, hand over.
 
-`run_prefill` is a generator, so whoever drives it decides when the next layer is computed, and may
-close it to cancel. At any time it holds the hidden states of one layer and one layer's KV.
+Whoever drives a PrefillRun decides when the next layer is computed, may turn to another run between
+two layers, and just lets go of one to cancel it.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ from winnow.decoder import DecoderModel
 from winnow.errors import InvalidRequest, PromptTooLong
 from winnow.kv import LayerKV, pack_layer
 from winnow.methods.base import Cut, LayerView
-from winnow.request import PrefillReport, PruningSettings
+from winnow.pruning_settings import PruningSettings
+from winnow.report import PrefillReport
 
 Watch = Callable[[LayerView, Cut | None], None]
 
@@ -31,30 +32,6 @@ class PrefillResult:
     final_hidden: Tensor
     report: PrefillReport
     hidden: Tensor | None = None
-
-
-def run_prefill(
-    model: DecoderModel,
-    token_ids: Sequence[int],
-    settings: PruningSettings,
-    watch: Watch | None = None,
-    *,
-    keep_hidden: bool = False,
-) -> Generator[LayerKV | None, None, PrefillResult]:
-    """Yields each layer's kept KV as soon as it is final; returns the result after the last.
-
-    Layers of a first pass, of which nothing is kept, yield None.  watch: called after each layer
-    that the method was shown, with its cut.  keep_hidden: the result has all hidden states.
-
-    Raises InvalidRequest for an empty prompt or a token outside the vocabulary, PromptTooLong, and
-    InvalidSetting for a layer that the model does not have.
-    """
-    require_prompt(model, token_ids)
-    settings.require_fits(model.shape.num_layers)
-    run = _PrefillRun(model, token_ids, settings, watch)
-    while not run.finished:
-        yield run.compute_layer()
-    return run.result(keep_hidden=keep_hidden)
 
 
 def require_prompt(model: DecoderModel, token_ids: Sequence[int]) -> None:
@@ -74,16 +51,24 @@ def require_prompt(model: DecoderModel, token_ids: Sequence[int]) -> None:
         )
 
 
-class _PrefillRun:
-    """The state of one prompt between two layers."""
+class PrefillRun:
+    """One prompt between two layers: it holds the hidden states, and nothing of the KV.
+
+    watch: called after each layer that the method was shown, with its cut.
+
+    Raises InvalidRequest for an empty prompt or a token outside the vocabulary, PromptTooLong, and
+    InvalidSetting for a layer that the model does not have.
+    """
 
     def __init__(
         self,
         model: DecoderModel,
         token_ids: Sequence[int],
         settings: PruningSettings,
-        watch: Watch | None,
+        watch: Watch | None = None,
     ) -> None:
+        require_prompt(model, token_ids)
+        settings.require_fits(model.shape.num_layers)
         self._model, self._watch = model, watch
         self._settings = settings
         self._num_prompt_tokens = len(token_ids)
@@ -103,11 +88,12 @@ class _PrefillRun:
 
     @property
     def finished(self) -> bool:
+        """Whether every layer was computed."""
         return self._layer_idx == self._model.shape.num_layers
 
     @torch.inference_mode()
     def compute_layer(self) -> LayerKV | None:
-        """The next layer's KV, or None where nothing of it is kept."""
+        """The next layer's kept KV; None for a layer of a first pass, of which nothing is kept."""
         wanted_queries = None if self._method.needs_all_queries else self._settings.window_size
         attention = PrefillAttention(wanted_queries)
         self._hidden = self._model.layer(self._layer_idx, self._hidden, self._rope, attention)
@@ -155,7 +141,8 @@ class _PrefillRun:
         cos, sin = self._rope
         self._rope = cos[:, cut.kept], sin[:, cut.kept]
 
-    def result(self, *, keep_hidden: bool) -> PrefillResult:
+    def result(self, *, keep_hidden: bool = False) -> PrefillResult:
+        """What came of it, once it has finished.  keep_hidden: with all hidden states."""
         shape = self._model.shape
         full_layer_tokens = shape.num_layers * self._num_prompt_tokens
         report = PrefillReport(

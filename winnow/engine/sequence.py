@@ -1,97 +1,33 @@
-"""A request in decode: what it asks for, the memory promised to it, its running sequences."""
+"""A request in decode: the memory promised to it, the KV that arrives, its running sequences.
+
+RESERVED ──▶ RUNNING ──▶ CANCELLED
+   └────────────┴────────────┴─▶ ENDED
+"""
 
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from enum import Enum, auto
 
 from torch import Tensor
 
 from winnow.decoder import DecoderModel
+from winnow.engine.generation_spec import GenerationSpec, promise_for
+from winnow.engine.kv_manager import KVManager
 from winnow.engine.kv_pool import KVPool
-from winnow.engine.promises import Promise
-from winnow.engine.query_ring import QueryRing, num_queries
-from winnow.kv import LayerKV
-from winnow.request import FinishReason, SamplingParams, SequenceState, Token
+from winnow.engine.query_ring import QueryRing
+from winnow.kv import LayerKV, SequenceState
 from winnow.sampling import TokenHistory, sample, token_logprobs
-
-_ENDLESS = 2**62
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationSpec:
-    """What is to be generated from one prompt.
-
-    max_prompt_entries: KV entries per (layer, KV head) that prefill will send at most.
-    decode_budget to kernel_size: as in PruningSettings.
-    prompt_token_ids: only needed if `sampling.needs_prompt`.
-    replayed: of each sequence, the tokens that another worker generated before it was lost: they
-    are fed to the model one by one, instead of sampled, until the sequence is where it was. Empty:
-    none.
-    assured: its memory is set aside to the last token, so that it never gives way to others.
-    moved: it comes with what it holds at another worker, which may be more than its prompt.
-    Sequence i of `num_sequences` samples with seed + i.
-    """
-
-    request_id: str
-    num_prompt_tokens: int
-    max_prompt_entries: int
-    sampling: SamplingParams
-    num_sequences: int = 1
-    decode_budget: int | None = None
-    decode_floor: int | None = None
-    recompress_interval: int = 128
-    recompression: str = "snapkv"
-    redundancy_weight: float = 0.1
-    window_size: int = 32
-    kernel_size: int = 7
-    prompt_token_ids: tuple[int, ...] = ()
-    replayed: tuple[tuple[int, ...], ...] = ()
-    assured: bool = False
-    moved: bool = False
-
-    @property
-    def max_entries(self) -> int:
-        """Entries that one (layer, KV head) can come to hold."""
-        unbounded = self.max_prompt_entries + self.sampling.max_tokens
-        if self.decode_budget is None:
-            return unbounded
-        return min(unbounded, max(self.max_prompt_entries, self.growth_limit) + 1)
-
-    @property
-    def growth_limit(self) -> int:
-        """Entries per head above which decode cuts back to `decode_budget`."""
-        return self.limit_at(self.decode_budget)
-
-    def limit_at(self, budget: int | None) -> int:
-        """Entries per head above which decode cuts back to `budget`."""
-        return _ENDLESS if budget is None else budget + self.recompress_interval
-
-    @property
-    def is_observed(self) -> bool:
-        """Whether entries may have to be scored, so that the last queries are kept."""
-        return self.decode_budget is not None or self.decode_floor is not None
+from winnow.tokens import FinishReason, Token
 
 
-class _State(Enum):
-    RESERVED = auto()
-    STARTED = auto()  # all KV in place; the engine's
-    DONE = auto()
+class State(Enum):
+    """Of a reservation."""
 
-
-def promise_for(pool: KVPool, spec: GenerationSpec) -> Promise:
-    """What each sequence of the request is promised: room for what arrives at any rate."""
-    most = spec.max_entries
-    sure = most if spec.assured or spec.moved else min(spec.max_prompt_entries + 1, most)
-    queries = query_pages(pool, spec)
-    return Promise(most=pool.pages_for(most) + queries, sure=pool.pages_for(sure) + queries)
-
-
-def query_pages(pool: KVPool, spec: GenerationSpec) -> int:
-    """Pages for the last queries of each sequence of the request."""
-    window = spec.window_size if spec.is_observed else 0
-    return pool.pages_for_queries(num_queries(pool, window))
+    RESERVED = auto()  # KV arrives
+    RUNNING = auto()  # all KV is in place; its sequences are the engine's
+    CANCELLED = auto()  # released while it ran: the engine lets it go before the next step
+    ENDED = auto()
 
 
 class Reservation:
@@ -100,21 +36,28 @@ class Reservation:
     order: counts the engine's requests.
     """
 
-    def __init__(self, pool: KVPool, spec: GenerationSpec, order: int) -> None:
-        promise = promise_for(pool, spec)
+    def __init__(self, memory: KVManager, spec: GenerationSpec, order: int) -> None:
+        promise = promise_for(memory.pool, spec)
         self.spec = spec
         self.order = order
-        self.rows = pool.reserve(spec.num_sequences, promise)
+        self.rows = memory.reserve(spec.num_sequences, promise)
         self.num_pages = promise.most * spec.num_sequences
+        self.sequences: list[Sequence] = []  # that have not ended, once it runs
         self.recompressed_entries = 0  # over all its sequences
-        self.num_live = spec.num_sequences  # that have not ended
-        self.num_swapped = 0  # that wait in host memory
-        self.cancelled = False  # released after it had started: the engine frees it
-        self.moving = False  # its sequences leave the batch to be read out
-        self._pool = pool
+        self._memory, self._pool = memory, memory.pool
         self._rings: dict[int, QueryRing] = {}  # by sequence; a prompt's is the first's
-        self._state = _State.RESERVED
+        self._state = State.RESERVED
         self._lock = threading.Lock()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it was released while it ran."""
+        return self._state is State.CANCELLED
+
+    @property
+    def waits_for_memory(self) -> bool:
+        """Whether a sequence of it is in host memory."""
+        return any(seq.waits for seq in self.sequences)
 
     def write_layer(self, layer: LayerKV, sequence_idx: int = 0) -> None:
         """Copies a layer into pages; its buffers may be reused afterwards.
@@ -123,23 +66,23 @@ class Reservation:
         A reservation that was released meanwhile takes nothing.
         """
         with self._lock:
-            if self._state is not _State.RESERVED:
+            if self._state is not State.RESERVED:
                 return
             self._pool.write_layer(self.rows[sequence_idx], layer)
-            if self.spec.is_observed:
+            if self.spec.recompression.observes:
                 self._seed_ring(layer, sequence_idx)
 
     def _seed_ring(self, layer: LayerKV, sequence_idx: int) -> None:
         pool = self._pool
         if sequence_idx not in self._rings:
             row = self.rows[sequence_idx]
-            self._rings[sequence_idx] = QueryRing(pool, row, self.spec.window_size)
+            self._rings[sequence_idx] = QueryRing(pool, row, self.spec.recompression.window_size)
         self._rings[sequence_idx].seed(layer.layer_idx, layer.window_queries.to(pool.device))
 
     def reset(self) -> None:
         """Drops what was written: another attempt begins."""
         with self._lock:
-            if self._state is _State.RESERVED:
+            if self._state is State.RESERVED:
                 self._rings.clear()
                 for row in self.rows:
                     self._pool.clear(row)
@@ -154,10 +97,11 @@ class Reservation:
                 return None
             for idx in range(1, self.spec.num_sequences):
                 self._copy_first(idx)
-            return [
+            self.sequences = [
                 Sequence(self, row, idx, final_hidden, next_position, self._rings.pop(idx, None))
                 for idx, row in enumerate(self.rows)
             ]
+            return self.sequences
 
     def resume(
         self, states: Mapping[int, SequenceState], final_hidden: Tensor
@@ -169,13 +113,12 @@ class Reservation:
         with self._starting() as starts:
             if not starts:
                 return None
-            self.num_live = len(states)
             self.recompressed_entries = max(s.recompressed_entries for s in states.values())
-            sequences = [self._resumed(idx, state, final_hidden) for idx, state in states.items()]
+            resumed = [self._resumed(idx, state, final_hidden) for idx, state in states.items()]
             ended = [row for idx, row in enumerate(self.rows) if idx not in states]
-            self.rows = [seq.row for seq in sequences]
-            self._pool.release(*ended)
-            return sequences
+            self.sequences, self.rows = resumed, [seq.row for seq in resumed]
+            self._memory.release(*ended)
+            return resumed
 
     def _resumed(self, idx: int, state: SequenceState, final_hidden: Tensor) -> "Sequence":
         ring = self._rings.pop(idx, None)
@@ -187,14 +130,14 @@ class Reservation:
     def _starting(self) -> Iterator[bool]:
         """Whether it was still reserved; the engine's from now on, or freed where that fails."""
         with self._lock:
-            starts = self._state is _State.RESERVED
+            starts = self._state is State.RESERVED
             if starts:
-                self._state = _State.STARTED
+                self._state = State.RUNNING
         try:
             yield starts
         except BaseException:
-            self._state = _State.DONE
-            self._pool.release(*self.rows)
+            self._state = State.ENDED
+            self._memory.release(*self.rows)
             raise
 
     def _copy_first(self, idx: int) -> None:
@@ -207,14 +150,25 @@ class Reservation:
             if ring:
                 self._seed_ring(layer, idx)
 
-    def abandon(self) -> bool:
-        """Frees what is reserved, unless the engine runs it already; True if it was freed."""
+    def release(self) -> None:
+        """Ends it: frees what is reserved, or has the engine free what runs."""
         with self._lock:
-            if self._state is _State.RESERVED:
-                self._state = _State.DONE
-                self._pool.release(*self.rows)
-                return True
-            return False
+            if self._state is State.RUNNING:
+                self._state = State.CANCELLED
+            if self._state is State.RESERVED:
+                self._state = State.ENDED
+                self._memory.release(*self.rows)
+
+    def end(self, sequence: "Sequence") -> None:
+        """A sequence of it has ended; with the last one, it has."""
+        self.sequences = [seq for seq in self.sequences if seq is not sequence]
+        with self._lock:
+            if not self.sequences:
+                self._state = State.ENDED
+
+    @property
+    def ended(self) -> bool:
+        return self._state is State.ENDED
 
 
 class Sequence:
@@ -240,8 +194,9 @@ class Sequence:
         self.sequence_idx = sequence_idx
         self.final_hidden: Tensor | None = final_hidden  # until the first token is sampled
         self.ring = ring
-        self.budget = spec.decode_budget
-        self.swapped: list[LayerKV] = []  # while it waits in host memory: all of it
+        self.budget = spec.recompression.decode_budget
+        self.swapped: list[LayerKV] = []  # all it has, from when it waits in host memory
+        self.waits = False  # there
         self.num_tokens = spec.num_prompt_tokens
         self.next_position = next_position
         self.history = TokenHistory(prompt=spec.prompt_token_ids)
@@ -252,7 +207,7 @@ class Sequence:
         if state.token_ids:
             self.final_hidden = None
         if state.at_floor:
-            self.budget = self.spec.decode_floor
+            self.budget = self.spec.recompression.decode_floor
         self.history.generated.extend(state.token_ids)
         self.num_tokens += len(state.token_ids)
 
@@ -262,7 +217,7 @@ class Sequence:
             token_ids=tuple(self.history.generated),
             next_position=self.next_position,
             recompressed_entries=self.reservation.recompressed_entries,
-            at_floor=self.budget != self.spec.decode_budget,
+            at_floor=self.budget != self.spec.recompression.decode_budget,
         )
 
     def read_layer(self, pool: KVPool, layer_idx: int) -> LayerKV:
@@ -276,11 +231,6 @@ class Sequence:
     def growth_limit(self) -> int:
         """Entries per head above which it is cut back to `budget`, which may have been lowered."""
         return self.spec.limit_at(self.budget)
-
-    @property
-    def goes(self) -> bool:
-        """Whether it leaves the batch before the next step."""
-        return self.reservation.cancelled or self.reservation.moving
 
     @property
     def num_generated(self) -> int:

@@ -2,10 +2,11 @@
 
 from torch import Tensor
 
+from winnow.checks import require_range
 from winnow.kv import ModelShape
 from winnow.methods.base import LayerView
 from winnow.methods.fastkv import FastKV
-from winnow.request import PruningSettings, require_range
+from winnow.pruning_settings import PruningSettings
 from winnow.selection import AdaptiveSelection
 
 

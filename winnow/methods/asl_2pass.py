@@ -4,7 +4,7 @@ from winnow.kv import ModelShape
 from winnow.methods.asl import Asl
 from winnow.methods.base import Cut, LayerView
 from winnow.methods.gemfilter import GemFilter
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 from winnow.selection import AdaptiveSelection
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from winnow.kv import ModelShape
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 from winnow.scoring import observed_attention
 
 

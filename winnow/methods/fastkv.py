@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
+from winnow.checks import require_range
 from winnow.methods.base import Bound, Cut, LayerView
 from winnow.methods.snapkv import SnapKV
-from winnow.request import PruningSettings, require_range
+from winnow.pruning_settings import PruningSettings
 from winnow.scoring import descending_order
 from winnow.selection import best_tokens, token_scores
 

@@ -1,7 +1,8 @@
 """GemFilter (arXiv 2409.17422): an early layer picks tokens, which are prefilled on their own."""
 
+from winnow.checks import require_range
 from winnow.methods.base import Bound, Cut, LayerView, Method
-from winnow.request import PruningSettings, require_range
+from winnow.pruning_settings import PruningSettings
 from winnow.selection import most_relevant
 
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from winnow.methods.base import Bound, LayerView, Method
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 from winnow.scoring import accumulated_attention, descending_order, sum_head_groups, with_window
 
 

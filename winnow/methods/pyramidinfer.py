@@ -8,7 +8,7 @@ from torch import Tensor
 
 from winnow.kv import ModelShape
 from winnow.methods.base import Bound, Cut, LayerView, Method
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 from winnow.scoring import descending_order, observed_attention, with_window
 
 # Those of the authors' code; the paper has no numbers for them.

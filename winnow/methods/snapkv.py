@@ -2,25 +2,30 @@
 
 from torch import Tensor
 
-from winnow import compression
+from winnow.compression import compression_rule
+from winnow.kv import ModelShape
 from winnow.methods.base import Bound, LayerView, Method
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 
 
 class SnapKV(Method):
     """Keeps of each layer what the rule `compression` keeps."""
 
+    def __init__(self, settings: PruningSettings, num_tokens: int, shape: ModelShape) -> None:
+        super().__init__(settings, num_tokens, shape)
+        self._rule = compression_rule(settings)
+
     @classmethod
     def entry_bound(cls, settings: PruningSettings) -> Bound:
-        if compression.follows_budget(settings):
+        if compression_rule(settings).follows_budget:
             return Bound(settings.kv_budget, "kv_budget")
         return Bound(None, "compression")
 
     @classmethod
     def max_entries(cls, settings: PruningSettings, num_tokens: int, num_kv_heads: int) -> int:
-        return compression.max_entries(settings, num_tokens, num_kv_heads)
+        return compression_rule(settings).max_entries(num_tokens, num_kv_heads)
 
     def kept_entries(self, view: LayerView) -> list[Tensor] | None:
-        if compression.keeps_all(self.settings, view.num_tokens):
+        if self._rule.keeps_all(view.num_tokens):
             return None
-        return compression.kept_entries(view.window_mass, view.num_kv_heads, self.settings)
+        return self._rule.keep(view.window_mass, view.num_kv_heads)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from winnow.methods.base import Bound, LayerView, Method
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 from winnow.scoring import with_window
 
 _NUM_SINKS = 4

@@ -5,7 +5,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 from winnow.scoring import descending_order, ranks_from_order
 from winnow.selection.window_scores import best_tokens, token_scores
 

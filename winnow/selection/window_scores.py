@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from winnow.request import PruningSettings
+from winnow.pruning_settings import PruningSettings
 from winnow.scoring import pooled_scores, with_window
 
 

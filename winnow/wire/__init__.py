@@ -14,7 +14,7 @@ in its header which one it is, and in its trailer where it stands (`sequence`).
 from winnow.wire.decoder import Expected, Trailer, TransferDecoder
 from winnow.wire.encoder import FRAME_BYTES, TransferEncoder
 from winnow.wire.framing import MAX_FRAME_BYTES, MAX_PAYLOAD_BYTES
-from winnow.wire.grant import FIRST_WITH_FETCH, WIRE_VERSIONS, Grant, newest_common
+from winnow.wire.grant import FIRST_WITH_FETCH, WIRE_VERSIONS, Grant, Ticket, newest_common
 from winnow.wire.incoming import ReceiveBuffer
 from winnow.wire.messages import (
     Header,
@@ -33,6 +33,7 @@ __all__ = [
     "Grant",
     "Header",
     "ReceiveBuffer",
+    "Ticket",
     "Trailer",
     "TransferDecoder",
     "TransferEncoder",

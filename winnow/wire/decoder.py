@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from winnow.errors import TransferDamaged, TransferMalformed, TransferMismatch
-from winnow.kv import LayerKV, ModelShape
-from winnow.request import PrefillReport, SequenceState
+from winnow.kv import LayerKV, ModelShape, SequenceState
+from winnow.report import PrefillReport
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire.framing import DataFrame, Field, read_data_frame, split_frame
 from winnow.wire.grant import Grant

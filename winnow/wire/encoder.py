@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from winnow.kv import LayerKV
-from winnow.request import PrefillReport, SequenceState
+from winnow.kv import LayerKV, SequenceState
+from winnow.report import PrefillReport
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire.framing import MAX_PAYLOAD_BYTES, Field, join_data_frame, join_frame
 from winnow.wire.messages import (

@@ -12,11 +12,18 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from winnow.errors import TransferForged, TransferMismatch
-from winnow.request import Ticket
 
 WIRE_VERSIONS = (3, 4)  # spoken by this release: the newest, and the one before it
 FIRST_WITH_FETCH = 4
 _SECRET_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What an attempt shows the decode worker. token: 32 bytes."""
+
+    wire_version: int
+    token: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,11 @@ import torch
 from google.protobuf.message import DecodeError, Message
 
 from winnow.errors import TransferMalformed, TransferMismatch
-from winnow.kv import ModelShape
-from winnow.request import PrefillReport, SequenceState, Ticket
+from winnow.kv import ModelShape, SequenceState
+from winnow.report import PrefillReport
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire.framing import Field, split_frame
+from winnow.wire.grant import Ticket
 
 MAX_HEADER_BYTES = 4096
 MAX_REQUEST_ID_CHARS = 128

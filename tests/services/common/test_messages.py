@@ -11,13 +11,9 @@ from services.common.messages import (
     tokens_to_proto,
 )
 from winnow.errors import InvalidSetting
-from winnow.request import (
-    FinishReason,
-    PruningSettings,
-    SamplingParams,
-    Token,
-    TokenLogprobs,
-)
+from winnow.pruning_settings import PruningSettings, Recompression
+from winnow.sampling_params import SamplingParams
+from winnow.tokens import FinishReason, Token, TokenLogprobs
 from winnow.v1 import decode_pb2 as pb
 
 float32 = st.floats(-2, 2, width=32)
@@ -61,17 +57,9 @@ def test_recompression_comes_back_as_it_was(decode_budget: int | None) -> None:
         redundancy_weight=0.25,
         window_size=16,
         kernel_size=5,
-    )
-    got = recompression_from_proto(recompression_to_proto(asked))
-    names = (
-        "decode_budget",
-        "recompress_interval",
-        "recompression",
-        "redundancy_weight",
-        "window_size",
-        "kernel_size",
-    )
-    assert [getattr(got, name) for name in names] == [getattr(asked, name) for name in names]
+    ).decode_side
+    assert asked == Recompression(decode_budget, None, 64, "rkv", 0.25, 16, 5)
+    assert recompression_from_proto(recompression_to_proto(asked)) == asked
 
 
 def test_a_budget_within_the_window_is_refused() -> None:

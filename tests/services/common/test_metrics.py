@@ -4,6 +4,7 @@ import httpx
 import pytest
 import torch
 
+from services.common.jobs import PrefillOutcome, PrefillTimings
 from services.common.metrics import render, start_metrics_server
 from services.decode.metrics import DecodeMetrics
 from services.gateway.metrics import GatewayMetrics
@@ -11,7 +12,7 @@ from services.prefill.metrics import PrefillMetrics
 from tests.services.exposed import samples, value
 from winnow.errors import InvalidSetting
 from winnow.kv import ModelShape
-from winnow.request import PrefillOutcome, PrefillReport, PrefillTimings
+from winnow.report import PrefillReport
 
 SHAPE = ModelShape(4, 2, 1, 8, 16, torch.float32)
 

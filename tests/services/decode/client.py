@@ -16,7 +16,8 @@ from tests.winnow.drive import UNPRUNED, prefill_all
 from winnow.engine.prefill import PrefillResult
 from winnow.errors import WinnowError
 from winnow.kv import LayerKV
-from winnow.request import PruningSettings, SamplingParams
+from winnow.pruning_settings import PruningSettings
+from winnow.sampling_params import SamplingParams
 from winnow.v1 import decode_pb2 as pb
 from winnow.v1.decode_pb2_grpc import DecodeStub
 from winnow.wire import WIRE_VERSIONS, Grant, Header, TransferEncoder
@@ -52,7 +53,7 @@ class Client:
             "num_sequences": 1,
             "max_prompt_entries": len(PROMPT),
             "sampling": sampling_to_proto(GREEDY),
-            "recompression": recompression_to_proto(UNPRUNED),
+            "recompression": recompression_to_proto(UNPRUNED.decode_side),
             "wire_versions": WIRE_VERSIONS,
         }
         return pb.GenerateRequest(**(values | changes))

@@ -123,13 +123,26 @@ async def test_the_thread_ends_when_every_batch_fails_though_the_device_lives(
     await worker.thread.stop()
 
 
+# What asks the device something, of a pool.
+_DEVICE_CALLS = (
+    "_truncate",
+    "_grow",
+    "_blank",
+    "lengths",
+    "plan_step",
+    "pages_held",
+    "pages_within_reach",
+    "pages_after_step",
+)
+
+
 def dies(*_: object) -> None:
     raise RuntimeError("CUDA error: device-side assert triggered")
 
 
 def kill_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call that the device takes part in fails from now on."""
-    for name in ("_truncate", "_grow", "_blank", "lengths", "plan_step", "claim", "settle"):
+    for name in _DEVICE_CALLS:
         monkeypatch.setattr(KVPool, name, dies)
     monkeypatch.setattr(DecoderModel, "layer", dies)
     monkeypatch.setattr(DecoderModel, "logits", dies)

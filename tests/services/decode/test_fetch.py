@@ -17,7 +17,9 @@ from tests.services.decode.client import GREEDY, PROMPT, Call, Client, error_of
 from tests.services.decode.conftest import StartWorker
 from tests.winnow.drive import UNPRUNED
 from winnow.errors import DeliveryFailed, TransferForged, UnknownReservation
-from winnow.request import PruningSettings, SamplingParams, Token
+from winnow.pruning_settings import PruningSettings
+from winnow.sampling_params import SamplingParams
+from winnow.tokens import Token
 from winnow.v1 import decode_pb2 as pb
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -113,7 +115,7 @@ async def test_the_tokens_are_those_that_would_have_been(
 ) -> None:
     asked = {
         "sampling": sampling_to_proto(sampling),
-        "recompression": recompression_to_proto(pruning),
+        "recompression": recompression_to_proto(pruning.decode_side),
         "num_sequences": count,
     }
     expected = await whole(two, **asked)

@@ -11,7 +11,8 @@ from tests.services.decode.client import GREEDY, PROMPT, Client, error_of, event
 from tests.services.decode.conftest import StartWorker
 from tests.winnow.drive import admit, decode_all, ids, make_engine, spec
 from winnow.errors import InvalidSetting, ModelMismatch, Overloaded
-from winnow.request import PruningSettings, SamplingParams
+from winnow.pruning_settings import PruningSettings
+from winnow.sampling_params import SamplingParams
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire import WIRE_VERSIONS
 
@@ -91,7 +92,9 @@ async def test_recompression_is_counted(client: Client) -> None:
         decode_budget=16,
         recompress_interval=8,
     )
-    call = await client.admit(client.request(recompression=recompression_to_proto(pruning)))
+    call = await client.admit(
+        client.request(recompression=recompression_to_proto(pruning.decode_side))
+    )
     await client.push(client.frames(pruning=pruning))
     events = [event async for event in events_of(call)]
     assert events[-1].tokens.recompressed_entries > 0

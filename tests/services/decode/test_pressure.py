@@ -84,7 +84,9 @@ async def test_running_requests_shrink_for_one_that_would_be_refused(
     start_worker: StartWorker,
 ) -> None:
     worker = await start_worker(**(TIGHT | {"kv_overcommit": 1}))
-    frugal = recompression_to_proto(replace(UNPRUNED, decode_floor=16, recompress_interval=16))
+    frugal = recompression_to_proto(
+        replace(UNPRUNED, decode_floor=16, recompress_interval=16).decode_side
+    )
     async with Client(worker) as client:
         first = await begin(client, "first", recompression=frugal)
         for _ in range(5):
@@ -93,5 +95,5 @@ async def test_running_requests_shrink_for_one_that_would_be_refused(
         for call in (first, second):
             token_ids, _ = await tokens_and_waits(call)
             assert len(token_ids) > NUM_TOKENS - 10
-        assert worker.engine.relief_counts.shrunk == 1
+        assert worker.engine.preemption_stats.shrunk == 1
         await client.until_idle()

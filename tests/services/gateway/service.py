@@ -12,6 +12,7 @@ import httpx
 import uvicorn
 from openai import AsyncOpenAI
 
+from services.common.jobs import PrefillJob, PrefillOutcome
 from services.common.registry import RedisRegistry
 from services.common.settings import Settings
 from services.common.tls import PeerTls
@@ -23,7 +24,6 @@ from services.gateway.rest import create_api
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
 from winnow.models import load_model
-from winnow.request import PrefillJob, PrefillOutcome
 
 MODEL_NAME = "tiny"
 

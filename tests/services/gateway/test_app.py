@@ -10,9 +10,11 @@ import pytest
 from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import RequestCancelledError
 
+from services.common.jobs import PrefillJob
 from services.gateway.app import Handle, HandlePrefiller
 from winnow.errors import PrefillFailed, PrefillLost, StaleAttempt
-from winnow.request import PrefillJob, PruningSettings, Ticket
+from winnow.pruning_settings import PruningSettings
+from winnow.wire import Ticket
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

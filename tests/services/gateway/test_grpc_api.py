@@ -21,7 +21,7 @@ from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from tests.winnow import reference
 from winnow.errors import DeadlineExceeded, InvalidSetting
-from winnow.request import Token
+from winnow.tokens import Token
 from winnow.v1 import inference_pb2 as pb
 from winnow.v1.inference_pb2_grpc import InferenceStub
 

@@ -36,7 +36,7 @@ from winnow.errors import (
     TransferDamaged,
     WinnowError,
 )
-from winnow.request import SamplingParams
+from winnow.sampling_params import SamplingParams
 from winnow.v1 import decode_pb2 as pb
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from services.common.jobs import PrefillJob, PrefillOutcome
 from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from tests.winnow import reference
 from winnow.errors import NotFinite, Overloaded, PrefillFailed, PrefillLost
-from winnow.request import PrefillJob, PrefillOutcome
 from winnow.tokenizer import Tokenizer
 from winnow.v1 import inference_pb2 as pb
 from winnow.v1.inference_pb2_grpc import InferenceStub

@@ -14,7 +14,7 @@ from services.gateway.openai_asks import AskReader
 from services.gateway.served_model import ServedModel
 from tests.services.gateway.service import MODEL_NAME, running_service
 from winnow.errors import InvalidSetting, UnusableModel
-from winnow.request import SamplingParams
+from winnow.sampling_params import SamplingParams
 from winnow.v1 import inference_pb2 as pb
 
 GIVEN = {

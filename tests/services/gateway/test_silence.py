@@ -19,7 +19,7 @@ from services.gateway import event_stream
 from services.gateway.lifecycle import PromptRun
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from winnow.errors import Overloaded, PrefillFailed
-from winnow.request import Token
+from winnow.tokens import Token
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -12,7 +12,7 @@ from openai.types import Completion
 from services.decode import spec
 from services.gateway.choices import EndTokens
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
-from winnow.request import SamplingParams
+from winnow.sampling_params import SamplingParams
 from winnow.v1 import decode_pb2, inference_pb2
 from winnow.v1.inference_pb2_grpc import InferenceStub
 

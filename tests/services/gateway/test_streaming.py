@@ -13,7 +13,7 @@ import pytest
 from services.gateway.lifecycle import PromptRun
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from winnow.errors import PrefillFailed
-from winnow.request import Token
+from winnow.tokens import Token
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

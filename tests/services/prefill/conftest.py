@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from services.common.jobs import PrefillJob
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
 from tests.services.prefill.receiver import GRANT, Receiver
 from winnow.decoder import DecoderModel
 from winnow.models import load_model
-from winnow.request import PrefillJob, PruningSettings
+from winnow.pruning_settings import PruningSettings
 
 NUM_TOKENS = 300
 PRUNING = PruningSettings(

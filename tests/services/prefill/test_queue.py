@@ -18,9 +18,9 @@ from services.prefill.queue import PrefillQueue
 from tests.services.exposed import samples, value
 from tests.services.prefill.conftest import NUM_TOKENS, PRUNING, MakeJob
 from tests.services.prefill.receiver import Receiver
+from tests.winnow.drive import prefill_all
 from winnow.decoder import DecoderModel
-from winnow.engine.prefill import run_prefill
-from winnow.engine.prompt_logprobs import prompt_logprobs
+from winnow.engine.prompt_logprobs import PromptLogprobsRun
 from winnow.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -51,7 +51,7 @@ def test_delivers_every_layer_and_the_report(
 ) -> None:
     job = make_job()
     outcome = queue.submit(job).result(TIMEOUT_S)
-    expected = list(run_prefill(model, job.token_ids, PRUNING))
+    expected, _ = prefill_all(model, job.token_ids, PRUNING)
     assert [layer.layer_idx for layer in receiver.layers] == [0, 1, 2, 3]
     for ours, theirs in zip(receiver.layers, expected, strict=True):
         assert ours.head_lengths == theirs.head_lengths
@@ -295,8 +295,8 @@ def test_cancelling_between_two_blocks_of_log_probabilities_ends_it_there(
         outcome.cancel()
         return logits(hidden)
 
-    small_blocks = partial(prompt_logprobs, max_logits=100 * model.vocab_size)
-    monkeypatch.setattr("services.prefill.queue.prompt_logprobs", small_blocks)
+    small_blocks = partial(PromptLogprobsRun, max_logits=100 * model.vocab_size)
+    monkeypatch.setattr("services.prefill.queue.PromptLogprobsRun", small_blocks)
     monkeypatch.setattr(model, "logits", cancelling)
     outcome = queue.submit(make_job(**SCORED))
     submitted.set()

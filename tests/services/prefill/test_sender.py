@@ -10,8 +10,9 @@ from services.prefill.channels import Channels
 from services.prefill.sender import LAYERS_AHEAD, Delivered, Push
 from tests.services.prefill.conftest import NUM_TOKENS, PRUNING, MakeJob
 from tests.services.prefill.receiver import GRANT, Receiver
+from tests.winnow.drive import prefill_all
 from winnow.decoder import DecoderModel
-from winnow.engine.prefill import PrefillResult, run_prefill
+from winnow.engine.prefill import PrefillResult, PrefillRun
 from winnow.errors import DeliveryFailed, PrefillFailed, RequestCancelled, WinnowError
 from winnow.wire import Header, TransferEncoder
 
@@ -22,14 +23,10 @@ def encoder(model: DecoderModel) -> TransferEncoder:
 
 
 def hand_over(push: Push, model: DecoderModel) -> PrefillResult:
-    layers = run_prefill(model, range(1, NUM_TOKENS + 1), PRUNING)
-    while True:
-        try:
-            layer = next(layers)
-        except StopIteration as end:
-            return end.value
-        assert layer is not None
+    layers, result = prefill_all(model, range(1, NUM_TOKENS + 1), PRUNING)
+    for layer in layers:
         push.send(layer)
+    return result
 
 
 @pytest.fixture
@@ -41,7 +38,7 @@ def test_a_stalled_worker_stops_the_engine_s_wait(
     model: DecoderModel, ends: "SimpleQueue[Delivered | WinnowError]"
 ) -> None:
     push = Push("127.0.0.1:1", encoder(model), ends.put, stall_timeout_s=0.2)
-    layers = list(run_prefill(model, range(1, NUM_TOKENS + 1), PRUNING))
+    layers, _ = prefill_all(model, range(1, NUM_TOKENS + 1), PRUNING)
     started_s = time.monotonic()
     with pytest.raises(PrefillFailed, match=r"took no KV for 0.2 s"):
         for layer in layers:  # the call is never opened, so nobody takes them
@@ -87,7 +84,9 @@ def test_aborting_wakes_the_engine_and_the_receiver(
     end = ends.get(timeout=30)
     assert isinstance(end, RequestCancelled)
     with pytest.raises(RequestCancelled, match="gone"):
-        push.send(next(run_prefill(model, range(1, NUM_TOKENS + 1), PRUNING)))
+        layer = PrefillRun(model, range(1, NUM_TOKENS + 1), PRUNING).compute_layer()
+        assert layer is not None
+        push.send(layer)
     abort.join()
     assert ends.empty()
     channels.close()

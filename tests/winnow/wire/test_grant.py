@@ -1,8 +1,7 @@
 import pytest
 
 from winnow.errors import TransferForged, TransferMismatch
-from winnow.request import Ticket
-from winnow.wire import WIRE_VERSIONS, Grant, newest_common
+from winnow.wire import WIRE_VERSIONS, Grant, Ticket, newest_common
 
 NEWEST = max(WIRE_VERSIONS)
 NO_TOKEN = Ticket(NEWEST, b"")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from winnow.kv import LayerKV, ModelShape
-from winnow.request import PrefillReport
+from winnow.report import PrefillReport
 from winnow.wire import WIRE_VERSIONS, Expected, Grant, Header, TransferEncoder
 
 SHAPE = ModelShape(

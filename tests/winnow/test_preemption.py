@@ -13,11 +13,13 @@ from tests.winnow.drive import UNPRUNED, admit, assert_empty, ids, make_engine, 
 from tests.winnow.test_prefill import prompt
 from winnow.decoder import DecoderModel
 from winnow.engine.decode import DecodeEngine
-from winnow.engine.sequence import GenerationSpec, Reservation
+from winnow.engine.generation_spec import GenerationSpec
+from winnow.engine.sequence import Reservation
 from winnow.errors import Overloaded, Preempted
-from winnow.kv import LayerKV
+from winnow.kv import LayerKV, SequenceState
 from winnow.models import load_model
-from winnow.request import SamplingParams, SequenceState, Token
+from winnow.sampling_params import SamplingParams
+from winnow.tokens import Token
 
 LONG = SamplingParams(max_tokens=160, temperature=0, ignore_eos=True)
 PROMPT_TOKENS = 40
@@ -29,7 +31,8 @@ Moved = tuple[SequenceState, list[LayerKV]]
 def require_backed(engine: DecodeEngine) -> None:
     """What is kept for rows is there, and covers what they hold."""
     pool = engine.pool
-    kept = {row: promise.sure for row, promise in pool._promises._by_row.items()}
+    promises = engine.scheduler._memory._promises._by_row
+    kept = {row: promise.sure for row, promise in promises.items()}
     assert sum(kept.values()) <= pool.num_pages
     held = -(-pool.lengths(list(kept)) // pool.page_size) if kept else None
     for row_idx, row in enumerate(kept):
@@ -67,8 +70,9 @@ def tight_engine(
 def memory_for(model: DecoderModel, request: GenerationSpec, times: float) -> int:
     shape = model.shape
     num_pages = shape.num_layers * shape.num_kv_heads * -(-request.max_entries // 16)
-    if request.is_observed:
-        num_pages += -(-shape.num_layers * shape.num_heads * request.window_size // 32)
+    if request.recompression.observes:
+        window_size = request.recompression.window_size
+        num_pages += -(-shape.num_layers * shape.num_heads * window_size // 32)
     return int((times * num_pages + 1) * 16 * (shape.kv_bytes(1) + 4))
 
 
@@ -89,8 +93,8 @@ def test_sequences_that_had_to_wait_get_their_own_tokens_all_the_same(
     network = reference.load(tiny_models["qwen2"])
     for name, token_ids in prompts.items():
         assert ids(answers[name]) == reference.greedy(network, token_ids, LONG.max_tokens), name
-    assert engine.relief_counts.swapped_out >= 2
-    assert engine.relief_counts.given_up == 0
+    assert engine.preemption_stats.swapped_out >= 2
+    assert engine.preemption_stats.given_up == 0
     assert_empty(engine)
 
 
@@ -155,7 +159,7 @@ def test_who_waits_keeps_the_queries_that_its_next_cut_is_judged_by(model: Decod
     assert {name: ids(own) for name, own in got.items()} == {
         name: ids(own) for name, own in expected.items()
     }
-    assert engines[1].relief_counts.swapped_out
+    assert engines[1].preemption_stats.swapped_out
     for engine in engines:
         assert_empty(engine)
 
@@ -176,7 +180,7 @@ def test_without_host_memory_the_youngest_is_given_up_and_the_rest_go_on(
     assert ended == prompts.keys()
     assert errors.keys() == {"2", "3"}
     assert all(isinstance(error, Preempted) for error in errors.values())
-    assert engine.relief_counts.given_up == 2
+    assert engine.preemption_stats.given_up == 2
     assert_empty(engine)
 
 
@@ -202,7 +206,7 @@ def test_one_of_several_answers_may_wait_while_the_others_end(model: DecoderMode
     for name in ("n", "m"):
         for idx in range(2):
             assert ids(got[name], idx) == ids(expected[name], idx)
-    assert engine.relief_counts.swapped_out
+    assert engine.preemption_stats.swapped_out
     assert_empty(engine)
 
 
@@ -225,7 +229,7 @@ def test_sequences_with_a_floor_shrink_before_any_has_to_wait(model: DecoderMode
     admit_four(engine, **frugal)
     answers = decode_all(engine)
     assert all(len(tokens) == LONG.max_tokens for tokens in answers.values())
-    counts = engine.relief_counts
+    counts = engine.preemption_stats
     assert counts.shrunk >= 2
     assert counts.swapped_out == 0
     assert_empty(engine)
@@ -240,13 +244,14 @@ def test_a_floor_changes_nothing_while_there_is_memory(
     network = reference.load(tiny_models["qwen2"])
     for name, token_ids in prompts.items():
         assert ids(answers[name]) == reference.greedy(network, token_ids, LONG.max_tokens)
-    assert engine.relief_counts.shrunk == engine.cut_counts.recompressions == 0
+    assert engine.preemption_stats.shrunk == engine.recompression_stats.recompressions == 0
 
 
 def test_sequences_shrink_for_a_request_that_would_be_refused(model: DecoderModel) -> None:
     big = spec("big", PROMPT_TOKENS, replace(LONG, max_tokens=3000))
     engine = make_engine(model, memory=memory_for(model, big, 1.5))
-    admit(engine, replace(big, decode_floor=32, recompress_interval=16), prompt(PROMPT_TOKENS))
+    frugal = replace(big.recompression, decode_floor=32, recompress_interval=16)
+    admit(engine, replace(big, recompression=frugal), prompt(PROMPT_TOKENS))
     for _ in range(20):
         engine.step()
     other = replace(big, request_id="other")
@@ -284,7 +289,7 @@ def test_nobody_shrinks_for_a_request_that_would_not_fit_all_the_same(model: Dec
     assert engine.request_room(large, lambda: made.append(True))
     engine.step()
     assert made == [True]
-    assert engine.relief_counts.shrunk == 0
+    assert engine.preemption_stats.shrunk == 0
 
 
 def test_who_has_its_memory_assured_does_not_shrink_for_others(model: DecoderModel) -> None:
@@ -297,7 +302,7 @@ def test_who_has_its_memory_assured_does_not_shrink_for_others(model: DecoderMod
         engine.reserve(replace(big, request_id="other"))
     assert not engine.request_room(replace(big, request_id="other"), lambda: None)
     engine.step()
-    assert engine.relief_counts.shrunk == 0
+    assert engine.preemption_stats.shrunk == 0
 
 
 def running_at(engine: DecodeEngine, request: GenerationSpec, num_steps: int) -> Moved:
@@ -308,7 +313,7 @@ def running_at(engine: DecodeEngine, request: GenerationSpec, num_steps: int) ->
     taken = threading.Thread(target=lambda: result.append(take(engine, reservation)))
     result: list[Moved] = []
     taken.start()
-    while not reservation.moving:
+    while not engine.scheduler.is_moving(reservation):
         pass
     while taken.is_alive():
         engine.step()
@@ -366,7 +371,7 @@ def test_what_a_worker_has_just_taken_over_can_give_way_before_it_has_done_a_ste
     filler = engine.reserve(spec("filler", 200, replace(LONG, max_tokens=1)))
     engine.step()
     require_backed(engine)
-    assert engine.relief_counts.swapped_out == 1
+    assert engine.preemption_stats.swapped_out == 1
     engine.release(filler)
     assert decode_all(engine).keys() == {"older", "younger"}
     assert_empty(engine)
@@ -379,7 +384,7 @@ def test_a_request_can_be_taken_out_while_it_is_still_being_started(model: Decod
     write(reservation, layers)
     with ThreadPoolExecutor(1) as thread:
         taking = thread.submit(take, engine, reservation)
-        while not reservation.moving:
+        while not engine.scheduler.is_moving(reservation):
             pass
         engine.start(reservation, result.final_hidden, result.report.next_position)
         engine.step()

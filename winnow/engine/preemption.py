@@ -10,17 +10,18 @@ from dataclasses import dataclass
 
 import torch
 
-from winnow.engine.cutting import Cutter
-from winnow.engine.kv_pool import KVPool
+from winnow.engine.generation_spec import GenerationSpec, promise_for, query_pages
+from winnow.engine.kv_manager import KVManager
 from winnow.engine.promises import Promise
 from winnow.engine.query_ring import QueryRing
-from winnow.engine.sequence import GenerationSpec, Sequence, promise_for, query_pages
+from winnow.engine.recompressor import Recompressor
+from winnow.engine.sequence import Sequence
 from winnow.errors import Preempted
 from winnow.kv import LayerKV
 
 
 @dataclass(frozen=True, slots=True)
-class ReliefCounts:
+class PreemptionStats:
     """Since the start: sequences shrunk to their floor, swapped out, and given up."""
 
     shrunk: int = 0
@@ -28,18 +29,18 @@ class ReliefCounts:
     given_up: int = 0
 
 
-class Relief:
+class Preemptor:
     """Belongs to the engine's thread. swap_bytes: of keys, values and positions in host memory.
 
-    What waits is read by other threads too: `add` and `drop` need the engine's lock.
+    What waits is read by other threads too: `add` and `drop` need the scheduler's lock.
     """
 
-    def __init__(self, pool: KVPool, cutter: Cutter, swap_bytes: int) -> None:
-        self.counts = ReliefCounts()
+    def __init__(self, memory: KVManager, recompressor: Recompressor, swap_bytes: int) -> None:
+        self.stats = PreemptionStats()
         self.swapped: list[Sequence] = []  # the oldest first
         self.swapped_bytes = 0
-        self._pool = pool
-        self._cutter = cutter
+        self._memory, self._pool = memory, memory.pool
+        self._recompressor = recompressor
         self._swap_bytes = swap_bytes
 
     def shrink_one(self, running: list[Sequence]) -> bool:
@@ -49,28 +50,28 @@ class Relief:
             return False
         lengths = self._pool.lengths([seq.row for seq in able])  # [B, L, H_kv]
         seq = able[int(lengths.flatten(1).sum(1).argmax())]
-        seq.budget = seq.spec.decode_floor
-        self._cutter.cut(seq)
+        seq.budget = seq.spec.recompression.decode_floor
+        self._recompressor.cut(seq)
         self._count(shrunk=1)
         return True
 
     def shrink_for(self, spec: GenerationSpec, running: list[Sequence]) -> None:
         """Shrinks sequences until the request has room; none if all together would not do."""
         promise, count = promise_for(self._pool, spec), spec.num_sequences
-        if self._pool.has_room(count, promise, self._gain(running)):
-            while not self._pool.has_room(count, promise) and self.shrink_one(running):
+        if self._memory.has_room(count, promise, self._gain(running)):
+            while not self._memory.has_room(count, promise) and self.shrink_one(running):
                 pass
 
     def _able(self, running: list[Sequence]) -> list[Sequence]:
-        known = self._cutter.scaling is not None  # it is not before the worker's first step
+        known = self._recompressor.scaling is not None  # it is not before the worker's first step
         return [seq for seq in running if known and can_shrink(seq)]
 
     def _gain(self, running: list[Sequence]) -> Promise:
         """Pages that shrinking everybody would free at least."""
         gain = Promise(0, 0)
         for seq in self._able(running):
-            assert seq.spec.decode_floor is not None
-            now, floor = self._pool.promised(seq.row), seq.spec.decode_floor
+            now, floor = self._memory.promised(seq.row), seq.spec.recompression.decode_floor
+            assert floor is not None
             queries = query_pages(self._pool, seq.spec)
             reach = self._pool.pages_for(seq.spec.limit_at(floor) + 1) + queries
             gain.most += max(0, now.most - reach)
@@ -94,11 +95,10 @@ class Relief:
 
     def add(self, seq: Sequence, layers: list[LayerKV]) -> None:
         """The sequence waits from now on, and its pages are free."""
-        seq.swapped = layers
-        seq.reservation.num_swapped += 1
+        seq.swapped, seq.waits = layers, True
         self.swapped_bytes += sum(map(_num_bytes, layers))
         self.swapped = sorted([*self.swapped, seq], key=age)
-        self._pool.evict(seq.row)
+        self._memory.evict(seq.row)
         self._count(swapped_out=1)
 
     def swap_in_oldest(self, num_running: int) -> Sequence | None:
@@ -111,7 +111,7 @@ class Relief:
             return None
         seq = self.swapped[0]
         if seq.ring is not None:
-            seq.ring = QueryRing(self._pool, seq.row, seq.spec.window_size)
+            seq.ring = QueryRing(self._pool, seq.row, seq.spec.recompression.window_size)
         for layer in seq.swapped:
             self._pool.write_layer(seq.row, layer)
             if seq.ring is not None:
@@ -122,7 +122,7 @@ class Relief:
         """A sequence waits no more: it has its pages back, or leaves."""
         self.swapped.remove(seq)
         self.swapped_bytes -= sum(map(_num_bytes, seq.swapped))
-        seq.reservation.num_swapped -= 1
+        seq.waits = False
 
     def _readmit(self, seq: Sequence, num_running: int) -> bool:
         page_size = self._pool.page_size
@@ -130,12 +130,12 @@ class Relief:
         with_next_token = sum(length // page_size + 1 for length in lengths)
         with_next_token += query_pages(self._pool, seq.spec)
         spare = num_running * len(lengths)
-        return self._pool.readmit(seq.row, with_next_token, spare=spare)
+        return self._memory.readmit(seq.row, with_next_token, spare=spare)
 
     def _count(self, *, shrunk: int = 0, swapped_out: int = 0, given_up: int = 0) -> None:
-        counts = self.counts
-        self.counts = ReliefCounts(
-            counts.shrunk + shrunk, counts.swapped_out + swapped_out, counts.given_up + given_up
+        stats = self.stats
+        self.stats = PreemptionStats(
+            stats.shrunk + shrunk, stats.swapped_out + swapped_out, stats.given_up + given_up
         )
 
 
@@ -144,7 +144,7 @@ def can_shrink(seq: Sequence) -> bool:
 
     One whose memory is assured keeps its entries too.
     """
-    floor = seq.spec.decode_floor
+    floor = seq.spec.recompression.decode_floor
     has_step = seq.num_generated > 1  # the first token needs none
     if seq.spec.assured or floor is None or not has_step:
         return False

@@ -1,43 +1,7 @@
-"""How attention is computed: one function registered with transformers, two ways to answer it.
-
-transformers hands every layer's queries, keys and values (after RoPE, keys not repeated for grouped
-queries) to the function named "winnow"; that function passes them on to the `AttentionCall` which
-whoever drives the layer put into the call: `PrefillAttention` here, `PagedAttention` in
-engine/decode.py.
-"""
-
-from collections.abc import Callable
-from typing import Any
+"""Attention within one prompt."""
 
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AttentionInterface
-
-ATTENTION_NAME = "winnow"
-
-# (layer_idx, query [B, H, T, D], key [B, H_kv, T, D], value [B, H_kv, T, D], scaling)
-# -> [B, H, T, D]
-AttentionCall = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
-
-
-def _dispatch(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    attention_call: AttentionCall,
-    **_: Any,  # noqa: ANN401 - transformers adds options that do not concern inference
-) -> tuple[Tensor, None]:
-    assert attention_mask is None, "the AttentionCall masks"
-    assert isinstance(module.layer_idx, int)
-    output = attention_call(module.layer_idx, query, key, value, scaling)
-    return output.transpose(1, 2), None  # [B, T, H, D]
-
-
-AttentionInterface.register(ATTENTION_NAME, _dispatch)
+from torch import Tensor
 
 
 class PrefillAttention:

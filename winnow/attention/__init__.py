@@ -1,0 +1,18 @@
+"""What a layer's attention is computed with: within a prompt, and over pages while decoding."""
+
+from winnow.attention.calls import ATTENTION_NAME, AttentionCall
+from winnow.attention.decode import DecodeBackend, PagedKV, StepAttention, StepPlan
+from winnow.attention.gather import GatherBackend
+from winnow.attention.prefill import PrefillAttention, causal_attention
+
+__all__ = [
+    "ATTENTION_NAME",
+    "AttentionCall",
+    "DecodeBackend",
+    "GatherBackend",
+    "PagedKV",
+    "PrefillAttention",
+    "StepAttention",
+    "StepPlan",
+    "causal_attention",
+]

@@ -1,0 +1,38 @@
+"""How a layer's attention reaches us: one function registered with transformers.
+
+transformers hands every layer's queries, keys and values (after RoPE, keys not repeated for grouped
+queries) to the function named "winnow"; that function passes them on to the `AttentionCall` that
+whoever drives the layer put into the call.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+ATTENTION_NAME = "winnow"
+
+# (layer_idx, query [B, H, T, D], key [B, H_kv, T, D], value [B, H_kv, T, D], scaling)
+# -> [B, H, T, D]
+AttentionCall = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+
+
+def _dispatch(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    attention_call: AttentionCall,
+    **_: Any,  # noqa: ANN401 - transformers adds options that do not concern inference
+) -> tuple[Tensor, None]:
+    assert attention_mask is None, "the AttentionCall masks"
+    assert isinstance(module.layer_idx, int)
+    output = attention_call(module.layer_idx, query, key, value, scaling)
+    return output.transpose(1, 2), None  # [B, T, H, D]
+
+
+AttentionInterface.register(ATTENTION_NAME, _dispatch)

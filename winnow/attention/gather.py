@@ -1,0 +1,78 @@
+"""Pages copied into padded tensors and masked: works on every device, best on a CPU.
+
+Rows of like length share a tensor, so that a long row does not make the others' padding as long.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from winnow.attention.decode import PagedKV, StepPlan
+
+_SHORT_PAGES = 32  # up to here, padding costs less than calls of their own for shorter rows
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowGroup:
+    """Rows of like length: their places in the batch [b] int64, and how they are read.
+
+    visible: [L, b, H_kv, P * page_size] bool, False behind a head's last entry.
+    """
+
+    rows: Tensor
+    step: StepPlan
+    visible: Tensor
+
+
+class GatherBackend:
+    """A DecodeBackend; its plan is the rows in groups."""
+
+    def __init__(self, pool: PagedKV) -> None:
+        self._pool = pool
+
+    def plan(self, rows: list[int], positions: Tensor) -> list[RowGroup]:
+        return [
+            self._group(group, [rows[idx] for idx in group.tolist()], positions[group])
+            for group in self._of_like_length(rows)
+        ]
+
+    def _group(self, group: Tensor, rows: list[int], positions: Tensor) -> RowGroup:
+        step = self._pool.plan_step(rows, positions)
+        num_slots = step.pages.shape[-1] * self._pool.page_size
+        entry = torch.arange(num_slots, device=self._pool.device)
+        return RowGroup(group, step, entry < step.lengths[..., None])
+
+    def append(self, layer_idx: int, plan: list[RowGroup], keys: Tensor, values: Tensor) -> None:
+        for group in plan:
+            self._pool.append(layer_idx, group.step, keys[group.rows], values[group.rows])
+
+    def attend(self, layer_idx: int, plan: list[RowGroup], query: Tensor, scaling: float) -> Tensor:
+        output = torch.empty_like(query)
+        for group in plan:
+            output[group.rows] = self._attend(layer_idx, group, query[group.rows], scaling)
+        return output
+
+    def _attend(self, layer_idx: int, group: RowGroup, query: Tensor, scaling: float) -> Tensor:
+        keys, values = self._pool.gather(layer_idx, group.step)
+        num_rows, num_kv_heads, _, head_dim = keys.shape
+        # The queries that share a KV head become its query rows: [B, H_kv, group, D].
+        grouped = query.reshape(num_rows, num_kv_heads, -1, head_dim)
+        visible = group.visible[layer_idx][:, :, None]  # [B, H_kv, 1, T]
+        output = F.scaled_dot_product_attention(
+            grouped, keys, values, attn_mask=visible, scale=scaling
+        )
+        return output.reshape(num_rows, -1, 1, head_dim)
+
+    def _of_like_length(self, rows: list[int]) -> list[Tensor]:
+        """Indices of rows in groups, within which lengths differ by less than a factor of two.
+
+        A row is as long as its longest head, and all short ones are alike.
+        """
+        pool = self._pool
+        groups: dict[int, list[int]] = {}
+        for idx, length in enumerate(pool.lengths(rows).amax((1, 2)).tolist()):
+            num_pages = max(length // pool.page_size + 1, _SHORT_PAGES)
+            groups.setdefault((num_pages - 1).bit_length(), []).append(idx)
+        return [torch.tensor(group, device=pool.device) for group in groups.values()]

@@ -1,0 +1,41 @@
+"""Checks of values from outside: each raises InvalidSetting that names the value and the limit."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from winnow.errors import InvalidSetting
+
+MAX_COUNT = 2**31 - 1
+_TYPE_NAMES: Mapping[object, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    int | None: "a whole number or null",
+    float: "a number",
+    str: "a word",
+}
+
+
+def require_range(
+    name: str, value: float, low: float, high: float, *, low_open: bool = False
+) -> None:
+    """Raise InvalidSetting unless low <= value <= high (low < value with `low_open`)."""
+    if not (low < value if low_open else low <= value) or not value <= high:
+        bracket = "(" if low_open else "["
+        raise InvalidSetting(
+            f"{name} is {value:.12g}; the allowed range is {bracket}{low:g}, {high:.12g}]",
+            param=name,
+        )
+
+
+def require_type(name: str, value: object, declared: Any) -> None:  # noqa: ANN401 - a field's type
+    """Whole numbers are numbers too; true and false are neither."""
+    accepted = int | float if declared is float else declared
+    is_bool = isinstance(value, bool)
+    if is_bool != (declared is bool) or not isinstance(value, accepted):
+        raise InvalidSetting(f"{name} is {value!r}; it must be {_TYPE_NAMES[declared]}", param=name)
+
+
+def require_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    if value not in choices:
+        known = ", ".join(map(str, choices))
+        raise InvalidSetting(f"{name} is {value!r}; known are {known}", param=name)

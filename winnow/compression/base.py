@@ -1,0 +1,88 @@
+"""Rules that say which KV entries of a layer survive, after prefill and while decoding."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from winnow.pruning_settings import PruningSettings, Recompression
+
+
+class CompressionRule(ABC):
+    """Which entries of a prompt's layer survive prefill, by one prompt's settings."""
+
+    follows_budget: ClassVar[bool] = False  # whether `kv_budget` says how many entries survive
+
+    def __init__(self, settings: PruningSettings) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def keeps_all(self, num_tokens: int) -> bool:
+        """Whether a layer of `num_tokens` tokens stays whole, so that no scores are needed."""
+
+    @abstractmethod
+    def max_entries(self, num_tokens: int, num_kv_heads: int) -> int:
+        """KV entries that one KV head of a layer of `num_tokens` tokens can keep at most."""
+
+    def keep(self, mass: Tensor, num_kv_heads: int) -> list[Tensor]:
+        """Per KV head, the ascending indices of the entries that survive.
+
+        mass: [num_heads, num_tokens] from `winnow.scoring.observed_attention`.
+        Returns num_kv_heads tensors int64, which may differ in length.
+        """
+        num_tokens = mass.shape[1]
+        if self.keeps_all(num_tokens):
+            return [torch.arange(num_tokens, device=mass.device)] * num_kv_heads
+        return self.keep_some(mass, num_kv_heads)
+
+    @abstractmethod
+    def keep_some(self, mass: Tensor, num_kv_heads: int) -> list[Tensor]:
+        """As `keep`, of a layer that does not stay whole."""
+
+
+class KeepAll(CompressionRule):
+    """Every entry survives."""
+
+    def keeps_all(self, num_tokens: int) -> bool:
+        return True
+
+    def max_entries(self, num_tokens: int, num_kv_heads: int) -> int:
+        return num_tokens
+
+    def keep_some(self, mass: Tensor, num_kv_heads: int) -> list[Tensor]:
+        raise AssertionError("every layer stays whole")
+
+
+class BudgetRule(CompressionRule):
+    """`kv_budget` entries per KV head survive, or so many on average over a layer's heads."""
+
+    follows_budget = True
+
+    @property
+    def kv_budget(self) -> int:
+        """The setting, of a layer that does not stay whole."""
+        assert self.settings.kv_budget is not None
+        return self.settings.kv_budget
+
+    def keeps_all(self, num_tokens: int) -> bool:
+        budget = self.settings.kv_budget
+        return budget is None or num_tokens <= budget
+
+    def max_entries(self, num_tokens: int, num_kv_heads: int) -> int:
+        return num_tokens if self.keeps_all(num_tokens) else self.kv_budget
+
+
+class RecompressionRule(ABC):
+    """Which entries of a KV head survive a cut while decoding, by one request's settings."""
+
+    def __init__(self, settings: Recompression) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def keep(self, keys: Tensor, queries: Tensor, scaling: float, num_kept: int) -> Tensor:
+        """The ascending indices of the `num_kept` entries that survive, the window's among them.
+
+        keys: [num_entries, head_dim] of one KV head, num_entries > num_kept > w.
+        queries: [group, w, head_dim] of the last w tokens.  Returns [num_kept] int64.
+        """

@@ -1,0 +1,66 @@
+"""What decode is asked to generate from one prompt, and the pages that this can take."""
+
+from dataclasses import dataclass, field
+
+from winnow.engine.kv_pool import KVPool
+from winnow.engine.promises import Promise
+from winnow.engine.query_ring import num_queries
+from winnow.pruning_settings import Recompression
+from winnow.sampling_params import SamplingParams
+
+_ENDLESS = 2**62
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSpec:
+    """What is to be generated from one prompt.
+
+    max_prompt_entries: KV entries per (layer, KV head) that prefill will send at most.
+    recompression: how its cache is cut while it generates.
+    prompt_token_ids: only needed if `sampling.needs_prompt`.
+    replayed: of each sequence, the tokens that another worker generated before it was lost: they
+    are fed to the model one by one, instead of sampled, until the sequence is where it was. Empty:
+    none.
+    assured: its memory is set aside to the last token, so that it never gives way to others.
+    moved: it comes with what it holds at another worker, which may be more than its prompt.
+    Sequence i of `num_sequences` samples with seed + i.
+    """
+
+    request_id: str
+    num_prompt_tokens: int
+    max_prompt_entries: int
+    sampling: SamplingParams
+    num_sequences: int = 1
+    recompression: Recompression = field(default_factory=Recompression)
+    prompt_token_ids: tuple[int, ...] = ()
+    replayed: tuple[tuple[int, ...], ...] = ()
+    assured: bool = False
+    moved: bool = False
+
+    @property
+    def max_entries(self) -> int:
+        """Entries that one (layer, KV head) can come to hold."""
+        unbounded = self.max_prompt_entries + self.sampling.max_tokens
+        budget = self.recompression.decode_budget
+        if budget is None:
+            return unbounded
+        return min(unbounded, max(self.max_prompt_entries, self.limit_at(budget)) + 1)
+
+    def limit_at(self, budget: int | None) -> int:
+        """Entries per head above which decode cuts back to `budget`."""
+        return _ENDLESS if budget is None else budget + self.recompression.recompress_interval
+
+
+def promise_for(pool: KVPool, spec: GenerationSpec) -> Promise:
+    """What each sequence of the request is promised: room for what arrives at any rate."""
+    most = spec.max_entries
+    sure = most if spec.assured or spec.moved else min(spec.max_prompt_entries + 1, most)
+    queries = query_pages(pool, spec)
+    return Promise(most=pool.pages_for(most) + queries, sure=pool.pages_for(sure) + queries)
+
+
+def query_pages(pool: KVPool, spec: GenerationSpec) -> int:
+    """Pages for the last queries of each sequence of the request."""
+    recompression = spec.recompression
+    window = recompression.window_size if recompression.observes else 0
+    return pool.pages_for_queries(num_queries(pool, window))

@@ -1,0 +1,88 @@
+"""One decode step on the model: the forward pass of a batch, and each sequence's next token."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from winnow.attention import GatherBackend, StepAttention
+from winnow.decoder import DecoderModel
+from winnow.engine.kv_pool import KVPool
+from winnow.engine.sequence import Sequence
+from winnow.errors import EngineFailed
+from winnow.tokens import Token
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepQueries:
+    """The queries of the sequences that a forward pass computed.
+
+    layers: each layer's [B, num_heads, head_dim].  scaling: the logits' factor.
+    """
+
+    sequences: list[Sequence]
+    layers: list[Tensor]
+    scaling: float
+
+    def stacked(self) -> Tensor:
+        """Of all layers: [L, B, num_heads, head_dim]."""
+        return torch.stack(self.layers)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepResult:
+    """What became of each sequence of a batch. queries: None if no layer was computed."""
+
+    tokens: dict[Sequence, Token | EngineFailed] = field(default_factory=dict)
+    queries: StepQueries | None = None
+
+
+class ModelRunner:
+    """Runs batches of sequences whose KV is in `pool`."""
+
+    def __init__(self, model: DecoderModel, pool: KVPool) -> None:
+        self.model = model
+        self._backend = GatherBackend(pool)
+
+    def run(self, batch: list[Sequence]) -> StepResult:
+        """The next token of every sequence, or why there is none.
+
+        Raises RuntimeError if the device fails; nobody's KV is sure then.
+        """
+        if not batch:
+            return StepResult()
+        hidden, queries = self._forward(batch)
+        logits = self.model.logits(hidden)
+        tokens = {seq: self._sample(seq, row) for seq, row in zip(batch, logits, strict=True)}
+        return StepResult(tokens, queries)
+
+    def _forward(self, batch: list[Sequence]) -> tuple[Tensor, StepQueries | None]:
+        """Hidden states from which each sequence's next token is sampled: [B, hidden_size].
+
+        A sequence that has just joined has its own from prefill.
+        """
+        going = [seq for seq in batch if seq.final_hidden is None]
+        computed, queries = self._forward_tokens(going) if going else ((), None)
+        rest = iter(computed)
+        hidden = [next(rest) if seq.final_hidden is None else seq.final_hidden for seq in batch]
+        for seq in batch:
+            seq.final_hidden = None
+        return torch.stack(hidden), queries
+
+    def _forward_tokens(self, going: list[Sequence]) -> tuple[Tensor, StepQueries]:
+        """Feeds each sequence's last token through all layers: [B, hidden_size]."""
+        model = self.model
+        tokens = torch.tensor([[seq.history.generated[-1]] for seq in going], device=model.device)
+        positions = torch.tensor([seq.next_position - 1 for seq in going], device=model.device)
+        attention = StepAttention(self._backend, [seq.row for seq in going], positions)
+        hidden, rope = model.embed(tokens), model.rope(positions[:, None])
+        for layer_idx in range(model.shape.num_layers):
+            hidden = model.layer(layer_idx, hidden, rope, attention)
+        return hidden[:, 0], StepQueries(going, attention.queries, attention.scaling)
+
+    def _sample(self, seq: Sequence, logits: Tensor) -> Token | EngineFailed:
+        try:
+            token = seq.take(logits, self.model)
+        except EngineFailed as error:
+            return error
+        return replace(token, finish_reason=seq.finish_reason(self.model))

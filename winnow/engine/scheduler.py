@@ -1,0 +1,277 @@
+"""What runs next: who may join, who comes back, who has to give way, and who leaves.
+
+`schedule` and `retire` belong to the engine's thread; every other method may be called from any
+thread.
+"""
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from winnow.checks import require_range
+from winnow.engine.generation_spec import GenerationSpec
+from winnow.engine.kv_manager import KVManager
+from winnow.engine.outputs import EngineStats
+from winnow.engine.preemption import PreemptionStats, Preemptor, age, can_shrink
+from winnow.engine.recompressor import Recompressor
+from winnow.engine.sequence import Reservation, Sequence
+from winnow.errors import EngineFailed, Overloaded, Preempted
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One step's work. preempted: sequences that were given up for want of memory, and why."""
+
+    batch: list[Sequence] = field(default_factory=list)
+    preempted: dict[Sequence, Preempted] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _RoomRequest:
+    """Sequences are to shrink for a request. done: called once they have, as far as they can."""
+
+    spec: GenerationSpec
+    done: Callable[[], object]
+
+
+class Scheduler:
+    """max_positions: of the model.  swap_bytes: host memory for sequences that wait for pages."""
+
+    def __init__(
+        self,
+        memory: KVManager,
+        recompressor: Recompressor,
+        *,
+        max_positions: int,
+        max_batch_size: int,
+        swap_bytes: int,
+    ) -> None:
+        self._memory = memory
+        self._recompressor = recompressor
+        self._preemptor = Preemptor(memory, recompressor, swap_bytes)
+        self._max_positions = max_positions
+        self._max_batch_size = max_batch_size
+        self._running: list[Sequence] = []  # the oldest first
+        self._arrived: list[Sequence] = []
+        self._reserved: set[Reservation] = set()
+        self._room_requests: list[_RoomRequest] = []
+        self._taken_out: dict[Reservation, list[Sequence]] = {}
+        self._order = itertools.count()
+        self._changed = threading.Condition()
+
+    # From any thread
+
+    @property
+    def preemption_stats(self) -> PreemptionStats:
+        return self._preemptor.stats
+
+    def reserve(self, spec: GenerationSpec) -> Reservation:
+        """As DecodeEngine.reserve."""
+        require_range("n", spec.num_sequences, 1, self._max_batch_size)
+        require_range("prompt tokens", spec.num_prompt_tokens, 1, self._max_positions - 1)
+        require_range("max_prompt_entries", spec.max_prompt_entries, 1, spec.num_prompt_tokens)
+        spec = self._within_context(spec)
+        with self._changed:
+            if waiting := len(self._preemptor.swapped):
+                raise Overloaded(f"{waiting} sequences wait for KV memory already")
+            reservation = Reservation(self._memory, spec, next(self._order))
+            self._reserved.add(reservation)
+        return reservation
+
+    def _within_context(self, spec: GenerationSpec) -> GenerationSpec:
+        left = self._max_positions - spec.num_prompt_tokens
+        sampling = replace(spec.sampling, max_tokens=min(spec.sampling.max_tokens, left))
+        return replace(spec, sampling=sampling)
+
+    def request_room(self, spec: GenerationSpec, done: Callable[[], object]) -> bool:
+        """As DecodeEngine.request_room."""
+        with self._changed:
+            if self._preemptor.swapped or not any(map(can_shrink, self._running)):
+                return False
+            self._room_requests.append(_RoomRequest(self._within_context(spec), done))
+            self._changed.notify_all()
+            return True
+
+    def join(self, reservation: Reservation, start: Callable[[], list[Sequence] | None]) -> None:
+        """Lets what `start` returns join; a reservation whose start fails holds nothing more."""
+        sequences = None
+        try:
+            sequences = start()
+            for seq in sequences or ():
+                self._recompressor.settle(seq)
+        finally:
+            with self._changed:
+                self._reserved.discard(reservation)
+                self._arrived += sequences or ()
+                self._changed.notify_all()
+
+    def release(self, reservation: Reservation) -> None:
+        """As DecodeEngine.release; raises RuntimeError if the device fails at it."""
+        try:
+            reservation.release()
+        finally:
+            with self._changed:
+                self._reserved.discard(reservation)
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def taken_out(self, reservation: Reservation, timeout_s: float) -> Iterator[list[Sequence]]:
+        """As DecodeEngine.taken_out."""
+        sequences = self._take_out(reservation, timeout_s)
+        try:
+            yield sequences
+        finally:
+            self._let_go(sequences)
+
+    def _take_out(self, reservation: Reservation, timeout_s: float) -> list[Sequence]:
+        with self._changed:
+            self._taken_out.setdefault(reservation, [])
+            self._changed.notify_all()
+
+            def is_out() -> bool:
+                """A request whose KV has just arrived still counts as reserved, until `join`."""
+                is_in = any(seq.reservation is reservation for seq in self._everyone())
+                return not is_in and reservation not in self._reserved
+
+            all_out = self._changed.wait_for(is_out, timeout_s)
+            taken = self._taken_out.pop(reservation, [])  # what arrives later, nobody takes out
+        if not all_out:
+            self._let_go(taken)
+            raise EngineFailed(f"the engine did no step within {timeout_s:g} s")
+        return taken
+
+    def is_moving(self, reservation: Reservation) -> bool:
+        """Whether somebody waits for the request to leave the batch."""
+        return reservation in self._taken_out
+
+    def _everyone(self) -> list[Sequence]:
+        return [*self._running, *self._arrived, *self._preemptor.swapped]
+
+    def wait_for_work(self, timeout_s: float) -> bool:
+        """As DecodeEngine.wait_for_work."""
+        with self._changed:
+            busy = self._changed.wait_for(
+                lambda: bool(self._running or self._arrived or self._room_requests), timeout_s
+            )
+            return busy or bool(self._preemptor.swapped)  # which may have room by now
+
+    def wait_for_news(self, timeout_s: float) -> bool:
+        """As DecodeEngine.wait_for_news."""
+
+        def has_news() -> bool:
+            comes = bool(self._arrived or self._room_requests)
+            return comes or any(map(self._goes, self._everyone()))
+
+        with self._changed:
+            return self._changed.wait_for(has_news, timeout_s)
+
+    def stats(self) -> EngineStats:
+        with self._changed:
+            swapped = list(self._preemptor.swapped)
+            sequences = self._running + self._arrived + swapped
+            num_reserved = len(self._reserved)
+        shape = self._memory.pool.shape
+        entries_per_token = shape.num_layers * shape.num_kv_heads
+        return EngineStats(
+            pool=self._memory.stats(),
+            running_sequences=len(sequences),
+            reserved_requests=num_reserved,
+            swapped_sequences=len(swapped),
+            swapped_bytes=self._preemptor.swapped_bytes,
+            kv_unpruned_bytes=shape.kv_bytes(
+                entries_per_token * sum(seq.num_tokens for seq in sequences)
+            ),
+        )
+
+    # From the engine's thread
+
+    def schedule(self) -> Schedule:
+        """Who takes part in the next step; the pages that it takes are kept for them."""
+        self._let_in()
+        preempted = self._make_room()
+        return Schedule([seq for seq in self._running if seq not in preempted], preempted)
+
+    def schedule_first(self) -> Schedule:
+        """As `schedule`, of those alone that have no token yet; they take no pages."""
+        self._let_in()
+        return Schedule([seq for seq in self._running if seq.final_hidden is not None])
+
+    def _let_in(self) -> None:
+        self._join_and_leave()
+        self._swap_in()
+        self._answer_room_requests()
+
+    def retire(self, sequences: list[Sequence]) -> None:
+        """They have ended: their places and pages are free."""
+        with self._changed:
+            self._running = [seq for seq in self._running if seq not in sequences]
+            self._changed.notify_all()
+        self._let_go(sequences)
+
+    def _let_go(self, sequences: list[Sequence]) -> None:
+        for seq in sequences:
+            seq.reservation.end(seq)
+        self._memory.release(*(seq.row for seq in sequences))
+
+    def _join_and_leave(self) -> None:
+        """Lets arrived sequences into the batch, and cancelled ones and those that move out."""
+        with self._changed:
+            arrived, self._arrived = self._arrived, []
+            everyone = [*self._running, *arrived, *self._preemptor.swapped]
+            going = [seq for seq in everyone if self._goes(seq)]
+            arrived = [seq for seq in arrived if seq not in going]
+            # Before the device is asked for anything: where it fails, nobody drops out unseen.
+            staying = [seq for seq in self._running if seq not in going]
+            self._running = sorted([*staying, *arrived], key=age)
+            self._changed.notify_all()
+            freed = []
+            for seq in going:
+                if seq.waits:
+                    self._preemptor.drop(seq)
+                if seq.reservation in self._taken_out:
+                    self._taken_out[seq.reservation].append(seq)
+                else:
+                    freed.append(seq)
+            self._let_go(freed)
+
+    def _goes(self, seq: Sequence) -> bool:
+        return seq.reservation.cancelled or seq.reservation in self._taken_out
+
+    def _swap_in(self) -> None:
+        while (seq := self._preemptor.swap_in_oldest(len(self._running))) is not None:
+            with self._changed:
+                self._preemptor.drop(seq)
+                seq.swapped = []
+                self._running = sorted([*self._running, seq], key=age)
+
+    def _answer_room_requests(self) -> None:
+        with self._changed:
+            requests, self._room_requests = self._room_requests, []
+        for request in requests:
+            self._preemptor.shrink_for(request.spec, self._running)
+            request.done()
+
+    def _make_room(self) -> dict[Sequence, Preempted]:
+        """Frees the pages that the next token needs; the sequences given up for that, and why."""
+        given_up: dict[Sequence, Preempted] = {}
+        staying = list(self._running)
+        while not self._memory.claim([seq.row for seq in staying if seq.final_hidden is None]):
+            if self._preemptor.shrink_one(staying):
+                continue
+            youngest = [seq for seq in staying if not seq.spec.assured][-1]
+            staying.remove(youngest)
+            try:
+                self._swap_out(youngest)
+            except Preempted as error:
+                given_up[youngest] = error
+                self._memory.evict(youngest.row)
+        return given_up
+
+    def _swap_out(self, seq: Sequence) -> None:
+        """Copies without the lock, so that nobody else waits for it."""
+        layers = self._preemptor.copy_out(seq)
+        with self._changed:
+            self._running = [other for other in self._running if other is not seq]
+            self._preemptor.add(seq, layers)

@@ -1,0 +1,141 @@
+"""How a prompt and its cache are pruned."""
+
+from dataclasses import dataclass, fields
+
+from winnow.catalog import COMPRESSIONS, METHODS, RECOMPRESSIONS, load
+from winnow.checks import MAX_COUNT, require_choice, require_range, require_type
+from winnow.errors import InvalidSetting
+
+
+@dataclass(frozen=True, slots=True)
+class Recompression:
+    """Decode's side of PruningSettings, which explains the fields; `method` is `recompression`."""
+
+    decode_budget: int | None = None
+    decode_floor: int | None = None
+    recompress_interval: int = 128
+    method: str = "snapkv"
+    redundancy_weight: float = 0.1
+    window_size: int = 32
+    kernel_size: int = 7
+
+    def __post_init__(self) -> None:
+        require_choice("recompression", self.method, RECOMPRESSIONS)
+        _require_window(self.window_size, self.kernel_size)
+        require_range("recompress_interval", self.recompress_interval, 1, 2**20)
+        require_range("redundancy_weight", self.redundancy_weight, 0, 1)
+        _require_above_window("decode_budget", self.decode_budget, self.window_size)
+        _require_above_window("decode_floor", self.decode_floor, self.window_size)
+        if self.decode_budget is not None and self.decode_floor is not None:
+            require_range("decode_floor", self.decode_floor, 1, self.decode_budget)
+
+    @property
+    def observes(self) -> bool:
+        """Whether entries may have to be scored, so that the last queries are kept."""
+        return self.decode_budget is not None or self.decode_floor is not None
+
+
+@dataclass(frozen=True, slots=True)
+class PruningSettings:
+    """How prompt and cache are pruned. Defaults are the paper's for 28 to 48 layers.
+
+    method           one of winnow.methods.METHODS: which tokens go on, which KV is kept.
+    select_tokens    prompt tokens (window included) that go on above the selection layer.
+    window_size      last prompt tokens whose queries observe all others (w).
+    kernel_size      pooling width over positions, odd (S).
+    observed_layers  layers over which rank variance is taken (L_obs).
+    min_layer        first layer at which ASL may select, counted from 0 (L_min).
+    threshold        select when relative rank variance falls below it (tau).
+    latest_layer     select here at the latest; None: with a threshold never met, asl selects
+                     nothing, asl-2pass at the last layer.
+    fixed_layer      where fastkv and gemfilter select.
+    compression      snapkv: `kv_budget` entries per KV head; adakv: `kv_budget` on average, shared
+                     out over a layer's heads; top_p: the smallest set per KV head with attention
+                     mass `kv_top_p`; none: every computed entry is kept. For snapkv, fastkv, asl;
+                     the other methods have rules of their own.
+    full_kv_below    fastkv and asl: layers up to the selection layer keep all their KV.
+    decode_budget    entries per KV head that decode keeps while it generates; None: all.
+    decode_floor     entries per KV head, down to which decode may cut when its memory is short;
+                     None: it never cuts below decode_budget.
+    recompress_interval  entries over decode_budget that may gather before decode cuts back.
+    recompression    how decode cuts back: snapkv, or rkv, which weighs redundant keys down.
+    redundancy_weight  rkv: weight of the attention against redundancy, 0 to 1 (lambda).
+    """
+
+    method: str = "asl"
+    select_tokens: int = 2048
+    window_size: int = 32
+    kernel_size: int = 7
+    observed_layers: int = 8
+    min_layer: int = 10
+    threshold: float = 0.3
+    latest_layer: int | None = None
+    fixed_layer: int = 15
+    compression: str = "snapkv"
+    kv_budget: int | None = 2048
+    kv_top_p: float = 0.95
+    full_kv_below: bool = False
+    decode_budget: int | None = None
+    decode_floor: int | None = None
+    recompress_interval: int = 128
+    recompression: str = "snapkv"
+    redundancy_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            require_type(setting.name, getattr(self, setting.name), setting.type)
+        require_choice("method", self.method, METHODS)
+        require_choice("compression", self.compression, COMPRESSIONS)
+        _require_window(self.window_size, self.kernel_size)
+        require_range("observed_layers", self.observed_layers, 1, 1024)
+        require_range("threshold", self.threshold, 0, 1e6)
+        require_range("kv_top_p", self.kv_top_p, 0, 1, low_open=True)
+        require_range("fixed_layer", self.fixed_layer, 0, 1023)
+        _require_above_window("select_tokens", self.select_tokens, self.window_size)
+        _require_above_window("kv_budget", self.kv_budget, self.window_size)
+        _ = self.decode_side  # which checks its own
+        if self.min_layer < self.observed_layers - 1:
+            raise InvalidSetting(
+                f"min_layer is {self.min_layer}; with observed_layers {self.observed_layers} "
+                f"it must be at least {self.observed_layers - 1}",
+                param="min_layer",
+            )
+        if self.latest_layer is not None and self.latest_layer < self.min_layer:
+            raise InvalidSetting(
+                f"latest_layer is {self.latest_layer}; it must be at least "
+                f"min_layer, {self.min_layer}",
+                param="latest_layer",
+            )
+
+    @property
+    def decode_side(self) -> Recompression:
+        """What decode has to know."""
+        names = {field.name for field in fields(Recompression)} - {"method"}
+        own = {name: getattr(self, name) for name in names}
+        return Recompression(method=self.recompression, **own)
+
+    def max_prompt_entries(self, num_prompt_tokens: int, num_kv_heads: int) -> int:
+        """KV entries per (layer, KV head) that a prompt can leave behind at most."""
+        method = load(METHODS[self.method])
+        return int(method.max_entries(self, num_prompt_tokens, num_kv_heads))
+
+    def require_fits(self, num_layers: int) -> None:
+        """Raise InvalidSetting for a layer that a model of `num_layers` does not have."""
+        load(METHODS[self.method]).require_fits(self, num_layers)
+
+
+def _require_window(window_size: int, kernel_size: int) -> None:
+    require_range("window_size", window_size, 1, 1024)
+    require_range("kernel_size", kernel_size, 1, 1023)
+    if kernel_size % 2 == 0:
+        raise InvalidSetting(f"kernel_size is {kernel_size}; it must be odd", param="kernel_size")
+
+
+def _require_above_window(name: str, value: int | None, window_size: int) -> None:
+    if value is None:
+        return
+    if value <= window_size:
+        raise InvalidSetting(
+            f"{name} is {value}; it must be above window_size, {window_size}", param=name
+        )
+    require_range(name, value, 1, MAX_COUNT)
