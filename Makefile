@@ -21,7 +21,7 @@ $(STAMP): requirements.lock constraints.txt pyproject.toml
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python -m services.demo
+	$(BIN)/python -m services.cli.demo
 
 test: $(STAMP) packages $(BIN)/helm
 	$(BIN)/python -m pytest
@@ -84,7 +84,7 @@ train: $(STAMP)
 
 # What is made from the code: the table of metrics, the Grafana dashboards.
 docs: $(STAMP)
-	$(BIN)/python -m services.metrics_page > docs/metrics.md
+	$(BIN)/python -m deploy.metrics_page > docs/metrics.md
 	$(BIN)/python -m deploy.grafana.build
 
 proto: $(STAMP)

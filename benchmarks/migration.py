@@ -26,11 +26,11 @@ import torch
 from benchmarks.report import arguments, show, write_json
 from benchmarks.shapes import model_path
 from services.common.jobs import PrefillJob
-from services.common.registry import RedisRegistry
+from services.common.redis_registry import RedisRegistry
 from services.common.settings import load_settings
 from services.decode.worker import DecodeWorker
-from services.gateway.generation import Generation, PromptRequest, open_generation
-from services.gateway.routing import Router
+from services.gateway.request.generate_call import Generation, PromptRequest, open_generation
+from services.gateway.request.routing import Router
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
 from winnow.decoder import DecoderModel

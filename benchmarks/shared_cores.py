@@ -24,8 +24,8 @@ from benchmarks.client import Answer, complete
 from benchmarks.decode import our_step, seconds_per_step
 from benchmarks.prefill import measure, settings_for
 from benchmarks.shapes import model_path
+from services.cli.demo import running_service
 from services.common.openmp import SHORT_WAITS
-from services.demo import running_service
 from winnow.models import load_model
 
 MODEL, METHOD = "0.5b", "fastkv"

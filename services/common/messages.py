@@ -1,7 +1,7 @@
 """Winnow's dataclasses as messages of proto/winnow/v1/decode.proto, and back."""
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from winnow.pruning_settings import Recompression
 from winnow.sampling_params import SamplingParams
@@ -74,18 +74,12 @@ def recompression_to_proto(settings: Recompression) -> pb.Recompression:
 
 def recompression_from_proto(message: pb.Recompression) -> Recompression:
     """Raises InvalidSetting for a value out of range."""
-    optional = {
-        name: getattr(message, name) if message.HasField(name) else None
-        for name in ("decode_budget", "decode_floor")
+    given = {
+        field.name: getattr(message, field.name)
+        for field in fields(Recompression)
+        if field.type != int | None or message.HasField(field.name)
     }
-    return Recompression(
-        recompress_interval=message.recompress_interval,
-        method=message.method or "snapkv",
-        redundancy_weight=message.redundancy_weight,
-        window_size=message.window_size,
-        kernel_size=message.kernel_size,
-        **optional,
-    )
+    return Recompression(**given | {"method": message.method or "snapkv"})
 
 
 def tokens_to_proto(tokens: Iterable[Token], recompressed_entries: int) -> pb.Tokens:

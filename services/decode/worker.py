@@ -14,7 +14,8 @@ from services.common.cores import open_shared_cores
 from services.common.exposition import new_worker_id
 from services.common.heartbeat import Heartbeat
 from services.common.metrics import start_metrics_server
-from services.common.registry import FEATURES, MetricsTarget, Record, WorkerRecord, open_registry
+from services.common.open_registry import open_registry
+from services.common.registry import FEATURES, MetricsTarget, Record, WorkerRecord
 from services.common.settings import Settings
 from services.common.tls import PeerTls
 from services.decode.admission import Admission

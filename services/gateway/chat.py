@@ -1,16 +1,53 @@
 """Chat messages as the chat template reads them: role, text, and what else a template may show."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from services.gateway.openai_types import ROLES, ChatMessage, ChatParameters, TextPart
+from pydantic import Field, model_validator
+
+from services.gateway.body import Body
 from winnow.chat_template import ChatOptions
 from winnow.errors import InvalidRequest, InvalidSetting, UnknownParameter, UnsupportedParameter
 
+ROLES = ("system", "developer", "user", "assistant")
 # What only an assistant's message may have.
 _ASSISTANTS_OWN = ("refusal", "reasoning_content", "reasoning")
 # Under which names templates look for an assistant's reasoning.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+class TextPart(Body):
+    type: str = Field(json_schema_extra={"enum": ["text"]})
+    text: str | None = None
+    cache_control: Any = None  # for other services' caches
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_type_alone(cls, body: object) -> object:
+        """Of a part that is no text its type, so that it can be said which it is."""
+        if not isinstance(body, Mapping) or body.get("type") in (None, "text"):
+            return body
+        return {"type": body["type"]}
+
+
+class ChatMessage(Body):
+    """Only an assistant's may have no content; of others it is said which has none."""
+
+    role: str = Field(json_schema_extra={"enum": list(ROLES)})
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    cache_control: Any = None
+
+
+class ChatParameters(Body):
+    """How a conversation becomes a prompt; as in vLLM."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

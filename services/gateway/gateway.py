@@ -10,16 +10,16 @@ from services.common.registry import MetricsTarget, Registry
 from services.common.settings import Settings
 from services.common.tls import PeerTls
 from services.common.tracing import context_of, span
-from services.gateway.access import Access
-from services.gateway.ask import Ask
-from services.gateway.completion import Completion, prompt_runs
-from services.gateway.keys import ApiKey
-from services.gateway.limits import Limits
+from services.gateway.access.access import Access
+from services.gateway.access.keys import ApiKey
+from services.gateway.access.request_limits import RequestLimits
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.outcomes import Outcomes
-from services.gateway.prefiller import Prefiller
-from services.gateway.routing import Router
-from services.gateway.run import Run, Service
+from services.gateway.request.outcomes import Outcomes
+from services.gateway.request.prefiller import Prefiller
+from services.gateway.request.request import GenerationRequest
+from services.gateway.request.routing import Router
+from services.gateway.request.run import Run, Service
+from services.gateway.request.running_request import RunningRequest, prompt_runs
 from services.gateway.served_model import ServedModel
 from winnow.errors import DeadlineExceeded, RegistryUnavailable
 
@@ -55,7 +55,7 @@ class Gateway:
         self.settings = settings
         self.ending = False
         self.model = ServedModel.load(settings)
-        self.limits = Limits(settings, self.model)
+        self.limits = RequestLimits(settings, self.model)
         self.metrics = GatewayMetrics(settings.served_name)
         self.access = Access(settings)
         description = self.model.description
@@ -76,8 +76,8 @@ class Gateway:
 
     @asynccontextmanager
     async def open(
-        self, ask: Ask, key: ApiKey | None = None, trace_context: str = ""
-    ) -> AsyncIterator[Completion]:
+        self, request: GenerationRequest, key: ApiKey | None = None, trace_context: str = ""
+    ) -> AsyncIterator[RunningRequest]:
         """The request with KV memory reserved for all its prompts; leaving frees everything.
 
         key: whose tokens it uses; a request that is not admitted uses none.
@@ -87,25 +87,25 @@ class Gateway:
         DeadlineExceeded if the block takes longer than a request may.
         """
         timeout_s = self.settings.request_timeout_s
-        await self.access.require_tokens(key, ask.most_tokens)
+        await self.access.require_tokens(key, request.most_tokens)
         with span(
             "completion",
             trace_context,
             is_server=True,
-            request_id=ask.request_id,
+            request_id=request.request_id,
             model=self.model.name,
-            prompts=len(ask.prompts),
+            prompts=len(request.prompts),
         ) as request_span:
-            runs = prompt_runs(ask, self._service, timeout_s, context_of(request_span))
-            completion = Completion(ask, runs, self.model, self.metrics)
-            async with self._admitted(completion, timeout_s):
-                await self.access.charge_tokens(key, ask.most_tokens)
-                yield completion
+            runs = prompt_runs(request, self._service, timeout_s, context_of(request_span))
+            running = RunningRequest(request, runs, self.model, self.metrics)
+            async with self._admitted(running, timeout_s):
+                await self.access.charge_tokens(key, request.most_tokens)
+                yield running
 
     @asynccontextmanager
-    async def _admitted(self, completion: Completion, timeout_s: float) -> AsyncIterator[None]:
-        runs = completion.runs
-        with Outcomes(completion, self.metrics):
+    async def _admitted(self, running: RunningRequest, timeout_s: float) -> AsyncIterator[None]:
+        runs = running.runs
+        with Outcomes(running, self.metrics):
             async with AsyncExitStack() as admitted:
                 for run in runs:
                     await admitted.enter_async_context(run)

@@ -1,11 +1,10 @@
 """What clients see of the service."""
 
 from services.common.metrics import COUNT_BUCKETS, REQUEST_BUCKETS_S, TOKEN_BUCKETS_S, Metrics
-from services.gateway.generation import WORKER_LOST
+from services.gateway.request.states import ADMISSION, PREFILL, WORKER_LOST
 from winnow.errors import ERROR_CODES
 
 FINISH_REASONS = ("stop", "length", "error", "cancelled")
-ADMISSION, PREFILL = "admission", "prefill"  # what a prompt without its first token waits for
 
 
 class GatewayMetrics(Metrics):

@@ -5,9 +5,28 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from services.common.jobs import PrefillTimings
-from services.gateway.run import Figures
+from winnow.report import PrefillReport
 
 _UNTOLD = PrefillTimings(0.0, 0.0, 0.0, 0.0, 0)
+
+
+@dataclass(slots=True)
+class RunStats:
+    """What became of a prompt so far.
+
+    attempts: prefills. migrations: times that another decode worker had to compute it anew.
+    moves: times that another one fetched it.
+    ttft_s: from its arrival to its first token. timings: None if the prefill worker delivered the
+    KV but did not tell.
+    """
+
+    attempts: int = 0
+    migrations: int = 0
+    moves: int = 0
+    ttft_s: float | None = None
+    report: PrefillReport | None = None
+    timings: PrefillTimings | None = None
+    recompressed_entries: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +77,9 @@ def token_counts(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
-def winnow_usage(figures: Figures) -> WinnowUsage:
+def winnow_usage(stats: RunStats) -> WinnowUsage:
     """What was done to one prompt whose run has finished."""
-    report, timings = figures.report, figures.timings or _UNTOLD
+    report, timings = stats.report, stats.timings or _UNTOLD
     assert report is not None
     return WinnowUsage(
         selection_layer=report.selection_layer,
@@ -70,12 +89,12 @@ def winnow_usage(figures: Figures) -> WinnowUsage:
         kv_bytes_full=report.kv_bytes_full,
         kv_bytes_kept=report.kv_bytes_kept,
         rho=dict(report.rho),
-        recompressed_entries=figures.recompressed_entries,
+        recompressed_entries=stats.recompressed_entries,
         wire_bytes=timings.wire_bytes,
         queue_s=timings.queue_s,
         prefill_s=timings.compute_s,
         exposed_transfer_s=timings.exposed_transfer_s,
-        ttft_s=figures.ttft_s or 0.0,
+        ttft_s=stats.ttft_s or 0.0,
     )
 
 

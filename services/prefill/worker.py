@@ -9,8 +9,8 @@ from services.common.cores import open_shared_cores
 from services.common.exposition import Exposition
 from services.common.jobs import PrefillJob, PrefillOutcome
 from services.common.logs import configure_logging
+from services.common.open_registry import open_registry
 from services.common.ray_registry import reachable_host
-from services.common.registry import open_registry
 from services.common.settings import Settings
 from services.common.tls import PeerTls
 from services.common.tracing import configure_tracing
@@ -57,7 +57,7 @@ class Prefill:
     async def prefill(self, job: PrefillJob) -> PrefillOutcome:
         """Computes the job's KV and pushes it; cancelling the call stops at the next layer.
 
-        Raises WinnowError, as services.gateway.prefiller.Prefiller says.
+        Raises WinnowError, as services.gateway.request.prefiller.Prefiller says.
         """
         return await asyncio.wrap_future(self._queue.submit(job))
 

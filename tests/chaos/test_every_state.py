@@ -1,4 +1,6 @@
-"""Every process is killed and stopped in every state of a prompt (services/gateway/states.py).
+"""Every process is killed and stopped in every state of a prompt.
+
+The states are those of services/gateway/request/states.py.
 
 Silent and crawling links hold a prompt in its state until the harm is done. ADMITTED lasts no time
 of its own: prefill is asked at once.
@@ -12,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from services.gateway.states import State
+from services.gateway.request.states import State
 from tests.chaos.asking import OVERHEAD_S, ask, broken_off, meanwhile
 from tests.chaos.linked_stack import CONTROL, KV
 from tests.chaos.network import CRAWLING, SILENT

@@ -25,8 +25,8 @@ from tests.deploy.stack import OURS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.chaos, pytest.mark.timeout(300)]
 
-ADMISSION_TIMEOUT_S = 5.0  # services/gateway/generation.py
-PATIENCE_S = 30.0  # services/gateway/lifecycle.py
+ADMISSION_TIMEOUT_S = 5.0  # services/gateway/request/generate_call.py
+PATIENCE_S = 30.0  # services/gateway/request/generation_run.py
 REDIS_TIMEOUT_S = 2.0  # services/common/registry.py
 KEEPALIVE_S = 30.0  # services/common/rpc.py, interval and timeout
 STALL_TIMEOUT_S = 15.0  # services/prefill/sender.py

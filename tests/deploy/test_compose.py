@@ -89,7 +89,7 @@ def prometheus_roles(prometheus: Prometheus) -> list[str]:
 @pytest.mark.e2e
 def test_a_service_that_is_away_is_unhealthy() -> None:
     for target in (f"127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}/ready"):
-        command = [sys.executable, "-m", "services.cli", "health", target]
+        command = [sys.executable, "-m", "services.cli.main", "health", target]
         done = subprocess.run(
             command, env=environment(), cwd="/tmp", capture_output=True, text=True, check=False
         )

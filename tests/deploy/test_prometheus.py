@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from deploy.grafana.build import DASHBOARDS, FOLDER, to_json
+from deploy.metrics_page import ROLES, render_page
 from services.common.ports import free_port
-from services.metrics_page import ROLES, render_page
 from tests.deploy.test_alerts import ROOT
 from tests.e2e.winnow_process import FREE_PORTS, WinnowServe
 

@@ -13,7 +13,7 @@ import trustme
 from ray.util import get_node_ip_address
 
 from services.common.tls import trusting
-from services.gateway.keys import entry_text, new_key
+from services.gateway.access.keys import entry_text, new_key
 from tests.deploy.chart import helm_test_script
 from tests.e2e.ray_ports import RAY_CALLS, code_of, outward_ports
 from tests.e2e.winnow_process import WinnowServe, environment, winnow
@@ -122,7 +122,7 @@ def test_process_lists_and_logs_have_no_secrets(secured: Secured, guarded: Guard
     (token,) = {t for p in processes if (t := p.environ().get("RAY_AUTH_TOKEN"))}
     shown = "\n".join(part for process in processes for part in process.cmdline())
     log = secured.process.stderr.read_text()
-    assert "services.cli" in shown and "serves on" in log
+    assert "services.cli.main" in shown and "serves on" in log
     for secret in (PASSWORD, KEY, token):
         assert secret not in shown and secret not in log
 

@@ -8,8 +8,8 @@ import pytest
 import pytest_asyncio
 
 from evals.rest_client import RestClient
-from services.cli import main
-from services.gateway.keys import entry_text, new_key
+from services.cli.main import main
+from services.gateway.access.keys import entry_text, new_key
 from tests.evals.test_run import outcomes, records_in
 from tests.services.conftest import redis_url  # noqa: F401 - a fixture
 from tests.services.exposed import value

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from evals.records import Record, RunFolder
-from services.cli import main
+from services.cli.main import main
 from tests.models_in_code import save_tiny_model
 from winnow import PruningSettings, SamplingParams, Winnow
 

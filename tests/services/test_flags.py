@@ -3,8 +3,13 @@ from collections.abc import Iterable, Mapping
 
 import pytest
 
+from services.cli.flags import (
+    DECODE_GROUPS,
+    SERVE_GROUPS,
+    add_settings_flags,
+    settings_from_flags,
+)
 from services.common.settings import Settings, load_settings
-from services.flags import DECODE_GROUPS, SERVE_GROUPS, add_settings_flags, settings_from_flags
 from winnow.errors import InvalidSetting
 
 

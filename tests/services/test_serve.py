@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.serve import _raise_failure
+from services.cli.serve import _raise_failure
 from winnow.errors import UnusableModel, WinnowError
 
 TRACEBACK = """A replica failed to start with exception. Retrying 2 more time(s). Error:

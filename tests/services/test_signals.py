@@ -13,7 +13,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from services.signals import Interrupts, StopSignals
+from services.cli.signals import Interrupts, StopSignals
 from tests.e2e.winnow_process import ROOT, environment
 from tests.models_in_code import save_tiny_model
 
@@ -45,7 +45,7 @@ while True:
 PROGRAM = """
 import sys, time
 from concurrent.futures import ThreadPoolExecutor
-from services.signals import Interrupts
+from services.cli.signals import Interrupts
 with Interrupts() as interrupts:
     interrupts.farewell = "as you wish"
     try:
@@ -164,7 +164,7 @@ def start(command: str, model: Path, folder: Path) -> "subprocess.Popen[str]":
         "explain": ("-o", str(folder / "page.html")),
         "eval": ("-o", str(folder)),
     }
-    program = (sys.executable, "-m", "services.cli", command)
+    program = (sys.executable, "-m", "services.cli.main", command)
     process = subprocess.Popen(
         [*program, "--model", str(model), *prompt, *COMMANDS[command], *output[command]],
         cwd=ROOT,

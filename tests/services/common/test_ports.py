@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from services.cli.serve import with_ports
 from services.common import ports
 from services.common.ports import free_port, listening
 from services.common.settings import load_settings
-from services.serve import with_ports
 from winnow.errors import InvalidSetting
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import trustme
 
+from services.common.open_registry import open_registry
 from services.common.ports import free_port
 from services.common.redis_access import require_redis
-from services.common.registry import MetricsTarget, open_registry
+from services.common.registry import MetricsTarget
 from services.common.settings import Settings
-from services.gateway.keys import ApiKey
-from services.gateway.rate_limits import RateLimits
+from services.gateway.access.keys import ApiKey
+from services.gateway.access.rate_limits import RateLimits
 from tests.e2e.winnow_process import winnow
 from tests.guarded_redis import GuardedRedis
 from winnow.errors import InvalidSetting, RateLimited

@@ -15,15 +15,15 @@ import ray
 import redis
 import uvloop
 
+from services.common.open_registry import open_registry
 from services.common.ports import free_port
 from services.common.ray_registry import RayRegistry, remove_ray_registry
+from services.common.redis_registry import RedisRegistry
 from services.common.registry import (
     LeasedRecords,
     MetricsTarget,
-    RedisRegistry,
     Registry,
     WorkerRecord,
-    open_registry,
     record_from_json,
     record_to_json,
 )

@@ -11,7 +11,7 @@ import pytest
 from services.common.messages import recompression_to_proto, sampling_to_proto
 from services.common.rpc import channel_options, error_from_rpc
 from services.decode.worker import DecodeWorker
-from services.gateway.generation import grant_in
+from services.gateway.request.generate_call import grant_in
 from tests.winnow.drive import UNPRUNED, prefill_all
 from winnow.engine.prefill import PrefillResult
 from winnow.errors import WinnowError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest_asyncio
 
-from services.common.registry import RedisRegistry
+from services.common.redis_registry import RedisRegistry
 from services.common.settings import Settings
 from services.decode.worker import DecodeWorker
 from tests.services.decode.client import Client

@@ -12,7 +12,8 @@ import grpc
 import pytest
 
 from services.common.messages import sampling_to_proto
-from services.common.registry import RedisRegistry, WorkerRecord
+from services.common.redis_registry import RedisRegistry
+from services.common.registry import WorkerRecord
 from tests.services.decode.client import GREEDY, PROMPT, Client, error_of, token_ids_of
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.kv_pool import KVPoolConfig

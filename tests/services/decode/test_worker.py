@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from services.common.messages import sampling_to_proto
-from services.common.registry import RedisRegistry
+from services.common.redis_registry import RedisRegistry
 from services.common.settings import Settings
 from services.decode.worker import DecodeWorker
 from tests.services.decode.client import GREEDY, Client, error_of, token_ids_of

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page
 
-from services.cli import main
+from services.cli.main import main
 from services.explain.page import render
 from tests.services.explain.browser import LOWEST_CONTRAST, Scheme, shown
 from winnow import SamplingParams, Winnow

@@ -13,14 +13,14 @@ import uvicorn
 from openai import AsyncOpenAI
 
 from services.common.jobs import PrefillJob, PrefillOutcome
-from services.common.registry import RedisRegistry
+from services.common.redis_registry import RedisRegistry
 from services.common.settings import Settings
 from services.common.tls import PeerTls
 from services.decode.worker import DecodeWorker
-from services.gateway.admin import AdminServer
 from services.gateway.gateway import Gateway
-from services.gateway.grpc_api import GrpcServer
-from services.gateway.rest import create_api
+from services.gateway.grpc.server import GrpcServer
+from services.gateway.rest.admin import AdminServer
+from services.gateway.rest.api import create_api
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
 from winnow.models import load_model

@@ -10,8 +10,8 @@ import pytest
 from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import RequestCancelledError
 
+from services.app import Handle, HandlePrefiller
 from services.common.jobs import PrefillJob
-from services.gateway.app import Handle, HandlePrefiller
 from winnow.errors import PrefillFailed, PrefillLost, StaleAttempt
 from winnow.pruning_settings import PruningSettings
 from winnow.wire import Ticket

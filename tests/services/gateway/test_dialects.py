@@ -9,10 +9,10 @@ import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as TextParams
 
-from services.gateway.openai_asks import AskReader
-from services.gateway.openai_types import ChatRequest, CompletionRequest
-from services.gateway.unsupported import CHAT_PARAMETERS, COMPLETION_PARAMETERS
-from services.gateway.without_effect import WithoutEffect
+from services.gateway.rest.bodies import ChatRequest, CompletionRequest
+from services.gateway.rest.requests import RequestReader
+from services.gateway.rest.unsupported import CHAT_PARAMETERS, COMPLETION_PARAMETERS
+from services.gateway.rest.without_effect import WithoutEffect
 from tests.services.gateway.service import MODEL_NAME, TestService
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -142,12 +142,14 @@ async def test_a_stream_may_ask_for_obfuscation_and_gets_none(service: TestServi
 
 
 @pytest.fixture(scope="module")
-def reader(service: TestService) -> AskReader:
-    return AskReader(service.settings, service.gateway.limits, service.gateway.model.tokenizer)
+def reader(service: TestService) -> RequestReader:
+    return RequestReader(service.settings, service.gateway.limits, service.gateway.model.tokenizer)
 
 
-async def test_minus_one_is_no_top_k_and_a_random_seed(reader: AskReader) -> None:
-    asked = [reader.completion(TEXT | {"top_k": -1, "seed": -1}).ask.sampling for _ in range(3)]
+async def test_minus_one_is_no_top_k_and_a_random_seed(reader: RequestReader) -> None:
+    asked = [
+        reader.completion(TEXT | {"top_k": -1, "seed": -1}).generation.sampling for _ in range(3)
+    ]
     assert [sampling.top_k for sampling in asked] == [0, 0, 0]
     assert len({sampling.seed for sampling in asked}) == 3
 

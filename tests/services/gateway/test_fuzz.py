@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.gateway.grpc_asks import ask_from_proto
+from services.gateway.grpc.requests import request_from_proto
 from tests.services.gateway.service import MODEL_NAME, TestService
 from winnow.errors import ERROR_CODES, InvalidRequest, WinnowError
 from winnow.v1 import inference_pb2 as pb
@@ -93,7 +93,7 @@ async def test_whatever_comes_over_grpc_is_an_ask_or_an_error(service: TestServi
                 continue
             read += 1
             try:
-                ask_from_proto(service.gateway, request)
+                request_from_proto(service.gateway, request)
             except WinnowError as error:
                 assert isinstance(error, InvalidRequest), error
 

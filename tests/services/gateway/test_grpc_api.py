@@ -15,8 +15,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from services.common.rpc import error_from_rpc, is_typed
-from services.gateway.grpc_api import GrpcServer
-from services.gateway.lifecycle import PromptRun
+from services.gateway.grpc.server import GrpcServer
+from services.gateway.request.generation_run import PromptRun
 from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from tests.winnow import reference

@@ -11,7 +11,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from services.gateway import grpc_api, grpc_guard
-from services.gateway.grpc_api import GrpcServer
+from services.gateway.grpc.server import GrpcServer
 from tests.services.gateway.service import TestService
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

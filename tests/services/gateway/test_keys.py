@@ -16,12 +16,12 @@ import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from services.cli import main
+from services.cli.main import main
 from services.common.logs import TextFormatter
 from services.common.rpc import ERROR_KEY
 from services.common.settings import Settings
-from services.gateway.access import Access
-from services.gateway.keys import ApiKeys, entry_text, new_key
+from services.gateway.access.access import Access
+from services.gateway.access.keys import ApiKeys, entry_text, new_key
 from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from winnow.errors import InvalidKey, InvalidSetting
@@ -257,7 +257,7 @@ async def test_a_broken_file_keeps_the_keys_that_were(
     path.write_text(entry_text(FREE_ENTRY))
     keys = ApiKeys(path)
     path.write_text("- name: x\n")
-    monkeypatch.setattr("services.gateway.keys._LOOK_AGAIN_S", 0)
+    monkeypatch.setattr("services.gateway.access.keys._LOOK_AGAIN_S", 0)
     assert keys.require(f"bearer {FREE}").name == "free"
     assert "sha256: Field required; the keys from before stay" in caplog.text
     path.unlink()

@@ -12,16 +12,16 @@ import pytest
 import pytest_asyncio
 from grpc.aio import ServicerContext
 
-from services.common.registry import RedisRegistry
+from services.common.redis_registry import RedisRegistry
 from services.decode import generate
 from services.decode.generate import GenerateServicer
 from services.decode.worker import DecodeWorker
-from services.gateway import lifecycle
-from services.gateway.generation import PromptRequest
-from services.gateway.lifecycle import PromptRun
-from services.gateway.routing import Router
-from services.gateway.run import Service
-from services.gateway.states import State
+from services.gateway.request import generation_run as lifecycle
+from services.gateway.request.generate_call import PromptRequest
+from services.gateway.request.generation_run import PromptRun
+from services.gateway.request.routing import Router
+from services.gateway.request.run import Service
+from services.gateway.request.states import State
 from tests.services.gateway.service import TestService, running_service
 from tests.winnow.drive import UNPRUNED
 from winnow.errors import (
@@ -98,9 +98,9 @@ async def test_goes_from_received_to_finished(parts: Service) -> None:
     assert run.state is State.RECEIVED
     assert len(await complete(run)) == 4
     assert run.state is State.FINISHED
-    assert run.figures.attempts == 1
-    assert run.figures.report is not None and run.figures.report.num_prompt_tokens == 40
-    assert run.figures.timings is not None and run.figures.timings.wire_bytes > 0
+    assert run.stats.attempts == 1
+    assert run.stats.report is not None and run.stats.report.num_prompt_tokens == 40
+    assert run.stats.timings is not None and run.stats.timings.wire_bytes > 0
 
 
 async def test_shows_each_state_on_the_way(service: TestService, parts: Service) -> None:
@@ -127,7 +127,7 @@ async def test_a_failed_prefill_is_tried_again_under_the_next_attempt(
     run = make_run(parts)
     assert await complete(run) == expected
     assert [job.attempt for job in service.prefiller.jobs[-2:]] == [1, 2]
-    assert run.figures.attempts == 2
+    assert run.stats.attempts == 2
 
 
 async def test_the_last_attempts_failure_ends_the_prompt(
@@ -142,13 +142,13 @@ async def test_a_lost_prefill_worker_costs_no_try(service: TestService, parts: S
     service.prefiller.failures = [PrefillLost("lost")] * 4 + [PrefillFailed("one of two tries")]
     run = make_run(parts)
     assert await complete(run) == expected
-    assert run.figures.attempts == 6
+    assert run.stats.attempts == 6
 
 
 async def test_prefill_that_stays_lost_ends_the_prompt(
     service: TestService, parts: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.gateway.run._PREFILL_PATIENCE_S", 0.5)
+    monkeypatch.setattr("services.gateway.request.run._PREFILL_PATIENCE_S", 0.5)
     error = PrefillLost("lost")
     service.prefiller.failures = [error] * 10
     assert await failure(make_run(parts)) is error
@@ -281,7 +281,7 @@ async def test_a_worker_that_ends_at_admission_is_passed_over(
         async with parts_of(service) as parts:
             run = make_run(parts)
             assert len(await complete(run)) == 4
-        assert Leaving.left != [] and run.figures.migrations == 0
+        assert Leaving.left != [] and run.stats.migrations == 0
         await service.until_idle()
 
 
@@ -374,4 +374,4 @@ async def test_a_reader_may_pause_for_longer_than_a_worker_may_be_silent(parts: 
                 if num_tokens == sampling.max_tokens:
                     break
         await run.finish()
-    assert run.figures.migrations == 0
+    assert run.stats.migrations == 0

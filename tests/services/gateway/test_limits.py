@@ -1,4 +1,4 @@
-"""Limits that are known before any request comes."""
+"""RequestLimits that are known before any request comes."""
 
 import subprocess
 import sys
@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 
 from services.common.settings import Settings
-from services.gateway.limits import Limits
+from services.gateway.access.request_limits import RequestLimits
 from services.gateway.served_model import ServedModel
 from winnow.errors import InvalidSetting, PromptTooLong, UnusableModel
 
 PRUNING = {"window_size": 8, "observed_layers": 2, "min_layer": 1}
 
 
-def limits(model_path: Path, **changes: Any) -> Limits:
+def limits(model_path: Path, **changes: Any) -> RequestLimits:
     settings = Settings(**({"model": str(model_path), "pruning": PRUNING} | changes))
-    return Limits(settings, ServedModel.load(settings))
+    return RequestLimits(settings, ServedModel.load(settings))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_long_text_of_few_tokens_is_measured_whole(model_path: Path) -> None:
 
 def test_the_gateway_imports_no_engine_and_no_model_code() -> None:
     code = (
-        "import sys, services.gateway.rest, services.gateway.grpc_api\n"
+        "import sys, services.gateway.rest.api, services.gateway.grpc.server\n"
         "heavy = ('winnow.models', 'winnow.engine', 'winnow.local', 'ray')\n"
         "print(*(name for name in sys.modules if name.startswith(heavy)))"
     )

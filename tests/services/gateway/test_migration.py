@@ -16,10 +16,10 @@ from services.common.registry import WorkerRecord
 from services.decode import take_over
 from services.decode.take_over import Fetcher
 from services.decode.worker import DecodeWorker
-from services.gateway import lifecycle
-from services.gateway.lifecycle import PromptRun
-from services.gateway.run import Service
-from services.gateway.states import State
+from services.gateway.request import generation_run as lifecycle
+from services.gateway.request.generation_run import PromptRun
+from services.gateway.request.run import Service
+from services.gateway.request.states import State
 from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from tests.services.gateway.test_lifecycle import (
@@ -100,7 +100,7 @@ async def test_the_answer_is_what_it_would_have_been(several: TestService, parts
     run = make_run(parts, LONG)
     assert await answers(several, run, harm_after=20) == expected
     assert run.state is State.FINISHED
-    assert (run.figures.migrations, run.figures.attempts) == (1, 2)
+    assert (run.stats.migrations, run.stats.attempts) == (1, 2)
     await several.until_idle()
 
 
@@ -215,7 +215,7 @@ async def test_broken_numbers_and_endless_losses_end_the_prompt(
     error = NotFinite("the logits are not finite")
     with pytest.raises(NotFinite):
         await run._recover(error)
-    run.figures.migrations = lifecycle.MAX_MIGRATIONS
+    run.stats.migrations = lifecycle.MAX_MIGRATIONS
     with pytest.raises(EngineFailed, match="broke again"):
         await run._recover(EngineFailed("broke again"))
 
@@ -250,7 +250,7 @@ async def test_a_prompt_that_outlives_the_only_worker_it_fits_waits_for_another(
         run = make_run(parts, LARGE)
         try:
             assert await answers(service, run, harm_after=5, harm=replace_large) == expected
-            assert run.figures.migrations == 1
+            assert run.stats.migrations == 1
         finally:
             await starting[0]
             await another.stop()
@@ -274,7 +274,7 @@ async def drained(model_path: Path, redis_url: str, **changes: object) -> tuple[
         assert await draining.pop() == 0
         await service.until_idle()
         metrics = (await service.admin.get("/metrics")).text
-        assert value(metrics, "winnow_move_seconds_count") == run.figures.moves
+        assert value(metrics, "winnow_move_seconds_count") == run.stats.moves
     return run, got == expected
 
 
@@ -283,8 +283,8 @@ async def test_a_prompt_moves_off_a_draining_worker_with_its_kv(
 ) -> None:
     run, is_right = await drained(model_path, redis_url, num_workers=2)
     assert is_right
-    figures = run.figures
-    assert (figures.moves, figures.migrations, figures.attempts) == (1, 0, 1)  # one prefill
+    stats = run.stats
+    assert (stats.moves, stats.migrations, stats.attempts) == (1, 0, 1)  # one prefill
 
 
 async def test_a_prompt_without_another_worker_ends_where_it_is(
@@ -292,7 +292,7 @@ async def test_a_prompt_without_another_worker_ends_where_it_is(
 ) -> None:
     run, is_right = await drained(model_path, redis_url, num_workers=1)
     assert is_right
-    assert run.figures.moves == 0
+    assert run.stats.moves == 0
 
 
 async def test_a_prompt_does_not_move_to_a_worker_that_cannot_fetch(
@@ -301,7 +301,7 @@ async def test_a_prompt_does_not_move_to_a_worker_that_cannot_fetch(
     monkeypatch.setattr("services.decode.worker.WIRE_VERSIONS", (3,))
     run, is_right = await drained(model_path, redis_url, num_workers=2)
     assert is_right
-    assert run.figures.moves == 0
+    assert run.stats.moves == 0
 
 
 async def test_a_move_that_breaks_off_is_made_good_by_replay(
@@ -313,8 +313,8 @@ async def test_a_move_that_breaks_off_is_made_good_by_replay(
     monkeypatch.setattr(take_over._Arrivals, "end", breaks)
     run, is_right = await drained(model_path, redis_url, num_workers=2)
     assert is_right
-    figures = run.figures
-    assert (figures.moves, figures.migrations, figures.attempts) == (0, 1, 2)
+    stats = run.stats
+    assert (stats.moves, stats.migrations, stats.attempts) == (0, 1, 2)
 
 
 async def test_a_worker_that_cannot_fetch_is_followed_by_one_that_can(
@@ -332,7 +332,7 @@ async def test_a_worker_that_cannot_fetch_is_followed_by_one_that_can(
     run, is_right = await drained(model_path, redis_url, num_workers=2)
     assert is_right
     assert len(tries) == 2
-    assert (run.figures.moves, run.figures.migrations) == (1, 0)
+    assert (run.stats.moves, run.stats.migrations) == (1, 0)
 
 
 async def test_who_leaves_while_a_worker_is_sought_leaves_nothing(
@@ -402,5 +402,5 @@ async def test_a_prompt_that_is_given_up_for_want_of_memory_is_computed_anew(
             runs = [make_run(parts, replace(request, request_id=f"p{i}")) for i in range(3)]
             got = await asyncio.gather(*(answers(service, run) for run in runs))
             assert got == [alone] * 3
-            assert sum(run.figures.migrations for run in runs) > 0
+            assert sum(run.stats.migrations for run in runs) > 0
         await service.until_idle()

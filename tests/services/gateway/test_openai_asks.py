@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.common.settings import Settings
-from services.gateway.json_body import parse_json
-from services.gateway.limits import Limits
-from services.gateway.openai_asks import AskReader
-from services.gateway.openai_types import ChatRequest, CompletionRequest, WinnowOptions
+from services.gateway.access.request_limits import RequestLimits
+from services.gateway.rest.bodies import ChatRequest, CompletionRequest, WinnowOptions
+from services.gateway.rest.json_body import parse_json
+from services.gateway.rest.requests import RequestReader
 from services.gateway.served_model import ServedModel
 from winnow.errors import InvalidRequest
 
@@ -32,16 +32,16 @@ def bodies(cls: type[CompletionRequest | ChatRequest]) -> st.SearchStrategy[dict
 
 
 @pytest.fixture(scope="module")
-def reader(model_path: Path) -> AskReader:
+def reader(model_path: Path) -> RequestReader:
     pruning = {"window_size": 8, "observed_layers": 2, "min_layer": 1}
     settings = Settings(model=str(model_path), model_name="tiny", pruning=pruning)
     model = ServedModel.load(settings)
-    return AskReader(settings, Limits(settings, model), model.tokenizer)
+    return RequestReader(settings, RequestLimits(settings, model), model.tokenizer)
 
 
 @given(changes=bodies(CompletionRequest))
 def test_any_completion_body_is_taken_or_refused(
-    reader: AskReader, changes: dict[str, Any]
+    reader: RequestReader, changes: dict[str, Any]
 ) -> None:
     body = {"model": "tiny", "prompt": "the fox"} | changes
     try:
@@ -49,18 +49,18 @@ def test_any_completion_body_is_taken_or_refused(
     except InvalidRequest as error:
         assert error.message
     else:
-        assert asked.ask.prompts
+        assert asked.generation.prompts
 
 
 @given(changes=bodies(ChatRequest))
-def test_any_chat_body_is_taken_or_refused(reader: AskReader, changes: dict[str, Any]) -> None:
+def test_any_chat_body_is_taken_or_refused(reader: RequestReader, changes: dict[str, Any]) -> None:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "fox"}]} | changes
     try:
         asked = reader.chat(parse_json(json.dumps(body).encode()))
     except InvalidRequest as error:
         assert error.message
     else:
-        assert len(asked.ask.prompts) == 1
+        assert len(asked.generation.prompts) == 1
 
 
 @given(body=st.binary(max_size=40) | st.text('{}[]",:\\ud8aN1e.-', max_size=20).map(str.encode))
@@ -71,16 +71,16 @@ def test_any_bytes_are_a_json_object_or_refused(body: bytes) -> None:
         assert "body" in error.message
 
 
-def test_a_request_without_seed_gets_a_random_one(reader: AskReader) -> None:
+def test_a_request_without_seed_gets_a_random_one(reader: RequestReader) -> None:
     body = {"model": "tiny", "prompt": "a"}
-    seeds = {reader.completion(body).ask.sampling.seed for _ in range(3)}
+    seeds = {reader.completion(body).generation.sampling.seed for _ in range(3)}
     assert len(seeds) == 3
-    assert reader.completion(body | {"seed": 5}).ask.sampling.seed == 5
+    assert reader.completion(body | {"seed": 5}).generation.sampling.seed == 5
 
 
-def test_defaults_are_those_of_openai(reader: AskReader) -> None:
+def test_defaults_are_those_of_openai(reader: RequestReader) -> None:
     asked = reader.completion({"model": "tiny", "prompt": "a"})
-    sampling = asked.ask.sampling
+    sampling = asked.generation.sampling
     assert (sampling.temperature, sampling.top_p, sampling.num_logprobs) == (1, 1, None)
-    assert (asked.stream, asked.include_usage, asked.ask.num_choices) == (False, False, 1)
-    assert asked.ask.prompts[0].max_tokens == 16
+    assert (asked.stream, asked.include_usage, asked.generation.num_choices) == (False, False, 1)
+    assert asked.generation.prompts[0].max_tokens == 16

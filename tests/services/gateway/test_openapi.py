@@ -19,8 +19,8 @@ from schemathesis.checks import (
 )
 from schemathesis.generation import GenerationMode
 
-from services.gateway.keys import entry_text, new_key
-from services.gateway.rest import create_api
+from services.gateway.access.keys import entry_text, new_key
+from services.gateway.rest.api import create_api
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -110,8 +110,8 @@ def ask_all(operation: schemathesis.APIOperation, url: str, mode: GenerationMode
         if mode is GenerationMode.POSITIVE and operation.method == "post":
             names = [name for name in NEEDED[operation.path] if name in case.body]
             needed = {name: case.body.pop(name) for name in names}
-            wishes = sorted(case.body.items())[:num_wishes]
-            case.body = needed | dict(wishes) | {"model": MODEL_NAME}
+            options = sorted(case.body.items())[:num_wishes]
+            case.body = needed | dict(options) | {"model": MODEL_NAME}
         response = case.call(base_url=url, timeout=60)
         case.validate_response(response, checks=CHECKS)
         statuses.add(response.status_code)

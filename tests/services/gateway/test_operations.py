@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from services.common.logs import TextFormatter
-from services.gateway.admin import AdminServer
+from services.gateway.rest.admin import AdminServer
 from tests.services.exposed import samples, value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from winnow.errors import InvalidSetting

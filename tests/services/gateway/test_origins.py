@@ -8,8 +8,8 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from services.gateway import rest
-from services.gateway.keys import entry_text, new_key
+from services.gateway.access.keys import entry_text, new_key
+from services.gateway.rest import api as rest
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

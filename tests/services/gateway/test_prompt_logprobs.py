@@ -205,7 +205,9 @@ async def test_log_and_metrics_know_it(
     with caplog.at_level("INFO", logger="services.gateway"):
         await score(service, "the fox")
     assert await finished() == before + 1
-    (line,) = [r.getMessage() for r in caplog.records if r.name == "services.gateway.outcomes"]
+    (line,) = [
+        r.getMessage() for r in caplog.records if r.name == "services.gateway.request.outcomes"
+    ]
     assert "0 generated" in line and "nothing generated" in line
     assert value((await service.admin.get("/metrics")).text, "winnow_requests_running") == 0
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from services.common.registry import RedisRegistry, WorkerRecord
-from services.gateway.routing import Router
+from services.common.redis_registry import RedisRegistry
+from services.common.registry import WorkerRecord
+from services.gateway.request.routing import Router
 from tests.services.gateway.service import running_redis
 from winnow.errors import RegistryUnavailable
 
@@ -92,7 +93,7 @@ async def test_requests_at_once_read_the_registry_once(registry: RedisRegistry) 
 async def test_a_worker_that_is_gone_is_forgotten(
     registry: RedisRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.gateway.routing._REFRESH_S", 0)
+    monkeypatch.setattr("services.gateway.request.routing._REFRESH_S", 0)
     await registry.put(RECORD, 30)
     router = Router(registry, "f")
     place = router.enter(RECORD)
@@ -107,7 +108,7 @@ async def test_a_worker_that_is_gone_is_forgotten(
 async def test_the_last_known_workers_serve_on_when_the_registry_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.gateway.routing._REFRESH_S", 0)
+    monkeypatch.setattr("services.gateway.request.routing._REFRESH_S", 0)
     with running_redis(tmp_path) as url:
         registry = RedisRegistry(url, "routing")
         await registry.put(RECORD, 30)
@@ -120,7 +121,7 @@ async def test_the_last_known_workers_serve_on_when_the_registry_is_gone(
 async def test_the_last_known_workers_serve_on_while_an_emptied_registry_fills_again(
     registry: RedisRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.gateway.routing._REFRESH_S", 0)
+    monkeypatch.setattr("services.gateway.request.routing._REFRESH_S", 0)
     await registry.put(RECORD, 30)
     patient, hasty = Router(registry, "f", refill_s=60), Router(registry, "f")
     assert await order(patient) == await order(hasty) == ["a"]
@@ -133,7 +134,7 @@ async def test_the_last_known_workers_serve_on_while_an_emptied_registry_fills_a
 async def test_the_last_known_workers_serve_on_when_the_registry_comes_back_empty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.gateway.routing._REFRESH_S", 0)
+    monkeypatch.setattr("services.gateway.request.routing._REFRESH_S", 0)
     with running_redis(tmp_path) as url:
         registry = RedisRegistry(url, "routing")
         await registry.put(RECORD, 30)
@@ -148,7 +149,7 @@ async def test_the_last_known_workers_serve_on_when_the_registry_comes_back_empt
 async def test_an_emptied_registry_has_its_time_from_when_it_is_first_seen_empty(
     registry: RedisRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.gateway.routing._REFRESH_S", 0)
+    monkeypatch.setattr("services.gateway.request.routing._REFRESH_S", 0)
     await registry.put(RECORD, 30)
     router = Router(registry, "f", refill_s=1)
     assert await order(router) == ["a"]
@@ -162,7 +163,7 @@ async def test_an_emptied_registry_has_its_time_from_when_it_is_first_seen_empty
 async def test_the_last_worker_that_drains_and_leaves_gets_nothing_more(
     registry: RedisRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.gateway.routing._REFRESH_S", 0)
+    monkeypatch.setattr("services.gateway.request.routing._REFRESH_S", 0)
     router = Router(registry, "f", refill_s=60)
     await registry.put(replace(RECORD, draining=True), 30)
     assert await order(router) == []

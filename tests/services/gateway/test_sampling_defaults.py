@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from services.common.settings import Settings
-from services.gateway.grpc_asks import ask_from_proto
-from services.gateway.limits import Limits
-from services.gateway.openai_asks import AskReader
+from services.gateway.access.request_limits import RequestLimits
+from services.gateway.grpc.requests import request_from_proto
+from services.gateway.rest.requests import RequestReader
 from services.gateway.served_model import ServedModel
 from tests.services.gateway.service import MODEL_NAME, running_service
 from winnow.errors import InvalidSetting, UnusableModel
@@ -35,7 +35,7 @@ def folder(model_path: Path, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def reader(folder: Path, source: str = "auto", **changes: Any) -> AskReader:
+def reader(folder: Path, source: str = "auto", **changes: Any) -> RequestReader:
     settings = Settings(
         model=str(folder),
         model_name=MODEL_NAME,
@@ -44,7 +44,7 @@ def reader(folder: Path, source: str = "auto", **changes: Any) -> AskReader:
         **changes,
     )
     model = ServedModel.load(settings)
-    return AskReader(settings, Limits(settings, model), model.tokenizer)
+    return RequestReader(settings, RequestLimits(settings, model), model.tokenizer)
 
 
 def sampled(sampling: SamplingParams) -> tuple[float, ...]:
@@ -63,33 +63,41 @@ def completion(**more: Any) -> dict[str, Any]:
 def test_a_request_gets_the_models_defaults(folder: Path) -> None:
     ours = reader(folder)
     expected = (0.6, 0.9, 20, 0.05, 1.2)
-    assert sampled(ours.chat(chat()).ask.sampling) == expected
-    assert sampled(ours.completion(completion()).ask.sampling) == expected
+    assert sampled(ours.chat(chat()).generation.sampling) == expected
+    assert sampled(ours.completion(completion()).generation.sampling) == expected
 
 
 def test_each_is_overridden_by_itself_and_null_means_the_default(folder: Path) -> None:
     ours = reader(folder)
     own = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
     for idx, (name, value) in enumerate(own.items()):
-        got = sampled(ours.chat(chat(**{name: value})).ask.sampling)
+        got = sampled(ours.chat(chat(**{name: value})).generation.sampling)
         expected = [0.6, 0.9, 20, 0.05, 1.2]
         expected[idx] = value
         assert list(got) == expected
     nulls = dict.fromkeys(own)
-    assert sampled(ours.completion(completion(**nulls)).ask.sampling) == (0.6, 0.9, 20, 0.05, 1.2)
+    assert sampled(ours.completion(completion(**nulls)).generation.sampling) == (
+        0.6,
+        0.9,
+        20,
+        0.05,
+        1.2,
+    )
 
 
 def test_max_new_tokens_is_the_length_of_an_answer_that_is_given_none(folder: Path) -> None:
     ours = reader(folder)
-    assert ours.chat(chat()).ask.prompts[0].max_tokens == 40
-    assert ours.chat(chat(max_tokens=500)).ask.prompts[0].max_tokens == 500
-    assert ours.completion(completion()).ask.prompts[0].max_tokens == 16  # OpenAI's own default
-    assert reader(folder, max_new_tokens=30).chat(chat()).ask.prompts[0].max_tokens == 30
+    assert ours.chat(chat()).generation.prompts[0].max_tokens == 40
+    assert ours.chat(chat(max_tokens=500)).generation.prompts[0].max_tokens == 500
+    assert (
+        ours.completion(completion()).generation.prompts[0].max_tokens == 16
+    )  # OpenAI's own default
+    assert reader(folder, max_new_tokens=30).chat(chat()).generation.prompts[0].max_tokens == 30
 
 
 @pytest.mark.parametrize("word", ["none", "vllm"])
 def test_an_operator_may_want_openais_defaults(folder: Path, word: str) -> None:
-    ask = reader(folder, word, max_new_tokens=77).chat(chat()).ask
+    ask = reader(folder, word, max_new_tokens=77).chat(chat()).generation
     assert sampled(ask.sampling) == (1, 1, 0, 0, 1)
     assert ask.prompts[0].max_tokens == 77
 
@@ -98,7 +106,7 @@ def test_an_operator_may_want_another_folders(folder: Path, tmp_path: Path) -> N
     other = tmp_path / "other"
     other.mkdir()
     (other / "generation_config.json").write_text('{"temperature": 0.3}')
-    assert sampled(reader(folder, str(other)).chat(chat()).ask.sampling) == (0.3, 1, 0, 0, 1)
+    assert sampled(reader(folder, str(other)).chat(chat()).generation.sampling) == (0.3, 1, 0, 0, 1)
 
 
 def test_what_cannot_be_used_is_refused_at_the_start(folder: Path) -> None:
@@ -107,7 +115,7 @@ def test_what_cannot_be_used_is_refused_at_the_start(folder: Path) -> None:
     (folder / "generation_config.json").write_text('{"top_p": 7}')
     with pytest.raises(UnusableModel, match=r"generation_config\.json: top_p is 7"):
         reader(folder)
-    assert sampled(reader(folder, "none").chat(chat()).ask.sampling) == (1, 1, 0, 0, 1)
+    assert sampled(reader(folder, "none").chat(chat()).generation.sampling) == (1, 1, 0, 0, 1)
 
 
 async def test_over_grpc_what_is_unset_is_the_default_and_zero_is_off(
@@ -116,11 +124,11 @@ async def test_over_grpc_what_is_unset_is_the_default_and_zero_is_off(
     async with running_service(folder, redis_url, num_workers=0) as service:
         messages = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="a")])
         request = pb.CompleteRequest(model=MODEL_NAME, messages=messages)
-        ask = ask_from_proto(service.gateway, request)
+        ask = request_from_proto(service.gateway, request)
         assert sampled(ask.sampling) == (0.6, 0.9, 20, 0.05, 1.2)
         assert ask.prompts[0].max_tokens == 40
         request = pb.CompleteRequest(model=MODEL_NAME, messages=messages, top_k=0, min_p=0)
-        assert sampled(ask_from_proto(service.gateway, request).sampling)[2:4] == (0, 0)
+        assert sampled(request_from_proto(service.gateway, request).sampling)[2:4] == (0, 0)
 
 
 async def test_the_models_card_shows_them(folder: Path, redis_url: str) -> None:

@@ -15,8 +15,8 @@ import pytest
 import pytest_asyncio
 from openai.types import Completion
 
-from services.gateway import event_stream
-from services.gateway.lifecycle import PromptRun
+from services.gateway.request.generation_run import PromptRun
+from services.gateway.rest.api import event_stream
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from winnow.errors import Overloaded, PrefillFailed
 from winnow.tokens import Token

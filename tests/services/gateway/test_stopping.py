@@ -10,7 +10,7 @@ import pytest_asyncio
 from openai.types import Completion
 
 from services.decode import spec
-from services.gateway.choices import EndTokens
+from services.gateway.request.choices import EndTokens
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from winnow.sampling_params import SamplingParams
 from winnow.v1 import decode_pb2, inference_pb2
@@ -162,13 +162,13 @@ async def test_a_stop_string_within_min_tokens_does_not_count(service: TestServi
 async def test_each_of_several_choices_ends_by_itself_streamed_or_not(
     service: TestService,
 ) -> None:
-    wishes: dict[str, Any] = {"n": 4, "temperature": 1.5, "seed": 3}
-    free = [one for one in await tokens_of(service, **wishes) if one.index == 1]
+    options: dict[str, Any] = {"n": 4, "temperature": 1.5, "seed": 3}
+    free = [one for one in await tokens_of(service, **options) if one.index == 1]
     own = {"stop_token_ids": ids(free)[5:6], "ignore_eos": True}
-    whole = await complete(service, own=own, logprobs=1, **wishes)
+    whole = await complete(service, own=own, logprobs=1, **options)
     assert "stop" in {choice.finish_reason for choice in whole.choices}
     texts, ends = [""] * 4, {}
-    given = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "logprobs": 1} | wishes
+    given = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "logprobs": 1} | options
     async for chunk in await service.openai.completions.create(
         model=MODEL_NAME, stream=True, extra_body=own, **given
     ):

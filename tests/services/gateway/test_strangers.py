@@ -14,7 +14,7 @@ import grpc.aio
 import pytest
 
 from services.common.logs import TextFormatter
-from services.gateway.header_limit import MAX_HEADER_BYTES
+from services.gateway.rest.header_limit import MAX_HEADER_BYTES
 from tests.services.gateway.service import MODEL_NAME, TestService
 from winnow.errors import ModelMismatch, NotFinite, PrefillFailed, WinnowError
 from winnow.v1 import inference_pb2 as pb
@@ -246,7 +246,7 @@ def log() -> Iterator[io.StringIO]:
 async def test_nothing_that_is_sent_begins_a_log_line(
     service: TestService, log: io.StringIO
 ) -> None:
-    forged = "a\n12:00:00.000 INFO services.gateway.outcomes finished: forged\r\x1b[2K"
+    forged = "a\n12:00:00.000 INFO services.gateway.request.outcomes finished: forged\r\x1b[2K"
     for body in (BODY | {"model": forged}, BODY | {forged: 1}, BODY | {"user": forged}):
         await service.http.post(COMPLETIONS, json=body)
     await service.http.post("/v1/%0a12:00:00.000%20INFO%20forged", json=BODY)

@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from services.gateway.lifecycle import PromptRun
+from services.gateway.request.generation_run import PromptRun
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from winnow.errors import PrefillFailed
 from winnow.tokens import Token
@@ -132,7 +132,7 @@ async def test_an_error_before_the_first_token_is_the_streams_only_event(
 async def test_an_error_in_mid_stream_is_the_streams_last_event(
     model_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.gateway.lifecycle._PATIENCE_S", 0.3)
+    monkeypatch.setattr("services.gateway.request.generation_run._PATIENCE_S", 0.3)
     async with running_service(model_path, redis_url) as service:
         body = BODY | {"max_tokens": 4000}
         async with service.http.stream("POST", "/v1/completions", json=body) as response:

@@ -11,9 +11,9 @@ import pytest_asyncio
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from services.cli.health import Unhealthy, check
 from services.common.settings import Settings, load_settings
 from services.common.tls import PeerTls, open_channel
-from services.health import Unhealthy, check
 from tests.certificates import peer_files
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from winnow.errors import InvalidSetting

@@ -1,0 +1,210 @@
+"""The service as one Ray Serve application: gateway, prefill workers, decode workers.
+
+`winnow serve` runs it on this machine; `serve deploy` runs the same on a cluster, from the file
+that `winnow serve --print-config` writes.
+"""
+
+import asyncio
+from contextlib import AsyncExitStack
+from typing import Any, cast
+
+import grpc
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from services.common.exposition import Exposition
+from services.common.jobs import PrefillJob, PrefillOutcome
+from services.common.logs import configure_logging
+from services.common.open_registry import open_registry
+from services.common.openmp import SHORT_WAITS
+from services.common.ray_registry import reachable_host
+from services.common.settings import Settings, load_settings
+from services.common.tasks import is_cancelled
+from services.common.tracing import configure_tracing
+from services.decode.replica import Decode
+from services.gateway.gateway import Gateway
+from services.gateway.grpc.server import GrpcServer
+from services.gateway.rest.admin import AdminServer
+from services.gateway.rest.api import create_api
+from services.prefill.worker import Prefill
+from winnow.errors import DeadlineExceeded, PrefillFailed, PrefillLost, WinnowError
+
+Handle = DeploymentHandle[Any]
+
+# Queues of our own decide what waits and what is refused, so Serve's never fill.
+_MAX_ONGOING = 10_000
+# Ray's own; those of gRPC with RAY_SERVE_USE_GRPC_BY_DEFAULT=1.
+_TRANSPORT_ERRORS = (RayError, RayServeException, grpc.RpcError)
+_READY_TIMEOUT_S = 2.0
+_SHUTDOWN_MARGIN_S = 5.0
+
+# One arena that keeps freed memory: the next prompt then meets no page faults (200,000 before).
+_WORKER_ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    **SHORT_WAITS,
+}
+
+
+class HandlePrefiller:
+    """Prefill through the handle of its deployment; Ray's errors become ours here."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    async def prefill(self, job: PrefillJob) -> PrefillOutcome:
+        response = self._handle.prefill.remote(job)
+        try:
+            async with asyncio.timeout(job.deadline_s):
+                return await response  # type: ignore[no-any-return]
+        except asyncio.CancelledError as error:
+            if not is_cancelled():  # the replica was, and Ray hands its exception over
+                raise PrefillLost("the prefill worker gave the job up") from error
+            response.cancel()  # type: ignore[no-untyped-call]
+            raise
+        except TimeoutError as error:
+            response.cancel()  # type: ignore[no-untyped-call]
+            raise DeadlineExceeded(f"prefill did not end within {job.deadline_s:.3g} s") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, WinnowError):
+                raise error.cause from None
+            raise PrefillFailed(f"the prefill worker broke: {error.cause!r}") from error
+        except _TRANSPORT_ERRORS as error:
+            raise PrefillLost(f"the prefill worker was lost: {error!r}") from error
+        except WinnowError:
+            raise
+        except Exception as error:  # the worker's own, which gRPC brings without RayTaskError
+            raise PrefillFailed(f"the prefill worker broke: {error!r}") from error
+
+    async def ready(self) -> bool:
+        response = self._handle.ready.remote()
+        try:
+            async with asyncio.timeout(_READY_TIMEOUT_S):
+                return bool(await response)
+        except asyncio.CancelledError:
+            if is_cancelled():
+                raise
+            return False
+        except (TimeoutError, *_TRANSPORT_ERRORS):
+            response.cancel()  # type: ignore[no-untyped-call]
+            return False
+
+
+@serve.deployment(name="Gateway")
+@serve.ingress()
+class GatewayReplica:
+    """One gateway process: REST behind Serve's proxy, gRPC on a port of its own."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: Settings, prefill: Handle, decode: Handle | None
+    ) -> None:
+        """`decode` only makes its workers part of the application; the registry leads to them."""
+        self._started = AsyncExitStack()
+        configure_logging(settings.log_level, settings.log_format)
+        configure_tracing(settings.otlp_endpoint, settings.trace_sample_ratio, "gateway")
+        registry = await asyncio.to_thread(open_registry, settings)
+        self._started.push_async_callback(registry.close)
+        self._gateway = Gateway(settings, registry, HandlePrefiller(prefill))
+        self._started.push_async_callback(self._gateway.close)
+        exposition = Exposition(self._gateway.metrics, settings.served_name, registry)
+        self._started.push_async_callback(exposition.stop)
+        await exposition.start(
+            settings.decode_host,
+            settings.gateway_metrics_port,
+            reachable_host(settings.decode_host),
+            settings.lease_s,
+        )
+        if settings.admin_port is not None:
+            admin = AdminServer(self._gateway)
+            self._started.push_async_callback(admin.stop)
+            await admin.start(settings.decode_host, settings.admin_port)
+        if settings.grpc_port is not None:
+            grpc_server = GrpcServer(self._gateway)
+            self._started.push_async_callback(grpc_server.stop, settings.drain_timeout_s)
+            await grpc_server.start(settings.host, settings.grpc_port)
+
+    def __serve_build_asgi_app__(self) -> Any:  # noqa: ANN401 - as Serve wants it
+        return create_api(self._gateway)
+
+    async def announce_end(self) -> str:
+        """As `Gateway.ending`; returns the replica's id."""
+        self._gateway.ending = True
+        return str(serve.get_replica_context().replica_id.unique_id)
+
+    async def check_health(self) -> None:
+        """Serve asks every few seconds; the gauge of decode workers is then fresh."""
+        await self._gateway.readiness()
+
+    async def __del__(self) -> None:
+        """Serve awaits this when the replica is to go, after its requests have ended.
+
+        Also after a start that failed.
+        """
+        await self._started.aclose()
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application for `serve deploy`; `args` are settings, over the nodes' environment."""
+    return build_app(load_settings(args))
+
+
+def build_app(settings: Settings) -> serve.Application:
+    """The application; Ray places its replicas where their cores and GPUs are free."""
+    prefill = (
+        cast(serve.Deployment, Prefill)
+        .options(
+            num_replicas=settings.prefill_replicas,
+            max_ongoing_requests=_MAX_ONGOING,
+            ray_actor_options=_worker_resources(
+                settings, settings.prefill_num_cpus, settings.prefill_replicas
+            ),
+            **_shutdown(settings),
+        )
+        .bind(settings)
+    )
+    gateway = cast(serve.Deployment, GatewayReplica).options(
+        num_replicas=settings.gateway_replicas,
+        max_ongoing_requests=_MAX_ONGOING,
+        ray_actor_options={
+            "num_cpus": settings.gateway_num_cpus,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
+        },
+        **_shutdown(settings),
+    )
+    return gateway.bind(settings, prefill, _decode(settings))
+
+
+def _decode(settings: Settings) -> serve.Application | None:
+    if settings.decode_workers == 0:
+        return None
+    return (
+        cast(serve.Deployment, Decode)
+        .options(
+            num_replicas=settings.decode_workers,
+            ray_actor_options=_worker_resources(
+                settings, settings.decode_num_cpus, settings.decode_workers
+            ),
+            **_shutdown(settings),
+        )
+        .bind(settings)
+    )
+
+
+def _worker_resources(settings: Settings, num_cpus: float, num_workers: int) -> dict[str, Any]:
+    threads = settings.threads_per_worker(num_workers)
+    return {
+        "num_cpus": num_cpus,
+        "num_gpus": settings.gpus_per_worker,
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads), **_WORKER_ENVIRONMENT}},
+    }
+
+
+def _shutdown(settings: Settings) -> dict[str, Any]:
+    return {
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "graceful_shutdown_timeout_s": settings.drain_timeout_s + _SHUTDOWN_MARGIN_S,
+    }

@@ -1,0 +1,308 @@
+"""The life of `winnow serve`: check, start, say when it is ready, drain, stop everything.
+
+Without RAY_ADDRESS it starts a Ray of its own on this machine and ends it with itself; with it,
+the application runs on that cluster and is taken off it at the end.
+"""
+
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import ssl
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from services.cli.signals import StopSignals
+from services.common.ports import free_port, listening
+from services.common.settings import Settings
+from services.deploy_config import APP_NAME, EVERY_ADDRESS, SERVE_LOGGING, for_cluster, http_options
+from winnow.errors import InvalidSetting, UnusableModel, WinnowError
+
+RAY_ADDRESS = "RAY_ADDRESS"
+
+_POLL_S = 0.25
+_FAILED_TO_START = "failed to start"  # in Serve's message of a deployment
+_START_TIMEOUT_S = 600.0
+_OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum, nearly: no tensor goes through it
+
+# Read by Ray and Serve when they are imported, and by every process that they start.
+_RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # half the time and CPU per hop
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",  # 5, thrice, is not enough on a busy machine
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # at the default 0.1 it is never idle
+}
+
+# With any of these an operator says who may reach Ray.
+_RAY_ACCESS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
+Progress = Callable[[str], None]
+
+
+def run_service(settings: Settings, progress: Progress, ready: Callable[[Settings], None]) -> None:
+    """Serves until SIGINT or SIGTERM, then drains and stops. A second signal cuts that short.
+
+    `progress` is told what happens while things start, `ready` is called when requests are served.
+    Raises UnusableModel or InvalidSetting if it cannot start; nothing is left running then.
+    """
+    settings = with_ports(settings)
+    with (
+        StopSignals() as signals,
+        contextlib.suppress(KeyboardInterrupt),
+        _ray(settings, progress, signals),
+        _application(settings, progress, signals),
+    ):
+        _wait_until_served(settings, progress, signals)
+        ready(settings)
+        signals.wait()
+        signals.raise_next()
+        if signals.number == signal.SIGTERM:
+            _send_clients_elsewhere(settings, progress)
+
+
+def with_ports(settings: Settings) -> Settings:
+    """`settings` with any free port in place of 0; raises InvalidSetting if one is taken."""
+    ports: dict[str, int] = {}
+    hosts = {"port": settings.host, "grpc_port": settings.host, "admin_port": settings.decode_host}
+    with contextlib.ExitStack() as held:  # so that no two of them are the same
+        for name, host in hosts.items():
+            wanted = getattr(settings, name)
+            if wanted is not None:
+                ports[name] = wanted or free_port(host)
+                held.enter_context(_claim(host, ports[name], name))
+    return settings.model_copy(update=ports)
+
+
+def _claim(host: str, port: int, name: str) -> socket.socket:
+    try:
+        return listening(host, port)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InvalidSetting(
+            f"{name} {port} on {host} cannot be used: {reason}", param=name
+        ) from error
+
+
+def _check(settings: Settings) -> None:
+    from services.common.redis_access import require_redis  # noqa: PLC0415 - loads Redis' client
+    from services.common.tls import PeerTls, public_credentials  # noqa: PLC0415 - loads gRPC
+    from services.gateway.served_model import ServedModel  # noqa: PLC0415 - loads transformers
+    from winnow.checkpoint import require_sound  # noqa: PLC0415 - loads transformers
+
+    require_sound(ServedModel.load(settings).description)
+    public_credentials(settings)
+    PeerTls.load(settings)
+    require_redis(settings)
+
+
+@contextlib.contextmanager
+def _ray(settings: Settings, progress: Progress, signals: StopSignals) -> Iterator[None]:
+    """This process as a driver of RAY_ADDRESS's cluster, or of one that lives as long as it.
+
+    The model is checked meanwhile, because loading torch takes as long as starting Ray.
+    """
+    progress("starting Ray")
+    is_own = not os.environ.get(RAY_ADDRESS)
+    for name, value in (_RAY_ENVIRONMENT | (_own_access() if is_own else {})).items():
+        os.environ.setdefault(name, value)
+    import ray  # noqa: PLC0415 - reads its environment when it is imported
+
+    own = _own_cluster(settings) if is_own else {}
+    try:
+        with _import_folder() as folder:
+            with ThreadPoolExecutor(1) as thread:
+                checked = thread.submit(_check, settings)
+                with contextlib.chdir(folder):
+                    ray.init(logging_level=logging.ERROR, log_to_driver=True, **own)
+                signals.listen()  # Ray put a handler of its own there
+                checked.result()
+            signals.check()
+            yield
+    except SystemExit as error:  # Ray's own answer to a SIGTERM while it starts
+        raise KeyboardInterrupt from error
+    except ConnectionError as error:
+        raise InvalidSetting(f"RAY_ADDRESS cannot be reached: {error}") from error
+    finally:
+        signals.ignore()  # a shutdown cut short would leave processes
+        progress("stopping Ray")
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _import_folder() -> Iterator[Path]:
+    """Where to stand when Ray is started: it has every worker import from there before all else.
+
+    Elsewhere than in Winnow's own folder (which need not be installed) that is an empty one, lest
+    what lies about there, like a folder `winnow`, be taken for the module of that name.
+    """
+    own = Path(__file__).resolve().parents[2]
+    if Path.cwd() == own:
+        yield own
+        return
+    with tempfile.TemporaryDirectory(prefix="winnow-") as empty:
+        yield Path(empty)
+
+
+def _own_access() -> dict[str, str]:
+    """A token without which Ray's ports, some of them on every address, run nothing for a caller.
+
+    It lives as long as the cluster, in the environment of Ray's processes; Ray's own way would
+    leave it in a file that others on the machine can read.
+    """
+    if any(name in os.environ for name in _RAY_ACCESS):
+        return {}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def _own_cluster(settings: Settings) -> dict[str, Any]:
+    """Room for every replica, even where that is more than the machine's cores."""
+    wanted = (
+        settings.prefill_replicas * settings.prefill_num_cpus
+        + settings.decode_workers * settings.decode_num_cpus
+        + settings.gateway_replicas * settings.gateway_num_cpus
+    )
+    return {
+        "address": "local",
+        "num_cpus": max(len(os.sched_getaffinity(0)), int(wanted + 1)),
+        "include_dashboard": False,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+    }
+
+
+@contextlib.contextmanager
+def _application(settings: Settings, progress: Progress, signals: StopSignals) -> Iterator[None]:
+    """The application deployed and every replica up; drained and deleted at the end."""
+    from ray import serve  # noqa: PLC0415 - reads its environment when it is imported
+
+    from services.app import build_app  # noqa: PLC0415
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    own = not os.environ.get(RAY_ADDRESS)
+    location = "HeadOnly" if own else "EveryNode"
+    quiet = SERVE_LOGGING | {"log_level": "CRITICAL"} if own else SERVE_LOGGING
+    serve.start(location, http_options(settings), logging_config=quiet)
+    running = False
+    try:
+        app = build_app(settings if own else for_cluster(settings))
+        target = serve.RunTarget(app, name=APP_NAME, route_prefix="/", logging_config=SERVE_LOGGING)
+        serve.run_many([target], wait_for_applications_running=False)
+        _wait_until_running(progress, signals)
+        if own:
+            _let_serve_speak()
+        running = True
+        yield
+    finally:
+        if running or not own:  # nothing is drained that never served; Ray's end ends it all
+            progress("draining")
+            serve.delete(APP_NAME)
+            _remove_registry(settings)
+
+
+def _let_serve_speak() -> None:
+    """Ends the silence of Serve's controller.
+
+    It logs what a replica's constructor raises with the tracebacks of three processes, where
+    `_wait_until_running` has one line for it.
+    """
+    from ray.serve.context import _get_global_client  # noqa: PLC0415 - as for serve
+    from ray.serve.schema import LoggingConfig  # noqa: PLC0415
+
+    controller: Any = _get_global_client()
+    controller.update_global_logging_config(LoggingConfig(**SERVE_LOGGING))
+
+
+def _send_clients_elsewhere(settings: Settings, progress: Progress) -> None:
+    """Every gateway announces its end; returns `drain_notice_s` later.
+
+    On SIGTERM alone, with which one of several is stopped: at a terminal nobody would wait.
+    """
+    from ray import serve  # noqa: PLC0415 - reads its environment when it is imported
+
+    if not settings.drain_notice_s:
+        return
+    progress("sending clients elsewhere")
+    end_s = time.monotonic() + settings.drain_notice_s
+    handle = serve.get_app_handle(APP_NAME)
+    told: set[str] = set()
+    while len(told) < settings.gateway_replicas and (left_s := end_s - time.monotonic()) > 0:
+        with contextlib.suppress(TimeoutError):
+            told.add(handle.announce_end.remote().result(timeout_s=left_s))
+    time.sleep(max(0.0, end_s - time.monotonic()))
+
+
+def _remove_registry(settings: Settings) -> None:
+    if settings.redis_url is None:
+        from services.common.ray_registry import remove_ray_registry  # noqa: PLC0415 - loads Ray
+
+        remove_ray_registry(settings.namespace)
+
+
+def _wait_until_running(progress: Progress, signals: StopSignals) -> None:
+    """Raises as soon as a replica cannot start, with the reason in one line."""
+    from ray import serve  # noqa: PLC0415 - reads its environment when it is imported
+
+    deadline_s = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        app = serve.status().applications[APP_NAME]
+        if app.status == "RUNNING":
+            return
+        for name, deployment in app.deployments.items():
+            _raise_failure(name, deployment.message)
+        if app.status == "DEPLOY_FAILED":
+            raise InvalidSetting(f"the service cannot start: {app.message}")
+        progress(f"starting workers: {_states(app.deployments)}")
+        signals.check(_POLL_S)
+    raise InvalidSetting(f"the workers did not start within {_START_TIMEOUT_S:g} seconds")
+
+
+def _states(deployments: dict[str, Any]) -> str:
+    def count(deployment: Any) -> str:  # noqa: ANN401 - Ray's
+        running = sum(n for state, n in deployment.replica_states.items() if state == "RUNNING")
+        return f"{running}/{sum(deployment.replica_states.values())}"
+
+    return ", ".join(f"{name} {count(deployment)}" for name, deployment in deployments.items())
+
+
+def _raise_failure(name: str, message: str) -> None:
+    """Raise what a replica's constructor raised, read off the traceback in Serve's message.
+
+    At the first failure: what Serve would try again fails again, later.
+    """
+    for line in message.splitlines():
+        for cls in (UnusableModel, InvalidSetting, WinnowError):
+            _, found, reason = line.partition(f"{cls.__module__}.{cls.__name__}: ")
+            if found:
+                raise cls(f"{name} cannot start: {reason}")
+    if _FAILED_TO_START in message:
+        *_, last = filter(None, map(str.strip, message.splitlines()))
+        raise WinnowError(f"{name} cannot start: {last}")
+
+
+def _wait_until_served(settings: Settings, progress: Progress, signals: StopSignals) -> None:
+    """Every part has found the others: the gateway says that it is ready."""
+    from services.common.tls import own_verification  # noqa: PLC0415 - loads gRPC
+
+    progress("waiting until the gateway is ready")
+    host = "127.0.0.1" if settings.host == EVERY_ADDRESS else settings.host
+    url = f"{settings.scheme}://{host}:{settings.port}/ready"
+    verify = own_verification(settings)
+    while not _answers(url, verify):
+        signals.check(_POLL_S)
+
+
+def _answers(url: str, verify: ssl.SSLContext | bool) -> bool:
+    try:
+        return httpx.get(url, timeout=5, verify=verify).is_success
+    except httpx.TransportError:  # not listening yet
+        return False

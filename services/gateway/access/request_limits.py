@@ -1,0 +1,168 @@
+"""What requests may ask for: the model's limits and the operator's."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from services.common.settings import Settings
+from services.gateway.access.pruning_caps import (
+    changed_pruning,
+    require_within_caps,
+    unpruned,
+)
+from services.gateway.served_model import ServedModel
+from winnow.errors import InvalidRequest, InvalidSetting, PromptTooLong, UnknownModel
+from winnow.pruning_settings import PruningSettings
+from winnow.sampling_params import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+
+MAX_STOP_CHARS = 1024
+# English has 4 to 5 characters per token; a text much longer than that is measured by its start.
+_CHARS_PER_TOKEN = 6
+
+
+class RequestLimits:
+    """Checks that name the number and the limit. Raises InvalidSetting if settings contradict."""
+
+    def __init__(self, settings: Settings, model: ServedModel) -> None:
+        self._settings = settings
+        self._model = model
+        self._vocab_size = model.description.vocab_size
+        self.sampling_defaults = model.generation.sampling
+        self.max_positions = model.description.max_positions
+        self.max_prompt_tokens = min(
+            settings.max_prompt_tokens or self.max_positions, self.max_positions - 1
+        )
+        self.max_output_tokens = min(settings.max_new_tokens, self.max_positions - 1)
+        require_within_caps(settings, model.pruning)
+
+    def require_model(self, name: str) -> None:
+        """Raises UnknownModel unless it is the one that is served."""
+        if name != self._model.name:
+            raise UnknownModel(
+                f"model {name!r} is not served here; served is {self._model.name!r}", param="model"
+            )
+
+    def require_token_ids(self, token_ids: Sequence[int], param: str) -> None:
+        """Raises InvalidRequest for an id that the vocabulary does not have."""
+        if token_ids and (min(token_ids) < 0 or max(token_ids) >= self._vocab_size):
+            bad = next(i for i in token_ids if not 0 <= i < self._vocab_size)
+            raise InvalidRequest(
+                f"{param} has token id {bad}; the vocabulary goes from 0 to {self._vocab_size - 1}",
+                param=param,
+            )
+
+    def require_prompt(self, num_tokens: int, param: str) -> None:
+        """Raises InvalidRequest for an empty prompt, PromptTooLong for one over the limit."""
+        if num_tokens == 0:
+            raise InvalidRequest(f"{param} is empty; it must have at least 1 token", param=param)
+        if num_tokens > self.max_prompt_tokens:
+            raise self._too_long(f"{num_tokens:,}", param)
+
+    def require_positions(self, num_tokens: int, param: str) -> None:
+        """Raises InvalidRequest for more tokens than a prompt and its answer can have."""
+        if num_tokens > self.max_positions:
+            raise InvalidRequest(
+                f"{param} has {num_tokens:,} tokens; the limit is {self.max_positions:,}",
+                param=param,
+            )
+
+    def encode(self, text: str, param: str, *, add_special_tokens: bool = True) -> list[int]:
+        """A prompt's tokens; one far over the limit is refused without tokenizing all of it.
+
+        Raises InvalidRequest for an empty text, PromptTooLong.
+        """
+        if not text:
+            self.require_prompt(0, param)
+        encode = self._model.tokenizer.encode
+        bound = self.max_prompt_tokens * _CHARS_PER_TOKEN
+        if len(text) > bound:
+            at_least = len(encode(text[:bound], add_special_tokens=add_special_tokens))
+            if at_least > self.max_prompt_tokens:
+                raise self._too_long(f"at least {at_least:,}", param)
+        token_ids = encode(text, add_special_tokens=add_special_tokens)
+        self.require_prompt(len(token_ids), param)
+        return token_ids
+
+    def _too_long(self, num_tokens: str, param: str) -> PromptTooLong:
+        return PromptTooLong(
+            f"prompt has {num_tokens} tokens; the limit is {self.max_prompt_tokens:,}", param=param
+        )
+
+    def max_tokens(
+        self,
+        requested: int | None,
+        default: int | None,
+        num_prompt_tokens: int,
+        param: str,
+        *,
+        least: int = 1,
+    ) -> int:
+        """How many tokens an answer may have; `default` None is the model's own, else all allowed.
+
+        Where max_tokens_policy is clamp, too many are as many as are allowed.
+        Raises InvalidSetting for a number out of range, PromptTooLong if prompt and answer exceed
+        the model's context.
+        """
+        left = self.max_positions - num_prompt_tokens
+        most = self._settings.max_new_tokens
+        if requested is None:
+            if default is None:
+                default = self._model.generation.max_new_tokens or most
+            return min(default, most, left)
+        if self._settings.max_tokens_policy == "clamp":
+            requested = min(requested, most, left)
+        if not least <= requested <= most:
+            raise InvalidSetting(
+                f"{param} is {requested:,}; the allowed range is {least} to {most:,}", param=param
+            )
+        if requested > left:
+            raise PromptTooLong(
+                f"prompt of {num_prompt_tokens:,} tokens and {param} of {requested:,} make "
+                f"{num_prompt_tokens + requested:,}; the model's limit is {self.max_positions:,}",
+                param=param,
+            )
+        return requested
+
+    def require_choices(self, n: int) -> None:
+        """Raises InvalidSetting for too many choices, or none."""
+        most = self._settings.max_n
+        if not 1 <= n <= most:
+            raise InvalidSetting(f"n is {n:,}; the allowed range is 1 to {most}", param="n")
+
+    def require_stop(self, stop: Sequence[str]) -> None:
+        """Raises InvalidSetting for too many stop strings, an empty one, or one too long."""
+        if len(stop) > MAX_STOP_STRINGS:
+            raise InvalidSetting(
+                f"stop has {len(stop):,} strings; the limit is {MAX_STOP_STRINGS}", param="stop"
+            )
+        for idx, text in enumerate(stop):
+            if not 1 <= len(text) <= MAX_STOP_CHARS:
+                raise InvalidSetting(
+                    f"stop[{idx}] has {len(text):,} characters; the allowed range is 1 to "
+                    f"{MAX_STOP_CHARS:,}",
+                    param="stop",
+                )
+
+    def stop_token_ids(self, token_ids: Sequence[int]) -> frozenset[int]:
+        """Raises InvalidSetting for too many, InvalidRequest for one that does not exist."""
+        if len(token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidSetting(
+                f"stop_token_ids has {len(token_ids):,} tokens; the limit is {MAX_STOP_TOKEN_IDS}",
+                param="stop_token_ids",
+            )
+        self.require_token_ids(token_ids, "stop_token_ids")
+        return frozenset(token_ids)
+
+    def pruning(
+        self, changes: Mapping[str, Any], *, scores_prompt: bool = False
+    ) -> PruningSettings:
+        """The service's settings with a request's changes; raises as `changed_pruning`.
+
+        scores_prompt: its log-probabilities are wanted, which are those of the unpruned prompt.
+        """
+        num_layers = self._model.description.shape.num_layers
+        pruning = self._model.pruning
+        if changes:
+            pruning = changed_pruning(self._settings, pruning, num_layers, changes)
+        if scores_prompt:
+            pruning = unpruned(self._settings, pruning)
+        return pruning

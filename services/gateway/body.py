@@ -1,0 +1,89 @@
+"""Bodies as JSON gives them: what asks for nothing is forgiven, what is wrong is named."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from winnow.errors import InvalidRequest, InvalidSetting, UnknownParameter
+
+Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+_SHOWN_CHARS = 60
+
+
+def _asks_for_nothing(value: object) -> bool:
+    """Null, and what is empty: clients send fields that they do not use."""
+    return value is None or value in ("", [], {})
+
+
+def _allow_nothing(schema: dict[str, Any]) -> None:
+    """Tells of the fields that are not known what may come in them all the same."""
+    schema["additionalProperties"] = {"enum": [None, "", [], {}]}
+
+
+class Body(BaseModel):
+    """What every object in a body has: fields of their very types, and no unknown ones."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, json_schema_extra=_allow_nothing
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, body: object) -> object:
+        """Leaves out what asks for nothing: unknown fields, and null where there is no null."""
+        if not isinstance(body, Mapping):
+            return body
+        return {name: value for name, value in body.items() if not cls._is_nothing(name, value)}
+
+    @classmethod
+    def _is_nothing(cls, name: str, value: object) -> bool:
+        field = cls.model_fields.get(name)
+        if field is None:
+            return _asks_for_nothing(value)
+        is_nullable = type(None) in get_args(field.annotation) or field.annotation is Any
+        return value is None and not is_nullable and not field.is_required()
+
+
+BodyT = TypeVar("BodyT", bound=Body)
+
+
+def validate(cls: type[BodyT], body: Mapping[str, Any]) -> BodyT:
+    """The body as `cls`.
+
+    Raises UnknownParameter, or InvalidRequest for one that is missing, or InvalidSetting for one
+    of the wrong type; each names the parameter.
+    """
+    try:
+        return cls.model_validate(body)
+    except ValidationError as error:
+        # Of the types that a value may have, the one that fits it best has the innermost error.
+        errors = error.errors(include_url=False, include_context=False)
+        first = max(errors, key=lambda one: len(one["loc"]))
+        raise _named(body, first["type"], first["loc"], first["msg"], first["input"]) from error
+
+
+def _named(
+    body: Mapping[str, Any], kind: str, loc: tuple[int | str, ...], message: str, value: object
+) -> InvalidRequest:
+    param = _path(body, loc, missing=kind == "missing")
+    if kind == "extra_forbidden":
+        return UnknownParameter(f"unknown parameter: {param}", param=param)
+    if kind == "missing":
+        return InvalidRequest(f"missing parameter: {param}", param=param)
+    shown = repr(value)
+    shown = shown if len(shown) <= _SHOWN_CHARS else f"{shown[:_SHOWN_CHARS]}..."
+    return InvalidSetting(f"{param} is {shown}: {message.lower()}", param=param)
+
+
+def _path(body: object, loc: tuple[int | str, ...], *, missing: bool) -> str:
+    """`winnow.kv_budget`, `messages[1].content`: pydantic's path, less its names of union types."""
+    path = ""
+    for idx, part in enumerate(loc):
+        if isinstance(part, int) and isinstance(body, list):
+            path, body = f"{path}[{part}]", body[part]
+        elif isinstance(body, Mapping) and part in body:
+            path, body = f"{path}.{part}", body[part]
+        elif missing and idx == len(loc) - 1:
+            path = f"{path}.{part}"
+    return path.removeprefix(".")

@@ -1,0 +1,132 @@
+"""From a CompleteRequest of winnow.v1.Inference to an GenerationRequest."""
+
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import DecodeError
+
+from services.gateway.chat import ChatMessage, plain_messages
+from services.gateway.gateway import Gateway
+from services.gateway.request.request import (
+    GenerationRequest,
+    Prompt,
+    RequestOptions,
+    checked_request,
+)
+from winnow.chat_template import ChatOptions
+from winnow.errors import InvalidRequest, InvalidSetting
+from winnow.marked_text import plain
+from winnow.v1 import inference_pb2 as pb
+
+# Over gRPC 0 stands for JSON's null: keep every entry.
+_UNLIMITED_AT_ZERO = frozenset({"kv_budget", "decode_budget", "decode_floor"})
+
+
+def request_from_bytes(gateway: Gateway, body: bytes) -> GenerationRequest:
+    """As request_from_proto, of what came over the wire."""
+    try:
+        request = pb.CompleteRequest.FromString(body)
+    except DecodeError as error:
+        raise InvalidRequest(f"{len(body):,} bytes are no CompleteRequest") from error
+    return request_from_proto(gateway, request)
+
+
+def request_from_proto(gateway: Gateway, request: pb.CompleteRequest) -> GenerationRequest:
+    """The checked request. Tokenizing takes time: call it from a worker thread.
+
+    Raises InvalidRequest of some kind.
+    """
+    gateway.limits.require_model(request.model)
+    options = RequestOptions(
+        max_tokens=_optional(request, "max_tokens"),
+        max_tokens_param="max_tokens",
+        default_max_tokens=None,
+        n=request.n or None,
+        stop=list(request.stop),
+        include_stop_str_in_output=request.include_stop_str_in_output,
+        skip_special_tokens=_optional(request, "skip_special_tokens"),
+        echo=request.echo,
+        sampling=_sampling(request),
+        pruning=_pruning(request.winnow),
+    )
+    prompt = _prompt(gateway, request)
+    return checked_request("grpc", [prompt], options, gateway.limits, gateway.model.tokenizer)
+
+
+def _optional(message: Any, field: str) -> Any:  # noqa: ANN401 - generated code has no types
+    return getattr(message, field) if message.HasField(field) else None
+
+
+def _sampling(request: pb.CompleteRequest) -> dict[str, Any]:
+    return {
+        "temperature": _optional(request, "temperature"),
+        "top_p": _optional(request, "top_p"),
+        "top_k": _optional(request, "top_k"),
+        "min_p": _optional(request, "min_p"),
+        "seed": _optional(request, "seed"),
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
+        "repetition_penalty": _optional(request, "repetition_penalty"),
+        "logit_bias": dict(request.logit_bias),
+        "num_logprobs": _optional(request, "logprobs"),
+        "ignore_eos": request.ignore_eos,
+        "stop_token_ids": list(request.stop_token_ids),
+        "min_tokens": request.min_tokens,
+    }
+
+
+def _pruning(options: pb.WinnowOptions) -> dict[str, Any]:
+    """The fields that the request set."""
+    return {
+        field.name: None if field.name in _UNLIMITED_AT_ZERO and value == 0 else value
+        for field, value in options.ListFields()
+    }
+
+
+def _prompt(gateway: Gateway, request: pb.CompleteRequest) -> Prompt:
+    kind = request.WhichOneof("prompt")
+    if kind == "text":
+        return Prompt(gateway.limits.encode(request.text, "text"), request.text)
+    if kind == "token_ids":
+        token_ids = list(request.token_ids.ids)
+        gateway.limits.require_prompt(len(token_ids), "token_ids")
+        gateway.limits.require_token_ids(token_ids, "token_ids")
+        return Prompt(token_ids)
+    if kind == "messages":
+        options = _chat_options(request.messages)
+        text = gateway.model.tokenizer.chat_text(_messages(request.messages), options)
+        token_ids = gateway.limits.encode(text, "messages", add_special_tokens=False)
+        return Prompt(token_ids, plain(text))
+    raise InvalidRequest("give a prompt: text, token_ids or messages", param="prompt")
+
+
+def _messages(messages: pb.ChatMessages) -> list[dict[str, Any]]:
+    return plain_messages(
+        [
+            ChatMessage(role=message.role, content=message.content, name=message.name)
+            for message in messages.messages
+        ]
+    )
+
+
+def _chat_options(messages: pb.ChatMessages) -> ChatOptions:
+    try:
+        kwargs = MessageToDict(messages.chat_template_kwargs)
+    except ValueError as error:
+        raise InvalidSetting(
+            "chat_template_kwargs has a number that is not finite", param="chat_template_kwargs"
+        ) from error
+    return ChatOptions(
+        add_generation_prompt=_optional(messages, "add_generation_prompt"),
+        continue_final_message=messages.continue_final_message,
+        template_kwargs=_whole_numbers(kwargs),
+    )
+
+
+def _whole_numbers(value: Any) -> Any:  # noqa: ANN401 - what JSON can hold
+    """A Struct has no whole numbers of its own: 2 is 2.0 in it."""
+    if isinstance(value, dict):
+        return {name: _whole_numbers(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

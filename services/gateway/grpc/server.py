@@ -1,0 +1,164 @@
+"""The public gRPC API: winnow.v1.Inference with health and reflection, on the gateway's own server.
+
+Its own rather than Ray Serve's gRPC proxy, because that has neither standard health nor
+reflection, and passes no typed trailing metadata. Replicas on one machine share the port.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing, suppress
+
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from services.common.rpc import abort_aio, server_options
+from services.common.tls import bind, public_credentials
+from services.common.tracing import context_in
+from services.gateway.access.keys import ApiKey
+from services.gateway.errors import public_error
+from services.gateway.gateway import Gateway
+from services.gateway.grpc.guard import MAX_CALLS, GrpcKeyGuard, authorization, connection_options
+from services.gateway.grpc.requests import request_from_bytes
+from services.gateway.grpc.responses import delta_to_proto, usage_to_proto
+from services.gateway.grpc.shutdown import Shutdown
+from winnow.errors import WinnowError
+from winnow.v1 import inference_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+SERVICE = "winnow.v1.Inference"
+_READINESS_INTERVAL_S = 5.0
+_ABORT_TIMEOUT_S = 5.0
+_SHARE_OF_GRACE = 0.9  # the rest is for the errors
+
+
+class GrpcServer:
+    """Start it once, stop it; health says SERVING while requests can be served."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._health = health_aio.HealthServicer()
+        self._server = grpc.aio.server(
+            options=_options(gateway),
+            interceptors=[GrpcKeyGuard(gateway.access, gateway.metrics)],
+            maximum_concurrent_rpcs=MAX_CALLS,
+        )
+        self._shutdown = Shutdown()
+        inference = _Inference(gateway, self._shutdown)
+        self._server.add_generic_rpc_handlers((inference.handler(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self._watch: asyncio.Task[None] | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """The port that is served; 0 asks for any.  Raises InvalidSetting if it is taken."""
+        credentials = public_credentials(self._gateway.settings)
+        bound = bind(self._server, host, port, credentials, what="gRPC", param="grpc_port")
+        await self._tell_health()
+        await self._server.start()
+        self._watch = asyncio.create_task(self._keep_telling_health())
+        return bound
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Returns when open calls have ended.
+
+        Requests still open shortly before `grace_s` are over end with an error; whatever else is
+        open then is cancelled.
+        """
+        if grace_s is not None:
+            self._shutdown.end_in(_SHARE_OF_GRACE * grace_s)
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+    async def _keep_telling_health(self) -> None:
+        while True:
+            await asyncio.sleep(_READINESS_INTERVAL_S)
+            await self._tell_health()
+
+    async def _tell_health(self) -> None:
+        ready = (await self._gateway.readiness()).ready
+        status = health_pb2.HealthCheckResponse
+        for name in ("", SERVICE):
+            await self._health.set(name, status.SERVING if ready else status.NOT_SERVING)
+
+
+def _options(gateway: Gateway) -> list[tuple[str, int]]:
+    """Every replica binds the one port, also one that takes another's place.
+
+    A request may be as large as over HTTP.
+    """
+    settings = gateway.settings
+    size = ("grpc.max_receive_message_length", int(settings.max_body_bytes))
+    shared = server_options(share_port=True)
+    others = [option for option in shared if option[0] != size[0]]
+    return [*others, size, *connection_options(settings)]
+
+
+class _Inference:
+    def __init__(self, gateway: Gateway, shutdown: Shutdown) -> None:
+        self._gateway = gateway
+        self._shutdown = shutdown
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """Takes messages as bytes: one that cannot be read gets a typed error like any other."""
+        complete = grpc.unary_stream_rpc_method_handler(
+            self.complete, response_serializer=pb.CompleteResponse.SerializeToString
+        )
+        return grpc.method_handlers_generic_handler(SERVICE, {"Complete": complete})
+
+    async def complete(self, body: bytes, context: grpc.aio.ServicerContext) -> None:
+        """Chunks as text is generated, then one with the usage; or one typed error.
+
+        Writes rather than yields them, so that a deadline ends the wait for a slow client too.
+        """
+        started = False
+
+        async def write(response: pb.CompleteResponse) -> None:
+            nonlocal started
+            started = True
+            await context.write(response)
+
+        try:
+            metadata = context.invocation_metadata() or ()
+            key = self._gateway.access.require(authorization(metadata))
+            async with self._shutdown.call():
+                await self._gateway.access.charge_request(key)
+                await self._answer(body, context_in(metadata), key, write)
+        except Exception as error:  # whatever it is, the client gets one typed error
+            failure = public_error(error)
+            if not started:
+                self._gateway.metrics.requests_refused.labels(failure.code).inc()
+            await _abort(context, failure)
+
+    async def _answer(
+        self,
+        body: bytes,
+        trace_context: str,
+        key: ApiKey | None,
+        write: Callable[[pb.CompleteResponse], Awaitable[None]],
+    ) -> None:
+        gateway, tokenizer = self._gateway, self._gateway.model.tokenizer
+        request = await asyncio.to_thread(request_from_bytes, gateway, body)
+        async with (
+            gateway.open(request, key, trace_context) as running,
+            aclosing(running.deltas()) as deltas,
+        ):
+            async for delta in deltas:
+                for response in delta_to_proto(delta, request.request_id, tokenizer):
+                    await write(response)
+            await write(usage_to_proto(running.usage(), request.request_id))
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: WinnowError) -> None:
+    """Ends the call; a client that does not read gets the error when it does."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_ABORT_TIMEOUT_S):
+            await abort_aio(context, error)

@@ -1,0 +1,130 @@
+"""The open Generate calls of one prompt: where it runs, and where it is about to go on."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from services.common.tasks import end, note_error
+from services.gateway.request.generate_call import (
+    NOBODY_TAKES_IT,
+    GenerateCall,
+    PromptRequest,
+    open_generate_call,
+)
+from services.gateway.request.routing import Router
+from winnow.errors import RequestCancelled, UnknownReservation, WinnowError
+from winnow.model_files import ModelDescription
+from winnow.v1 import decode_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+_PAUSE_S = 0.25
+
+
+class DecodeCalls:
+    """Close it in any case: that frees what the workers hold for the prompt.
+
+    left_s: seconds until the prompt's deadline; raises DeadlineExceeded after it.
+    """
+
+    current: GenerateCall
+
+    def __init__(
+        self, router: Router, model: ModelDescription, left_s: Callable[[], float]
+    ) -> None:
+        self._router = router
+        self._model = model
+        self._left_s = left_s
+        self._open: set[GenerateCall] = set()
+        self._closed = False
+        self._next: asyncio.Task[GenerateCall] | None = None
+        self._fetching: GenerateCall | None = None
+        self._stopped = False  # the current worker has, for another one to go on
+        self._num_moves = 0
+
+    async def admit(self, request: PromptRequest) -> None:
+        """Reserve KV memory for the prompt; raises as `open_generate_call`."""
+        self.current = await self._admitted(request)
+
+    async def admit_elsewhere(self, request: PromptRequest, patience_s: float) -> None:
+        """As `admit`, but waits so long for a worker with room."""
+        self.current = await self._sought(request, time.monotonic() + patience_s)
+
+    def begin_move(self, request: PromptRequest) -> None:
+        """Seeks a worker that fetches the prompt, which runs on meanwhile."""
+        if self._next is None and self.current.grant.allows_fetch:
+            self._stopped, self._fetching = False, None
+            self._next = asyncio.create_task(self._move(request, self.current.origin))
+            self._next.add_done_callback(note_error)  # where nobody waits for it any more
+
+    async def follow_move(self) -> None:
+        """The worker has stopped and gives the prompt away: from now on, the other one's events.
+
+        Returns once that one has said something; raises what became of the fetch otherwise.
+        """
+        self._stopped = True
+        if self._next is None or self._fetching is None:
+            raise UnknownReservation("no worker is there that fetches the prompt")
+        self.current, self._next = await self._next, None
+
+    async def _move(self, request: PromptRequest, origin: pb.Origin) -> GenerateCall:
+        """A worker that fetches.  One that cannot is followed by another while the prompt runs."""
+        while True:
+            self._num_moves += 1
+            request_id = f"{request.request_id}.m{self._num_moves}"
+            asked = replace(request, request_id=request_id, origin=origin)
+            self._fetching = await self._sought(asked, float("inf"))
+            try:
+                await self._fetching.peek()
+                return self._fetching
+            except WinnowError as error:
+                about = {"request_id": request.request_id}
+                logger.warning("it could not move: %s", error, extra=about)
+                if self._stopped:
+                    raise UnknownReservation(f"it could not move: {error.message}") from error
+                self._drop(self._fetching)
+                self._fetching = None
+                await asyncio.sleep(_PAUSE_S)
+
+    def _drop(self, call: GenerateCall) -> None:
+        if call in self._open:
+            self._open.remove(call)
+            call.close()
+
+    def end_move(self) -> None:
+        """The other worker has all it needs; the first one may forget the prompt."""
+        for call in self._open - {self.current}:
+            self._drop(call)
+
+    async def close(self) -> None:
+        """Ends all calls at once, then waits for the task that seeks a worker."""
+        self._closed = True
+        for call in list(self._open):
+            self._drop(call)
+        if self._next is not None:
+            await end(self._next)
+
+    async def _admitted(self, request: PromptRequest) -> GenerateCall:
+        self._require_open()
+        call = await open_generate_call(self._router, request, self._model, self._left_s())
+        self._open.add(call)
+        if self._closed:
+            self._drop(call)
+        self._require_open()
+        return call
+
+    def _require_open(self) -> None:
+        """A task that seeks a worker may live on for a moment after `close`."""
+        if self._closed:
+            raise RequestCancelled("the prompt needs no worker any more")
+
+    async def _sought(self, request: PromptRequest, give_up_s: float) -> GenerateCall:
+        while True:
+            try:
+                return await self._admitted(request)
+            except NOBODY_TAKES_IT:
+                if time.monotonic() > give_up_s:
+                    raise
+                await asyncio.sleep(_PAUSE_S)

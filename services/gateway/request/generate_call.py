@@ -1,0 +1,214 @@
+"""One open Generate call: KV memory reserved at a decode worker, tokens to come."""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+import grpc.aio
+
+from services.common.messages import recompression_to_proto, sampling_to_proto
+from services.common.registry import MIN_TOKENS, WorkerRecord
+from services.common.rpc import error_from_rpc, is_typed
+from services.common.tracing import metadata_of
+from services.gateway.request.routing import Router, WorkerConnection
+from winnow.errors import (
+    EngineFailed,
+    InvalidSetting,
+    ModelMismatch,
+    NoDecodeWorker,
+    Overloaded,
+    RequestCancelled,
+    TransferMismatch,
+    WinnowError,
+)
+from winnow.model_files import ModelDescription
+from winnow.pruning_settings import PruningSettings
+from winnow.sampling_params import SamplingParams
+from winnow.v1 import decode_pb2 as pb
+from winnow.wire import FIRST_WITH_FETCH, WIRE_VERSIONS, Grant
+
+logger = logging.getLogger(__name__)
+
+# Admission costs a worker no compute, so one that takes longer is as good as gone.
+_ADMISSION_TIMEOUT_S = 5.0
+# What gRPC says of a call by itself; in any other code that is not Winnow's a worker is lost.
+_GRPCS_OWN = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
+# What `open_generate_call` raises where no worker takes the prompt. One taken before may be
+# taken again: by a worker that comes back, or has room by then.
+NOBODY_TAKES_IT = (NoDecodeWorker, Overloaded, InvalidSetting)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRequest:
+    """One prompt's part of a request; its answers are sequences 0 to num_sequences - 1."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    num_sequences: int
+    sampling: SamplingParams
+    pruning: PruningSettings
+    trace_context: str = ""  # a traceparent
+    replayed: tuple[tuple[int, ...], ...] = ()  # as in GenerationSpec
+    origin: pb.Origin | None = None  # where it runs already
+    assured: bool = False  # as in GenerationSpec
+    num_prompt_logprobs: int | None = None  # as in PrefillJob
+
+
+class GenerateCall:
+    """An admitted prompt at one worker. Close it in any case: that frees what it holds there."""
+
+    def __init__(
+        self,
+        request_id: str,
+        call: grpc.aio.UnaryStreamCall,
+        connection: WorkerConnection,
+        admitted: pb.Admitted,
+    ) -> None:
+        self.worker_id: str = admitted.worker_id
+        self.kv_address: str = admitted.kv_address
+        self.grant = grant_in(admitted)
+        self._request_id = request_id
+        self._peeked: pb.GenerateEvent | None = None
+        self._call = call
+        self._connection = connection
+        connection.count_pages(admitted.reserved_pages)
+
+    async def peek(self) -> None:
+        """Returns when the worker has said something, for `next_event` to tell; raises as it."""
+        self._peeked = await self.next_event()
+
+    async def next_event(self) -> pb.GenerateEvent | None:
+        """What happens next at the worker; None at the end.  Raises the error it ended with."""
+        if self._peeked is not None:
+            event, self._peeked = self._peeked, None
+            return event
+        try:
+            event = await self._call.read()
+        except grpc.aio.AioRpcError as error:
+            raise _explained(error, f"decode worker {self.worker_id}") from error
+        return None if event is grpc.aio.EOF else event
+
+    @property
+    def origin(self) -> pb.Origin:
+        """Where another worker can fetch it, once it runs."""
+        return pb.Origin(
+            kv_address=self.kv_address,
+            request_id=self._request_id,
+            fetch_token=self.grant.fetch_token,
+        )
+
+    def suspect(self) -> None:
+        """Note that the worker could not be reached: others are tried before it."""
+        self._connection.suspect()
+
+    def close(self) -> None:
+        """End the call; the worker frees the prompt's KV at once."""
+        self._call.cancel()
+        self._connection.leave()
+
+
+async def open_generate_call(
+    router: Router, request: PromptRequest, model: ModelDescription, deadline_s: float
+) -> GenerateCall:
+    """The prompt admitted by the best worker that has room for it.
+
+    deadline_s: seconds until the call ends by itself.
+    Raises Overloaded if the workers have no room now, NoDecodeWorker if there is none that
+    answers, InvalidSetting if the prompt can never fit at any of them.
+    """
+    message = _to_proto(request, model)
+    refusals: list[WinnowError] = []
+    for worker in _able(await router.candidates(), request):
+        try:
+            return await _admit(router.enter(worker), message, deadline_s, request.trace_context)
+        except (*NOBODY_TAKES_IT, EngineFailed, ModelMismatch, TransferMismatch) as error:
+            is_usual = isinstance(error, Overloaded | InvalidSetting)
+            level = logging.DEBUG if is_usual else logging.WARNING
+            about = {"request_id": request.request_id}
+            logger.log(level, "decode worker %s: %s", worker.worker_id, error, extra=about)
+            refusals.append(error)
+    raise _verdict(refusals)
+
+
+def _able(workers: list[WorkerRecord], request: PromptRequest) -> list[WorkerRecord]:
+    """The workers that carry out all that the request asks for.  Raises NoDecodeWorker if none."""
+    able = workers
+    if request.origin is not None:
+        able = [worker for worker in able if FIRST_WITH_FETCH in worker.wire_versions]
+    if request.sampling.min_tokens:
+        able = [worker for worker in able if MIN_TOKENS in worker.features]
+    if workers and not able:
+        raise NoDecodeWorker(f"none of {len(workers)} decode workers is new enough for the request")
+    return able
+
+
+def _verdict(refusals: list[WinnowError]) -> WinnowError:
+    overloaded = [error for error in refusals if isinstance(error, Overloaded)]
+    if overloaded:
+        return overloaded[0]
+    if refusals and all(isinstance(error, InvalidSetting) for error in refusals):
+        return refusals[0]
+    if refusals:
+        return NoDecodeWorker(f"none of {len(refusals)} decode workers takes requests now")
+    return NoDecodeWorker("no decode worker for this model is registered")
+
+
+async def _admit(
+    connection: WorkerConnection, message: pb.GenerateRequest, deadline_s: float, trace_context: str
+) -> GenerateCall:
+    metadata = metadata_of(trace_context)
+    call = connection.stub.Generate(message, timeout=deadline_s, metadata=metadata)
+    try:
+        return GenerateCall(message.request_id, call, connection, await _read_admitted(call))
+    except BaseException as error:
+        call.cancel()
+        connection.leave()
+        if isinstance(error, NoDecodeWorker):
+            connection.suspect()
+        raise
+
+
+async def _read_admitted(call: grpc.aio.UnaryStreamCall) -> pb.Admitted:
+    try:
+        async with asyncio.timeout(_ADMISSION_TIMEOUT_S):
+            event = await call.read()
+    except grpc.aio.AioRpcError as error:
+        raise _explained(error, "it") from error
+    except TimeoutError as error:
+        raise NoDecodeWorker(f"no answer within {_ADMISSION_TIMEOUT_S:g} seconds") from error
+    if event is grpc.aio.EOF or not event.HasField("admitted"):
+        raise NoDecodeWorker("the worker does not speak winnow.v1.Decode")
+    admitted: pb.Admitted = event.admitted
+    return admitted
+
+
+def _explained(error: grpc.aio.AioRpcError, who: str) -> WinnowError:
+    """The worker's own error, or NoDecodeWorker where it broke off without one."""
+    told = error_from_rpc(error)
+    is_told = is_typed(error) or error.code() in _GRPCS_OWN
+    if is_told and not isinstance(told, RequestCancelled):
+        return told
+    return NoDecodeWorker(f"{who} went away: {told.message}")
+
+
+def grant_in(admitted: pb.Admitted) -> Grant:
+    """What a worker granted."""
+    return Grant(admitted.wire_version, admitted.transfer_secret)
+
+
+def _to_proto(request: PromptRequest, model: ModelDescription) -> pb.GenerateRequest:
+    num_tokens, num_kv_heads = len(request.token_ids), model.shape.num_kv_heads
+    return pb.GenerateRequest(
+        request_id=request.request_id,
+        model_fingerprint=model.fingerprint,
+        num_prompt_tokens=num_tokens,
+        num_sequences=request.num_sequences,
+        max_prompt_entries=request.pruning.max_prompt_entries(num_tokens, num_kv_heads),
+        sampling=sampling_to_proto(request.sampling),
+        recompression=recompression_to_proto(request.pruning.decode_side),
+        prompt_token_ids=request.token_ids if request.sampling.needs_prompt else (),
+        wire_versions=WIRE_VERSIONS,
+        replayed=[pb.ReplayedTokens(token_ids=token_ids) for token_ids in request.replayed],
+        origin=request.origin,
+        assured=request.assured,
+    )

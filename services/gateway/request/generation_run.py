@@ -1,0 +1,223 @@
+"""One prompt's life in the gateway, from the reservation of KV memory to its last token.
+
+A prompt whose decode worker is lost goes on at another one: that one gets the prompt's KV anew, and
+replays the tokens that were generated. A prompt whose worker drains moves to another one, which
+fetches all that the first one holds. Either way the answer is the one that it would have been.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncGenerator, Awaitable
+from dataclasses import replace
+from typing import TypeVar
+
+from services.common.jobs import PrefillJob
+from services.common.messages import report_from_proto, tokens_from_proto
+from services.common.tasks import end
+from services.common.tracing import span
+from services.gateway.request.decode_calls import DecodeCalls
+from services.gateway.request.generate_call import NOBODY_TAKES_IT, PromptRequest
+from services.gateway.request.run import Run, Service
+from services.gateway.request.states import RUNS, WORKER_LOST, State
+from winnow.errors import (
+    EngineFailed,
+    NoDecodeWorker,
+    NotFinite,
+    Preempted,
+    PrefillFailed,
+    TransferRefused,
+    WinnowError,
+)
+from winnow.tokens import PromptLogprobs, Token
+from winnow.v1 import decode_pb2 as pb
+
+_T = TypeVar("_T")
+
+
+# What prefill and decode tell after the last token is worth this wait, not more.
+_LAST_WORDS_TIMEOUT_S = 2.0
+MAX_MIGRATIONS = 3
+# A worker that takes over is sought for this long after a loss: the lost one may be back by then.
+_PATIENCE_S = 30.0
+
+
+class PromptRun(Run):
+    """A prompt for which tokens are generated."""
+
+    def __init__(self, request: PromptRequest, service: Service, deadline_s: float) -> None:
+        super().__init__(request, service, deadline_s)
+        self._asked = request  # of the worker: anew at each
+        self._generated: list[list[int]] = [[] for _ in range(request.num_sequences)]
+        self._calls = self._no_calls()
+        self._stopped_s = 0.0  # when its worker began to give it away
+        self._ended: set[int] = set()
+        self._read: asyncio.Task[pb.GenerateEvent | None] | None = None
+        self._logprobs: PromptLogprobs | None = None
+
+    async def _free(self) -> None:
+        tasks = [task for task in (self._read, self._prefill) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await self._calls.close()
+        await end(*tasks)
+
+    def _no_calls(self) -> DecodeCalls:
+        return DecodeCalls(self._service.router, self._service.model, self._left_s)
+
+    async def admit(self) -> None:
+        with span("admission", self.request.trace_context, prompt=self.request.request_id):
+            await self._calls.admit(self.request)
+        self._enter(State.ADMITTED)
+        self._service.metrics.requests_admitted.inc()
+        self._service.metrics.admission_seconds.observe(time.monotonic() - self._arrived_s)
+
+    async def tokens(self) -> AsyncGenerator[list[Token]]:
+        self._begin_prefill()
+        while True:
+            try:
+                event = await self._next_event()
+                if event.HasField("moved"):
+                    await self._follow()
+            except WORKER_LOST as error:
+                await self._recover(error)
+                continue
+            if event.HasField("prefilled"):
+                self._note_arrival(event.prefilled)
+            elif event.HasField("leaving"):
+                self._calls.begin_move(replace(self._asked, replayed=self._replayed()))
+            elif event.HasField("tokens"):
+                yield self._note(event.tokens)
+
+    def _note_arrival(self, prefilled: pb.Prefilled) -> None:
+        if self.state is State.MOVING:
+            self._calls.end_move()
+            self.stats.moves += 1
+            self._service.metrics.move_seconds.observe(time.monotonic() - self._stopped_s)
+        self.stats.report = report_from_proto(prefilled.report)
+        self._enter(State.DECODING)
+
+    async def _follow(self) -> None:
+        self._stopped_s = time.monotonic()
+        self._enter(State.MOVING)
+        await self._soon(self._calls.follow_move())
+
+    async def prompt_logprobs(self) -> PromptLogprobs:
+        """A worker that takes over later needs no others."""
+        if self._logprobs is None:
+            self._logprobs = await self._told_logprobs()
+        return self._logprobs
+
+    async def _told_logprobs(self) -> PromptLogprobs:
+        """Computed once more, alone, if prefill was lost after the KV had come."""
+        try:
+            return await super().prompt_logprobs()
+        except (PrefillFailed, TransferRefused) as error:
+            self._warn("the prompt's log-probabilities are lost: %s", error)
+        self._prefill = asyncio.create_task(self._prefill_job())
+        return await super().prompt_logprobs()
+
+    async def _recover(self, error: WinnowError) -> None:
+        """Goes on at another worker.  Raises `error` where that would not help, or not again."""
+        stats = self.stats
+        if isinstance(error, NotFinite) or stats.migrations == MAX_MIGRATIONS:
+            raise error
+        stats.migrations += 1
+        self._service.metrics.migrations.labels(error.code).inc()
+        num_generated = sum(map(len, self._generated))
+        self._warn("after %d tokens: %s; another worker takes over", num_generated, error)
+        self._enter(State.LOST)
+        is_lost = not isinstance(error, Preempted)
+        if is_lost:
+            self._calls.current.suspect()
+        await self._free()
+        self._calls = self._no_calls()
+        self._asked = replace(
+            self.request,
+            request_id=f"{self.request.request_id}.{stats.migrations}",
+            replayed=self._replayed(),
+            assured=self._asked.assured or not is_lost,
+        )
+        try:
+            await self._calls.admit_elsewhere(self._asked, _PATIENCE_S if is_lost else math.inf)
+        except NOBODY_TAKES_IT as none:
+            raise NoDecodeWorker(f"{error.message}; nobody took over: {none.message}") from none
+        self._begin_prefill()
+
+    def _replayed(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(map(tuple, self._generated)) if any(self._generated) else ()
+
+    async def finish(self) -> None:
+        assert self._prefill is not None
+        outcome = await self._last_words(self._prefill, "prefill delivered the KV")
+        if outcome is not None:
+            self.stats.timings = outcome.timings
+        if len(self._ended) == self.request.num_sequences:
+            # The call's end, so that it is not cancelled.
+            await self._last_words(self._calls.current.next_event(), "decode gave all tokens")
+        self._enter(State.FINISHED)
+
+    async def _last_words(self, words: Awaitable[_T], done: str) -> _T | None:
+        """What a worker tells when the answer is whole; None where it fails or is silent."""
+        try:
+            async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
+                return await words
+        except (WinnowError, TimeoutError) as error:
+            self._warn("%s, but then failed: %r", done, error)
+        return None
+
+    def _note(self, tokens: pb.Tokens) -> list[Token]:
+        if self.stats.ttft_s is None:
+            self.stats.ttft_s = time.monotonic() - self._arrived_s
+        self.stats.recompressed_entries = tokens.recompressed_entries
+        step = tokens_from_proto(tokens)
+        for token in step:
+            self._generated[token.sequence_idx].append(token.token_id)
+        self._ended |= {token.sequence_idx for token in step if token.finish_reason}
+        return step
+
+    async def _next_event(self) -> pb.GenerateEvent:
+        """The worker's next event, or the failure of prefill if that is earlier."""
+        event = await (self._step() if self.state in RUNS else self._prefilled())
+        if event is None:
+            raise EngineFailed("the decode worker ended its answer before the last token")
+        return event
+
+    async def _step(self) -> pb.GenerateEvent | None:
+        return await self._soon(self._calls.current.next_event())
+
+    async def _soon(self, event: Awaitable[_T]) -> _T:
+        """The event, of a worker that has all it needs; raises NoDecodeWorker if it is silent."""
+        silence_s = self._service.silence_s
+        try:
+            async with asyncio.timeout(silence_s):
+                return await event
+        except TimeoutError as error:
+            raise NoDecodeWorker(
+                f"decode worker {self._calls.current.worker_id} said nothing for {silence_s:g} s"
+            ) from error
+
+    async def _prefilled(self) -> pb.GenerateEvent | None:
+        assert self._prefill is not None
+        self._read = asyncio.create_task(self._calls.current.next_event())
+        await asyncio.wait({self._read, self._prefill}, return_when=asyncio.FIRST_COMPLETED)
+        if not self._read.done():
+            self._prefill.result()
+        return await self._soon(self._read)
+
+    def _job(self, attempt: int, trace_context: str) -> PrefillJob:
+        request, call = self.request, self._calls.current
+        if self.state in RUNS and request.num_prompt_logprobs is not None:
+            return self._scoring_job(attempt, trace_context)
+        return PrefillJob(
+            request_id=self._asked.request_id,
+            attempt=attempt,
+            token_ids=request.token_ids,
+            pruning=request.pruning,
+            kv_address=call.kv_address,
+            ticket=call.grant.ticket(attempt),
+            deadline_s=self._left_s(),
+            trace_context=trace_context,
+            admitted=self.stats.attempts > 1,
+            num_prompt_logprobs=None if self._logprobs else request.num_prompt_logprobs,
+        )

@@ -1,0 +1,138 @@
+"""What one API request asks for, after every check: the same for REST and gRPC."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from services.gateway.access.request_limits import RequestLimits
+from winnow.pruning_settings import PruningSettings
+from winnow.sampling_params import SamplingParams
+from winnow.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt as it came; text is None if it came as token ids."""
+
+    token_ids: Sequence[int]
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedPrompt:
+    """One prompt: its tokens, what its answers begin with (`echo`), and their greatest length.
+
+    offsets: where each token begins in `echo`, if their log-probabilities are wanted.
+    """
+
+    token_ids: tuple[int, ...]
+    echo: str
+    max_tokens: int
+    offsets: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One request. Choice `i * num_choices + j` is the j-th answer to prompt i.
+
+    request_id: unique, what the client sees as the completion's id.
+    sampling: for all prompts; its max_tokens gives way to each prompt's own.
+    stop to skip_special_tokens: as in TextStream.
+    num_prompt_logprobs: as num_logprobs in `sampling`, of the prompts' own tokens.
+    """
+
+    request_id: str
+    prompts: tuple[CheckedPrompt, ...]
+    num_choices: int
+    sampling: SamplingParams
+    stop: tuple[str, ...]
+    include_stop_str_in_output: bool
+    skip_special_tokens: bool
+    pruning: PruningSettings
+    num_prompt_logprobs: int | None = None
+
+    @property
+    def most_tokens(self) -> int:
+        """Of prompts and the longest answers allowed."""
+        return sum(
+            len(prompt.token_ids) + self.num_choices * prompt.max_tokens for prompt in self.prompts
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """What a request says besides its prompts, before it is checked; None is OpenAI's default.
+
+    max_tokens_param: what the API calls max_tokens. default_max_tokens: None is as many as fit.
+    sampling: fields of SamplingParams, without max_tokens.
+    """
+
+    max_tokens: int | None
+    max_tokens_param: str
+    default_max_tokens: int | None
+    n: int | None
+    stop: Sequence[str]
+    include_stop_str_in_output: bool | None
+    skip_special_tokens: bool | None
+    echo: bool
+    sampling: Mapping[str, Any]
+    pruning: Mapping[str, Any]
+
+
+def checked_request(
+    id_prefix: str,
+    prompts: Sequence[Prompt],
+    options: RequestOptions,
+    limits: RequestLimits,
+    tokenizer: Tokenizer,
+) -> GenerationRequest:
+    """The request's GenerationRequest.
+
+    Raises InvalidSetting or PromptTooLong, naming number and limit.
+    """
+    num_choices = 1 if options.n is None else options.n
+    limits.require_choices(num_choices)
+    limits.require_stop(options.stop)
+    num_prompt_logprobs = options.sampling.get("num_logprobs") if options.echo else None
+    checked = tuple(_checked_prompt(prompt, options, limits, tokenizer) for prompt in prompts)
+    shortest = max(1, min(prompt.max_tokens for prompt in checked))
+    return GenerationRequest(
+        request_id=f"{id_prefix}-{secrets.token_hex(16)}",
+        prompts=checked,
+        num_choices=num_choices,
+        sampling=_sampling({**options.sampling, "max_tokens": shortest}, limits),
+        stop=tuple(options.stop),
+        include_stop_str_in_output=bool(options.include_stop_str_in_output),
+        skip_special_tokens=options.skip_special_tokens is not False,
+        pruning=limits.pruning(options.pruning, scores_prompt=num_prompt_logprobs is not None),
+        num_prompt_logprobs=num_prompt_logprobs,
+    )
+
+
+def _checked_prompt(
+    prompt: Prompt, options: RequestOptions, limits: RequestLimits, tokenizer: Tokenizer
+) -> CheckedPrompt:
+    max_tokens = limits.max_tokens(
+        options.max_tokens,
+        options.default_max_tokens,
+        len(prompt.token_ids),
+        options.max_tokens_param,
+        least=0 if options.echo else 1,
+    )
+    token_ids = tuple(prompt.token_ids)
+    if not options.echo:
+        return CheckedPrompt(token_ids, "", max_tokens)
+    echo = tokenizer.decode(token_ids) if prompt.text is None else prompt.text
+    scored = options.sampling.get("num_logprobs") is not None
+    offsets = tokenizer.offsets(token_ids, prompt.text) if scored else ()
+    return CheckedPrompt(token_ids, echo, max_tokens, tuple(offsets))
+
+
+def _sampling(fields: Mapping[str, Any], limits: RequestLimits) -> SamplingParams:
+    """The model's defaults, or OpenAI's, for what is not given; a random seed if none is."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    given["stop_token_ids"] = limits.stop_token_ids(given.get("stop_token_ids", ()))
+    sampling = SamplingParams(**{"seed": secrets.randbits(63), **limits.sampling_defaults, **given})
+    limits.require_token_ids(list(sampling.logit_bias), "logit_bias")
+    return sampling

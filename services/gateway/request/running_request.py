@@ -1,0 +1,188 @@
+"""One request's prompts run together, and their answers as one stream of deltas."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+
+from services.common.tasks import end, is_cancelled
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.request.choices import Choice, Delta, EndTokens
+from services.gateway.request.generate_call import PromptRequest
+from services.gateway.request.generation_run import PromptRun
+from services.gateway.request.request import CheckedPrompt, GenerationRequest
+from services.gateway.request.run import Run, Service
+from services.gateway.request.scoring_run import PromptScoring
+from services.gateway.served_model import ServedModel
+from services.gateway.usage import Usage, winnow_usage
+from winnow.text_stream import TextStream
+from winnow.tokens import PromptLogprobs, Token
+
+# Deltas that wait for a slow client before decode is made to wait.
+_MAX_WAITING_DELTAS = 256
+
+
+class RunningRequest:
+    """Made with `Gateway.open`, which admits and frees the runs."""
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        runs: Sequence[Run],
+        model: ServedModel,
+        metrics: GatewayMetrics,
+    ) -> None:
+        self.request = request
+        self.runs = runs
+        self.choices = [
+            Choice(
+                prompt_idx * request.num_choices + sequence_idx,
+                _text_stream(request, model),
+                prompt.echo,
+                EndTokens.of(request.sampling, model.description.eos_token_ids),
+                metrics,
+            )
+            for prompt_idx, prompt in enumerate(request.prompts)
+            for sequence_idx in range(request.num_choices)
+        ]
+
+    async def deltas(self) -> AsyncGenerator[Delta]:
+        """Every choice's deltas as they come; raises the first error of any prompt."""
+        async with aclosing(self.paced_deltas(lambda: None)) as deltas:
+            async for delta in deltas:
+                assert delta is not None
+                yield delta
+
+    async def paced_deltas(
+        self, patience_s: Callable[[], float | None]
+    ) -> AsyncGenerator[Delta | None]:
+        """As `deltas`; and None whenever no delta has come for `patience_s()` seconds."""
+        waiting: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(_MAX_WAITING_DELTAS)
+        pumps = [
+            asyncio.create_task(self._pump(prompt_idx, waiting))
+            for prompt_idx in range(len(self.runs))
+        ]
+        try:
+            running = len(pumps)
+            while running:
+                try:
+                    async with asyncio.timeout(patience_s()):
+                        item = await waiting.get()
+                except TimeoutError:
+                    yield None
+                    continue
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    running -= 1
+                else:
+                    yield item
+        finally:
+            await end(*pumps)
+
+    def choices_of(self, prompt_idx: int) -> list[Choice]:
+        first = prompt_idx * self.request.num_choices
+        return self.choices[first : first + self.request.num_choices]
+
+    def usage(self) -> Usage:
+        """What was used, once every delta was read."""
+        return Usage(
+            prompt_tokens=sum(len(prompt.token_ids) for prompt in self.request.prompts),
+            completion_tokens=sum(choice.num_tokens for choice in self.choices),
+            prompts=tuple(winnow_usage(run.stats) for run in self.runs),
+        )
+
+    async def _pump(
+        self, prompt_idx: int, waiting: asyncio.Queue[Delta | Exception | None]
+    ) -> None:
+        """Puts one prompt's deltas, then None, or the exception that ended it.
+
+        A cancel that comes from within is one too: nobody else would tell the reader.
+        """
+        try:
+            async with aclosing(self._prompt_deltas(prompt_idx)) as deltas:
+                async for delta in deltas:
+                    await waiting.put(delta)
+        except Exception as error:  # handed to the reader, who raises it
+            await waiting.put(error)
+        except asyncio.CancelledError as error:
+            if is_cancelled():
+                raise
+            await waiting.put(RuntimeError(f"the prompt was given up from within: {error!r}"))
+        else:
+            await waiting.put(None)
+
+    async def _prompt_deltas(self, prompt_idx: int) -> AsyncGenerator[Delta]:
+        """One prompt's deltas; ends its run as soon as all its choices have ended."""
+        run, choices = self.runs[prompt_idx], self.choices_of(prompt_idx)
+        num_steps = 0
+        async with aclosing(run.tokens()) as steps:
+            async for tokens in steps:
+                num_steps += 1
+                if num_steps == 1:
+                    await self._tell_prompt(prompt_idx)
+                for token in tokens:
+                    delta = choices[token.sequence_idx].take(token)
+                    if delta is not None:
+                        yield delta
+                if self.request.prompts[prompt_idx].max_tokens == 0:
+                    for choice in choices:
+                        yield choice.end_at_once()
+                if all(choice.finish_reason for choice in choices):
+                    break
+            await run.finish()
+
+    async def _tell_prompt(self, prompt_idx: int) -> None:
+        """Has every choice begin with the prompt's log-probabilities, if they are wanted."""
+        if self.request.num_prompt_logprobs is None:
+            return
+        logprobs = await self.runs[prompt_idx].prompt_logprobs()
+        token_ids = self.request.prompts[prompt_idx].token_ids
+        tokens = await asyncio.to_thread(_scored_tokens, token_ids, logprobs)
+        for choice in self.choices_of(prompt_idx):
+            choice.begin(tokens)
+
+
+def _text_stream(request: GenerationRequest, model: ServedModel) -> TextStream:
+    return TextStream(
+        model.tokenizer,
+        request.stop,
+        include_stop_str_in_output=request.include_stop_str_in_output,
+        skip_special_tokens=request.skip_special_tokens,
+        min_tokens=request.sampling.min_tokens,
+    )
+
+
+def _scored_tokens(token_ids: Sequence[int], logprobs: PromptLogprobs) -> tuple[Token, ...]:
+    """Takes time for a long prompt."""
+    scored = zip(token_ids, logprobs.of_each(), strict=True)
+    return tuple(Token(0, token_id, of_token) for token_id, of_token in scored)
+
+
+def prompt_runs(
+    request: GenerationRequest, service: Service, timeout_s: float, trace_context: str = ""
+) -> list[Run]:
+    """A run per prompt; all end within `timeout_s` seconds."""
+    deadline_s = time.monotonic() + timeout_s
+    return [
+        _run_of(prompt)(
+            PromptRequest(
+                request_id=f"{request.request_id}-{prompt_idx}",
+                token_ids=prompt.token_ids,
+                num_sequences=request.num_choices,
+                # SamplingParams are of what is generated, which is at least a token.
+                sampling=replace(request.sampling, max_tokens=max(1, prompt.max_tokens)),
+                pruning=request.pruning,
+                trace_context=trace_context,
+                num_prompt_logprobs=request.num_prompt_logprobs,
+            ),
+            service,
+            deadline_s,
+        )
+        for prompt_idx, prompt in enumerate(request.prompts)
+    ]
+
+
+def _run_of(prompt: CheckedPrompt) -> type[PromptRun | PromptScoring]:
+    return PromptRun if prompt.max_tokens else PromptScoring

@@ -1,0 +1,120 @@
+"""What operators ask a gateway, on a port of its own: the API's has none of it.
+
+It asks for no key and speaks plain text, as every process's /metrics does, so it belongs on an
+inner network. The gateways of one machine share the port, so that it outlives each of them; where
+all processes are, any of them knows.
+"""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse, Response
+
+from services.common.metrics import CONTENT_TYPE, render
+from services.common.ports import listening
+from services.gateway.errors import as_winnow_error
+from services.gateway.gateway import Gateway
+from services.gateway.rest.errors import error_response
+from winnow.errors import InvalidSetting, WinnowError
+
+_MAX_CONNECTIONS = 64
+_GRACE_S = 1
+_READ = ["GET", "HEAD"]
+
+
+class AdminServer:
+    """Start it once, stop it."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        config = uvicorn.Config(
+            create_admin_api(gateway),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            limit_concurrency=_MAX_CONNECTIONS,
+            timeout_graceful_shutdown=_GRACE_S,
+        )
+        self._server = _Server(config)
+        self._listener: socket.socket | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """The port that is served; 0 asks for any.  Raises InvalidSetting if it is taken."""
+        try:
+            self._listener = listening(host, port, share=True)
+        except OSError as error:
+            raise InvalidSetting(
+                f"admin_port {port} on {host} cannot be used: {error.strerror or error}",
+                param="admin_port",
+            ) from error
+        self._serving = asyncio.create_task(self._server.serve([self._listener]))
+        return int(self._listener.getsockname()[1])
+
+    async def stop(self) -> None:
+        """Closes the port; what is being answered has `_GRACE_S` to end."""
+        if self._serving is None or self._listener is None:
+            return
+        self._server.should_exit = True
+        await self._serving
+        self._listener.close()
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn that leaves the process's signals alone: they are Ray's."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def create_admin_api(gateway: Gateway) -> FastAPI:
+    """The ASGI application behind the port."""
+    api = FastAPI(title="Winnow's operators", docs_url=None, redoc_url=None, openapi_url=None)
+
+    async def failed(_request: Request, error: Exception) -> Response:
+        return error_response(as_winnow_error(error))
+
+    api.add_exception_handler(WinnowError, failed)
+    _add_state(api, gateway)
+    _add_metrics(api, gateway)
+    return api
+
+
+def _add_state(api: FastAPI, gateway: Gateway) -> None:
+    @api.api_route("/health", methods=_READ)
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @api.api_route("/ready", methods=_READ)
+    async def ready() -> Response:
+        readiness = await gateway.readiness()
+        body = {
+            "status": readiness.status,
+            "decode_workers": readiness.decode_workers,
+            "prefill": readiness.prefill,
+            "ending": readiness.ending,
+        }
+        return JSONResponse(body, 200 if readiness.ready else 503)
+
+
+def _add_metrics(api: FastAPI, gateway: Gateway) -> None:
+    @api.get("/metrics/targets")
+    async def targets() -> list[dict[str, Any]]:
+        """Where all processes serve /metrics, for Prometheus's http_sd_configs."""
+        return [
+            {
+                "targets": [target.address],
+                "labels": {"worker": target.worker_id, "__winnow_role": target.role},
+            }
+            for target in await gateway.targets()
+        ]
+
+    @api.get("/metrics")
+    async def metrics() -> Response:
+        """Of the gateway that answers, for a look; Prometheus asks each one at its own port."""
+        return Response(render(gateway.metrics.registry), media_type=CONTENT_TYPE)

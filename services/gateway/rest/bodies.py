@@ -1,0 +1,87 @@
+"""The bodies of OpenAI's API that Winnow takes, and how a wrong one is named.
+
+Fields that are absent or null have OpenAI's default. Ranges are checked where the value is used,
+so that REST and gRPC share the checks; here they are only told, for /openapi.json.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import Field, WithJsonSchema
+
+from services.gateway.body import Body, Integer
+from services.gateway.chat import ChatMessage, ChatParameters
+from services.gateway.rest.winnow_options import WinnowOptions
+from services.gateway.rest.without_effect import WithoutEffect
+from winnow.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
+
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+_PROMPTS = [
+    {"type": "string", "minLength": 1},
+    _TOKEN_IDS,
+    {"type": "array", "items": {"anyOf": [{"type": "string"}, _TOKEN_IDS]}, "minItems": 1},
+]
+
+
+def _told(**schema: Any) -> Any:  # noqa: ANN401 - a field's, as pydantic types them
+    """What a field's schema says beyond its type."""
+    return Field(None, json_schema_extra=schema)
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's
+    include_obfuscation: bool | None = None  # without effect
+
+
+class _Generation(WithoutEffect, Body):
+    """What completions and chat share."""
+
+    model: str
+    max_tokens: Integer | None = _told(minimum=1)
+    min_tokens: Integer | None = _told(minimum=0)
+    temperature: float | None = _told(minimum=0, maximum=2)
+    top_p: float | None = _told(exclusiveMinimum=0, maximum=1)
+    top_k: Integer | None = _told(minimum=-1)
+    min_p: float | None = _told(minimum=0, maximum=1)
+    seed: Integer | None = _told(minimum=-1)
+    stop: str | list[str] | None = None
+    stop_token_ids: list[Integer] | None = _told(maxItems=MAX_STOP_TOKEN_IDS)
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    presence_penalty: float | None = _told(minimum=-2, maximum=2)
+    frequency_penalty: float | None = _told(minimum=-2, maximum=2)
+    repetition_penalty: float | None = _told(exclusiveMinimum=0, maximum=10)
+    logit_bias: dict[str, float] | None = None
+    n: Integer | None = _told(minimum=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = None
+    winnow: WinnowOptions | None = None
+
+
+class CompletionRequest(_Generation):
+    # Text, token ids, or a list of either; prompts.py tells them apart, and names what is wrong.
+    prompt: Annotated[Any, WithJsonSchema({"anyOf": _PROMPTS})]
+    max_tokens: Integer | None = _told(minimum=0)  # 0 only with echo
+    logprobs: Integer | None = _told(minimum=0, maximum=MAX_LOGPROBS)
+    echo: bool | None = None
+
+
+class ChatRequest(_Generation, ChatParameters):
+    messages: list[ChatMessage] = Field(json_schema_extra={"minItems": 1})
+    max_completion_tokens: Integer | None = _told(minimum=1)
+    logprobs: bool | None = None
+    top_logprobs: Integer | None = None
+
+
+class TokenizeRequest(ChatParameters):
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Body):
+    model: str | None = None
+    tokens: list[Integer]
