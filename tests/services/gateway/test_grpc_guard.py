@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from services.gateway import grpc_api, grpc_guard
+from services.gateway.grpc import guard, server
 from services.gateway.grpc.server import GrpcServer
 from tests.services.gateway.service import TestService
 
@@ -48,7 +48,7 @@ async def watching(stub: HealthStub, num_calls: int) -> list[Any]:
 async def test_one_connection_has_so_many_calls_and_others_have_theirs(
     service: TestService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grpc_guard, "MAX_STREAMS_PER_CONNECTION", 3)
+    monkeypatch.setattr(guard, "MAX_STREAMS_PER_CONNECTION", 3)
     async with another_port(service) as address, connected(address) as greedy:
         watches = await watching(greedy, 3)
         with pytest.raises(grpc.aio.AioRpcError) as waited:
@@ -63,7 +63,7 @@ async def test_one_connection_has_so_many_calls_and_others_have_theirs(
 async def test_calls_over_the_limit_are_refused(
     service: TestService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grpc_api, "MAX_CALLS", 2)
+    monkeypatch.setattr(server, "MAX_CALLS", 2)
     async with another_port(service) as address, connected(address) as stub:
         watches = await watching(stub, 2)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -75,8 +75,8 @@ async def test_calls_over_the_limit_are_refused(
 async def test_a_connection_grows_so_old_and_its_client_makes_another(
     service: TestService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grpc_guard, "MAX_CONNECTION_AGE_S", 1)
-    monkeypatch.setattr(grpc_guard, "_ENDING_MARGIN_S", -service.settings.request_timeout_s + 1)
+    monkeypatch.setattr(guard, "MAX_CONNECTION_AGE_S", 1)
+    monkeypatch.setattr(guard, "_ENDING_MARGIN_S", -service.settings.request_timeout_s + 1)
     async with another_port(service) as address, connected(address) as stub:
         watch = stub.Watch(ASK)
         await watch.read()

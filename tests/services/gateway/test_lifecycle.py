@@ -16,7 +16,7 @@ from services.common.redis_registry import RedisRegistry
 from services.decode import generate
 from services.decode.generate import GenerateServicer
 from services.decode.worker import DecodeWorker
-from services.gateway.request import generation_run as lifecycle
+from services.gateway.request import generation_run
 from services.gateway.request.generate_call import PromptRequest
 from services.gateway.request.generation_run import PromptRun
 from services.gateway.request.routing import Router
@@ -170,7 +170,7 @@ async def test_a_worker_lost_after_the_last_token_takes_nothing_from_the_answer(
     parts: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = await complete(make_run(parts))
-    monkeypatch.setattr(lifecycle, "_LAST_WORDS_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(generation_run, "_LAST_WORDS_TIMEOUT_S", 0.2)
     stream_tokens = generate._stream_tokens
 
     async def breaks(*arguments: Any) -> None:

@@ -16,7 +16,7 @@ from services.common.registry import WorkerRecord
 from services.decode import take_over
 from services.decode.take_over import Fetcher
 from services.decode.worker import DecodeWorker
-from services.gateway.request import generation_run as lifecycle
+from services.gateway.request import generation_run
 from services.gateway.request.generation_run import PromptRun
 from services.gateway.request.run import Service
 from services.gateway.request.states import State
@@ -215,7 +215,7 @@ async def test_broken_numbers_and_endless_losses_end_the_prompt(
     error = NotFinite("the logits are not finite")
     with pytest.raises(NotFinite):
         await run._recover(error)
-    run.stats.migrations = lifecycle.MAX_MIGRATIONS
+    run.stats.migrations = generation_run.MAX_MIGRATIONS
     with pytest.raises(EngineFailed, match="broke again"):
         await run._recover(EngineFailed("broke again"))
 
@@ -223,7 +223,7 @@ async def test_broken_numbers_and_endless_losses_end_the_prompt(
 async def test_without_another_worker_the_loss_is_told(
     model_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lifecycle, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(generation_run, "_PATIENCE_S", 0.5)
     async with running_service(model_path, redis_url) as service, parts_of(service) as alone:
         with pytest.raises(NoDecodeWorker):
             await answers(service, make_run(alone, LONG), harm_after=5)

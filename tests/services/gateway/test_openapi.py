@@ -98,7 +98,7 @@ def ask_all(operation: schemathesis.APIOperation, url: str, mode: GenerationMode
     """
     statuses = set()
 
-    @given(case=operation.as_strategy(generation_mode=mode), num_wishes=st.integers(0, 2))
+    @given(case=operation.as_strategy(generation_mode=mode), num_options=st.integers(0, 2))
     @settings(
         max_examples=NUM_EXAMPLES,
         deadline=None,
@@ -106,11 +106,13 @@ def ask_all(operation: schemathesis.APIOperation, url: str, mode: GenerationMode
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    def ask(case: schemathesis.Case, num_wishes: int) -> None:
+    def ask(case: schemathesis.Case, num_options: int) -> None:
         if mode is GenerationMode.POSITIVE and operation.method == "post":
             names = [name for name in NEEDED[operation.path] if name in case.body]
             needed = {name: case.body.pop(name) for name in names}
-            options = sorted(case.body.items())[:num_wishes]
+            if "messages" in needed:
+                needed["messages"] = [said(message) for message in needed["messages"]]
+            options = sorted(case.body.items())[:num_options]
             case.body = needed | dict(options) | {"model": MODEL_NAME}
         response = case.call(base_url=url, timeout=60)
         case.validate_response(response, checks=CHECKS)
@@ -118,6 +120,15 @@ def ask_all(operation: schemathesis.APIOperation, url: str, mode: GenerationMode
 
     ask()
     return statuses
+
+
+def said(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with content; what only an assistant's has is left out of others."""
+    if message.get("role") == "assistant":
+        return message
+    own = ("refusal", "reasoning", "reasoning_content")
+    kept = {name: value for name, value in message.items() if name not in own}
+    return kept | {"content": kept.get("content") or "?"}
 
 
 def operations(document: dict[str, Any]) -> list[schemathesis.APIOperation]:

@@ -16,7 +16,7 @@ import pytest_asyncio
 from openai.types import Completion
 
 from services.gateway.request.generation_run import PromptRun
-from services.gateway.rest.api import event_stream
+from services.gateway.rest import event_stream
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from winnow.errors import Overloaded, PrefillFailed
 from winnow.tokens import Token

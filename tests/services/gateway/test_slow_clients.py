@@ -7,7 +7,8 @@ import grpc.aio
 import pytest
 
 from services.common.rpc import error_from_rpc, is_typed
-from services.gateway import grpc_api, json_body
+from services.gateway.grpc import server
+from services.gateway.rest import json_body
 from tests.services.gateway.service import TestService, running_service
 from tests.services.gateway.test_grpc_api import request
 from winnow.errors import DeadlineExceeded
@@ -38,7 +39,7 @@ async def test_a_body_that_drips_is_cut_off(
 async def test_a_grpc_client_that_stops_reading_is_ended_at_the_deadline(
     model_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grpc_api, "_ABORT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(server, "_ABORT_TIMEOUT_S", 0.2)
     async with (
         running_service(model_path, redis_url, request_timeout_s=5) as service,
         grpc.aio.insecure_channel(service.grpc_address, SMALL_WINDOW) as channel,
