@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from services.gateway.access.keys import entry_text, new_key
-from services.gateway.rest.api import create_api
+from services.gateway.rest import api as rest_api
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -96,12 +96,14 @@ async def test_an_allowed_page_may_read_every_error(
     async def broken(*_: object) -> dict[str, Any]:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(rest, "read_json", broken)
+    monkeypatch.setattr(rest_api, "read_json", broken)
     with pytest.raises(ZeroDivisionError):  # told to the client, and then to the server's log
-        transport = httpx.ASGITransport(create_api(allowing.gateway))
+        transport = httpx.ASGITransport(rest_api.create_api(allowing.gateway))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             await client.post("/tokenize", json={}, headers=headers)
-    transport = httpx.ASGITransport(create_api(allowing.gateway), raise_app_exceptions=False)
+    transport = httpx.ASGITransport(
+        rest_api.create_api(allowing.gateway), raise_app_exceptions=False
+    )
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         own = await client.post("/tokenize", json={}, headers=headers)
     answers = [refused, keyless, oversized, unknown, own]
