@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig, OlmoCo
 
 from tests.models_in_code import save_byte_tokenizer, save_tiny_model
 from tests.winnow.drive import UNPRUNED, prefill_all
-from tests.winnow.test_prefill import prompt
+from tests.winnow.engine.test_prefill import prompt
 from winnow.attention import causal_attention
 from winnow.errors import UnusableModel
 from winnow.model_files import describe_model

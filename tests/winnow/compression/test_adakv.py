@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.winnow import naive, naive_rivals
-from tests.winnow.test_compression import BASE, UNIT
+from tests.winnow.compression.test_compression import BASE, UNIT
 from winnow.compression import compression_rule
 
 ADAKV = replace(BASE, compression="adakv")

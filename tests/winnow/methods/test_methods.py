@@ -18,7 +18,7 @@ from tests.winnow.drive import (
     prefill_all,
     spec,
 )
-from tests.winnow.test_prefill import prompt
+from tests.winnow.engine.test_prefill import prompt
 from winnow.catalog import COMPRESSIONS
 from winnow.decoder import DecoderModel
 from winnow.engine.prefill import PrefillResult
@@ -223,7 +223,7 @@ def test_methods_are_known_without_loading_torch() -> None:
 
 
 def test_the_readme_has_a_row_for_each_method() -> None:
-    readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
     section = readme.split("## Methods")[1].split("\n## ")[0]
     rows = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("| `")]
     assert sorted(rows) == sorted(f"`{name}`" for name in METHODS)

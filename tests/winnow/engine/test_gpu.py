@@ -8,8 +8,8 @@ import pytest
 from tests.models_in_code import FAMILIES
 from tests.winnow import reference
 from tests.winnow.drive import admit, assert_empty, decode_all, ids, make_engine, prefill_all, spec
-from tests.winnow.test_decode_engine import GREEDY, LENGTHS
-from tests.winnow.test_prefill import ASL, prompt
+from tests.winnow.engine.test_decode import GREEDY, LENGTHS
+from tests.winnow.engine.test_prefill import ASL, prompt
 from winnow.methods import METHODS
 from winnow.models import load_model
 

@@ -17,7 +17,7 @@ from tests.winnow.drive import (
     prefill_all,
     spec,
 )
-from tests.winnow.test_prefill import ASL, prompt
+from tests.winnow.engine.test_prefill import ASL, prompt
 from winnow.attention import StepPlan
 from winnow.catalog import RECOMPRESSIONS
 from winnow.engine.generation_spec import GenerationSpec
