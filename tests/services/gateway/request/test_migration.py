@@ -21,7 +21,7 @@ from services.gateway.request.generation_run import PromptRun
 from services.gateway.request.run import Service
 from services.gateway.request.states import State
 from tests.services.exposed import value
-from tests.services.gateway.request.test_lifecycle import (
+from tests.services.gateway.request.prompt_runs import (
     LARGE,
     REQUEST,
     complete,
