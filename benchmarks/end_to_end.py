@@ -21,7 +21,7 @@ import httpx
 from benchmarks import shared_cores
 from benchmarks.client import TimedAnswer, complete, prompt_of
 from benchmarks.report import arguments, show, write_json
-from services.cli.demo import running_service
+from examples.demo import running_service
 
 UNPRUNED = {"method": "full"}
 

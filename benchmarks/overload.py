@@ -19,7 +19,7 @@ import httpx
 
 from benchmarks.client import TimedAnswer, complete, prompt_of
 from benchmarks.report import arguments, show, write_json
-from services.cli.demo import running_service
+from examples.demo import running_service
 
 PROMPT_TOKENS, MAX_TOKENS, NUM_PROMPTS, NUM_WAITING_CLIENTS = 512, 64, 16, 16
 LOADS = (0.5, 1.0, 2.0, 3.0)

@@ -24,7 +24,7 @@ from benchmarks.client import TimedAnswer, complete
 from benchmarks.decode import our_step, seconds_per_step
 from benchmarks.prefill import measure, settings_for
 from benchmarks.shapes import model_path
-from services.cli.demo import running_service
+from examples.demo import running_service
 from services.common.openmp import SHORT_WAITS
 from winnow.models import load_model
 

@@ -19,7 +19,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-PROMPT_FILE = Path(__file__).resolve().parents[2] / "examples" / "long_prompt.txt"
+PROMPT_FILE = Path(__file__).resolve().with_name("long_prompt.txt")
 STOP_TIMEOUT_S = 60
 
 console = Console(highlight=False)
