@@ -58,7 +58,6 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/mypy -p training -p benchmarks
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive \
 		winnow services evals training benchmarks deploy
 	$(MAKE) --no-print-directory audit

@@ -108,4 +108,4 @@ def reachable_host(host: str) -> str:
     """Where other machines of the cluster reach a process that listens on `host`."""
     if host != _EVERY_ADDRESS:
         return host
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+    return str(ray.util.get_node_ip_address())

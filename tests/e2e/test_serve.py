@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import ItemsView, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -134,7 +135,12 @@ def test_a_request_with_another_one_s_id_neither_ends_nor_sees_it(url: str, mode
     """Ray Serve takes the id of its requests from a header, so anybody can name one in use."""
     headers = {"x-request-id": "theirs"}
     body = {"model": model.name, "prompt": PROMPT, "max_tokens": 300, "ignore_eos": True}
-    ask = {"method": "POST", "url": f"{url}/v1/completions", "headers": headers, "timeout": 60}
+    ask: dict[str, Any] = {
+        "method": "POST",
+        "url": f"{url}/v1/completions",
+        "headers": headers,
+        "timeout": 60,
+    }
     with httpx.stream(json=body | {"stream": True}, **ask) as theirs:
         lines = events_of(theirs)
         first = json.loads(next(lines))
@@ -206,7 +212,7 @@ def test_a_signal_while_it_starts_leaves_no_process_behind(model: Path, tmp_path
 def test_a_signal_at_any_moment_of_the_start_is_heard(
     number: int, moment_s: float, model: Path, tmp_path: Path
 ) -> None:
-    mark = {"MARK": str(tmp_path)}
+    mark: dict[str, Any] = {"MARK": str(tmp_path)}
     service = WinnowServe(tmp_path, ["--model", str(model), *FREE_PORTS], **mark)
     until("Ray starts", lambda: "starting Ray" in service.stderr.read_text(), 60)
     time.sleep(moment_s)
@@ -268,7 +274,7 @@ def test_a_taken_port_is_one_clear_line() -> None:
     ],
 )
 def test_bad_settings_are_one_clear_line(
-    arguments: tuple[str, ...], variables: dict[str, str], complaint: str
+    arguments: tuple[str, ...], variables: dict[str, Any], complaint: str
 ) -> None:
     done = winnow("serve", *arguments, **variables)
     assert done.returncode == 2

@@ -240,14 +240,14 @@ def test_reads_records_of_a_newer_version() -> None:
 
 
 async def test_redis_is_used_when_its_url_is_set(redis_server: RedisProcess) -> None:
-    registry = open_registry(Settings(redis_url=redis_server.url))  # type: ignore[arg-type]
+    registry = open_registry(Settings(redis_url=redis_server.url))
     assert isinstance(registry, RedisRegistry)
     await registry.close()
 
 
 def test_refuses_a_malformed_url_without_showing_it() -> None:
     with pytest.raises(InvalidSetting) as raised:
-        open_registry(Settings(redis_url="http://:hunter2@h"))  # type: ignore[arg-type]
+        open_registry(Settings(redis_url="http://:hunter2@h"))
     assert "redis_url" in raised.value.message
     assert "hunter2" not in raised.value.message
 

@@ -3,6 +3,7 @@
 import asyncio
 import queue
 from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
@@ -25,7 +26,7 @@ from winnow.wire import WIRE_VERSIONS, Grant, Header, TransferEncoder
 PROMPT = tuple(range(5, 45))
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 NOT_GRANTED = Grant(max(WIRE_VERSIONS), b"a secret of nobody's")
-Call = grpc.aio.UnaryStreamCall
+Call: TypeAlias = grpc.aio.UnaryStreamCall[Any, Any]
 
 
 class Client:
@@ -45,8 +46,8 @@ class Client:
         await self._control.close()
         self._data.close()
 
-    def request(self, request_id: str = "r1", **changes: object) -> pb.GenerateRequest:
-        values = {
+    def request(self, request_id: str = "r1", **changes: Any) -> pb.GenerateRequest:
+        values: dict[str, Any] = {
             "request_id": request_id,
             "model_fingerprint": self.worker.engine.model.fingerprint,
             "num_prompt_tokens": len(PROMPT),

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import grpc
 import pytest
@@ -35,22 +36,25 @@ class Two:
     here: Client
     there: Client
 
-    async def begin(self, request_id: str = "r", **changes: object) -> Call:
+    async def begin(self, request_id: str = "r", **changes: Any) -> Call:
         request = self.here.request(request_id, **({"sampling": sampling_to_proto(LONG)} | changes))
         call = await self.here.admit(request)
         await self.here.push(self.here.frames(request_id))
         return call
 
-    def origin(self, request_id: str = "r", **changes: object) -> pb.Origin:
-        values = {
+    def origin(self, request_id: str = "r", **changes: Any) -> pb.Origin:
+        values: dict[str, Any] = {
             "kv_address": self.here.worker.kv_address,
             "request_id": request_id,
             "fetch_token": self.here.grants[request_id].fetch_token,
         }
         return pb.Origin(**(values | changes))
 
-    async def move(self, request_id: str = "r", **changes: object) -> Call:
-        asked = {"origin": self.origin(request_id), "sampling": sampling_to_proto(LONG)}
+    async def move(self, request_id: str = "r", **changes: Any) -> Call:
+        asked: dict[str, Any] = {
+            "origin": self.origin(request_id),
+            "sampling": sampling_to_proto(LONG),
+        }
         return await self.there.admit(self.there.request("moved", **(asked | changes)))
 
 
@@ -61,7 +65,7 @@ async def two(start_worker: StartWorker) -> AsyncIterator[Two]:
 
 
 @asynccontextmanager
-async def clients(start_worker: StartWorker, **changes: object) -> AsyncIterator[Two]:
+async def clients(start_worker: StartWorker, **changes: Any) -> AsyncIterator[Two]:
     workers = [await start_worker(**changes) for _ in range(2)]
     async with Client(workers[0]) as here, Client(workers[1]) as there:
         yield Two(here, there)
@@ -86,7 +90,7 @@ async def read(call: Call, num_steps: int | None = None) -> tuple[list[Token], b
     return tokens, moved
 
 
-async def whole(two: Two, **changes: object) -> list[Token]:
+async def whole(two: Two, **changes: Any) -> list[Token]:
     tokens, moved = await read(await two.begin("whole", **changes))
     assert not moved
     return sorted(tokens, key=lambda token: token.sequence_idx)
@@ -113,7 +117,7 @@ SETTINGS = {
 async def test_the_tokens_are_those_that_would_have_been(
     two: Two, pruning: PruningSettings, sampling: SamplingParams, count: int
 ) -> None:
-    asked = {
+    asked: dict[str, Any] = {
         "sampling": sampling_to_proto(sampling),
         "recompression": recompression_to_proto(pruning.decode_side),
         "num_sequences": count,
@@ -134,7 +138,7 @@ async def test_a_sequence_that_has_ended_stays_behind(two: Two) -> None:
     """Of three answers one has met its end token when the request moves."""
     eos = next(iter(two.here.worker.engine.model.eos_token_ids))
     sampling = SamplingParams(max_tokens=300, temperature=1, seed=4, logit_bias={eos: 4.0})
-    asked = {"sampling": sampling_to_proto(sampling), "num_sequences": 6}
+    asked: dict[str, Any] = {"sampling": sampling_to_proto(sampling), "num_sequences": 6}
     expected = await whole(two, **asked)
     old = await two.begin(**asked)
     early: list[Token] = []
@@ -309,7 +313,7 @@ class Forger:
         self._channel.close()
 
 
-async def fetch(client: Client, **fields: object) -> list[bytes]:
+async def fetch(client: Client, **fields: Any) -> list[bytes]:
     """All frames; raises the WinnowError that the worker refuses with."""
     asked = pb.FetchRequest(into_request_id="x", wire_version=4, **fields)
     async with grpc.aio.insecure_channel(client.worker.kv_address) as channel:

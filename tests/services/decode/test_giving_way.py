@@ -15,10 +15,11 @@ from services.decode.metrics import DecodeMetrics
 from tests.services.common.prefill_process import prefill_process
 from tests.services.decode.client import GREEDY, PROMPT
 from tests.winnow.drive import admit, spec
+from winnow.decoder import DecoderModel
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.kv_pool import KVPoolConfig
 from winnow.engine.outputs import StepOutput
-from winnow.models import DecoderModel, load_model
+from winnow.models import load_model
 
 STEP_S = 0.02  # of CPU
 SHARE = 0.1

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import grpc
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from services.common.messages import sampling_to_proto
 from services.common.redis_registry import RedisRegistry
 from services.common.registry import WorkerRecord
+from services.decode.worker import DecodeWorker
 from tests.services.decode.client import GREEDY, PROMPT, Client, error_of, token_ids_of
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.kv_pool import KVPoolConfig
@@ -68,7 +70,7 @@ async def decode_process(
             while not (records := await registry.workers()):
                 assert process.returncode is None
                 await asyncio.sleep(0.05)
-        async with Client(RemoteWorker(records[0], model)) as client:
+        async with Client(cast(DecodeWorker, RemoteWorker(records[0], model))) as client:
             yield process, client
         assert await registry.workers() == []
     finally:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import uvicorn
@@ -150,8 +151,8 @@ async def running_service(
         )
 
 
-def _settings(model: Path, redis_url: str, changes: dict[str, object]) -> Settings:
-    values: dict[str, object] = {
+def _settings(model: Path, redis_url: str, changes: dict[str, Any]) -> Settings:
+    values: dict[str, Any] = {
         "model": str(model),
         "model_name": MODEL_NAME,
         "redis_url": redis_url,

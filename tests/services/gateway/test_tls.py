@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -28,7 +29,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 async def service(
     model_path: Path, redis_url: str, tls_files: dict[str, Path]
 ) -> AsyncIterator[TestService]:
-    async with running_service(model_path, redis_url, **tls_files) as service:
+    changes: dict[str, Any] = {**tls_files}
+    async with running_service(model_path, redis_url, **changes) as service:
         yield service
         await service.until_idle()
 

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -30,7 +31,7 @@ from winnow.v1.inference_pb2_grpc import InferenceStub
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-BODY = {"model": MODEL_NAME, "prompt": [5, 6, 7], "max_tokens": 2}
+BODY: dict[str, Any] = {"model": MODEL_NAME, "prompt": [5, 6, 7], "max_tokens": 2}
 FREE, FREE_ENTRY = new_key("free")
 FEW, FEW_ENTRY = new_key("few", requests_per_minute=2)
 SHORT, SHORT_ENTRY = new_key("short", tokens_per_minute=12)
@@ -51,7 +52,7 @@ async def service(model_path: Path, redis_url: str, keys_file: Path) -> AsyncIte
         await service.until_idle()
 
 
-async def post(service: TestService, key: str | None, **changes: object) -> httpx.Response:
+async def post(service: TestService, key: str | None, **changes: Any) -> httpx.Response:
     headers = {"authorization": f"Bearer {key}"} if key else {}
     return await service.http.post("/v1/completions", json=BODY | changes, headers=headers)
 
@@ -67,7 +68,7 @@ async def test_a_key_lets_in(service: TestService) -> None:
 async def test_without_one_every_path_but_the_probes_is_closed(
     service: TestService, key: str | None, path: str
 ) -> None:
-    headers = {} if key is None else {"authorization": f"Bearer {key}".encode()}
+    headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
     for method in ("GET", "POST"):
         refused = await service.http.request(method, path, headers=headers)
         assert refused.status_code == 401
@@ -123,7 +124,7 @@ async def test_tokens_a_minute_are_limited(service: TestService) -> None:
     [("/tokenize", {"prompt": "abcdef"}), ("/detokenize", {"tokens": [5, 6, 7, 8, 9]})],
 )
 async def test_tokens_that_are_made_or_read_alone_count_too(
-    service: TestService, keys_file: Path, path: str, body: dict[str, object]
+    service: TestService, keys_file: Path, path: str, body: dict[str, Any]
 ) -> None:
     key, entry = new_key(path.strip("/"), tokens_per_minute=12)
     keys_file.write_text(keys_file.read_text() + entry_text(entry))  # noqa: ASYNC240 - short
@@ -143,7 +144,10 @@ async def test_a_request_that_the_service_refuses_uses_up_no_tokens(
 ) -> None:
     key, entry = new_key("short", tokens_per_minute=12)
     (tmp_path / "keys.yaml").write_text(entry_text(entry))
-    changes = {"api_keys_file": tmp_path / "keys.yaml", "namespace": f"refused-{way}"}
+    changes: dict[str, Any] = {
+        "api_keys_file": tmp_path / "keys.yaml",
+        "namespace": f"refused-{way}",
+    }
     ask = complete if way == "grpc" else completion
     async with running_service(model_path, redis_url, num_workers=0, **changes) as nobody:
         assert [await ask(nobody, key) for _ in range(4)] == ["no_decode_worker"] * 4
@@ -241,7 +245,10 @@ async def test_limits_are_counted_in_redis_for_all_gateways(
 ) -> None:
     key, entry = new_key("shared", requests_per_minute=1)
     (tmp_path / "keys.yaml").write_text(entry_text(entry))
-    changes = {"api_keys_file": tmp_path / "keys.yaml", "namespace": "shared-limits"}
+    changes: dict[str, Any] = {
+        "api_keys_file": tmp_path / "keys.yaml",
+        "namespace": "shared-limits",
+    }
     statuses = []
     for _ in range(2):
         async with running_service(model_path, redis_url, **changes) as one:

@@ -104,7 +104,7 @@ async def test_echo_stop_and_logprobs(stub: InferenceStub) -> None:
 
 
 async def test_pruning_options_count_and_zero_means_unlimited(stub: InferenceStub) -> None:
-    options = {"method": "snapkv", "window_size": 8}
+    options: dict[str, Any] = {"method": "snapkv", "window_size": 8}
     (*_, cut) = await responses(stub, winnow=pb.WinnowOptions(**options, kv_budget=16))
     (*_, whole) = await responses(stub, winnow=pb.WinnowOptions(**options, kv_budget=0))
     assert cut.usage.winnow.kv_bytes_kept * 40 == cut.usage.winnow.kv_bytes_full * 16

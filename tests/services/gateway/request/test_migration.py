@@ -264,7 +264,7 @@ async def drain_worker_of(service: TestService, run: PromptRun) -> None:
 draining: list[asyncio.Task[int]] = []
 
 
-async def drained(model_path: Path, redis_url: str, **changes: object) -> tuple[PromptRun, bool]:
+async def drained(model_path: Path, redis_url: str, **changes: Any) -> tuple[PromptRun, bool]:
     """A run whose worker drains, and whether its answer was the one that it would have been."""
     async with running_service(model_path, redis_url, **changes) as service:
         async with parts_of(service) as parts:
@@ -368,7 +368,7 @@ async def test_a_cancel_that_is_lost_while_a_worker_is_sought_leaves_nothing(
                 await asyncio.Event().wait()
         return []
 
-    async def leave_while_sought(run: PromptRun) -> None:
+    async def leave_while_sought(run: PromptRun, parts: Service) -> None:
         async with run:
             await run.admit()
             async with aclosing(run.tokens()) as steps:
@@ -379,7 +379,7 @@ async def test_a_cancel_that_is_lost_while_a_worker_is_sought_leaves_nothing(
                 await asyncio.Event().wait()
 
     async with running_service(model_path, redis_url) as service, parts_of(service) as parts:
-        leaving = asyncio.create_task(leave_while_sought(make_run(parts, LONG)))
+        leaving = asyncio.create_task(leave_while_sought(make_run(parts, LONG), parts))
         await sought.wait()
         for _ in range(times):
             leaving.cancel()

@@ -166,7 +166,7 @@ async def test_prompts_of_a_list_are_scored_each_and_choices_repeat_it(
 @pytest.mark.parametrize("max_tokens", [0, 4])
 async def test_a_stream_tells_the_same(service: TestService, max_tokens: int) -> None:
     whole = (await score(service, TEXT, max_tokens=max_tokens))["choices"][0]
-    body = {"prompt": TEXT, "echo": True, "logprobs": 3, "max_tokens": max_tokens}
+    body: dict[str, Any] = {"prompt": TEXT, "echo": True, "logprobs": 3, "max_tokens": max_tokens}
     text = ""
     lists: dict[str, list[Any]] = {name: [] for name in whole["logprobs"]}
     async for chunk in await service.openai.completions.create(

@@ -23,7 +23,7 @@ JSON = {"content-type": "application/json"}
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def service(model_path: Path, redis_url: str) -> AsyncIterator[TestService]:
-    limits = {
+    limits: dict[str, Any] = {
         "max_prompt_tokens": 1000,
         "max_new_tokens": 500,
         "max_n": 4,

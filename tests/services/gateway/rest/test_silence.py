@@ -5,7 +5,7 @@ import contextlib
 import json
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ async def service(model_path: Path, redis_url: str) -> AsyncIterator[TestService
 
 
 @pytest.fixture
-def held(service: TestService) -> AsyncGenerator[TestService]:
+def held(service: TestService) -> Iterator[TestService]:
     """Prefill begins nothing until `service.prefiller.hold` is set."""
     service.prefiller.hold_jobs()
     yield service
@@ -203,7 +203,7 @@ async def test_a_client_that_stops_reading_is_ended_at_the_deadline(
 ) -> None:
     """However full its buffers are, comments do not pile up and nothing is held for it."""
     monkeypatch.setattr(event_stream, "_ERROR_TIMEOUT_S", 0.2)
-    settings = {"request_timeout_s": 4, "sse_keepalive_s": 0.01}
+    settings: dict[str, Any] = {"request_timeout_s": 4, "sse_keepalive_s": 0.01}
     async with running_service(model_path, redis_url, **settings) as service:
         host, _, port = service.url.removeprefix("http://").partition(":")
         with contextlib.closing(socket.socket()) as client:

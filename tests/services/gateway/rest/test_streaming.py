@@ -18,7 +18,7 @@ from winnow.tokens import Token
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
-BODY = {
+BODY: dict[str, Any] = {
     "model": MODEL_NAME,
     "prompt": "the quick",
     "temperature": 0,
@@ -46,7 +46,12 @@ async def test_events_are_framed_as_openai_clients_expect(service: TestService) 
 
 
 async def test_streamed_pieces_join_to_the_whole_answer(service: TestService) -> None:
-    given = {"model": MODEL_NAME, "prompt": ["the fox", "a dog"], "n": 2, "max_tokens": 20} | GREEDY
+    given: dict[str, Any] = {
+        "model": MODEL_NAME,
+        "prompt": ["the fox", "a dog"],
+        "n": 2,
+        "max_tokens": 20,
+    } | GREEDY
     whole = await service.openai.completions.create(**given)
     texts = [""] * 4
     async for chunk in await service.openai.completions.create(**given, stream=True):
@@ -91,7 +96,12 @@ async def test_usage_comes_last_without_choices_when_asked_for(service: TestServ
 
 
 async def test_each_streamed_token_has_its_logprobs(service: TestService) -> None:
-    given = {"model": MODEL_NAME, "prompt": "the fox", "max_tokens": 12, "logprobs": 1} | GREEDY
+    given: dict[str, Any] = {
+        "model": MODEL_NAME,
+        "prompt": "the fox",
+        "max_tokens": 12,
+        "logprobs": 1,
+    } | GREEDY
     whole = (await service.openai.completions.create(**given)).choices[0].logprobs
     streamed: dict[str, list[Any]] = {"tokens": [], "text_offset": [], "token_logprobs": []}
     async for chunk in await service.openai.completions.create(**given, stream=True):
@@ -106,7 +116,7 @@ async def test_each_streamed_token_has_its_logprobs(service: TestService) -> Non
 
 
 async def test_a_stop_string_is_never_streamed(service: TestService) -> None:
-    given = {"model": MODEL_NAME, "prompt": "the fox", "max_tokens": 40} | GREEDY
+    given: dict[str, Any] = {"model": MODEL_NAME, "prompt": "the fox", "max_tokens": 40} | GREEDY
     whole = (await service.openai.completions.create(**given)).choices[0].text
     stop = whole[12:16]
     seen, reasons = "", []
