@@ -13,6 +13,7 @@ from services.common.messages import recompression_to_proto, sampling_to_proto
 from services.common.rpc import channel_options, error_from_rpc
 from services.decode.worker import DecodeWorker
 from services.gateway.request.generate_call import grant_in
+from tests.deadlines import SOON_S
 from tests.winnow.drive import UNPRUNED, admit, decode_all, ids, make_engine, prefill_all, spec
 from winnow.engine.prefill import PrefillResult
 from winnow.errors import WinnowError
@@ -151,7 +152,7 @@ class Client:
         assert (status.pages_used, status.running_sequences, status.reserved_requests) == (0, 0, 0)
 
     async def status(self) -> pb.StatusResponse:
-        return await self.decode.Status(pb.StatusRequest(), timeout=10)
+        return await self.decode.Status(pb.StatusRequest(), timeout=SOON_S)
 
 
 class OpenPush:

@@ -14,6 +14,7 @@ import pytest_asyncio
 
 from services.common.messages import recompression_to_proto, sampling_to_proto, tokens_from_proto
 from services.common.rpc import error_from_rpc
+from tests.deadlines import SOON_S
 from tests.services.decode.client import GREEDY, PROMPT, Call, Client, error_of
 from tests.services.decode.conftest import StartWorker
 from tests.winnow.drive import UNPRUNED
@@ -69,7 +70,7 @@ async def clients(start_worker: StartWorker, **changes: Any) -> AsyncIterator[Tw
     workers = [await start_worker(**changes) for _ in range(2)]
     async with Client(workers[0]) as here, Client(workers[1]) as there:
         yield Two(here, there)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(SOON_S):
             await here.until_idle()
             await there.until_idle()
     for worker in workers:
@@ -301,7 +302,7 @@ class Forger:
         self._port = self._server.add_insecure_port("127.0.0.1:0")
 
     def _fetch(self, body: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        yield from self._damage(list(self._channel.unary_stream(FETCH)(body, timeout=20)))
+        yield from self._damage(list(self._channel.unary_stream(FETCH)(body, timeout=SOON_S)))
 
     def __enter__(self) -> str:
         self._server.start()
@@ -317,7 +318,7 @@ async def fetch(client: Client, **fields: Any) -> list[bytes]:
     """All frames; raises the WinnowError that the worker refuses with."""
     asked = pb.FetchRequest(into_request_id="x", wire_version=4, **fields)
     async with grpc.aio.insecure_channel(client.worker.kv_address) as channel:
-        call = channel.unary_stream(FETCH)(asked.SerializeToString(), timeout=20)
+        call = channel.unary_stream(FETCH)(asked.SerializeToString(), timeout=SOON_S)
         try:
             return [frame async for frame in call]
         except grpc.RpcError as error:

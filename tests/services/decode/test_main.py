@@ -16,6 +16,7 @@ from services.common.messages import sampling_to_proto
 from services.common.redis_registry import RedisRegistry
 from services.common.registry import WorkerRecord
 from services.decode.worker import DecodeWorker
+from tests.deadlines import SOON_S
 from tests.services.decode.client import GREEDY, PROMPT, Client, error_of, token_ids_of
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.kv_pool import KVPoolConfig
@@ -90,7 +91,7 @@ async def test_sigterm_lets_streams_finish_and_exits_with_0(
             pass
         await client.push(client.frames())
         assert len(await token_ids_of(call)) == GREEDY.max_tokens
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON_S):
             assert await process.wait() == 0
 
 
@@ -104,7 +105,7 @@ async def test_a_second_signal_cuts_the_drain_short(
         while not (await client.status()).draining:
             pass
         process.send_signal(signal.SIGINT)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON_S):
             assert (await error_of(call)).code in ("no_decode_worker", "cancelled")
             assert await process.wait() == 0
 

@@ -24,6 +24,7 @@ from services.gateway.rest.admin import AdminServer
 from services.gateway.rest.api import create_api
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
+from tests.deadlines import SOON_S
 from winnow.models import load_model
 
 MODEL_NAME = "tiny"
@@ -83,7 +84,7 @@ class TestService:
     http: httpx.AsyncClient
     admin: httpx.AsyncClient
 
-    async def until_idle(self, timeout_s: float = 20) -> None:
+    async def until_idle(self, timeout_s: float = SOON_S) -> None:
         """Returns when prefill and decode hold nothing any more."""
         async with asyncio.timeout(timeout_s):
             for worker in self.workers:

@@ -23,6 +23,7 @@ from services.common.rpc import ERROR_KEY
 from services.common.settings import Settings
 from services.gateway.access.access import Access
 from services.gateway.access.keys import ApiKeys, entry_text, new_key
+from tests.deadlines import SOON_S
 from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from winnow.errors import InvalidKey, InvalidSetting
@@ -83,7 +84,7 @@ async def test_a_body_is_not_read_without_a_key(service: TestService) -> None:
     reader, writer = await asyncio.open_connection(host, int(port))
     head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-length: 1000000\r\n\r\n"
     writer.write(head.encode())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON_S):
         assert b" 401 " in await reader.readline()
     writer.close()
 
@@ -129,7 +130,7 @@ async def test_tokens_that_are_made_or_read_alone_count_too(
     key, entry = new_key(path.strip("/"), tokens_per_minute=12)
     keys_file.write_text(keys_file.read_text() + entry_text(entry))  # noqa: ASYNC240 - short
     headers = {"authorization": f"Bearer {key}"}
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON_S):
         while (done := await service.http.post(path, json=body, headers=headers)).is_error:
             pass  # until the file is read again
     statuses = [done.status_code]
@@ -203,11 +204,11 @@ async def test_grpc_tells_without_a_key_whether_it_serves_and_nothing_else(
 ) -> None:
     async with grpc.aio.insecure_channel(service.grpc_address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        assert await health.Check(health_pb2.HealthCheckRequest(), timeout=10)
+        assert await health.Check(health_pb2.HealthCheckRequest(), timeout=SOON_S)
         listing = reflection_pb2.ServerReflectionRequest(list_services="")
         call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await call(iter([listing]), timeout=10).read()
+            await call(iter([listing]), timeout=SOON_S).read()
         assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
@@ -218,7 +219,7 @@ async def test_a_revoked_key_is_refused_without_a_restart(
     before = keys_file.read_text()  # noqa: ASYNC240 - a short file
     for text, status in ((before + entry_text(entry), 200), (before, 401)):
         keys_file.write_text(text)  # noqa: ASYNC240
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON_S):
             while (await post(service, key)).status_code != status:
                 pass
 
@@ -328,7 +329,7 @@ async def test_without_redis_keys_are_checked_and_limits_are_not(
         )
         access = Access(settings)
         key = access.require(f"Bearer {FEW}")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(SOON_S):
             for _ in range(3):
                 await access.charge_request(key)
     assert "rate limits are not counted" in caplog.text

@@ -20,6 +20,7 @@ from services.gateway.request import generation_run
 from services.gateway.request.generation_run import PromptRun
 from services.gateway.request.run import Service
 from services.gateway.request.states import State
+from tests.deadlines import SOON_S
 from tests.services.exposed import value
 from tests.services.gateway.request.prompt_runs import (
     LARGE,
@@ -384,11 +385,11 @@ async def test_a_cancel_that_is_lost_while_a_worker_is_sought_leaves_nothing(
         for _ in range(times):
             leaving.cancel()
             await asyncio.wait({leaving}, timeout=0.2)
-        await asyncio.wait({leaving}, timeout=10)
+        await asyncio.wait({leaving}, timeout=SOON_S)
         assert leaving.cancelled()
         peers = parts.router._peers.values()
         assert {(peer.num_places, peer.pages_held) for peer in peers} <= {(0, 0)}
-        await service.until_idle(5)
+        await service.until_idle()
 
 
 async def test_a_prompt_that_is_given_up_for_want_of_memory_is_computed_anew(

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from services.common.jobs import PrefillJob, PrefillOutcome
+from tests.deadlines import SOON_S
 from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from tests.winnow import reference
@@ -278,7 +279,7 @@ async def test_what_befalls_prefill_reaches_the_client(
 async def test_a_client_that_leaves_cancels_it(service: TestService, max_tokens: int) -> None:
     service.prefiller.hold_jobs()
     try:
-        async with httpx.AsyncClient(base_url=service.url) as client, asyncio.timeout(10):
+        async with httpx.AsyncClient(base_url=service.url) as client, asyncio.timeout(SOON_S):
             body = {"model": MODEL_NAME, "prompt": "a", "echo": True, "logprobs": 1}
             leaving = asyncio.create_task(
                 client.post(COMPLETIONS, json=body | {"max_tokens": max_tokens})
@@ -287,7 +288,7 @@ async def test_a_client_that_leaves_cancels_it(service: TestService, max_tokens:
             leaving.cancel()
             await asyncio.gather(leaving, return_exceptions=True)
             await service.prefiller.cancelled.wait()
-        await service.until_idle(5)
+        await service.until_idle()
     finally:
         service.prefiller.hold.set()
 
@@ -333,7 +334,7 @@ async def test_a_prefill_worker_lost_before_it_told_is_asked_again(
         outcome = await prefill(job)
         if job.kv_address is None:
             return outcome
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON_S):
             while not any(worker.engine.stats().running_sequences for worker in service.workers):
                 await service.http.get("/health")
         raise PrefillLost("it died")
