@@ -34,6 +34,12 @@ def test_every_row_names_tests_that_exist() -> None:
         assert [f"{file}::{name}" for file, name in named if not exists(file, name)] == []
 
 
+def test_every_file_that_the_docs_name_exists() -> None:
+    for page in PAGE.parent.glob("*.md"):
+        named = re.findall(r"`(tests/[\w/]*(?:\.py)?)`", page.read_text())
+        assert [path for path in named if not (TESTS.parent / path).exists()] == [], page.name
+
+
 def test_every_chaos_case_has_its_row() -> None:
     page = PAGE.read_text()
     for path in (TESTS / "chaos").glob("test_*.py"):

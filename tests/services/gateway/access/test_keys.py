@@ -62,7 +62,9 @@ async def test_a_key_lets_in(service: TestService) -> None:
     assert (await post(service, FREE)).status_code == 200
 
 
-@pytest.mark.parametrize("key", [None, UNKNOWN, FREE + "x", "é"])
+@pytest.mark.parametrize(
+    "key", [None, UNKNOWN, FREE + "x", "é"], ids=["none", "unknown", "too long", "not ASCII"]
+)
 @pytest.mark.parametrize(
     "path", ["/v1/completions", "/tokenize", "/v1/models", "/metrics", "/metrics/targets", "/nope"]
 )
