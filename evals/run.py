@@ -18,7 +18,7 @@ from rich.progress import (
 )
 
 from evals.model import Answer, Ask, Figures, Model
-from evals.pictures import draw_pictures
+from evals.pictures import can_draw, draw_pictures
 from evals.plan import Plan
 from evals.records import Key, Record, RunFolder, require_same_run, write_json
 from evals.summary import summarize
@@ -27,6 +27,10 @@ from evals.tasks.base import Example, Task
 from winnow.errors import InvalidSetting
 
 SUMMARY_FILE = "summary.json"
+_NO_PICTURES = (
+    "no pictures, since matplotlib is missing: pip install 'winnow-serve[eval]', and the same "
+    "command draws them"
+)
 
 
 def evaluate(plan: Plan, model: Model, folder: Path, *, progress: Console, result: Console) -> None:
@@ -46,6 +50,8 @@ def evaluate(plan: Plan, model: Model, folder: Path, *, progress: Console, resul
     print_summary(summary, result)
     files = ", ".join(file.name for file in [folder / SUMMARY_FILE, *pictures])
     result.print(f"\n{folder}: {files}", highlight=False, soft_wrap=True)
+    if not can_draw():
+        result.print(_NO_PICTURES, highlight=False, soft_wrap=True, markup=False)
 
 
 def _thresholds(plan: Plan, model: Model) -> dict[str, float]:

@@ -7,27 +7,25 @@ from typing import TYPE_CHECKING
 
 from evals.records import Record
 from evals.summary import Summary
-from winnow.errors import InvalidSetting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def require_matplotlib() -> None:
-    """Raise InvalidSetting if pictures cannot be drawn here."""
-    if find_spec("matplotlib") is None:
-        raise InvalidSetting(
-            "matplotlib is missing, which draws the pictures: pip install 'winnow-serve[eval]'"
-        )
+def can_draw() -> bool:
+    """Whether matplotlib is here, which an installation without its extra `eval` lacks."""
+    return find_spec("matplotlib") is not None
 
 
 def draw_pictures(
     folder: Path, records: Sequence[Record], summary: Summary, thresholds: Mapping[str, float]
 ) -> list[Path]:
-    """Writes each picture for which there is data; their paths.
+    """Writes each picture for which there is data; their paths. None where they cannot be drawn.
 
     thresholds: ASL's, by method as it was asked for, where they are known.
     """
+    if not can_draw():
+        return []
     import matplotlib as mpl  # noqa: PLC0415 - an extra
 
     from evals.pictures import style  # noqa: PLC0415 - needs matplotlib

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from evals import plan as plans
 from evals.model import Model
-from evals.pictures import require_matplotlib
 from evals.tasks import make_tasks
 from evals.variants import make_variants, parse_methods
 from services.common.settings import Settings
@@ -80,7 +79,6 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
 
 def run_eval(args: argparse.Namespace, settings: Settings) -> None:
     """Raises WinnowError, before anything is written, for what cannot be done as asked."""
-    require_matplotlib()
     plan = _plan(args)
     if args.batch_size < 1:
         raise InvalidSetting(f"--batch-size is {args.batch_size}; it must be at least 1")
