@@ -13,6 +13,7 @@ from evals.model import Model
 from evals.tasks import make_tasks
 from evals.variants import make_variants, parse_methods
 from services.common.settings import Settings
+from winnow.catalog import METHODS
 from winnow.errors import InvalidSetting
 
 _METHODS = "full,snapkv,fastkv,gemfilter,asl"
@@ -26,8 +27,8 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
         "--methods",
         metavar="LIST",
         default=_METHODS,
-        help="methods with options, like full,fastkv:fixed_layer=5,asl:threshold=0.4 "
-        f"(default: {_METHODS})",
+        help="methods with options, like full,fastkv:fixed_layer=5,asl:threshold=0.4; known are "
+        f"{', '.join(METHODS)} (default: {_METHODS})",
     )
     asked.add_argument(
         "--tasks",

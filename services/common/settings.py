@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode
 from pydantic_settings.exceptions import SettingsError
 
+from winnow.catalog import METHODS
 from winnow.errors import InvalidSetting
 from winnow.generation_defaults import FROM_MODEL, NONE
 from winnow.pruning_settings import PruningSettings
@@ -73,7 +74,8 @@ class Settings(BaseModel):
     )
     pruning: dict[str, Any] = Field(
         default_factory=dict,
-        description="pruning settings over the model's own, as in a request's `winnow` object",
+        description="pruning settings over the model's own, as in a request's `winnow` object; "
+        f"method is one of {', '.join(METHODS)}",
     )
     generation_config: str = Field(
         "auto",
