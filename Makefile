@@ -12,13 +12,16 @@ setup: $(STAMP)
 
 # The lock first: torch then finds what it shares with the rest, checked by its hash, and brings
 # along only what its build for this machine needs.
-$(STAMP): requirements.lock constraints.txt pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q --no-deps --require-hashes -r requirements.lock
-	$(BIN)/python -m pip install -q --constraint constraints.txt torch
-	$(BIN)/python -m pip install -qq --no-deps --no-build-isolation --editable .
-	touch $@
+$(STAMP): requirements.lock constraints.txt pyproject.toml setup.py
+	@echo "setup 1/3: a virtual environment in .venv"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --upgrade pip
+	@echo "setup 2/3: the $$(grep -c '^[a-z]' requirements.lock) packages of requirements.lock (a minute or two)"
+	@$(BIN)/python -m pip install -q --no-deps --require-hashes -r requirements.lock
+	@echo "setup 3/3: torch, and Winnow itself as it lies here (half a minute)"
+	@$(BIN)/python -m pip install -q --constraint constraints.txt torch
+	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation --editable .
+	@touch $@
 
 demo: $(STAMP)
 	$(BIN)/python -m services.cli.demo
