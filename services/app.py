@@ -5,6 +5,7 @@ that `winnow serve --print-config` writes.
 """
 
 import asyncio
+import os
 from contextlib import AsyncExitStack
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from services.common.logs import configure_logging
 from services.common.open_registry import open_registry
 from services.common.openmp import SHORT_WAITS
 from services.common.ray_registry import reachable_host
-from services.common.settings import Settings, load_settings
+from services.common.settings import Settings
 from services.common.tasks import is_cancelled
 from services.common.tracing import configure_tracing
 from services.decode.replica import Decode
@@ -147,11 +148,6 @@ class GatewayReplica:
         await self._started.aclose()
 
 
-def build(args: dict[str, Any]) -> serve.Application:
-    """The application for `serve deploy`; `args` are settings, over the nodes' environment."""
-    return build_app(load_settings(args))
-
-
 def build_app(settings: Settings) -> serve.Application:
     """The application; Ray places its replicas where their cores and GPUs are free."""
     prefill = (
@@ -171,7 +167,7 @@ def build_app(settings: Settings) -> serve.Application:
         max_ongoing_requests=_MAX_ONGOING,
         ray_actor_options={
             "num_cpus": settings.gateway_num_cpus,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
+            "runtime_env": _environment("1"),
         },
         **_shutdown(settings),
     )
@@ -199,8 +195,14 @@ def _worker_resources(settings: Settings, num_cpus: float, num_workers: int) -> 
     return {
         "num_cpus": num_cpus,
         "num_gpus": settings.gpus_per_worker,
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads), **_WORKER_ENVIRONMENT}},
+        "runtime_env": _environment(str(threads), **_WORKER_ENVIRONMENT),
     }
+
+
+def _environment(num_threads: str, **variables: str) -> dict[str, Any]:
+    """Of a replica: it imports from where this process does, also on a cluster that was there."""
+    imports = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+    return {"env_vars": {"OMP_NUM_THREADS": num_threads, **imports, **variables}}
 
 
 def _shutdown(settings: Settings) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import yaml
 from services.common.settings import Settings
 
 APP_NAME = "winnow"
-IMPORT_PATH = "services.app:build"
+IMPORT_PATH = "winnow_serve:build"
 EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 - what a service on several machines listens on
 SERVE_LOGGING: Final[dict[str, Any]] = {"log_level": "WARNING", "enable_access_log": False}
 

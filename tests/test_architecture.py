@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = [
     path
-    for top in ("winnow", "services", "evals")
+    for top in ("winnow", "services", "evals", "winnow_serve")
     for path in sorted((ROOT / top).rglob("*.py"))
     if "v1" not in path.parts
 ]
@@ -91,6 +91,7 @@ BELOW = {
     ),
     "services.deploy_config": ("winnow", "services.common"),
     "services.cli": OURS,
+    "winnow_serve": ("services", "winnow_serve"),
 }
 NETWORK = ("grpc", "socket", "http", "asyncio", "httpx", "uvicorn")
 

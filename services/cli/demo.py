@@ -38,7 +38,7 @@ class Answer:
 @contextmanager
 def running_service(*arguments: str) -> Iterator[str]:
     """The base URL of a service started for this; stopped as Ctrl-C would."""
-    command = [sys.executable, "-m", "services.cli.main", "serve", "--log-level", "warning"]
+    command = [sys.executable, "-m", "winnow_serve", "serve", "--log-level", "warning"]
     ports = ["--port", "0", "--grpc-port", "0", "--admin-port", "0"]
     with subprocess.Popen(
         [*command, *ports, *arguments], stdout=subprocess.PIPE, text=True

@@ -275,7 +275,3 @@ class _ProgressLine:
     def _write(self, text: str, stream: TextIO) -> None:
         with contextlib.suppress(OSError):
             print(text, end="", file=stream, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -120,10 +119,12 @@ def _ray(settings: Settings, progress: Progress, signals: StopSignals) -> Iterat
 
     own = _own_cluster(settings) if is_own else {}
     try:
-        with _import_folder() as folder:
+        # Ray has every worker import from where it was started, before all else: an empty folder,
+        # lest what lies about here, like a folder `winnow`, be taken for the module of that name.
+        with tempfile.TemporaryDirectory(prefix="winnow-") as empty:
             with ThreadPoolExecutor(1) as thread:
                 checked = thread.submit(_check, settings)
-                with contextlib.chdir(folder):
+                with contextlib.chdir(empty):
                     ray.init(logging_level=logging.ERROR, log_to_driver=True, **own)
                 signals.listen()  # Ray put a handler of its own there
                 checked.result()
@@ -137,21 +138,6 @@ def _ray(settings: Settings, progress: Progress, signals: StopSignals) -> Iterat
         signals.ignore()  # a shutdown cut short would leave processes
         progress("stopping Ray")
         ray.shutdown()
-
-
-@contextlib.contextmanager
-def _import_folder() -> Iterator[Path]:
-    """Where to stand when Ray is started: it has every worker import from there before all else.
-
-    Elsewhere than in Winnow's own folder (which need not be installed) that is an empty one, lest
-    what lies about there, like a folder `winnow`, be taken for the module of that name.
-    """
-    own = Path(__file__).resolve().parents[2]
-    if Path.cwd() == own:
-        yield own
-        return
-    with tempfile.TemporaryDirectory(prefix="winnow-") as empty:
-        yield Path(empty)
 
 
 def _own_access() -> dict[str, str]:
