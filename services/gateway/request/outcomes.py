@@ -1,4 +1,4 @@
-"""How requests ended: one log line each, and the metrics of every prompt."""
+"""Outcome of each request: one log line, and metrics for every prompt."""
 
 import logging
 import time
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Outcomes:
-    """A context around one request, from its first check on until everything is freed."""
+    """Context manager around one request, from before its admission until everything is freed."""
 
     def __init__(self, running: RunningRequest, metrics: GatewayMetrics) -> None:
         self._running = running
@@ -69,7 +69,7 @@ class Outcomes:
 
 
 def _reason(run: Run, finish_reason: str | None) -> str:
-    """The label of a run's end; of several choices the first one's."""
+    """The finish label of a run; of several choices the first one's."""
     if run.state is State.FINISHED:
         return str(finish_reason)
     return "error" if run.state is State.FAILED else "cancelled"
