@@ -1,4 +1,4 @@
-"""Connections to decode workers, kept between pushes and dropped when a worker is gone."""
+"""Channels to decode workers, kept between pushes and closed when a worker is lost."""
 
 import threading
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ class _Connection:
 
 
 class Channels:
-    """One channel per address; safe to use from any thread."""
+    """One channel per address; thread-safe."""
 
     def __init__(self, peers: PeerTls | None = None) -> None:
         self._peers = peers
         self._lock = threading.Lock()
         self._connections: dict[str, _Connection] = {}
-        # gRPC's own threads give channels back; closing one there can wait for itself.
+        # Channels are given back on gRPC's threads, where closing one can deadlock.
         self._retired: list[grpc.Channel] = []
 
     def borrow(self, address: str) -> grpc.Channel:
-        """A channel to `address`; give it back when the call on it has ended."""
+        """A channel to `address`; give it back when its call has ended."""
         self._close_retired()
         with self._lock:
             connection = self._connections.get(address)
@@ -47,7 +47,7 @@ class Channels:
                 self._retired.append(connection.channel)
 
     def close(self) -> None:
-        """Close all; calls that still run are cancelled."""
+        """Close all channels, which cancels running calls."""
         with self._lock:
             self._retired += [connection.channel for connection in self._connections.values()]
         self._close_retired()
