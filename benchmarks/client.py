@@ -55,6 +55,8 @@ async def complete(
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
                 chunk = json.loads(line[6:])
+                if "error" in chunk:
+                    raise RuntimeError(chunk["error"]["message"])
                 answer.usage = chunk.get("usage") or answer.usage
                 if chunk["choices"]:
                     answer.times_s.append(time.perf_counter() - start)

@@ -56,7 +56,9 @@ def _read_url(process: "subprocess.Popen[str]") -> str:
     assert process.stdout is not None
     found = re.search(r"http://[^\s,;]+:\d+", process.stdout.readline())
     if found is None:
-        sys.exit(f"the service ended with exit code {process.wait()} before it was ready")
+        sys.exit(
+            f"the service ended with exit code {process.wait(STOP_TIMEOUT_S)} before it was ready"
+        )
     return found.group()
 
 

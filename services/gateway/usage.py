@@ -16,14 +16,16 @@ class RunStats:
 
     attempts: prefills. migrations: times another decode worker got its KV from a new prefill.
     moves: times another one fetched its KV.
-    ttft_s: arrival until first token. timings: None if the prefill worker delivered the KV but did
-    not report.
+    ttft_s, last_token_s, seconds: arrival until the first token, the last one, and the end.
+    timings: None if the prefill worker delivered the KV but did not report.
     """
 
     attempts: int = 0
     migrations: int = 0
     moves: int = 0
     ttft_s: float | None = None
+    last_token_s: float | None = None
+    seconds: float | None = None
     report: PrefillReport | None = None
     timings: PrefillTimings | None = None
     recompressed_entries: int = 0

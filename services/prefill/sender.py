@@ -76,7 +76,8 @@ class Push:
     def open(self, channels: Channels, timeout_s: float) -> None:
         """Start the call, which ends within `timeout_s`; the header is sent at once."""
         self._started_s = time.monotonic()
-        push = channels.borrow(self._kv_address).stream_unary(
+        channel = channels.borrow(self._kv_address)
+        push = channel.stream_unary(
             _PUSH_METHOD,
             request_serializer=None,  # frames are bytes already
             response_deserializer=pb.PushReceipt.FromString,
@@ -84,7 +85,7 @@ class Push:
         self._call = push.future(
             self._frames(), timeout=timeout_s, metadata=metadata_of(self._trace_context)
         )
-        self._call.add_done_callback(lambda call: self._finish(call, channels))
+        self._call.add_done_callback(lambda call: self._finish(call, channels, channel))
 
     def send(self, layer: LayerKV) -> None:
         """Hand over a layer; blocks while LAYERS_AHEAD others are waiting.
@@ -173,13 +174,13 @@ class Push:
             self._waiting.clear()
             self._changed.notify_all()
 
-    def _finish(self, call: grpc.Future, channels: Channels) -> None:
+    def _finish(self, call: grpc.Future, channels: Channels, channel: grpc.Channel) -> None:
         """Called on gRPC's thread when the call has ended, in whatever way."""
         now = time.monotonic()
         error = self._error or self._failure(call)
         self._error = error
         self._end()
-        channels.give_back(self._kv_address, lost=isinstance(error, DeliveryFailed))
+        channels.give_back(channel, lost=isinstance(error, DeliveryFailed))
         self._on_end(error or Delivered(now - self._started_s, now, self._wire_bytes))
 
     def _failure(self, call: grpc.Future) -> WinnowError | None:

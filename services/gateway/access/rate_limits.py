@@ -76,10 +76,7 @@ class RateLimits:
         try:
             if not await allows(item, key.name, what, cost=amount):
                 raise await self._refusal(item, key, what, limit)
-        except (
-            StorageError,
-            RuntimeError,
-        ) as error:  # RuntimeError as in services.common.redis_registry
+        except (StorageError, RuntimeError) as error:  # RuntimeError: see redis_registry.py
             logger.warning("rate limits are not counted: %s", error)
 
     async def _refusal(

@@ -167,8 +167,9 @@ class PromptRun(Run):
         return None
 
     def _note(self, tokens: pb.Tokens) -> list[Token]:
+        self.stats.last_token_s = time.monotonic() - self._arrived_s
         if self.stats.ttft_s is None:
-            self.stats.ttft_s = time.monotonic() - self._arrived_s
+            self.stats.ttft_s = self.stats.last_token_s
         self.stats.recompressed_entries = tokens.recompressed_entries
         step = tokens_from_proto(tokens)
         for token in step:

@@ -175,6 +175,8 @@ class Run(ABC):
         self._waiting(self.state, -1)
         self._waiting(state, 1)
         self.state = state
+        if state not in NEXT:
+            self.stats.seconds = time.monotonic() - self._arrived_s
         logger.debug("%s", state, extra={"request_id": self.request.request_id})
 
     def _waiting(self, state: State, change: int) -> None:
