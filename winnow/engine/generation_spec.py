@@ -21,7 +21,7 @@ class GenerationSpec:
     replayed: per sequence, tokens that a lost worker had already generated. They are fed to the
     model one by one instead of being sampled. Empty: none.
     assured: pages are reserved up to the last token, so the request is never preempted.
-    moved: the request migrates with its current KV, which may exceed its prompt's.
+    moved: the request migrates here with its current KV, which may be larger than its prompt's.
     """
 
     request_id: str

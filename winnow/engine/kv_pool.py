@@ -245,7 +245,7 @@ class KVPool:
         behind = (page >= -(-lengths // self.page_size)[:, None]) & (table > 0)
         freed = table[behind]
         self._free_pages[self._num_free : self._num_free + len(freed)] = freed
-        table.masked_fill_(behind, 0)  # first, so that a failure cannot free them twice
+        table.masked_fill_(behind, 0)  # before _num_free grows: a failure cannot free them twice
         self._num_free += len(freed)
         self._lengths[row, layer_idx] = lengths
 

@@ -30,7 +30,7 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class _RoomRequest:
-    """A request to shrink sequences for `spec`. done: called once they have shrunk."""
+    """A request to shrink sequences for `spec`. done: called afterwards, room or not."""
 
     spec: GenerationSpec
     done: Callable[[], object]
@@ -95,7 +95,7 @@ class Scheduler:
             return True
 
     def join(self, reservation: Reservation, start: Callable[[], list[Sequence] | None]) -> None:
-        """Add the sequences that `start` returns; the request is no longer reserved."""
+        """Add the sequences that `start` returns; the reservation is over even if it fails."""
         sequences = None
         try:
             sequences = start()
@@ -188,7 +188,7 @@ class Scheduler:
     # From the engine's thread
 
     def schedule(self) -> Schedule:
-        """The next step's batch; the pages that the step needs are set aside."""
+        """The next step's batch, its pages set aside; preempts sequences if pages run short."""
         self._let_in()
         preempted = self._make_room()
         return Schedule([seq for seq in self._running if seq not in preempted], preempted)
