@@ -59,7 +59,7 @@ class DecodeEngine:
         self._num_failures = 0
         self._failing = threading.Lock()
 
-    # From any thread
+    # Called from any thread
 
     @property
     def recompression_stats(self) -> RecompressionStats:
@@ -147,7 +147,7 @@ class DecodeEngine:
         """Block until `step` has more to do than continue the running batch; False on timeout."""
         return self.scheduler.wait_for_news(timeout_s)
 
-    # From the engine's thread
+    # Called from the engine's thread
 
     def step(self) -> list[StepOutput]:
         """Generate one token for every running sequence; returns one output per request."""

@@ -61,8 +61,8 @@ class KVPool:
         # Not initialized: the memory of a page is first touched when the page is allocated.
         entries = torch.empty(2, *size, shape.head_dim, dtype=shape.dtype, device=device)
         self._keys, self._values = entries
-        self._vectors = entries.view(-1, shape.head_dim)  # of both
-        self._query_pages: dict[int, Tensor] = {}  # by row
+        self._vectors = entries.view(-1, shape.head_dim)  # keys, then values
+        self._query_pages: dict[int, Tensor] = {}  # page ids by row
         self._positions = torch.empty(size, dtype=torch.int32, device=device)
         self._blank(torch.zeros(1, dtype=torch.int64, device=device))
         heads = (num_rows, shape.num_layers, shape.num_kv_heads)

@@ -61,14 +61,14 @@ class Scheduler:
         self._order = itertools.count()
         self._changed = threading.Condition()
 
-    # From any thread
+    # Called from any thread
 
     @property
     def preemption_stats(self) -> PreemptionStats:
         return self._preemptor.stats
 
     def reserve(self, spec: GenerationSpec) -> Reservation:
-        """As DecodeEngine.reserve."""
+        """See DecodeEngine.reserve."""
         require_range("n", spec.num_sequences, 1, self._max_batch_size)
         require_range("prompt tokens", spec.num_prompt_tokens, 1, self._max_positions - 1)
         require_range("max_prompt_entries", spec.max_prompt_entries, 1, spec.num_prompt_tokens)
@@ -86,7 +86,7 @@ class Scheduler:
         return replace(spec, sampling=sampling)
 
     def request_room(self, spec: GenerationSpec, done: Callable[[], object]) -> bool:
-        """As DecodeEngine.request_room."""
+        """See DecodeEngine.request_room."""
         with self._changed:
             if self._preemptor.swapped or not any(map(can_shrink, self._running)):
                 return False
@@ -108,7 +108,7 @@ class Scheduler:
                 self._changed.notify_all()
 
     def release(self, reservation: Reservation) -> None:
-        """As DecodeEngine.release; raises RuntimeError if the device fails."""
+        """See DecodeEngine.release; raises RuntimeError if the device fails."""
         try:
             reservation.release()
         finally:
@@ -118,7 +118,7 @@ class Scheduler:
 
     @contextlib.contextmanager
     def taken_out(self, reservation: Reservation, timeout_s: float) -> Iterator[list[Sequence]]:
-        """As DecodeEngine.taken_out."""
+        """See DecodeEngine.taken_out."""
         sequences = self._take_out(reservation, timeout_s)
         try:
             yield sequences
@@ -150,7 +150,7 @@ class Scheduler:
         return [*self._running, *self._arrived, *self._preemptor.swapped]
 
     def wait_for_work(self, timeout_s: float) -> bool:
-        """As DecodeEngine.wait_for_work."""
+        """See DecodeEngine.wait_for_work."""
         with self._changed:
             busy = self._changed.wait_for(
                 lambda: bool(self._running or self._arrived or self._room_requests), timeout_s
@@ -158,7 +158,7 @@ class Scheduler:
             return busy or bool(self._preemptor.swapped)  # may have room by now
 
     def wait_for_news(self, timeout_s: float) -> bool:
-        """As DecodeEngine.wait_for_news."""
+        """See DecodeEngine.wait_for_news."""
 
         def has_news() -> bool:
             comes = bool(self._arrived or self._room_requests)
@@ -185,7 +185,7 @@ class Scheduler:
             ),
         )
 
-    # From the engine's thread
+    # Called from the engine's thread
 
     def schedule(self) -> Schedule:
         """The next step's batch, its pages set aside; preempts sequences if pages run short."""

@@ -1,4 +1,4 @@
-"""A request in decode: its reservation, then its running sequences.
+"""A request in decode: its reservation of KV memory, the arriving KV, and its running sequences.
 
 RESERVED ──▶ RUNNING ──▶ CANCELLED
    └────────────┴────────────┴─▶ ENDED

@@ -1,4 +1,4 @@
-"""PyramidInfer (arXiv 2405.12532): fewer tokens go on after each layer."""
+"""PyramidInfer (arXiv 2405.12532): each layer passes fewer tokens to the next."""
 
 import math
 from itertools import accumulate
