@@ -6,6 +6,7 @@ time and on output size.
 
 import functools
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from jinja2 import TemplateError, TemplateRuntimeError, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import do_format
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -30,6 +32,9 @@ _MAX_POWER = 64
 _SUBSTITUTING = ("format", "format_map", "join")  # string methods and filters
 # Filters that return one of their inputs.
 _PICKING = frozenset({"attr", "d", "default", "first", "last", "max", "min", "random"})
+_NUMBER = re.compile(r"\d+", re.ASCII)
+# What may have a width: `%5d`, `{:>5}`, and with the width among the arguments `%*d`, `{:{}}`.
+_FIELD = re.compile(r"%[-+ #0-9.*]+|\{[^{}]*[{}]")
 _deadline_s: ContextVar[float] = ContextVar("_deadline_s")
 
 
@@ -51,6 +56,22 @@ def _require_time() -> None:
 def _require_room(num_chars: int) -> None:
     if num_chars > MAX_CHARS:
         raise TemplateRuntimeError(f"it makes a text of more than {MAX_CHARS:,} characters")
+
+
+def _require_small(*arguments: Value) -> None:
+    """Refuse widths and counts that make a text too long."""
+    _require_room(max((one for one in arguments if isinstance(one, int)), default=0))
+
+
+def _require_small_fields(form: str, *arguments: Value) -> None:
+    """As _require_small, for the widths in a format string and those it takes from arguments.
+
+    form: for `%` or for str.format.
+    """
+    for field in _FIELD.findall(form):
+        _require_small(*map(int, _NUMBER.findall(field)))
+        if field.endswith(("{", "*")):
+            _require_small(*arguments)
 
 
 def _concatenated(parts: Iterable[str]) -> str:
@@ -121,6 +142,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         if operator == "+" and isinstance(left, str) and isinstance(right, str):
             return _concatenated((left, right))
         if operator == "%" and isinstance(left, str):
+            _require_small_fields(left, *(right if isinstance(right, tuple) else (right,)))
             return substituted(_modulo, left, right)
         if operator == "*":
             _require_room(_times(left, right))
@@ -138,12 +160,15 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             return super().call(__context, __obj, *args, **kwargs)
         name: str = method.__name__
         if name in _SUBSTITUTING:
+            if name != "join":
+                _require_small_fields(text, *args, *kwargs.values())
 
             def on(text: str, args: Value, kwargs: Value) -> Value:
                 called = __self.getattr(text, name)
                 return super(TemplateEnvironment, __self).call(__context, called, *args, **kwargs)
 
             return substituted(on, text, args, kwargs)
+        _require_small(*args, *kwargs.values())
         result = super().call(__context, __obj, *args, **kwargs)
         return carried(result, [text, args, kwargs])
 
@@ -165,6 +190,7 @@ def _carrying(function: Callable[..., Value]) -> Callable[..., Value]:
     @functools.wraps(function)
     def filtered(*args: Value, **kwargs: Value) -> Value:
         _require_time()
+        _require_small(*args[1:], *kwargs.values())
         result = function(*args, **kwargs)
         return carried(result, [args, kwargs]) if isinstance(result, str) else result
 
@@ -176,6 +202,8 @@ def _substituting(function: Callable[..., Value]) -> Callable[..., Value]:
 
     @functools.wraps(function)
     def filtered(*args: Value, **kwargs: Value) -> Value:
+        if args and isinstance(args[0], str) and function is do_format:
+            _require_small_fields(args[0], *args[1:], *kwargs.values())
         return substituted(lambda args, kwargs: function(*args, **kwargs), args, kwargs)
 
     return filtered
