@@ -1,7 +1,7 @@
-"""What pyproject.toml cannot say: where `services`, `evals` and the embedded model are installed.
+"""Installs `services`, `evals` and the embedded model inside `winnow_serve`, side by side.
 
-Not at the top, where other packages may have these names too, but inside `winnow_serve`, side by
-side as in the repository. See winnow_serve/__init__.py.
+At the top level of site-packages their names could collide with other packages'; see
+winnow_serve/__init__.py. Everything else is in pyproject.toml.
 """
 
 from setuptools import find_packages, setup

@@ -1,8 +1,8 @@
-"""Starts Winnow's service and commands, from a checkout or where the package is installed.
+"""Starts the `winnow` command and the Ray Serve application, from a checkout or an installed wheel.
 
-`services` and `evals` are names that other packages may have too. An installed Winnow therefore
-keeps them in a folder of its own, which is put first among the places to import from: here, and in
-every process that is started from here.
+Other packages may be called `services` or `evals` too. The wheel therefore installs Winnow's own
+in a private folder. The entry points here put that folder first in `sys.path`, and in PYTHONPATH
+for the processes that this one starts.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _HERE = Path(__file__).resolve().parent
-_INSTALLED = _HERE / "_private"  # made by setup.py; in a checkout they lie in the repository's root
+_INSTALLED = _HERE / "_private"  # setup.py puts them there; a checkout has them in its root
 
 
 def main() -> int:
@@ -23,7 +23,7 @@ def main() -> int:
 
 
 def build(args: dict[str, Any]) -> object:
-    """The application for `serve deploy`; `args` are settings, over the nodes' environment."""
+    """The application for `serve deploy`; `args` are settings that override the environment."""
     _import_own_first()
     from services.app import build_app  # noqa: PLC0415 - found only from here on
     from services.common.settings import load_settings  # noqa: PLC0415 - found only from here on

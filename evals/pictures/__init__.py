@@ -1,4 +1,4 @@
-"""What a run found, as PNG files beside its records."""
+"""Plots of a run's results, as PNG files next to its records."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is here, which an installation without its extra `eval` lacks."""
+    """Whether matplotlib is installed; it is in the extra `eval`."""
     return find_spec("matplotlib") is not None
 
 
 def draw_pictures(
     folder: Path, records: Sequence[Record], summary: Summary, thresholds: Mapping[str, float]
 ) -> list[Path]:
-    """Writes each picture for which there is data; their paths. None where they cannot be drawn.
+    """Write each picture for which there is data; returns the paths. Without matplotlib: none.
 
-    thresholds: ASL's, by method as it was asked for, where they are known.
+    thresholds: ASL's, by method as requested, where known.
     """
     if not can_draw():
         return []
