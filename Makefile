@@ -21,7 +21,7 @@ $(STAMP): requirements.lock constraints.txt pyproject.toml
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python -m services.cli.demo
+	$(BIN)/python -m examples.demo
 
 test: $(STAMP) packages $(BIN)/helm
 	$(BIN)/python -m pytest

@@ -12,7 +12,7 @@ WORDS = ["river", "stone", "lantern", "garden", "window", "harbor", "market", "w
 
 
 @dataclass
-class Answer:
+class TimedAnswer:
     """One streamed completion: seconds to each piece of text and in all, and its `usage`."""
 
     times_s: list[float] = field(default_factory=list)
@@ -38,7 +38,7 @@ async def complete(
     max_tokens: int,
     winnow: dict[str, Any],
     model: str = "winnow-tiny",
-) -> Answer:
+) -> TimedAnswer:
     body = {
         "model": model,
         "prompt": prompt,
@@ -49,7 +49,7 @@ async def complete(
         "ignore_eos": True,
         "winnow": winnow,
     }
-    answer, start = Answer(), time.perf_counter()
+    answer, start = TimedAnswer(), time.perf_counter()
     async with client.stream("POST", "/v1/completions", json=body) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():

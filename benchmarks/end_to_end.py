@@ -19,9 +19,9 @@ from typing import Any
 import httpx
 
 from benchmarks import shared_cores
-from benchmarks.client import Answer, complete, prompt_of
+from benchmarks.client import TimedAnswer, complete, prompt_of
 from benchmarks.report import arguments, show, write_json
-from services.cli.demo import running_service
+from examples.demo import running_service
 
 UNPRUNED = {"method": "full"}
 
@@ -30,7 +30,7 @@ async def split_ttft(
     client: httpx.AsyncClient, num_tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
     """One row per setting: medians over the rounds, in milliseconds."""
-    answers: dict[str, list[Answer]] = {"pruned": [], "unpruned": []}
+    answers: dict[str, list[TimedAnswer]] = {"pruned": [], "unpruned": []}
     for seed in range(rounds + 1):
         prompt = await prompt_of(client, num_tokens, seed)
         for name, winnow in (("pruned", {}), ("unpruned", UNPRUNED)):
@@ -41,7 +41,9 @@ async def split_ttft(
     return [_ttft_row(num_tokens, name, found, slowest) for name, found in answers.items()]
 
 
-def _ttft_row(num_tokens: int, name: str, answers: list[Answer], slowest: float) -> dict[str, Any]:
+def _ttft_row(
+    num_tokens: int, name: str, answers: list[TimedAnswer], slowest: float
+) -> dict[str, Any]:
     def part(field: str) -> float:
         return float(median(answer.usage["winnow"][field] for answer in answers)) * 1e3
 

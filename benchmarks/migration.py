@@ -29,7 +29,7 @@ from services.common.jobs import PrefillJob
 from services.common.redis_registry import RedisRegistry
 from services.common.settings import load_settings
 from services.decode.worker import DecodeWorker
-from services.gateway.request.generate_call import Generation, PromptRequest, open_generation
+from services.gateway.request.generate_call import GenerateCall, PromptRequest, open_generate_call
 from services.gateway.request.routing import Router
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
@@ -55,13 +55,13 @@ class Bench:
     description: ModelDescription
     router: Router
 
-    async def begin(self, request: PromptRequest) -> tuple[Generation, list[int]]:
+    async def begin(self, request: PromptRequest) -> tuple[GenerateCall, list[int]]:
         """The prompt at whichever worker has most room, with NUM_GENERATED tokens."""
-        call = await open_generation(self.router, request, self.description, TIMEOUT_S)
+        call = await open_generate_call(self.router, request, self.description, TIMEOUT_S)
         await self.prefill_into(call, request)
         return call, await read_tokens(call, NUM_GENERATED)
 
-    async def prefill_into(self, call: Generation, request: PromptRequest) -> None:
+    async def prefill_into(self, call: GenerateCall, request: PromptRequest) -> None:
         job = PrefillJob(
             request_id=request.request_id,
             attempt=1,
@@ -81,7 +81,7 @@ class Bench:
         num_bytes = holder.engine.stats().pool.kv_bytes_used
         asked = replace(request, request_id=f"{request.request_id}.m", origin=old.origin)
         start = time.perf_counter()
-        new = await open_generation(self.router, asked, self.description, TIMEOUT_S)
+        new = await open_generate_call(self.router, asked, self.description, TIMEOUT_S)
         await read_tokens(new, 1)
         seconds = time.perf_counter() - start
         assert new.worker_id != old.worker_id
@@ -94,7 +94,7 @@ class Bench:
         asked = replace(request, request_id=f"{request.request_id}.r", replayed=(tuple(tokens),))
         old.close()
         start = time.perf_counter()
-        new = await open_generation(self.router, asked, self.description, TIMEOUT_S)
+        new = await open_generate_call(self.router, asked, self.description, TIMEOUT_S)
         prefilling = asyncio.create_task(self.prefill_into(new, asked))
         await read_tokens(new, 1)
         seconds = time.perf_counter() - start
@@ -102,14 +102,14 @@ class Bench:
         await self.end(new)
         return seconds
 
-    async def end(self, *calls: Generation) -> None:
+    async def end(self, *calls: GenerateCall) -> None:
         for call in calls:
             call.close()
         for worker in self.workers:
             await worker.admission.wait_until_idle(10)
 
 
-async def read_tokens(call: Generation, count: int) -> list[int]:
+async def read_tokens(call: GenerateCall, count: int) -> list[int]:
     tokens: list[int] = []
     while len(tokens) < count:
         event = await call.next_event()

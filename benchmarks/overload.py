@@ -17,9 +17,9 @@ from typing import Any
 
 import httpx
 
-from benchmarks.client import Answer, complete, prompt_of
+from benchmarks.client import TimedAnswer, complete, prompt_of
 from benchmarks.report import arguments, show, write_json
-from services.cli.demo import running_service
+from examples.demo import running_service
 
 PROMPT_TOKENS, MAX_TOKENS, NUM_PROMPTS, NUM_WAITING_CLIENTS = 512, 64, 16, 16
 LOADS = (0.5, 1.0, 2.0, 3.0)
@@ -44,9 +44,9 @@ async def saturating_rate(
 
 async def offered(
     client: httpx.AsyncClient, prompts: list[list[int]], rate: float, duration_s: float
-) -> tuple[list[Answer], Counter[int], float]:
+) -> tuple[list[TimedAnswer], Counter[int], float]:
     """Answers, refusals by status, and the seconds until the last request had ended."""
-    rng, answers, refused = random.Random(0), list[Answer](), Counter[int]()
+    rng, answers, refused = random.Random(0), list[TimedAnswer](), Counter[int]()
 
     async def ask(prompt: list[int]) -> None:
         try:

@@ -20,11 +20,11 @@ from typing import Any
 import httpx
 import torch
 
-from benchmarks.client import Answer, complete
+from benchmarks.client import TimedAnswer, complete
 from benchmarks.decode import our_step, seconds_per_step
 from benchmarks.prefill import measure, settings_for
 from benchmarks.shapes import model_path
-from services.cli.demo import running_service
+from examples.demo import running_service
 from services.common.openmp import SHORT_WAITS
 from winnow.models import load_model
 
@@ -68,7 +68,7 @@ def measure_parts_apart(path: Path, case: Case) -> Parts:
     return Parts(**json.loads(done.stdout.splitlines()[-1]))
 
 
-async def measure_service(url: str, case: Case, num_layers: int) -> tuple[float, list[Answer]]:
+async def measure_service(url: str, case: Case, num_layers: int) -> tuple[float, list[TimedAnswer]]:
     """Seconds of all clients together, and their answers."""
     settings = settings_for(METHOD, num_layers, case.prompt_tokens)
     names = ("method", "fixed_layer", "select_tokens", "kv_budget")
@@ -77,7 +77,7 @@ async def measure_service(url: str, case: Case, num_layers: int) -> tuple[float,
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
 
-        async def ask(prompt: list[int]) -> Answer:
+        async def ask(prompt: list[int]) -> TimedAnswer:
             return await complete(client, prompt, case.answer_tokens, winnow, MODEL)
 
         await ask(prompts.pop())  # warms up
@@ -109,7 +109,7 @@ def compare(folder: Path, quick: bool) -> list[dict[str, Any]]:
     ]
 
 
-def _paces(answers: list[Answer], last_prompt_s: float) -> tuple[list[float], list[float]]:
+def _paces(answers: list[TimedAnswer], last_prompt_s: float) -> tuple[list[float], list[float]]:
     """Seconds from token to token while a prompt was computed, and afterwards."""
     beside: list[float] = []
     alone: list[float] = []
@@ -118,7 +118,7 @@ def _paces(answers: list[Answer], last_prompt_s: float) -> tuple[list[float], li
     return beside, alone
 
 
-def _gaps(answers: list[Answer]) -> Iterator[tuple[float, float]]:
+def _gaps(answers: list[TimedAnswer]) -> Iterator[tuple[float, float]]:
     for answer in answers:
         yield from zip(answer.times_s, answer.times_s[1:], strict=False)
 

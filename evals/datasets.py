@@ -84,7 +84,7 @@ class RulerFile:
 class InfiniteBenchFile:
     """An InfiniteBench task's `.jsonl`.
 
-    opening: text before the context; may name what the question asks for (`{what}`).
+    opening: text before the context; may name what the question instances for (`{what}`).
     lead: beginning of the answer, where the file's question lacks it.
     """
 

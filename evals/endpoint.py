@@ -6,7 +6,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import Any
 
-from evals.model import Answer, Ask
+from evals.model import Answer, Instance
 from evals.rest_client import RestClient
 from evals.tasks.base import Example
 from evals.variants import Variant
@@ -15,7 +15,7 @@ from evals.variants import Variant
 class EndpointModel:
     """The model that a service serves; prompts go there as token ids of its own tokenizer.
 
-    pruning: sent with every request, under what the variant asks for.
+    pruning: sent with every request, under what the variant instances for.
     """
 
     def __init__(
@@ -61,21 +61,21 @@ class EndpointModel:
         with ThreadPoolExecutor(self._client.num_parallel) as threads:
             list(threads.map(lambda v: self._complete(token_ids, v, max_new_tokens), variants))
 
-    def answers(self, asks: Iterable[Ask]) -> Iterator[tuple[Ask, Answer]]:
-        waiting = iter(asks)
-        running: dict[Future[Answer], Ask] = {}
+    def answers(self, instances: Iterable[Instance]) -> Iterator[tuple[Instance, Answer]]:
+        waiting = iter(instances)
+        running: dict[Future[Answer], Instance] = {}
         with ThreadPoolExecutor(self._client.num_parallel) as threads:
             while True:
-                for ask in islice(waiting, self._client.num_parallel - len(running)):
-                    running[threads.submit(self._answer, ask)] = ask
+                for instance in islice(waiting, self._client.num_parallel - len(running)):
+                    running[threads.submit(self._answer, instance)] = instance
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     yield running.pop(future), future.result()
 
-    def _answer(self, ask: Ask) -> Answer:
-        token_ids = self._token_ids(ask.example)
-        return self._complete(token_ids, ask.variant, ask.example.max_new_tokens)
+    def _answer(self, instance: Instance) -> Answer:
+        token_ids = self._token_ids(instance.example)
+        return self._complete(token_ids, instance.variant, instance.example.max_new_tokens)
 
     def _complete(self, token_ids: Sequence[int], variant: Variant, max_new_tokens: int) -> Answer:
         body = {

@@ -6,7 +6,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from evals.model import Answer, Ask
+from evals.model import Answer, Instance
 from evals.tasks.base import Example
 from evals.variants import Variant
 from winnow import BatchJob, PruningSettings, SamplingParams, Winnow
@@ -19,7 +19,7 @@ from winnow.tokenizer import load_tokenizer
 class LocalModel:
     """A model folder or hub model, whose weights are loaded when everything else was checked.
 
-    pruning: settings over the model's own, under what a variant asks for.
+    pruning: settings over the model's own, under what a variant instances for.
     """
 
     def __init__(
@@ -100,13 +100,13 @@ class LocalModel:
                 "(--kv-memory-bytes)"
             ) from error
 
-    def answers(self, asks: Iterable[Ask]) -> Iterator[tuple[Ask, Answer]]:
-        taken: dict[int, Ask] = {}
+    def answers(self, instances: Iterable[Instance]) -> Iterator[tuple[Instance, Answer]]:
+        taken: dict[int, Instance] = {}
 
         def jobs() -> Iterator[BatchJob]:
-            for job_idx, ask in enumerate(asks):
-                taken[job_idx] = ask
-                yield self._job(ask)
+            for job_idx, instance in enumerate(instances):
+                taken[job_idx] = instance
+                yield self._job(instance)
 
         for result in self._winnow.generate_many(jobs()):
             completion, report = result.completion, result.completion.report
@@ -125,11 +125,11 @@ class LocalModel:
             )
             yield taken.pop(result.job_idx), answer
 
-    def _job(self, ask: Ask) -> BatchJob:
+    def _job(self, instance: Instance) -> BatchJob:
         return BatchJob(
-            self._token_ids(ask.example),
-            self._settings(ask.variant),
-            _greedy(ask.example.max_new_tokens),
+            self._token_ids(instance.example),
+            self._settings(instance.variant),
+            _greedy(instance.example.max_new_tokens),
         )
 
     def _token_ids(self, example: Example) -> list[int]:

@@ -9,7 +9,7 @@ from evals.variants import Variant
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Ask:
+class Instance:
     """One example, to be answered under one variant; `length` is the one that was asked for."""
 
     example: Example
@@ -18,7 +18,7 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
+class AnswerStats:
     """What an answer took and what was done to its prompt (fields as in PrefillReport).
 
     prefill_s: the prompt's own compute.  seconds: until the last token, beside other prompts.
@@ -37,7 +37,7 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer(Figures):
+class Answer(AnswerStats):
     """A greedy answer."""
 
     text: str
@@ -71,5 +71,5 @@ class Model(Protocol):
     ) -> None:
         """Raise what a prompt and an answer of those lengths would be refused with."""
 
-    def answers(self, asks: Iterable[Ask]) -> Iterator[tuple[Ask, Answer]]:
-        """Each ask with its answer as soon as it is there, in any order."""
+    def answers(self, instances: Iterable[Instance]) -> Iterator[tuple[Instance, Answer]]:
+        """Each instance with its answer as soon as it is there, in any order."""

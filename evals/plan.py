@@ -38,7 +38,7 @@ class Plan:
                 raise InvalidSetting(f"--{name} is {value}; it must be at least 1", param=name)
 
     @property
-    def num_asks(self) -> int:
+    def num_instances(self) -> int:
         places = len(self.tasks) * len(self.lengths) * len(self.variants)
         return places * self.num_samples
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from evals.model import Figures
+from evals.model import AnswerStats
 from winnow.errors import InvalidSetting
 
 SETTINGS_FILE = "settings.json"
@@ -22,7 +22,7 @@ Key = tuple[str, int, int, str, int | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Record(Figures):
+class Record(AnswerStats):
     """One answer and its score (0 to 1).
 
     method, budget: the variant as it was asked for; no budget for `full`.

@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from evals.model import Answer, Ask, Figures, Model
+from evals.model import Answer, AnswerStats, Instance, Model
 from evals.pictures import draw_pictures
 from evals.plan import Plan
 from evals.records import Key, Record, RunFolder, require_same_run, write_json
@@ -80,15 +80,15 @@ def _example(plan: Plan, model: Model, task: Task, length: int, index: int) -> E
 def _answer(plan: Plan, model: Model, run: RunFolder, console: Console) -> None:
     """Adds the records that the run lacks."""
     done = {record.key for record in run.records}
-    if len(done) == plan.num_asks:
+    if len(done) == plan.num_instances:
         return
-    with _progress(console, plan.num_asks, len(done)) as (progress, bar):
-        for ask, answer in model.answers(_asks(plan, model, done)):
-            run.append(_record(plan, ask, answer))
+    with _progress(console, plan.num_instances, len(done)) as (progress, bar):
+        for instance, answer in model.answers(_instances(plan, model, done)):
+            run.append(_record(plan, instance, answer))
             progress.advance(bar)
 
 
-def _asks(plan: Plan, model: Model, done: set[Key]) -> Iterator[Ask]:
+def _instances(plan: Plan, model: Model, done: set[Key]) -> Iterator[Instance]:
     for index, length, task in plan.places():
         missing = [
             variant
@@ -97,7 +97,7 @@ def _asks(plan: Plan, model: Model, done: set[Key]) -> Iterator[Ask]:
         ]
         if missing:
             example = _example(plan, model, task, length, index)
-            yield from (Ask(example, length, variant) for variant in missing)
+            yield from (Instance(example, length, variant) for variant in missing)
 
 
 @contextmanager
@@ -114,18 +114,18 @@ def _progress(console: Console, total: int, completed: int) -> Iterator[tuple[Pr
         yield progress, progress.add_task("answers", total=total, completed=completed)
 
 
-def _record(plan: Plan, ask: Ask, answer: Answer) -> Record:
-    example = ask.example
+def _record(plan: Plan, instance: Instance, answer: Answer) -> Record:
+    example = instance.example
     task = next(task for task in plan.tasks if task.name == example.task)
     return Record(
         task=example.task,
-        length=ask.length,
+        length=instance.length,
         index=example.index,
-        method=ask.variant.method,
-        budget=ask.variant.budget,
+        method=instance.variant.method,
+        budget=instance.variant.budget,
         depth=example.depth,
         answer=answer.text,
         references=example.answers,
         score=task.metric(answer.text, example.answers),
-        **{field.name: getattr(answer, field.name) for field in fields(Figures)},
+        **{field.name: getattr(answer, field.name) for field in fields(AnswerStats)},
     )

@@ -63,7 +63,7 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Question:
     """A template, what fills its fields, and what is right.
 
     preface: what the prompt has before the template's opening.

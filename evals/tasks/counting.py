@@ -8,7 +8,7 @@ from random import Random
 
 from evals import templates
 from evals.metrics import string_match_all
-from evals.tasks.base import Asked, CountTokens, Example, Metric, rng_of
+from evals.tasks.base import CountTokens, Example, Metric, Question, rng_of
 from evals.tasks.fill import Supply, most_that_fit
 from evals.words import ADJECTIVES, NOUNS, VERBS, made_up_word
 
@@ -64,21 +64,21 @@ class CommonWordsTask:
         preface = self._worked_example(rng, index, size)
         words = Supply(_words(rng))
         common = tuple(words.first(_NUM_COMMON))
-        asked = Asked(templates.COMMON_WORDS, {}, common, preface=preface)
+        question = Question(templates.COMMON_WORDS, {}, common, preface=preface)
         order = rng.random()
 
         def make(num_others: int) -> Example:
             listed = words.first(_NUM_COMMON + num_others)
-            return asked.around(self, index, _numbered_list(listed, size.asked, order))
+            return question.around(self, index, _numbered_list(listed, size.asked, order))
 
         return make
 
     def _worked_example(self, rng: Random, index: int, size: _Size) -> str:
         words = Supply(_words(rng)).first(size.num_words)
         common = words[:_NUM_COMMON]
-        asked = Asked(templates.COMMON_WORDS, {}, tuple(common))
+        question = Question(templates.COMMON_WORDS, {}, tuple(common))
         context = _numbered_list(words, size.worked, rng.random())
-        return f"{asked.around(self, index, context).prompt()} {_numbered(common)}\n"
+        return f"{question.around(self, index, context).prompt()} {_numbered(common)}\n"
 
 
 def _words(rng: Random) -> Iterator[str]:
@@ -116,14 +116,14 @@ class FrequentWordsTask:
     def example(self, index: int, seed: int, length: int, count: CountTokens) -> Example:
         rng = rng_of(self.name, index, seed, length)
         words = ["...", *_coded_words(rng, max(8, length // 50))]
-        asked = Asked(templates.FREQUENT_WORDS, {}, tuple(words[1:4]))
+        question = Question(templates.FREQUENT_WORDS, {}, tuple(words[1:4]))
         order = rng.random()
 
         def make(num_words: int) -> Example:
             frequencies = zeta_frequencies(num_words, len(words))
             listed = [w for w, n in zip(words, frequencies, strict=True) for _ in range(n)]
             Random(order).shuffle(listed)
-            return asked.around(self, index, " ".join(listed))
+            return question.around(self, index, " ".join(listed))
 
         return most_that_fit(make, length, count, fewest=34)  # fewer words leave ranks tied
 

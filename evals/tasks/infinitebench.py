@@ -9,7 +9,7 @@ from random import Random
 from evals import templates
 from evals.metrics import exact_value, first_integer, first_number
 from evals.prose import noise
-from evals.tasks.base import Asked, CountTokens, Example, Metric, rng_of
+from evals.tasks.base import CountTokens, Example, Metric, Question, rng_of
 from evals.tasks.fill import Supply, hide, most_that_fit
 from evals.tasks.needles import uuid
 from evals.templates import Template
@@ -46,13 +46,13 @@ class HiddenNumberTask:
     def example(self, index: int, seed: int, length: int, count: CountTokens) -> Example:
         rng = rng_of(self.name, index, seed, length)
         value = self.make_value(rng)
-        asked = Asked(self.template, {}, (value,))
+        question = Question(self.template, {}, (value,))
         statements, depths = [self.statement.format(value=value)], [rng.random()]
         filler = Supply(noise())
 
         def make(num_pieces: int) -> Example:
             pieces = hide(statements, depths, filler.first(num_pieces))
-            return asked.around(self, index, "\n".join(pieces))
+            return question.around(self, index, "\n".join(pieces))
 
         return most_that_fit(make, length, count)
 
@@ -69,13 +69,13 @@ class KeyValueTask:
     def example(self, index: int, seed: int, length: int, count: CountTokens) -> Example:
         rng = rng_of(self.name, index, seed, length)
         key, value = uuid(rng), uuid(rng)
-        asked = Asked(templates.KEY_VALUE, {"query": key}, (value,))
+        question = Question(templates.KEY_VALUE, {"query": key}, (value,))
         depth = rng.random()
         others = Supply(_pairs(rng))
 
         def make(num_pieces: int) -> Example:
             pairs = hide([_pair(key, value)], [depth], others.first(num_pieces))
-            return asked.around(self, index, f"{{{', '.join(pairs)}}}")
+            return question.around(self, index, f"{{{', '.join(pairs)}}}")
 
         return most_that_fit(make, length, count)
 
@@ -121,8 +121,8 @@ class MathFindTask:
         def make(num_pieces: int) -> Example:
             listed = numbers.first(num_pieces)
             answer = f"{STATISTICS[what]([int(number) for number in listed]):g}"
-            asked = Asked(templates.MATH_FIND, {"what": what}, (answer,))
-            return asked.around(self, index, f"[{', '.join(listed)}]")
+            question = Question(templates.MATH_FIND, {"what": what}, (answer,))
+            return question.around(self, index, f"[{', '.join(listed)}]")
 
         return most_that_fit(make, length, count, fewest=20)
 

@@ -8,7 +8,7 @@ from uuid import UUID
 from evals import templates
 from evals.metrics import string_match_all
 from evals.prose import essay, noise
-from evals.tasks.base import Asked, CountTokens, Example, Metric, rng_of
+from evals.tasks.base import CountTokens, Example, Metric, Question, rng_of
 from evals.tasks.fill import Supply, hide, most_that_fit
 from evals.words import ADJECTIVES, NOUNS
 
@@ -61,13 +61,13 @@ class NeedleTask:
         statements = [self._statement(key, v) for key, values in needles.items() for v in values]
         rng.shuffle(statements)
         depths = sorted(rng.random() if depth is None else depth for _ in statements)
-        asked = self._asked(rng, needles, depth)
+        question = self._question(rng, needles, depth)
         filler = Supply(self._filler(rng, needles))
         separator = " " if self.haystack == "prose" else "\n"
 
         def make(num_pieces: int) -> Example:
             pieces = hide(statements, depths, filler.first(num_pieces))
-            return asked.around(self, index, separator.join(pieces))
+            return question.around(self, index, separator.join(pieces))
 
         return most_that_fit(make, length, count)
 
@@ -84,13 +84,15 @@ class NeedleTask:
     def _statement(self, key: str, value: str) -> str:
         return templates.NEEDLE.format(noun=f"{self._noun}s", key=key, value=value)
 
-    def _asked(self, rng: Random, needles: dict[str, list[str]], depth: float | None) -> Asked:
+    def _question(
+        self, rng: Random, needles: dict[str, list[str]], depth: float | None
+    ) -> Question:
         keys = rng.sample(sorted(needles), self.num_asked)
         answers = tuple(value for key in keys for value in needles[key])
         is_one = len(answers) == 1
         template = templates.NEEDLE_ONE if is_one else templates.NEEDLE_MANY
         noun = self._noun if is_one else f"{self._noun}s"
-        return Asked(template, {"noun": noun, "query": listed(keys)}, answers, depth)
+        return Question(template, {"noun": noun, "query": listed(keys)}, answers, depth)
 
     def _filler(self, rng: Random, needles: dict[str, list[str]]) -> Iterator[str]:
         if self.haystack == "needles":

@@ -8,7 +8,7 @@ from random import Random
 from evals import templates
 from evals.metrics import string_match_part
 from evals.prose import essay
-from evals.tasks.base import Asked, CountTokens, Example, Metric, rng_of
+from evals.tasks.base import CountTokens, Example, Metric, Question, rng_of
 from evals.tasks.fill import Supply, hide, most_that_fit
 from evals.words import ADJECTIVES, NOUNS, made_up_word
 
@@ -38,7 +38,7 @@ class FactsTask:
         rng = rng_of(self.name, index, seed, length)
         people = _people(rng)
         worker, employer = next(people), next(people)
-        asked = self._asked(worker, employer)
+        question = self._question(worker, employer)
         needed = [_document(rng, person) for person in (worker, employer)]
         rng.shuffle(needed)
         depths = sorted(rng.random() for _ in needed)
@@ -47,17 +47,17 @@ class FactsTask:
         def make(num_others: int) -> Example:
             documents = hide(needed, depths, others.first(num_others))
             numbered = (f"Document {i}:\n{text}" for i, text in enumerate(documents, start=1))
-            return asked.around(self, index, "\n\n".join(numbered))
+            return question.around(self, index, "\n\n".join(numbered))
 
         return most_that_fit(make, length, count)
 
-    def _asked(self, worker: Person, employer: Person) -> Asked:
+    def _question(self, worker: Person, employer: Person) -> Question:
         if self.num_hops == 1:
             query, answer = f"In which city does {worker.name} live?", worker.city
         else:
             query = f"In which city does the person live for whom {worker.name} works?"
             answer = employer.city
-        return Asked(templates.DOCUMENTS, {"query": query}, (answer,))
+        return Question(templates.DOCUMENTS, {"query": query}, (answer,))
 
 
 def _people(rng: Random) -> Iterator[Person]:

@@ -7,7 +7,7 @@ from random import Random
 from evals import templates
 from evals.metrics import string_match_all
 from evals.prose import noise
-from evals.tasks.base import Asked, CountTokens, Example, Metric, rng_of
+from evals.tasks.base import CountTokens, Example, Metric, Question, rng_of
 from evals.tasks.fill import Supply, hide, most_that_fit
 
 NUM_CHAINS = 4
@@ -70,13 +70,13 @@ class TrackingTask:
     ) -> Example:
         names, number = variables(rng, self.num_hops + 1, num_letters), value(rng)
         fields = {"query": number, "count": str(len(names))}
-        asked = Asked(templates.VARIABLES, fields, tuple(names), preface=preface)
+        question = Question(templates.VARIABLES, fields, tuple(names), preface=preface)
         depths = sorted(rng.random() for _ in names)
         filler = Supply(noise())
 
         def make(num_pieces: int) -> Example:
             pieces = hide(chain(names, number), depths, filler.first(num_pieces))
-            return asked.around(self, index, "\n".join(pieces))
+            return question.around(self, index, "\n".join(pieces))
 
         return most_that_fit(make, length, count)
 
@@ -101,13 +101,13 @@ class ChainTask:
         chains = [names[i::NUM_CHAINS] for i in range(NUM_CHAINS)]
         numbers = [value(rng) for _ in chains]
         statements = self._mixed(rng, [chain(*pair) for pair in zip(chains, numbers, strict=True)])
-        asked = Asked(templates.CHAIN, {"query": chains[0][-1]}, (numbers[0],))
+        question = Question(templates.CHAIN, {"query": chains[0][-1]}, (numbers[0],))
         depths = sorted(rng.random() for _ in statements)
         filler = Supply(noise())
 
         def make(num_pieces: int) -> Example:
             pieces = hide(statements, depths, filler.first(num_pieces))
-            return asked.around(self, index, "\n".join(pieces))
+            return question.around(self, index, "\n".join(pieces))
 
         return most_that_fit(make, length, count)
 

@@ -23,14 +23,18 @@ class Interrupts:
     second SIGINT.  farewell: what it says to that.
 
     It listens even where a script started the command in the background: shells make such a
-    command ignore SIGINT, and Python leaves it at that.
+    command ignore SIGINT, and Python leaves it at that. In any other thread than the main one it
+    does nothing: signals do not come there.
     """
 
     def __init__(self) -> None:
         self.farewell = "stopped"
         self._interrupted = False
+        self._listens = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> "Interrupts":
+        if not self._listens:
+            return self
         self._watched, self._told = os.pipe()
         self._before = signal.signal(signal.SIGINT, self._interrupt)
         threading.Thread(target=self._watch, name="interrupts", daemon=True).start()
@@ -42,8 +46,9 @@ class Interrupts:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        signal.signal(signal.SIGINT, self._before)
-        os.close(self._told)
+        if self._listens:
+            signal.signal(signal.SIGINT, self._before)
+            os.close(self._told)
 
     def end_process(self) -> NoReturn:
         """Says farewell and is gone, without a wait for what other threads do.

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, fields
+from typing import Any
+
+from google.protobuf.message import Message
 
 from winnow.pruning_settings import Recompression
 from winnow.sampling_params import SamplingParams
@@ -29,42 +32,17 @@ _FINISH_REASONS = {number: reason for reason, number in _FINISH.items()}
 
 
 def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:
-    return pb.SamplingParams(
-        max_tokens=params.max_tokens,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        min_p=params.min_p,
-        seed=params.seed,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        repetition_penalty=params.repetition_penalty,
-        logit_bias=dict(params.logit_bias),
-        num_logprobs=params.num_logprobs,
-        ignore_eos=params.ignore_eos,
-        stop_token_ids=sorted(params.stop_token_ids),
-        min_tokens=params.min_tokens,
-    )
+    """The message's fields are those of the dataclass."""
+    given = {field.name: getattr(params, field.name) for field in fields(params)}
+    return pb.SamplingParams(**given | {"stop_token_ids": sorted(params.stop_token_ids)})
 
 
-def sampling_from_proto(params: pb.SamplingParams) -> SamplingParams:
+def sampling_from_proto(message: pb.SamplingParams) -> SamplingParams:
     """Raises InvalidSetting for a value out of range."""
-    return SamplingParams(
-        max_tokens=params.max_tokens,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        min_p=params.min_p,
-        seed=params.seed,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        repetition_penalty=params.repetition_penalty,
-        logit_bias=dict(params.logit_bias),
-        num_logprobs=params.num_logprobs if params.HasField("num_logprobs") else None,
-        ignore_eos=params.ignore_eos,
-        stop_token_ids=frozenset(params.stop_token_ids),
-        min_tokens=params.min_tokens,
-    )
+    given = _given(message, SamplingParams)
+    given["logit_bias"] = dict(message.logit_bias)
+    given["stop_token_ids"] = frozenset(message.stop_token_ids)
+    return SamplingParams(**given)
 
 
 def recompression_to_proto(settings: Recompression) -> pb.Recompression:
@@ -74,12 +52,17 @@ def recompression_to_proto(settings: Recompression) -> pb.Recompression:
 
 def recompression_from_proto(message: pb.Recompression) -> Recompression:
     """Raises InvalidSetting for a value out of range."""
-    given = {
+    given = _given(message, Recompression)
+    return Recompression(**given | {"method": message.method or "snapkv"})
+
+
+def _given(message: Message, cls: type[SamplingParams | Recompression]) -> dict[str, Any]:
+    """What `message` has for the fields of `cls`; unset ones that may be None are left out."""
+    return {
         field.name: getattr(message, field.name)
-        for field in fields(Recompression)
+        for field in fields(cls)
         if field.type != int | None or message.HasField(field.name)
     }
-    return Recompression(**given | {"method": message.method or "snapkv"})
 
 
 def tokens_to_proto(tokens: Iterable[Token], recompressed_entries: int) -> pb.Tokens:

@@ -49,7 +49,7 @@ class WinnowUsage:
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class RequestUsage:
     """prompts: one entry per prompt, in order. completion_tokens: of all choices."""
 
     prompt_tokens: int

@@ -34,7 +34,7 @@ def test_one_more_piece_would_not_fit(costs: list[int], fewest: int, spare: int)
 
 
 def test_counts_few_prompts() -> None:
-    """Each count tokenizes a whole prompt, or asks a service to."""
+    """Each count tokenizes a whole prompt, or instances a service to."""
     lengths = []
 
     def count(text: str) -> int:

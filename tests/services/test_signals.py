@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from textwrap import indent
 
@@ -193,3 +194,15 @@ def test_ctrl_c_ends_a_command_at_any_moment(
         assert f"the same command goes on in {tmp_path}" in errors
     assert "Traceback" not in errors or "Exception ignored in" in errors  # Python lost it there
     assert list(tmp_path.glob("*.html")) == []
+
+
+def test_in_another_thread_it_leaves_signals_alone() -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def command() -> int:
+        with Interrupts():
+            return 7
+
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(command).result(SOON_S) == 7
+    assert signal.getsignal(signal.SIGINT) == before

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from services.gateway.logprobs import token_text
 from services.gateway.request.choices import Delta
-from services.gateway.usage import Usage
+from services.gateway.usage import RequestUsage
 from winnow.tokenizer import Tokenizer
 from winnow.tokens import Token
 from winnow.v1 import inference_pb2 as pb
@@ -36,7 +36,7 @@ def delta_to_proto(
     yield pb.CompleteResponse(id=request_id, choices=[choice])
 
 
-def usage_to_proto(usage: Usage, request_id: str) -> pb.CompleteResponse:
+def usage_to_proto(usage: RequestUsage, request_id: str) -> pb.CompleteResponse:
     """The last chunk."""
     message = pb.Usage(
         prompt_tokens=usage.prompt_tokens,

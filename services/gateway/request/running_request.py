@@ -15,7 +15,7 @@ from services.gateway.request.request import CheckedPrompt, GenerationRequest
 from services.gateway.request.run import Run, Service
 from services.gateway.request.scoring_run import PromptScoring
 from services.gateway.served_model import ServedModel
-from services.gateway.usage import Usage, winnow_usage
+from services.gateway.usage import RequestUsage, winnow_usage
 from winnow.text_stream import TextStream
 from winnow.tokens import PromptLogprobs, Token
 
@@ -85,9 +85,9 @@ class RunningRequest:
         first = prompt_idx * self.request.num_choices
         return self.choices[first : first + self.request.num_choices]
 
-    def usage(self) -> Usage:
+    def usage(self) -> RequestUsage:
         """What was used, once every delta was read."""
-        return Usage(
+        return RequestUsage(
             prompt_tokens=sum(len(prompt.token_ids) for prompt in self.request.prompts),
             completion_tokens=sum(choice.num_tokens for choice in self.choices),
             prompts=tuple(winnow_usage(run.stats) for run in self.runs),

@@ -81,7 +81,7 @@ class CompletionChoice(_Sent):
     stop_reason: _StopReason
 
 
-class Completion(_Sent):
+class TextCompletion(_Sent):
     id: str
     object: Literal["text_completion"]
     created: int
@@ -183,7 +183,9 @@ class _Operation:
 
 
 _OPERATIONS = (
-    _Operation("/v1/completions", "Complete prompts", CompletionRequest, Completion, streams=True),
+    _Operation(
+        "/v1/completions", "Complete prompts", CompletionRequest, TextCompletion, streams=True
+    ),
     _Operation("/v1/chat/completions", "Answer a chat", ChatRequest, ChatCompletion, streams=True),
     _Operation("/tokenize", "The tokens of a text or a chat", TokenizeRequest, Tokens),
     _Operation("/detokenize", "The text of tokens", DetokenizeRequest, Text),

@@ -8,7 +8,7 @@ from typing import Any
 from services.gateway.logprobs import CompletionLogprobs, chat_logprobs
 from services.gateway.request.choices import Delta
 from services.gateway.rest.requests import OpenAIRequest
-from services.gateway.usage import Usage, token_counts
+from services.gateway.usage import RequestUsage, token_counts
 from winnow.tokenizer import Tokenizer
 from winnow.tokens import Token
 
@@ -47,17 +47,19 @@ class ResponseFormatter(ABC):
         """As `chunk`, without the usage."""
 
     @abstractmethod
-    def whole(self, deltas: list[Delta], usage: Usage) -> dict[str, Any]:
+    def whole(self, deltas: list[Delta], usage: RequestUsage) -> dict[str, Any]:
         """The answer in one object, from all its deltas."""
 
     @abstractmethod
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+    def usage_chunk(self, usage: RequestUsage) -> dict[str, Any]:
         """The last chunk under stream_options.include_usage: no choices."""
 
     def _chunk(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "object": kind, "choices": choices}
 
-    def _whole(self, kind: str, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
+    def _whole(
+        self, kind: str, choices: list[dict[str, Any]], usage: RequestUsage
+    ) -> dict[str, Any]:
         return {**self._chunk(kind, choices), "usage": usage.to_json()}
 
     def _by_choice(self, deltas: list[Delta]) -> list[Delta]:
@@ -106,11 +108,11 @@ class CompletionFormatter(ResponseFormatter):
     def _chunk_of(self, delta: Delta) -> dict[str, Any]:
         return self._chunk(self._KIND, [self._choice(delta)])
 
-    def whole(self, deltas: list[Delta], usage: Usage) -> dict[str, Any]:
+    def whole(self, deltas: list[Delta], usage: RequestUsage) -> dict[str, Any]:
         choices = [self._choice(delta) for delta in self._by_choice(deltas)]
         return self._whole(self._KIND, choices, usage)
 
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+    def usage_chunk(self, usage: RequestUsage) -> dict[str, Any]:
         return self._whole(self._KIND, [], usage)
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
@@ -144,7 +146,7 @@ class ChatFormatter(ResponseFormatter):
         }
         return self._chunk("chat.completion.chunk", [choice])
 
-    def whole(self, deltas: list[Delta], usage: Usage) -> dict[str, Any]:
+    def whole(self, deltas: list[Delta], usage: RequestUsage) -> dict[str, Any]:
         choices = [
             {
                 "index": delta.index,
@@ -156,7 +158,7 @@ class ChatFormatter(ResponseFormatter):
         ]
         return self._whole("chat.completion", choices, usage)
 
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+    def usage_chunk(self, usage: RequestUsage) -> dict[str, Any]:
         return self._whole("chat.completion.chunk", [], usage)
 
     def _logprobs(self, tokens: tuple[Token, ...]) -> dict[str, Any] | None:

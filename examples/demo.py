@@ -19,14 +19,14 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-PROMPT_FILE = Path(__file__).resolve().parents[2] / "examples" / "long_prompt.txt"
+PROMPT_FILE = Path(__file__).resolve().with_name("long_prompt.txt")
 STOP_TIMEOUT_S = 60
 
 console = Console(highlight=False)
 
 
 @dataclass
-class Answer:
+class TimedAnswer:
     """What came back: text, seconds to the first text and in all, and the response's `usage`."""
 
     text: str = ""
@@ -60,7 +60,7 @@ def _read_url(process: "subprocess.Popen[str]") -> str:
     return found.group()
 
 
-def ask(url: str, prompt: str) -> Answer:
+def ask(url: str, prompt: str) -> TimedAnswer:
     """Streams a completion to the terminal."""
     model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
     body = {
@@ -71,7 +71,7 @@ def ask(url: str, prompt: str) -> Answer:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    answer, start = Answer(), time.perf_counter()
+    answer, start = TimedAnswer(), time.perf_counter()
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as response:
         if response.is_error:
             sys.exit(f"HTTP {response.status_code}: {response.read().decode()}")
@@ -82,7 +82,7 @@ def ask(url: str, prompt: str) -> Answer:
     return answer
 
 
-def _take_chunk(answer: Answer, chunk: dict[str, Any], start: float) -> None:
+def _take_chunk(answer: TimedAnswer, chunk: dict[str, Any], start: float) -> None:
     if "error" in chunk:
         sys.exit(chunk["error"]["message"])
     answer.usage = chunk.get("usage") or answer.usage
@@ -92,7 +92,7 @@ def _take_chunk(answer: Answer, chunk: dict[str, Any], start: float) -> None:
         console.print(choice["text"], end="", style="bold green")
 
 
-def show(answer: Answer) -> None:
+def show(answer: TimedAnswer) -> None:
     """What was done to the prompt, and how long it took."""
     usage, winnow = answer.usage, answer.usage["winnow"]
     prompt_tokens, answer_tokens = usage["prompt_tokens"], usage["completion_tokens"]
@@ -116,7 +116,7 @@ def show(answer: Answer) -> None:
     console.print(table)
 
 
-def _per_token_ms(answer: Answer, num_tokens: int) -> float:
+def _per_token_ms(answer: TimedAnswer, num_tokens: int) -> float:
     return (answer.total_s - answer.ttft_s) / max(1, num_tokens - 1) * 1e3
 
 
