@@ -1,7 +1,7 @@
 """Every name that a setting may take, and the class it stands for, as `module:class`.
 
-To add a method or a rule: write its file and add its line here. Nothing is imported before it is
-asked for, so that names can be checked without loading torch.
+To add a method or a rule: write its file and add its line here; docs/methods.md has the recipe.
+Nothing is imported before it is asked for, so that names can be checked without loading torch.
 """
 
 from importlib import import_module

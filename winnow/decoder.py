@@ -2,7 +2,7 @@
 
 `DecoderModel` drives embed → rotary tables → layers → norm → LM head itself, so that a caller can
 stop, look and drop tokens between two layers. Attention goes through the `AttentionCall` that the
-caller gives with each layer (winnow/attention.py).
+caller gives with each layer (winnow/attention/calls.py).
 """
 
 from typing import Any

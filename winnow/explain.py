@@ -27,8 +27,8 @@ TIMED_ROUNDS = 3
 class LayerScores:
     """Ranks of the prompt's tokens at one layer, 1 for the best; 0 for those not ranked.
 
-    The order is that of the window's attention, pooled (s of design.md); the window's own tokens
-    and tokens dropped before are not ranked.
+    The order is that of the window's attention, pooled (s of docs/architecture.md). The window's
+    own tokens and tokens dropped before are not ranked.
     """
 
     layer_idx: int

@@ -5,8 +5,9 @@ A row's last queries, by which it is recompressed, lie in pages too, so that the
 well. A row is a sequence's place in the batch. Who may take how many pages is decided elsewhere
 (kv_manager.py): here they are there when they are taken.
 
-Every method may be called from any thread; pages of different rows are never written by the same
-call, so prefill's KV arrives while other rows decode.
+Methods may be called from any thread. Page tables are changed under a lock; entries are written
+without it, because no two calls write to the same row: prefill's KV arrives in a row of its own
+while others decode.
 """
 
 import threading
