@@ -61,6 +61,7 @@ check: $(STAMP)
 	$(BIN)/mypy -p training -p benchmarks
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive \
 		winnow services evals training benchmarks deploy
+	$(MAKE) --no-print-directory site
 	$(MAKE) --no-print-directory audit
 
 # Known vulnerabilities of what is pinned, where an index can be asked; see deploy/audit.py.
