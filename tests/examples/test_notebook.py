@@ -22,7 +22,8 @@ def printed(notebook: nbformat.NotebookNode) -> list[str]:
 
 
 def read() -> nbformat.NotebookNode:
-    return nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
+    notebook: nbformat.NotebookNode = nbformat.read(NOTEBOOK, 4)  # type: ignore[no-untyped-call]
+    return notebook
 
 
 def test_the_notebook_selects_later_for_harder_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
