@@ -1,6 +1,6 @@
-"""`make demo`: starts the service on the embedded model, asks a long prompt, shows what happened.
+"""`make demo`: starts the service on the embedded model, sends a long prompt, shows the result.
 
-The service is `winnow serve` as a user would start it, the client an ordinary HTTP one.
+Runs `winnow serve` as a user would, with an ordinary HTTP client.
 """
 
 import json
@@ -27,7 +27,7 @@ console = Console(highlight=False)
 
 @dataclass
 class TimedAnswer:
-    """What came back: text, seconds to the first text and in all, and the response's `usage`."""
+    """The streamed text, seconds to the first text and until the end, and the `usage`."""
 
     text: str = ""
     ttft_s: float = 0.0
@@ -37,7 +37,7 @@ class TimedAnswer:
 
 @contextmanager
 def running_service(*arguments: str) -> Iterator[str]:
-    """The base URL of a service started for this; stopped as Ctrl-C would."""
+    """Start a service and yield its base URL; stop it with SIGINT, as Ctrl-C does."""
     command = [sys.executable, "-m", "services.cli.main", "serve", "--log-level", "warning"]
     ports = ["--port", "0", "--grpc-port", "0", "--admin-port", "0"]
     with subprocess.Popen(
@@ -52,16 +52,18 @@ def running_service(*arguments: str) -> Iterator[str]:
 
 
 def _read_url(process: "subprocess.Popen[str]") -> str:
-    """The URL of the ready message, which is the first line that the service writes."""
+    """URL in the ready message, which is the first line the service writes."""
     assert process.stdout is not None
     found = re.search(r"http://[^\s,;]+:\d+", process.stdout.readline())
     if found is None:
-        sys.exit(f"the service ended with exit code {process.wait()} before it was ready")
+        sys.exit(
+            f"the service ended with exit code {process.wait(STOP_TIMEOUT_S)} before it was ready"
+        )
     return found.group()
 
 
 def ask(url: str, prompt: str) -> TimedAnswer:
-    """Streams a completion to the terminal."""
+    """Stream a completion to the terminal."""
     model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
     body = {
         "model": model,
@@ -93,7 +95,7 @@ def _take_chunk(answer: TimedAnswer, chunk: dict[str, Any], start: float) -> Non
 
 
 def show(answer: TimedAnswer) -> None:
-    """What was done to the prompt, and how long it took."""
+    """Print what was done to the prompt, and how long it took."""
     usage, winnow = answer.usage, answer.usage["winnow"]
     prompt_tokens, answer_tokens = usage["prompt_tokens"], usage["completion_tokens"]
     layer = winnow.get("selection_layer")

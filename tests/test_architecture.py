@@ -171,6 +171,19 @@ def test_the_library_knows_no_network(path: Path) -> None:
         assert not wrong, f"{module_of(path)} imports {sorted(wrong)}"
 
 
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=module_of)
+def test_tests_share_helpers_and_not_each_other(path: Path) -> None:
+    wrong = {
+        name
+        for name in imports(path)
+        if starts_with(name, "tests") and any(part.startswith("test_") for part in name.split("."))
+    }
+    assert not wrong, f"{module_of(path)} imports {sorted(wrong)}"
+
+
 def test_generated_code_has_not_drifted_from_the_proto_files(tmp_path: Path) -> None:
     protos = sorted(str(path) for path in (ROOT / "proto").rglob("*.proto"))
     outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]

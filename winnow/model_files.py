@@ -1,7 +1,7 @@
-"""What a model folder holds, read without loading its weights.
+"""Description of a model folder, read without loading its weights.
 
-The gateway needs a model's sizes and fingerprint but not its gigabytes; workers check the same
-description before they load.
+The gateway needs only a model's dimensions and fingerprint; workers compute the same description
+before they load the weights.
 """
 
 import hashlib
@@ -28,18 +28,18 @@ from winnow.weight_files import update_digest
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Methods whose weights transformers turns into ordinary ones while it loads them.
+# Quantization methods whose weights transformers dequantizes while loading.
 _QUANTIZATIONS = ("fp8",)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """A model as every process of the service must agree on it.
+    """What all processes of the service must agree on about a model.
 
-    fingerprint: hex digest over the configuration, the weight files, the cache's dtype, and
-    max_positions where that is not the configuration's own.
-    max_positions: tokens a sequence may have, prompt and answer together.
-    eos_token_ids: as configuration, generation config and tokenizer name them together.
+    fingerprint: hex digest of the configuration, the weight files, the cache's dtype, and
+    max_positions if it is not the configuration's.
+    max_positions: the most tokens of a sequence, prompt and completion together.
+    eos_token_ids: of config.json, generation_config.json and the tokenizer together.
     """
 
     path: Path
@@ -53,10 +53,10 @@ class ModelDescription:
 def describe_model(
     model: str | Path, *, device: str = "cpu", dtype: str = "auto", max_model_len: int | None = None
 ) -> ModelDescription:
-    """The description of a model folder, or of a hub model (fetched if it is not cached).
+    """Describe a model folder or a hub model (downloaded if it is not cached).
 
-    dtype: `auto` is the checkpoint's own; float16 becomes bfloat16 on a CPU, where it is slow.
-    max_model_len: in place of what the rotary tables allow; a longer one is logged as a warning.
+    dtype: `auto` is the checkpoint's own, but bfloat16 for float16 on a CPU, where that is slow.
+    max_model_len: overrides the context length; a warning is logged if it is longer.
     Raises UnusableModel with the reason.
     """
     with as_unusable(f"model folder {model} cannot be read"):
@@ -96,7 +96,7 @@ def _resolve(model: str | Path) -> Path:
 
 
 def load_config(path: Path) -> Any:  # noqa: ANN401 - each family has its own class
-    """The configuration of a model folder; raises UnusableModel."""
+    """Load the configuration of a model folder; raises UnusableModel."""
     if not (path / "config.json").is_file():
         raise UnusableModel(f"model folder {path} has no config.json")
     with as_unusable(f"{path / 'config.json'} is not usable"):
@@ -106,7 +106,7 @@ def load_config(path: Path) -> Any:  # noqa: ANN401 - each family has its own cl
 
 
 def _require_known_quantization(path: Path, config: Any) -> None:  # noqa: ANN401
-    """Transformers ignores a method that it does not know, and fails late for most others."""
+    """Raise UnusableModel early: transformers ignores unknown methods, and fails late for most."""
     for part in (config, config.get_text_config()):
         quantization = getattr(part, "quantization_config", None)
         if quantization is None:
@@ -167,7 +167,7 @@ def _cache_dtype(config: Any, device: str, dtype: str) -> torch.dtype:  # noqa: 
 
 
 def _shape(config: Any, dtype: torch.dtype) -> ModelShape:  # noqa: ANN401
-    """Raises ValueError for sizes that are none, or do not go together."""
+    """The model's dimensions; raises ValueError if they are invalid or inconsistent."""
     num_heads = positive_int(config, "num_attention_heads")
     hidden_size = positive_int(config, "hidden_size")
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
@@ -184,10 +184,10 @@ def _shape(config: Any, dtype: torch.dtype) -> ModelShape:  # noqa: ANN401
 
 
 def _fingerprint(path: Path, config: Any, shape: ModelShape, max_positions: int) -> str:  # noqa: ANN401
-    """Two processes whose fingerprints differ exchange nothing."""
+    """Digest of the model; processes with different fingerprints do not exchange KV."""
     digest = hashlib.sha256(json.dumps(json.loads((path / "config.json").read_text())).encode())
     digest.update(str(shape.dtype).encode())
     update_digest(digest, path)
-    if max_positions != config.max_position_embeddings:  # as in config.json, which is in already
+    if max_positions != config.max_position_embeddings:  # config.json's is in the digest already
         digest.update(str(max_positions).encode())
     return digest.hexdigest()[:32]

@@ -1,7 +1,7 @@
-"""A decoder loaded from a folder, and proven to run.
+"""Loading a decoder from a model folder.
 
-Whatever a folder holds, `load_model` gives a model that has answered a prompt, or one line that
-says why there is none.
+`load_model` returns a model that has completed a test prompt, or raises an error with a one-line
+reason.
 """
 
 import logging
@@ -22,7 +22,7 @@ from winnow.proof import require_runs
 
 logger = logging.getLogger(__name__)
 
-# Families whose layer-by-layer run the tests hold equal to transformers' own; any other family is
+# Families whose layer-by-layer run the tests compare with transformers; any other family is
 # compared when it is loaded.
 VERIFIED_FAMILIES = frozenset({"llama", "qwen2", "qwen3", "mistral", "phi3"})
 MLP_BLOCK_TOKENS = 2048
@@ -36,7 +36,7 @@ def load_model(
     max_model_len: int | None = None,
     mlp_block_tokens: int = MLP_BLOCK_TOKENS,
 ) -> DecoderModel:
-    """A decoder from a folder (config, safetensors) or from the hub.
+    """Load a decoder from a folder (config, safetensors) or from the hub.
 
     dtype, max_model_len: see `describe_model`.
     Raises UnusableModel if it is missing, broken, or of a kind that cannot be pruned.
@@ -71,7 +71,7 @@ def _load_network(description: ModelDescription, device: str) -> Any:  # noqa: A
 
 @torch.inference_mode()
 def _require_same_as_transformers(decoder: DecoderModel, network: Any) -> None:  # noqa: ANN401
-    """Compare our layer loop with the model's own forward on a few tokens; refuse a difference."""
+    """Compare our layer loop with the model's own forward; raise UnusableModel if they differ."""
     family = network.config.model_type
     num_tokens = min(16, decoder.max_positions)
     token_ids = torch.arange(num_tokens, device=decoder.device).remainder(decoder.vocab_size)[None]

@@ -1,4 +1,4 @@
-"""What a run found, as PNG files beside its records."""
+"""Plots of a run's results, as PNG files next to its records."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def require_matplotlib() -> None:
-    """Raise InvalidSetting if pictures cannot be drawn here."""
+    """Raise InvalidSetting if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         raise InvalidSetting(
             "matplotlib is missing, which draws the pictures: pip install 'winnow-serve[eval]'"
@@ -24,9 +24,9 @@ def require_matplotlib() -> None:
 def draw_pictures(
     folder: Path, records: Sequence[Record], summary: Summary, thresholds: Mapping[str, float]
 ) -> list[Path]:
-    """Writes each picture for which there is data; their paths.
+    """Write each picture for which there is data; returns the paths.
 
-    thresholds: ASL's, by method as it was asked for, where they are known.
+    thresholds: ASL's, by method as requested, where known.
     """
     import matplotlib as mpl  # noqa: PLC0415 - an extra
 

@@ -1,4 +1,4 @@
-"""`winnow eval`: flags into a plan, and the model or the service that it asks."""
+"""`winnow eval`: turns flags into a plan, and opens the model or service to evaluate."""
 
 import argparse
 import os
@@ -21,7 +21,7 @@ _TASKS = "ruler,infinitebench,niah"
 
 
 def add_eval_flags(parser: argparse.ArgumentParser) -> None:
-    """What is asked and of whom; the model's own flags are settings."""
+    """Flags for what to evaluate and how; the model's own flags are settings."""
     asked = parser.add_argument_group("What is asked")
     asked.add_argument(
         "--methods",
@@ -79,7 +79,7 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_eval(args: argparse.Namespace, settings: Settings) -> None:
-    """Raises WinnowError, before anything is written, for what cannot be done as asked."""
+    """Run the evaluation.  Raises WinnowError for an invalid request before anything is written."""
     require_matplotlib()
     plan = _plan(args)
     if args.batch_size < 1:

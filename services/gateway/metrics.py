@@ -1,4 +1,4 @@
-"""What clients see of the service."""
+"""Prometheus metrics of the gateway: requests, tokens and latencies as clients see them."""
 
 from services.common.metrics import COUNT_BUCKETS, REQUEST_BUCKETS_S, TOKEN_BUCKETS_S, Metrics
 from services.gateway.request.states import ADMISSION, PREFILL, WORKER_LOST
@@ -8,7 +8,7 @@ FINISH_REASONS = ("stop", "length", "error", "cancelled")
 
 
 class GatewayMetrics(Metrics):
-    """Of one gateway. A request with several prompts counts once per prompt."""
+    """Metrics of one gateway. A request with several prompts counts once per prompt."""
 
     role = "gateway"
 

@@ -2,11 +2,11 @@
 
 import re
 import subprocess
-from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from tests.e2e.winnow_process import ROOT
+
 FOLDER = ROOT / "deploy" / "prometheus"
 
 

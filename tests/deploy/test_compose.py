@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from services.common.ports import free_port
+from tests.deploy.prometheus import Prometheus
 from tests.deploy.stack import DOCKERFILE, OURS, Stack
-from tests.deploy.test_prometheus import Prometheus
 from tests.e2e.winnow_process import ROOT, environment
 
 

@@ -13,7 +13,7 @@ from transformers import GraniteConfig
 
 from tests.e2e.winnow_process import FREE_PORTS, winnow
 from tests.services.gateway.service import running_redis
-from tests.winnow.test_models import SIZES, save
+from tests.winnow.checkpoints import SIZES, save
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evals.records import SAMPLES_FILE, Record
 from tests.e2e.winnow_process import ROOT, environment
-from tests.evals.test_run import outcomes, records_in
+from tests.evals.run_records import outcomes, records_in
 
 ASKED = (
     *("eval", "--methods", "full,snapkv,asl", "--tasks", "passkey,number_string"),

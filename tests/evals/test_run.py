@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from evals.records import Record, RunFolder
+from evals.records import Record
 from services.cli.main import main
+from tests.evals.run_records import outcomes, records_in
 from tests.models_in_code import save_tiny_model
 from winnow import PruningSettings, SamplingParams, Winnow
 
@@ -22,17 +23,6 @@ def run(model: Path, folder: Path, *flags: str) -> list[Record]:
     own = ["--samples", "2", "--model", str(model), "-o", str(folder), "--num-threads", "1"]
     assert main(["eval", *usual, *own, *flags]) == 0
     return records_in(folder)
-
-
-def records_in(folder: Path) -> list[Record]:
-    settings = json.loads((folder / "settings.json").read_text())
-    with RunFolder(folder, settings) as opened:
-        return opened.records
-
-
-def outcomes(records: list[Record]) -> dict[Any, Any]:
-    """What a run found, apart from the time that it took."""
-    return {r.key: (r.answer, r.score, r.rho, r.selection_layer, r.references) for r in records}
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from services.common.messages import recompression_to_proto, sampling_to_proto
 from services.common.rpc import channel_options, error_from_rpc
 from services.decode.worker import DecodeWorker
 from services.gateway.request.generate_call import grant_in
-from tests.winnow.drive import UNPRUNED, prefill_all
+from tests.winnow.drive import UNPRUNED, admit, decode_all, ids, make_engine, prefill_all, spec
 from winnow.engine.prefill import PrefillResult
 from winnow.errors import WinnowError
 from winnow.kv import LayerKV
@@ -205,3 +205,9 @@ async def error_of(call: Call) -> WinnowError:
     except grpc.aio.AioRpcError as error:
         return error_from_rpc(error)
     raise AssertionError("the call ended with OK")
+
+
+def right_answer(client: Client) -> list[int]:
+    engine = make_engine(client.worker.engine.model)
+    admit(engine, spec("alone", len(PROMPT), GREEDY), PROMPT)
+    return ids(decode_all(engine)["alone"])

@@ -12,7 +12,7 @@ import pytest
 from services.common.cores import SharedCores
 from services.decode.engine_thread import EngineThread
 from services.decode.metrics import DecodeMetrics
-from tests.services.common.test_cores import prefill_process
+from tests.services.common.prefill_process import prefill_process
 from tests.services.decode.client import GREEDY, PROMPT
 from tests.winnow.drive import admit, spec
 from winnow.engine.decode import DecodeEngine

@@ -7,9 +7,16 @@ import torch
 
 from services.common.rpc import ERROR_KEY, error_from_rpc
 from services.decode.push import MAX_OPEN_TRANSFERS
-from tests.services.decode.client import GREEDY, PROMPT, Client, error_of, events_of, token_ids_of
+from tests.services.decode.client import (
+    GREEDY,
+    PROMPT,
+    Client,
+    error_of,
+    events_of,
+    right_answer,
+    token_ids_of,
+)
 from tests.services.decode.conftest import StartWorker
-from tests.winnow.drive import admit, decode_all, ids, make_engine, spec
 from winnow.engine.kv_pool import KVPool
 from winnow.engine.sequence import Reservation
 from winnow.errors import (
@@ -29,12 +36,6 @@ BROKEN_OFF = (
     grpc.StatusCode.ABORTED,
     grpc.StatusCode.NOT_FOUND,
 )
-
-
-def right_answer(client: Client) -> list[int]:
-    engine = make_engine(client.worker.engine.model)
-    admit(engine, spec("alone", len(PROMPT), GREEDY), PROMPT)
-    return ids(decode_all(engine)["alone"])
 
 
 def damage_data(frames: list[bytes]) -> list[bytes]:

@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from tests.services.gateway.service import MODEL_NAME, TestService
-from tests.winnow.test_prefill import prompt
+from tests.winnow.drive import prompt
 from winnow import SamplingParams, Winnow
 from winnow.catalog import COMPRESSIONS, RECOMPRESSIONS
 from winnow.methods import METHODS

@@ -9,7 +9,7 @@ import pytest
 from tests.models_in_code import FAMILIES
 from tests.services.gateway.service import MODEL_NAME, running_service
 from tests.winnow import reference
-from tests.winnow.test_prefill import prompt
+from tests.winnow.drive import prompt
 from winnow.models import MLP_BLOCK_TOKENS
 from winnow.v1 import inference_pb2 as pb
 from winnow.v1.inference_pb2_grpc import InferenceStub

@@ -9,8 +9,8 @@ import pytest
 from services.common.rpc import error_from_rpc, is_typed
 from services.gateway.grpc import server
 from services.gateway.rest import json_body
+from tests.services.gateway.grpc_requests import request
 from tests.services.gateway.service import TestService, running_service
-from tests.services.gateway.test_grpc_api import request
 from winnow.errors import DeadlineExceeded
 from winnow.v1.inference_pb2_grpc import InferenceStub
 

@@ -9,8 +9,16 @@ import pytest
 import torch
 
 from tests.winnow import reference
-from tests.winnow.drive import UNPRUNED, admit, assert_empty, ids, make_engine, prefill_all, spec
-from tests.winnow.test_prefill import prompt
+from tests.winnow.drive import (
+    UNPRUNED,
+    admit,
+    assert_empty,
+    ids,
+    make_engine,
+    prefill_all,
+    prompt,
+    spec,
+)
 from winnow.decoder import DecoderModel
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.generation_spec import GenerationSpec

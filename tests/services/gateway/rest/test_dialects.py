@@ -17,7 +17,7 @@ from tests.services.gateway.service import MODEL_NAME, TestService
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-PAGE = Path(__file__).parents[3] / "docs" / "api.md"
+PAGE = Path(__file__).parents[4] / "docs" / "api.md"
 TEXT = {"model": MODEL_NAME, "prompt": "the fox", "max_tokens": 4, "temperature": 0}
 CHAT = {
     "model": MODEL_NAME,

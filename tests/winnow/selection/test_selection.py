@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.winnow import naive
+from tests.winnow.naive import UNIT
 from winnow.pruning_settings import PruningSettings
 from winnow.scoring import descending_order
 from winnow.selection import AdaptiveSelection, best_tokens, most_relevant, token_scores
@@ -15,8 +16,6 @@ from winnow.selection import AdaptiveSelection, best_tokens, most_relevant, toke
 BASE = PruningSettings(
     select_tokens=12, window_size=4, kernel_size=3, observed_layers=2, min_layer=2, threshold=0.3
 )
-# Multiples of 105 = 3 * 5 * 7 make every pooled score a whole number: no rounding, many ties.
-UNIT = 105
 
 
 def run(masses: list[Tensor], config: PruningSettings) -> tuple[int | None, Tensor | None, tuple]:

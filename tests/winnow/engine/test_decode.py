@@ -8,6 +8,9 @@ import torch
 from tests.models_in_code import FAMILIES
 from tests.winnow import reference
 from tests.winnow.drive import (
+    ASL,
+    GREEDY,
+    LENGTHS,
     UNPRUNED,
     admit,
     assert_empty,
@@ -15,9 +18,9 @@ from tests.winnow.drive import (
     ids,
     make_engine,
     prefill_all,
+    prompt,
     spec,
 )
-from tests.winnow.test_prefill import ASL, prompt
 from winnow.attention import StepPlan
 from winnow.catalog import RECOMPRESSIONS
 from winnow.engine.generation_spec import GenerationSpec
@@ -28,9 +31,6 @@ from winnow.kv import LayerKV, SequenceState
 from winnow.models import load_model
 from winnow.sampling_params import SamplingParams
 from winnow.tokens import FinishReason
-
-GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
-LENGTHS = (1, 2, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 100, 150, 300)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,9 +8,8 @@ import torch
 
 from tests.models_in_code import FAMILIES
 from tests.winnow import naive, reference
-from tests.winnow.drive import UNPRUNED, all_layers, prefill_all
-from tests.winnow.test_methods import SMALL, answer
-from tests.winnow.test_prefill import prompt
+from tests.winnow.drive import UNPRUNED, all_layers, prefill_all, prompt
+from tests.winnow.methods.small_runs import SMALL, answer
 from winnow.engine.prefill import PrefillRun
 from winnow.errors import InvalidSetting
 from winnow.models import load_model

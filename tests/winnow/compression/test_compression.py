@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.winnow import naive
+from tests.winnow.naive import UNIT
 from winnow.compression import compression_rule, recompression_rule
 from winnow.compression.recompress import recompress_layer
 from winnow.kv import LayerKV
@@ -13,7 +14,6 @@ from winnow.pruning_settings import PruningSettings, Recompression
 from winnow.scoring import observed_attention
 
 BASE = PruningSettings(window_size=4, kernel_size=3, kv_budget=8, select_tokens=8)
-UNIT = 105  # see test_selection
 
 
 @settings(max_examples=200, deadline=None)

@@ -21,8 +21,7 @@ from services.gateway.request.generation_run import PromptRun
 from services.gateway.request.run import Service
 from services.gateway.request.states import State
 from tests.services.exposed import value
-from tests.services.gateway.service import MODEL_NAME, TestService, running_service
-from tests.services.gateway.test_lifecycle import (
+from tests.services.gateway.request.prompt_runs import (
     LARGE,
     REQUEST,
     complete,
@@ -30,6 +29,7 @@ from tests.services.gateway.test_lifecycle import (
     parts_of,
     small_and_large,
 )
+from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from winnow.errors import (
     DeliveryFailed,
     EngineFailed,

@@ -18,6 +18,7 @@ from services.common.rpc import error_from_rpc, is_typed
 from services.gateway.grpc.server import GrpcServer
 from services.gateway.request.generation_run import PromptRun
 from tests.services.exposed import value
+from tests.services.gateway.grpc_requests import PROMPT, request
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from tests.winnow import reference
 from winnow.errors import DeadlineExceeded, InvalidSetting
@@ -26,8 +27,6 @@ from winnow.v1 import inference_pb2 as pb
 from winnow.v1.inference_pb2_grpc import InferenceStub
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-PROMPT = list(range(5, 45))
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -39,19 +38,6 @@ async def channel(service: TestService) -> AsyncIterator[grpc.aio.Channel]:
 @pytest.fixture
 def stub(channel: grpc.aio.Channel) -> InferenceStub:
     return InferenceStub(channel)
-
-
-def request(**changes: Any) -> pb.CompleteRequest:
-    values: dict[str, Any] = {
-        "model": MODEL_NAME,
-        "token_ids": pb.TokenIds(ids=PROMPT),
-        "max_tokens": 12,
-        "temperature": 0,
-        "ignore_eos": True,
-    }
-    if {"text", "messages"} & set(changes):
-        del values["token_ids"]
-    return pb.CompleteRequest(**(values | changes))
 
 
 async def responses(stub: InferenceStub, **changes: Any) -> list[pb.CompleteResponse]:

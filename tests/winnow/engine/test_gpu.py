@@ -7,9 +7,19 @@ import pytest
 
 from tests.models_in_code import FAMILIES
 from tests.winnow import reference
-from tests.winnow.drive import admit, assert_empty, decode_all, ids, make_engine, prefill_all, spec
-from tests.winnow.test_decode_engine import GREEDY, LENGTHS
-from tests.winnow.test_prefill import ASL, prompt
+from tests.winnow.drive import (
+    ASL,
+    GREEDY,
+    LENGTHS,
+    admit,
+    assert_empty,
+    decode_all,
+    ids,
+    make_engine,
+    prefill_all,
+    prompt,
+    spec,
+)
 from winnow.methods import METHODS
 from winnow.models import load_model
 

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from tests.models_in_code import FAMILIES
 from tests.winnow import naive, naive_rivals, reference
-from tests.winnow.drive import prefill_all
-from tests.winnow.test_compression import UNIT
-from tests.winnow.test_methods import SMALL
-from tests.winnow.test_prefill import prompt
+from tests.winnow.drive import prefill_all, prompt
+from tests.winnow.methods.small_runs import SMALL
+from tests.winnow.naive import UNIT
 from winnow import scoring
 from winnow.attention import PrefillAttention
 from winnow.decoder import DecoderModel

@@ -6,10 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.winnow import naive, naive_rivals
-from tests.winnow.test_compression import BASE, UNIT
+from tests.winnow.naive import UNIT
 from winnow.compression import compression_rule
+from winnow.pruning_settings import PruningSettings
 
-ADAKV = replace(BASE, compression="adakv")
+ADAKV = PruningSettings(
+    window_size=4, kernel_size=3, kv_budget=8, select_tokens=8, compression="adakv"
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -71,7 +74,7 @@ def test_one_token_over_the_budget_drops_the_worst_of_the_layer(num_kv_heads: in
 def test_one_head_alone_keeps_what_snapkv_keeps() -> None:
     mass = torch.rand(3, 50, generator=torch.Generator().manual_seed(1))
     shared, same = (
-        compression_rule(replace(BASE, compression=compression)).keep(mass, 1)[0].tolist()
+        compression_rule(replace(ADAKV, compression=compression)).keep(mass, 1)[0].tolist()
         for compression in ("adakv", "snapkv")
     )
     assert shared == same

@@ -6,26 +6,10 @@ import torch
 
 from tests.models_in_code import FAMILIES, VOCAB_SIZE, save_tiny_model
 from tests.winnow import naive, reference
-from tests.winnow.drive import UNPRUNED, prefill_all
+from tests.winnow.drive import ASL, UNPRUNED, prefill_all, prompt
 from winnow.engine.prefill import PrefillRun
 from winnow.errors import InvalidRequest, InvalidSetting, PromptTooLong
 from winnow.models import load_model
-from winnow.pruning_settings import PruningSettings
-
-ASL = PruningSettings(
-    select_tokens=24,
-    window_size=8,
-    kernel_size=3,
-    observed_layers=2,
-    min_layer=1,
-    threshold=1.2,
-    kv_budget=20,
-)
-
-
-def prompt(num_tokens: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, VOCAB_SIZE, (num_tokens,), generator=generator).tolist()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

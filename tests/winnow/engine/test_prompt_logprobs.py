@@ -7,8 +7,7 @@ import torch
 
 from tests.models_in_code import FAMILIES, VOCAB_SIZE
 from tests.winnow import reference
-from tests.winnow.drive import UNPRUNED, all_layers
-from tests.winnow.test_prefill import prompt
+from tests.winnow.drive import UNPRUNED, all_layers, prompt
 from winnow.engine.prefill import PrefillRun
 from winnow.engine.prompt_logprobs import PromptLogprobsRun
 from winnow.errors import NotFinite

@@ -10,15 +10,10 @@ import torch
 
 from tests.winnow.drive import (
     UNPRUNED,
-    admit,
-    assert_empty,
-    decode_all,
-    ids,
-    make_engine,
     prefill_all,
-    spec,
+    prompt,
 )
-from tests.winnow.test_prefill import prompt
+from tests.winnow.methods.small_runs import GREEDY, NUM_KV_HEADS, SMALL, answer
 from winnow.catalog import COMPRESSIONS
 from winnow.decoder import DecoderModel
 from winnow.engine.prefill import PrefillResult
@@ -26,38 +21,13 @@ from winnow.kv import LayerKV
 from winnow.methods import METHODS, method_class
 from winnow.models import load_model
 from winnow.pruning_settings import PruningSettings
-from winnow.sampling_params import SamplingParams
 
-SMALL = PruningSettings(
-    select_tokens=24,
-    window_size=8,
-    kernel_size=3,
-    observed_layers=2,
-    min_layer=1,
-    threshold=0.9,
-    latest_layer=2,
-    fixed_layer=1,
-    kv_budget=20,
-)
 N = 60
-NUM_KV_HEADS = 2
-GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def model(tiny_models: dict[str, Path]) -> DecoderModel:
     return load_model(tiny_models["llama"])
-
-
-def answer(model: DecoderModel, token_ids: list[int], settings: PruningSettings) -> list[int]:
-    """The greedy answer, by both engines with the memory that the settings ask for."""
-    engine = make_engine(model)
-    most = settings.max_prompt_entries(len(token_ids), NUM_KV_HEADS)
-    request = spec("r", len(token_ids), GREEDY, max_prompt_entries=most)
-    admit(engine, request, token_ids, settings)
-    tokens = ids(decode_all(engine)["r"])
-    assert_empty(engine)
-    return tokens
 
 
 def assert_same_prefill(
