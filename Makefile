@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test chaos soak packages check audit format bench train docs proto lock clean setup
+.PHONY: demo test chaos soak packages check audit format bench train docs site proto lock clean setup
 
 setup: $(STAMP)
 
@@ -64,6 +64,7 @@ check: $(STAMP)
 	$(BIN)/mypy -p training -p benchmarks
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive \
 		winnow services evals training benchmarks deploy
+	$(MAKE) --no-print-directory site
 	$(MAKE) --no-print-directory audit
 
 # Known vulnerabilities of what is pinned, where an index can be asked; see deploy/audit.py.
@@ -89,6 +90,14 @@ train: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m deploy.metrics_page > docs/metrics.md
 	$(BIN)/python -m deploy.grafana.build
+
+# The documentation as pages, in build/site. A link or an anchor that leads nowhere is an error.
+PAGES := README.md CONTRIBUTING.md CHANGELOG.md docs examples k8s/winnow/README.md \
+	models/winnow-tiny/README.md
+site: $(STAMP)
+	rm -rf build/pages && mkdir -p build/pages
+	tar cf - $(PAGES) | tar xf - -C build/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 proto: $(STAMP)
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. \

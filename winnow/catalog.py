@@ -1,7 +1,7 @@
 """Registry of methods and rules: each name that a setting may take, and its `module:class`.
 
-To add a method or a rule: write its file and add its line here. Modules are imported by `load`
-only, so that names can be checked without loading torch.
+To add a method or a rule: write its file and add its line here; docs/methods.md has the recipe.
+Modules are imported by `load` only, so that names can be checked without loading torch.
 """
 
 from importlib import import_module

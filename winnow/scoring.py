@@ -1,6 +1,7 @@
 """Token scores and ranks from the attention of the last prompt tokens (the observation window).
 
-Symbols as in SnapKV (arXiv 2404.14469) and ASL (arXiv 2601.07667): window w, N tokens, n = N - w.
+The formulas are in docs/architecture.md, with the symbols of SnapKV (arXiv 2404.14469) and ASL
+(arXiv 2601.07667): window w, N tokens, n = N - w.
 """
 
 import torch

@@ -1,7 +1,8 @@
 """Pruning methods. One file per method.
 
 To add a method: write its file (a subclass of `winnow.methods.base.Method`), add its line to
-winnow/catalog.py and its row to the table in README.md; the tests shared by all methods run it.
+winnow/catalog.py and its row to the table in docs/methods.md, which has the recipe. The tests
+shared by all methods run it.
 """
 
 from typing import TYPE_CHECKING
