@@ -26,8 +26,11 @@ $(STAMP): requirements.lock constraints.txt pyproject.toml setup.py
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
 
+# More workers than cores, for most of what comes after the library's own tests waits; see
+# tests/side_by_side.py.
+TEST_WORKERS ?= 3
 test: $(STAMP) packages $(BIN)/helm
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --no-loadscope-reorder --durations=10
 
 # The tests talk to a real Redis and a real Prometheus, look at pages in a real browser, and compile
 # a clock that can be set.
@@ -61,7 +64,6 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/mypy -p training -p benchmarks
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive \
 		winnow services evals training benchmarks deploy
 	$(MAKE) --no-print-directory site

@@ -16,7 +16,7 @@ def export_model(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, fo
     copy.load_state_dict(model.state_dict())
     copy.bfloat16()
     copy.config.dtype = torch.bfloat16
-    copy.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+    copy.generation_config = GenerationConfig(
         do_sample=False,
         eos_token_id=tokenizer.convert_tokens_to_ids([END_OF_TEXT, END]),
         pad_token_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),

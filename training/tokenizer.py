@@ -63,7 +63,7 @@ def train_tokenizer(seed: int, num_texts: int = 20_000) -> PreTrainedTokenizerFa
         show_progress=False,
     )
     bpe.train_from_iterator(_corpus(seed, num_texts), trainer)
-    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,

@@ -52,7 +52,7 @@ def _require_layers(description: ModelDescription, stored: Collection[str]) -> N
 def _empty_network(config: Any) -> Any:  # noqa: ANN401 - each family has its own class
     try:
         with _META:
-            network: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            network: Any = AutoModelForCausalLM.from_config(
                 config, attn_implementation=RECORDER, trust_remote_code=False
             )
     except KeyError as error:
@@ -140,9 +140,9 @@ def _some(names: Collection[str]) -> str:
 def _no_progress_bar() -> Iterator[None]:
     """Hide transformers' progress bar, since this load takes no time."""
     shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            transformers_logging.enable_progress_bar()

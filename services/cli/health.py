@@ -23,7 +23,7 @@ def drain(address: str, timeout_s: float, settings: Settings) -> int:
     Returns how many are left.  Raises Unhealthy if it does not answer.
     """
     with open_channel(address, PeerTls.load(settings)) as channel:
-        stub = DecodeStub(channel)  # type: ignore[no-untyped-call]
+        stub = DecodeStub(channel)
         try:
             answer = stub.Drain(pb.DrainRequest(), timeout=timeout_s)
         except grpc.RpcError as error:

@@ -108,4 +108,4 @@ def reachable_host(host: str) -> str:
     """The address at which other machines of the cluster reach a process listening on `host`."""
     if host != _EVERY_ADDRESS:
         return host
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+    return str(ray.util.get_node_ip_address())

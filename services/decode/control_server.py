@@ -26,7 +26,7 @@ class ControlServer:
         self._health = health_aio.HealthServicer()
         guards = [AioPeerGuard(peers.name)] if peers else []
         self._server = grpc.aio.server(options=server_options(), interceptors=guards)
-        add_DecodeServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
+        add_DecodeServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (DECODE_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)

@@ -22,7 +22,10 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 PROMPT = "the quick brown fox " * 10
 # As an operator sets them on a cluster's nodes, and for whoever uses it.
-ACCESS = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-the-cluster-s-own"}
+ACCESS: dict[str, Any] = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": "a-token-of-the-cluster-s-own",
+}
 
 
 @dataclass

@@ -28,7 +28,7 @@ class Response:
         self.error = error
         self.cancelled = False
 
-    def __await__(self) -> Generator[Any, None, None]:
+    def __await__(self) -> Generator[Any, None, object]:
         if self.error is not None:
             raise self.error
         return (yield from asyncio.Event().wait().__await__())

@@ -1,6 +1,7 @@
 """Checkpoints of any configuration, saved to disk and checked."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -9,7 +10,7 @@ from tests.models_in_code import save_byte_tokenizer
 from winnow.checkpoint import require_sound
 from winnow.model_files import describe_model
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -18,7 +19,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
-EXPERTS = SIZES | {
+EXPERTS: dict[str, Any] = SIZES | {
     "num_experts_per_tok": 2,
     "num_local_experts": 4,
     "num_experts": 4,

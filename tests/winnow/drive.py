@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 
@@ -62,13 +63,11 @@ def make_engine(
     )
 
 
-def spec(
-    request_id: str, num_tokens: int, sampling: SamplingParams, **more: object
-) -> GenerationSpec:
+def spec(request_id: str, num_tokens: int, sampling: SamplingParams, **more: Any) -> GenerationSpec:
     """more: fields of the spec, or of its recompression."""
     names = {field.name for field in fields(Recompression)}
     own = {name: more.pop(name) for name in names & set(more)}
-    values = {"max_prompt_entries": num_tokens} | more
+    values: dict[str, Any] = {"max_prompt_entries": num_tokens} | more
     return GenerationSpec(
         request_id=request_id,
         num_prompt_tokens=num_tokens,

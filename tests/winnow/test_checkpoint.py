@@ -58,7 +58,7 @@ def split(folder: Path, num_first: int = 20) -> tuple[Tensors, Tensors]:
     items = list(load_file(folder / WEIGHTS).items())
     shards = dict(items[:num_first]), dict(items[num_first:])
     (folder / WEIGHTS).unlink()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for name, shard in zip(SHARDS, shards, strict=True):
         save_file(shard, folder / name)
         weight_map |= dict.fromkeys(shard, name)
@@ -155,7 +155,7 @@ def test_untied_parameters_must_both_be_stored(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [MixtralConfig(**EXPERTS), Qwen3MoeConfig(**EXPERTS, head_dim=16)],
+    [MixtralConfig(**EXPERTS), Qwen3MoeConfig(**(EXPERTS | {"head_dim": 16}))],
     ids=["mixtral", "qwen3_moe"],
 )
 def test_experts_that_transformers_fuses_must_all_be_there(

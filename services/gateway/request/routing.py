@@ -33,7 +33,7 @@ class WorkerConnection:
     def __init__(self, peer: _Peer) -> None:
         self._peer = peer
         self._num_pages = 0
-        self.stub = DecodeStub(peer.channel)  # type: ignore[no-untyped-call]
+        self.stub = DecodeStub(peer.channel)
         peer.num_places += 1
 
     def count_pages(self, num_pages: int) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from services.common.cores import SharedCores, open_shared_cores
 from services.common.settings import Settings
+from tests.deadlines import SOON_S
 from tests.services.common.prefill_process import prefill_process
 
 
@@ -26,7 +27,7 @@ def cores(folder: Path) -> Iterator[SharedCores]:
 
 
 def wait_until_idle(cores: SharedCores) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + SOON_S
     while cores.prefill_runs:
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -7,6 +7,7 @@ import torch
 
 from services.common.rpc import ERROR_KEY, error_from_rpc
 from services.decode.push import MAX_OPEN_TRANSFERS
+from tests.deadlines import SOON_S
 from tests.services.decode.client import (
     GREEDY,
     PROMPT,
@@ -285,7 +286,7 @@ async def test_a_request_whose_kv_cannot_be_put_in_place_ends_at_once(
     monkeypatch.setattr(where, what, out_of_memory)
     with pytest.raises(EngineFailed, match="could not be put in place: CUDA out of memory"):
         await client.push(client.frames())
-    async with asyncio.timeout(10):  # not after the lease
+    async with asyncio.timeout(SOON_S):  # not after the lease
         assert isinstance(await error_of(call), EngineFailed)
     monkeypatch.undo()
     assert client.worker.engine.num_failures == 1

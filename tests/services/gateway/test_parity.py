@@ -68,7 +68,8 @@ async def test_64_streaming_clients_each_get_all_of_their_own_answer(
                 stream=True,
                 extra_body={"ignore_eos": True},
             )
-            pieces, reason = [], None
+            pieces: list[str] = []
+            reason: str | None = None
             async for chunk in chunks:
                 pieces.append(chunk.choices[0].text)
                 reason = chunk.choices[0].finish_reason or reason

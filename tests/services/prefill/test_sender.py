@@ -8,6 +8,7 @@ import pytest
 
 from services.prefill.channels import Channels
 from services.prefill.sender import LAYERS_AHEAD, Delivered, Push
+from tests.deadlines import SOON_S
 from tests.services.prefill.conftest import NUM_TOKENS, PRUNING, MakeJob
 from tests.services.prefill.receiver import GRANT, Receiver
 from tests.winnow.drive import prefill_all
@@ -63,7 +64,7 @@ def test_a_worker_that_takes_everything_and_says_nothing_is_not_waited_for(
     push = Push(receiver.address, encoder(model), ends.put, stall_timeout_s=0.5)
     push.open(channels, timeout_s=30)
     push.finish(hand_over(push, model))
-    end = ends.get(timeout=20)
+    end = ends.get(timeout=SOON_S)
     released.set()
     assert isinstance(end, DeliveryFailed)
     assert ends.empty()

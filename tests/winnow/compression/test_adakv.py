@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +92,6 @@ def test_one_head_alone_keeps_what_snapkv_keeps() -> None:
     ],
 )
 def test_promises_what_one_head_can_come_to_keep(
-    changes: dict, num_tokens: int, num_kv_heads: int, most: int
+    changes: dict[str, Any], num_tokens: int, num_kv_heads: int, most: int
 ) -> None:
     assert compression_rule(replace(ADAKV, **changes)).max_entries(num_tokens, num_kv_heads) == most

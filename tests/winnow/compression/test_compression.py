@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,9 @@ def test_top_p_keeps_the_smallest_set_with_the_mass(p: float) -> None:
         ({"compression": "top_p", "kv_top_p": 1.0}, 1000, True),
     ],
 )
-def test_knows_when_a_layer_stays_whole(changes: dict, num_tokens: int, whole: bool) -> None:
+def test_knows_when_a_layer_stays_whole(
+    changes: dict[str, Any], num_tokens: int, whole: bool
+) -> None:
     config = replace(BASE, **changes)
     rule = compression_rule(config)
     assert rule.keeps_all(num_tokens) is whole

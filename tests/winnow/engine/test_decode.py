@@ -30,7 +30,7 @@ from winnow.errors import InvalidSetting, Overloaded
 from winnow.kv import LayerKV, SequenceState
 from winnow.models import load_model
 from winnow.sampling_params import SamplingParams
-from winnow.tokens import FinishReason
+from winnow.tokens import FinishReason, Token
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -116,7 +116,7 @@ def test_decodes_from_pruned_ragged_caches_alike_alone_and_in_a_batch(
     config = replace(ASL, compression=compression, kv_top_p=0.7)
     engine = make_engine(load_model(tiny_models["llama"]))
     prompts = {str(n): prompt(n, n) for n in (40, 90, 200)}
-    alone = {}
+    alone: dict[str, list[Token]] = {}
     for name, token_ids in prompts.items():
         admit(engine, spec(name, len(token_ids), GREEDY), token_ids, config)
         alone |= decode_all(engine)

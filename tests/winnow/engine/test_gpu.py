@@ -20,7 +20,7 @@ from tests.winnow.drive import (
     prompt,
     spec,
 )
-from winnow.methods import METHODS
+from winnow.catalog import METHODS
 from winnow.models import load_model
 
 pytestmark = pytest.mark.gpu

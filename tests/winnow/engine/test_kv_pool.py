@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -38,7 +40,7 @@ def layer_of(layer_idx: int, lengths: tuple[int, int], seed: int = 0) -> LayerKV
     )
 
 
-def pages_of(lengths: tuple[int, int]) -> int:
+def pages_of(lengths: tuple[int, ...]) -> int:
     return sum(-(-length // 4) for length in lengths)
 
 
@@ -55,7 +57,9 @@ ACTIONS = st.lists(
 
 @settings(max_examples=200, deadline=None)
 @given(ACTIONS)
-def test_pages_are_accounted_and_contents_kept_through_any_history(actions: list[tuple]) -> None:
+def test_pages_are_accounted_and_contents_kept_through_any_history(
+    actions: list[tuple[Any, ...]],
+) -> None:
     memory = make_memory(num_pages=400, rows=3)
     pool, rows = memory.pool, memory.reserve(3, Promise(100, 100))
     held = {(row, layer): layer_of(layer, (0, 0)) for row in rows for layer in range(2)}

@@ -8,10 +8,11 @@ import torch
 from tests.models_in_code import FAMILIES, VOCAB_SIZE
 from tests.winnow import reference
 from tests.winnow.drive import UNPRUNED, all_layers, prompt
+from winnow.decoder import DecoderModel
 from winnow.engine.prefill import PrefillRun
 from winnow.engine.prompt_logprobs import PromptLogprobsRun
 from winnow.errors import NotFinite
-from winnow.models import DecoderModel, load_model
+from winnow.models import load_model
 from winnow.tokens import PromptLogprobs
 
 NUM_TOKENS = 50

@@ -14,11 +14,11 @@ from tests.winnow.drive import (
     prompt,
 )
 from tests.winnow.methods.small_runs import GREEDY, NUM_KV_HEADS, SMALL, answer
-from winnow.catalog import COMPRESSIONS
+from winnow.catalog import COMPRESSIONS, METHODS
 from winnow.decoder import DecoderModel
 from winnow.engine.prefill import PrefillResult
 from winnow.kv import LayerKV
-from winnow.methods import METHODS, method_class
+from winnow.methods import method_class
 from winnow.models import load_model
 from winnow.pruning_settings import PruningSettings
 

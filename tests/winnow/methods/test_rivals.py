@@ -1,6 +1,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_heavy_hitters_are_those_of_the_formula(
     [({}, 10), ({"kv_budget": 59}, 29), ({"kv_budget": 9}, 8), ({"window_size": 1}, 10)],
 )
 def test_h2o_keeps_what_transformers_attention_accumulates_on(
-    tiny_models: dict[str, Path], family: str, changes: dict, num_recent: int
+    tiny_models: dict[str, Path], family: str, changes: dict[str, Any], num_recent: int
 ) -> None:
     config, token_ids = replace(H2O, **changes), prompt(60)
     network = reference.load(tiny_models[family], "eager")
@@ -108,7 +109,7 @@ def test_h2o_keeps_what_transformers_attention_accumulates_on(
     ],
 )
 def test_streaming_keeps_the_sinks_and_the_last(
-    tiny_models: dict[str, Path], changes: dict, num_tokens: int, num_sinks: int
+    tiny_models: dict[str, Path], changes: dict[str, Any], num_tokens: int, num_sinks: int
 ) -> None:
     config = replace(STREAMING, **changes)
     layers, _ = prefill_all(load_model(tiny_models["llama"]), prompt(num_tokens), config)
@@ -182,7 +183,7 @@ def pyramid_by_the_formulas(
     "changes", [{}, {"kv_budget": 59}, {"kv_budget": 9}, {"window_size": 1, "kv_budget": 2}]
 )
 def test_pyramidinfer_keeps_and_computes_what_the_formulas_do(
-    tiny_models: dict[str, Path], family: str, changes: dict
+    tiny_models: dict[str, Path], family: str, changes: dict[str, Any]
 ) -> None:
     config, token_ids = replace(PYRAMID, **changes), prompt(60)
     model = load_model(tiny_models[family])

@@ -18,7 +18,9 @@ BASE = PruningSettings(
 )
 
 
-def run(masses: list[Tensor], config: PruningSettings) -> tuple[int | None, Tensor | None, tuple]:
+def run(
+    masses: list[Tensor], config: PruningSettings
+) -> tuple[int | None, Tensor | None, tuple[tuple[int, float], ...]]:
     """The layer at which ASL selects, the tokens, and rho."""
     selection = AdaptiveSelection(config, config.latest_layer)
     for layer_idx, mass in enumerate(masses):

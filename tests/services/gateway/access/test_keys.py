@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -22,6 +23,7 @@ from services.common.rpc import ERROR_KEY
 from services.common.settings import Settings
 from services.gateway.access.access import Access
 from services.gateway.access.keys import ApiKeys, entry_text, new_key
+from tests.deadlines import SOON_S
 from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from winnow.errors import InvalidKey, InvalidSetting
@@ -30,7 +32,7 @@ from winnow.v1.inference_pb2_grpc import InferenceStub
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-BODY = {"model": MODEL_NAME, "prompt": [5, 6, 7], "max_tokens": 2}
+BODY: dict[str, Any] = {"model": MODEL_NAME, "prompt": [5, 6, 7], "max_tokens": 2}
 FREE, FREE_ENTRY = new_key("free")
 FEW, FEW_ENTRY = new_key("few", requests_per_minute=2)
 SHORT, SHORT_ENTRY = new_key("short", tokens_per_minute=12)
@@ -51,7 +53,7 @@ async def service(model_path: Path, redis_url: str, keys_file: Path) -> AsyncIte
         await service.until_idle()
 
 
-async def post(service: TestService, key: str | None, **changes: object) -> httpx.Response:
+async def post(service: TestService, key: str | None, **changes: Any) -> httpx.Response:
     headers = {"authorization": f"Bearer {key}"} if key else {}
     return await service.http.post("/v1/completions", json=BODY | changes, headers=headers)
 
@@ -67,7 +69,7 @@ async def test_a_key_lets_in(service: TestService) -> None:
 async def test_without_one_every_path_but_the_probes_is_closed(
     service: TestService, key: str | None, path: str
 ) -> None:
-    headers = {} if key is None else {"authorization": f"Bearer {key}".encode()}
+    headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
     for method in ("GET", "POST"):
         refused = await service.http.request(method, path, headers=headers)
         assert refused.status_code == 401
@@ -82,7 +84,7 @@ async def test_a_body_is_not_read_without_a_key(service: TestService) -> None:
     reader, writer = await asyncio.open_connection(host, int(port))
     head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-length: 1000000\r\n\r\n"
     writer.write(head.encode())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON_S):
         assert b" 401 " in await reader.readline()
     writer.close()
 
@@ -123,12 +125,12 @@ async def test_tokens_a_minute_are_limited(service: TestService) -> None:
     [("/tokenize", {"prompt": "abcdef"}), ("/detokenize", {"tokens": [5, 6, 7, 8, 9]})],
 )
 async def test_tokens_that_are_made_or_read_alone_count_too(
-    service: TestService, keys_file: Path, path: str, body: dict[str, object]
+    service: TestService, keys_file: Path, path: str, body: dict[str, Any]
 ) -> None:
     key, entry = new_key(path.strip("/"), tokens_per_minute=12)
     keys_file.write_text(keys_file.read_text() + entry_text(entry))  # noqa: ASYNC240 - short
     headers = {"authorization": f"Bearer {key}"}
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON_S):
         while (done := await service.http.post(path, json=body, headers=headers)).is_error:
             pass  # until the file is read again
     statuses = [done.status_code]
@@ -143,7 +145,10 @@ async def test_a_request_that_the_service_refuses_uses_up_no_tokens(
 ) -> None:
     key, entry = new_key("short", tokens_per_minute=12)
     (tmp_path / "keys.yaml").write_text(entry_text(entry))
-    changes = {"api_keys_file": tmp_path / "keys.yaml", "namespace": f"refused-{way}"}
+    changes: dict[str, Any] = {
+        "api_keys_file": tmp_path / "keys.yaml",
+        "namespace": f"refused-{way}",
+    }
     ask = complete if way == "grpc" else completion
     async with running_service(model_path, redis_url, num_workers=0, **changes) as nobody:
         assert [await ask(nobody, key) for _ in range(4)] == ["no_decode_worker"] * 4
@@ -199,11 +204,11 @@ async def test_grpc_tells_without_a_key_whether_it_serves_and_nothing_else(
 ) -> None:
     async with grpc.aio.insecure_channel(service.grpc_address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        assert await health.Check(health_pb2.HealthCheckRequest(), timeout=10)
+        assert await health.Check(health_pb2.HealthCheckRequest(), timeout=SOON_S)
         listing = reflection_pb2.ServerReflectionRequest(list_services="")
         call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await call(iter([listing]), timeout=10).read()
+            await call(iter([listing]), timeout=SOON_S).read()
         assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
@@ -214,7 +219,7 @@ async def test_a_revoked_key_is_refused_without_a_restart(
     before = keys_file.read_text()  # noqa: ASYNC240 - a short file
     for text, status in ((before + entry_text(entry), 200), (before, 401)):
         keys_file.write_text(text)  # noqa: ASYNC240
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON_S):
             while (await post(service, key)).status_code != status:
                 pass
 
@@ -241,7 +246,10 @@ async def test_limits_are_counted_in_redis_for_all_gateways(
 ) -> None:
     key, entry = new_key("shared", requests_per_minute=1)
     (tmp_path / "keys.yaml").write_text(entry_text(entry))
-    changes = {"api_keys_file": tmp_path / "keys.yaml", "namespace": "shared-limits"}
+    changes: dict[str, Any] = {
+        "api_keys_file": tmp_path / "keys.yaml",
+        "namespace": "shared-limits",
+    }
     statuses = []
     for _ in range(2):
         async with running_service(model_path, redis_url, **changes) as one:
@@ -321,7 +329,7 @@ async def test_without_redis_keys_are_checked_and_limits_are_not(
         )
         access = Access(settings)
         key = access.require(f"Bearer {FEW}")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(SOON_S):
             for _ in range(3):
                 await access.charge_request(key)
     assert "rate limits are not counted" in caplog.text

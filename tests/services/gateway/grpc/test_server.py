@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from services.common.rpc import error_from_rpc, is_typed
 from services.gateway.grpc.server import GrpcServer
 from services.gateway.request.generation_run import PromptRun
+from tests.deadlines import SOON_S
 from tests.services.exposed import value
 from tests.services.gateway.grpc_requests import PROMPT, request
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
@@ -104,7 +105,7 @@ async def test_echo_stop_and_logprobs(stub: InferenceStub) -> None:
 
 
 async def test_pruning_options_count_and_zero_means_unlimited(stub: InferenceStub) -> None:
-    options = {"method": "snapkv", "window_size": 8}
+    options: dict[str, Any] = {"method": "snapkv", "window_size": 8}
     (*_, cut) = await responses(stub, winnow=pb.WinnowOptions(**options, kv_budget=16))
     (*_, whole) = await responses(stub, winnow=pb.WinnowOptions(**options, kv_budget=0))
     assert cut.usage.winnow.kv_bytes_kept * 40 == cut.usage.winnow.kv_bytes_full * 16
@@ -184,7 +185,7 @@ async def test_refuses_bad_input_with_its_code_and_parameter(
 
 async def test_a_request_without_prompt_is_refused(stub: InferenceStub) -> None:
     with pytest.raises(grpc.aio.AioRpcError, match="text, token_ids or messages"):
-        async for _ in stub.Complete(pb.CompleteRequest(model=MODEL_NAME), timeout=10):
+        async for _ in stub.Complete(pb.CompleteRequest(model=MODEL_NAME), timeout=SOON_S):
             pass
 
 
@@ -194,7 +195,7 @@ async def test_cancelling_the_call_leaves_nothing_behind(
     call = stub.Complete(request(max_tokens=4000), timeout=30)
     await call.read()
     call.cancel()
-    await service.until_idle(5)
+    await service.until_idle()
 
 
 async def test_cancelling_the_call_ends_it_though_a_cancel_within_is_lost(
@@ -216,7 +217,7 @@ async def test_cancelling_the_call_ends_it_though_a_cancel_within_is_lost(
     call = stub.Complete(request(max_tokens=1000), timeout=30)
     await begun.wait()
     call.cancel()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON_S):
         while value((await service.admin.get("/metrics")).text, "winnow_requests_running"):
             await service.until_idle()
 
@@ -241,7 +242,7 @@ async def test_a_server_that_stops_lets_calls_end_and_tells_those_that_do_not(
         assert is_typed(error.value)
         await asyncio.wait_for(stopping, 10)
     service.prefiller.hold.set()
-    await service.until_idle(5)
+    await service.until_idle()
 
 
 async def test_health_follows_readiness(model_path: Path, redis_url: str) -> None:
@@ -254,7 +255,7 @@ async def test_health_follows_readiness(model_path: Path, redis_url: str) -> Non
             health = health_pb2_grpc.HealthStub(channel)
             for name in ("", "winnow.v1.Inference"):
                 check = health_pb2.HealthCheckRequest(service=name)
-                assert (await health.Check(check, timeout=10)).status == expected
+                assert (await health.Check(check, timeout=SOON_S)).status == expected
 
 
 async def test_reflection_lists_the_service(channel: grpc.aio.Channel) -> None:

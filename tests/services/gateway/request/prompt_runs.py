@@ -14,6 +14,7 @@ from services.gateway.request.generation_run import PromptRun
 from services.gateway.request.routing import Router
 from services.gateway.request.run import Service
 from services.gateway.request.states import State
+from tests.deadlines import SOON_S
 from tests.services.gateway.service import TestService, running_service
 from tests.winnow.drive import UNPRUNED
 from winnow.errors import WinnowError
@@ -38,7 +39,9 @@ async def parts_of(service: TestService) -> AsyncIterator[Service]:
     await router.close()
 
 
-def make_run(parts: Service, request: PromptRequest = REQUEST, timeout_s: float = 20) -> PromptRun:
+def make_run(
+    parts: Service, request: PromptRequest = REQUEST, timeout_s: float = SOON_S
+) -> PromptRun:
     return PromptRun(request, parts, asyncio.get_running_loop().time() + timeout_s)
 
 

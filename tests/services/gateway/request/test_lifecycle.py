@@ -19,6 +19,7 @@ from services.gateway.request import generation_run
 from services.gateway.request.routing import Router
 from services.gateway.request.run import Service
 from services.gateway.request.states import State
+from tests.deadlines import SOON_S
 from tests.services.gateway.request.prompt_runs import (
     LARGE,
     REQUEST,
@@ -146,7 +147,7 @@ async def test_a_worker_lost_after_the_last_token_takes_nothing_from_the_answer(
     for end in (breaks, hangs):
         monkeypatch.setattr(generate, "_stream_tokens", end)
         run = make_run(parts)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON_S):
             assert await complete(run) == expected
         assert run.state is State.FINISHED
 
@@ -163,9 +164,9 @@ async def test_leaving_early_frees_decode_and_cancels_prefill(
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
     assert run.state is State.CANCELLED
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(SOON_S):
         await service.prefiller.cancelled.wait()
-    await service.until_idle(5)
+    await service.until_idle()
 
 
 async def test_a_prompt_that_can_never_fit_is_an_invalid_setting(parts: Service) -> None:

@@ -20,6 +20,7 @@ from services.gateway.request import generation_run
 from services.gateway.request.generation_run import PromptRun
 from services.gateway.request.run import Service
 from services.gateway.request.states import State
+from tests.deadlines import SOON_S
 from tests.services.exposed import value
 from tests.services.gateway.request.prompt_runs import (
     LARGE,
@@ -264,7 +265,7 @@ async def drain_worker_of(service: TestService, run: PromptRun) -> None:
 draining: list[asyncio.Task[int]] = []
 
 
-async def drained(model_path: Path, redis_url: str, **changes: object) -> tuple[PromptRun, bool]:
+async def drained(model_path: Path, redis_url: str, **changes: Any) -> tuple[PromptRun, bool]:
     """A run whose worker drains, and whether its answer was the one that it would have been."""
     async with running_service(model_path, redis_url, **changes) as service:
         async with parts_of(service) as parts:
@@ -368,7 +369,7 @@ async def test_a_cancel_that_is_lost_while_a_worker_is_sought_leaves_nothing(
                 await asyncio.Event().wait()
         return []
 
-    async def leave_while_sought(run: PromptRun) -> None:
+    async def leave_while_sought(run: PromptRun, parts: Service) -> None:
         async with run:
             await run.admit()
             async with aclosing(run.tokens()) as steps:
@@ -379,16 +380,16 @@ async def test_a_cancel_that_is_lost_while_a_worker_is_sought_leaves_nothing(
                 await asyncio.Event().wait()
 
     async with running_service(model_path, redis_url) as service, parts_of(service) as parts:
-        leaving = asyncio.create_task(leave_while_sought(make_run(parts, LONG)))
+        leaving = asyncio.create_task(leave_while_sought(make_run(parts, LONG), parts))
         await sought.wait()
         for _ in range(times):
             leaving.cancel()
             await asyncio.wait({leaving}, timeout=0.2)
-        await asyncio.wait({leaving}, timeout=10)
+        await asyncio.wait({leaving}, timeout=SOON_S)
         assert leaving.cancelled()
         peers = parts.router._peers.values()
         assert {(peer.num_places, peer.pages_held) for peer in peers} <= {(0, 0)}
-        await service.until_idle(5)
+        await service.until_idle()
 
 
 async def test_a_prompt_that_is_given_up_for_want_of_memory_is_computed_anew(

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from services.common.jobs import PrefillJob, PrefillOutcome
+from tests.deadlines import SOON_S
 from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from tests.winnow import reference
@@ -166,7 +167,7 @@ async def test_prompts_of_a_list_are_scored_each_and_choices_repeat_it(
 @pytest.mark.parametrize("max_tokens", [0, 4])
 async def test_a_stream_tells_the_same(service: TestService, max_tokens: int) -> None:
     whole = (await score(service, TEXT, max_tokens=max_tokens))["choices"][0]
-    body = {"prompt": TEXT, "echo": True, "logprobs": 3, "max_tokens": max_tokens}
+    body: dict[str, Any] = {"prompt": TEXT, "echo": True, "logprobs": 3, "max_tokens": max_tokens}
     text = ""
     lists: dict[str, list[Any]] = {name: [] for name in whole["logprobs"]}
     async for chunk in await service.openai.completions.create(
@@ -278,7 +279,7 @@ async def test_what_befalls_prefill_reaches_the_client(
 async def test_a_client_that_leaves_cancels_it(service: TestService, max_tokens: int) -> None:
     service.prefiller.hold_jobs()
     try:
-        async with httpx.AsyncClient(base_url=service.url) as client, asyncio.timeout(10):
+        async with httpx.AsyncClient(base_url=service.url) as client, asyncio.timeout(SOON_S):
             body = {"model": MODEL_NAME, "prompt": "a", "echo": True, "logprobs": 1}
             leaving = asyncio.create_task(
                 client.post(COMPLETIONS, json=body | {"max_tokens": max_tokens})
@@ -287,7 +288,7 @@ async def test_a_client_that_leaves_cancels_it(service: TestService, max_tokens:
             leaving.cancel()
             await asyncio.gather(leaving, return_exceptions=True)
             await service.prefiller.cancelled.wait()
-        await service.until_idle(5)
+        await service.until_idle()
     finally:
         service.prefiller.hold.set()
 
@@ -333,7 +334,7 @@ async def test_a_prefill_worker_lost_before_it_told_is_asked_again(
         outcome = await prefill(job)
         if job.kv_address is None:
             return outcome
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON_S):
             while not any(worker.engine.stats().running_sequences for worker in service.workers):
                 await service.http.get("/health")
         raise PrefillLost("it died")

@@ -12,6 +12,7 @@ from openai.types import Completion
 from services.decode import spec
 from services.gateway.request.choices import EndTokens
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
+from winnow.engine.generation_spec import GenerationSpec
 from winnow.sampling_params import SamplingParams
 from winnow.v1 import decode_pb2, inference_pb2
 from winnow.v1.inference_pb2_grpc import InferenceStub
@@ -25,14 +26,19 @@ USER = 2  # <|user|>, a control token that ends nothing
 
 async def complete(service: TestService, *, own: Any = (), **more: Any) -> Completion:
     """own: parameters that the official client does not know."""
-    given = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0} | more
+    given: dict[str, Any] = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0} | more
     body = {"ignore_eos": True} | dict(own)
     return await service.openai.completions.create(model=MODEL_NAME, extra_body=body, **given)
 
 
 async def tokens_of(service: TestService, **changes: Any) -> list[inference_pb2.ChoiceDelta]:
     """The deltas of one answer over gRPC."""
-    values = {"text": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
+    values: dict[str, Any] = {
+        "text": PROMPT,
+        "max_tokens": NUM_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
     request = inference_pb2.CompleteRequest(model=MODEL_NAME, **(values | changes))
     async with grpc.aio.insecure_channel(service.grpc_address) as channel:
         call = InferenceStub(channel).Complete(request, timeout=60)
@@ -168,7 +174,7 @@ async def test_each_of_several_choices_ends_by_itself_streamed_or_not(
     whole = await complete(service, own=own, logprobs=1, **options)
     assert "stop" in {choice.finish_reason for choice in whole.choices}
     texts, ends = [""] * 4, {}
-    given = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "logprobs": 1} | options
+    given: dict[str, Any] = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "logprobs": 1} | options
     async for chunk in await service.openai.completions.create(
         model=MODEL_NAME, stream=True, extra_body=own, **given
     ):
@@ -246,9 +252,7 @@ async def test_what_cannot_be_is_refused_by_name(
     assert message in error["message"]
 
 
-def forget_newer_fields(
-    request: decode_pb2.GenerateRequest, vocab_size: int
-) -> spec.GenerationSpec:
+def forget_newer_fields(request: decode_pb2.GenerateRequest, vocab_size: int) -> GenerationSpec:
     """As a decode worker of the release before, which does not know them."""
     for name in ("stop_token_ids", "min_tokens"):
         request.sampling.ClearField(name)

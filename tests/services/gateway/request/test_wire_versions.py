@@ -44,7 +44,7 @@ async def test_an_older_decode_worker_is_pushed_to_as_it_knows(
         assert record.wire_versions == OLD
         assert await answer(service) == expected
         (job,) = service.prefiller.jobs
-        assert job.ticket.wire_version == 3
+        assert job.ticket is not None and job.ticket.wire_version == 3
 
 
 async def test_a_worker_without_common_version_gets_nothing_and_is_reported(

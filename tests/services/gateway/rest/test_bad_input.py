@@ -11,6 +11,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from tests.deadlines import SOON_S
 from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 
@@ -23,7 +24,7 @@ JSON = {"content-type": "application/json"}
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def service(model_path: Path, redis_url: str) -> AsyncIterator[TestService]:
-    limits = {
+    limits: dict[str, Any] = {
         "max_prompt_tokens": 1000,
         "max_new_tokens": 500,
         "max_n": 4,
@@ -453,7 +454,7 @@ async def test_a_client_that_leaves_in_mid_body_is_no_error_of_ours(
     writer.close()
     await writer.wait_closed()
     refused = "winnow_requests_refused_total"
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(SOON_S):
         while value((await service.admin.get("/metrics")).text, refused, reason="cancelled") < 1:
             pass
     assert "unexpected error" not in caplog.text

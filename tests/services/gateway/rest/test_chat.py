@@ -9,7 +9,7 @@ from tests.services.gateway.service import MODEL_NAME, TestService
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-MESSAGES = [
+MESSAGES: list[Any] = [
     {"role": "system", "content": "be brief"},
     {"role": "user", "content": "the quick brown fox"},
 ]
@@ -18,7 +18,7 @@ GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
 
 
 async def chat(service: TestService, **parameters: Any) -> ChatCompletion:
-    given = {"messages": MESSAGES, "max_tokens": 12} | GREEDY | parameters
+    given: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 12} | GREEDY | parameters
     return await service.openai.chat.completions.create(model=MODEL_NAME, **given)
 
 
@@ -64,7 +64,7 @@ async def test_max_completion_tokens_means_max_tokens(service: TestService) -> N
 async def test_without_max_tokens_the_answer_may_fill_what_is_allowed(
     service: TestService,
 ) -> None:
-    messages = [{"role": "user", "content": "a"}]
+    messages: list[Any] = [{"role": "user", "content": "a"}]
     answer = await service.openai.chat.completions.create(
         model=MODEL_NAME, messages=messages, extra_body={"logit_bias": {"0": 100}}
     )

@@ -37,7 +37,7 @@ def text_of(tokenizer: Tokenizer, token_ids: list[int], stop: tuple[str, ...] = 
 
 
 async def complete(service: TestService, **parameters: Any) -> Completion:
-    given = {"prompt": PROMPT, "max_tokens": 16} | GREEDY | parameters
+    given: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 16} | GREEDY | parameters
     return await service.openai.completions.create(model=MODEL_NAME, **given)
 
 

@@ -18,7 +18,7 @@ from tests.services.gateway.service import MODEL_NAME, TestService
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 PAGE = Path(__file__).parents[4] / "docs" / "api.md"
-TEXT = {"model": MODEL_NAME, "prompt": "the fox", "max_tokens": 4, "temperature": 0}
+TEXT: dict[str, Any] = {"model": MODEL_NAME, "prompt": "the fox", "max_tokens": 4, "temperature": 0}
 CHAT = {
     "model": MODEL_NAME,
     "messages": [{"role": "user", "content": "the fox"}],
@@ -185,17 +185,18 @@ async def test_usage_comes_with_every_chunk_that_vllms_option_asks_for(
 
 
 async def test_continuous_usage_counts_each_choice_for_itself(service: TestService) -> None:
-    stream = await service.openai.completions.create(
-        **(TEXT | {"prompt": [[5, 6, 7], [8]], "n": 2}),  # type: ignore[arg-type]
-        stream=True,
-        stream_options={"include_usage": True, "continuous_usage_stats": True},  # type: ignore[typeddict-unknown-key]
-        extra_body={"ignore_eos": True},
-    )
+    asked: dict[str, Any] = TEXT | {
+        "prompt": [[5, 6, 7], [8]],
+        "n": 2,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        "extra_body": {"ignore_eos": True},
+    }
+    stream = await service.openai.completions.create(stream=True, **asked)
     seen: dict[int, dict[str, int]] = {}
     async for chunk in stream:
         for choice in chunk.choices:
             assert chunk.usage is not None
-            seen[choice.index] = chunk.usage.to_dict()  # type: ignore[assignment]
+            seen[choice.index] = chunk.usage.to_dict()
     assert [seen[i]["completion_tokens"] for i in range(4)] == [4, 4, 4, 4]
     assert [seen[i]["prompt_tokens"] for i in range(4)] == [3, 3, 1, 1]
 

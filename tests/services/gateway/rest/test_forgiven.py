@@ -76,12 +76,13 @@ async def test_empty_fields_of_a_part_are_forgiven_and_its_cache_control_too(
     service: TestService,
 ) -> None:
     expected = await prompt_tokens(service, USER)
-    for more in (
+    mores: tuple[dict[str, Any], ...] = (
         {"annotations": []},
         {"image_url": None},
         {"cache_control": None},
         {"cache_control": {"type": "ephemeral"}},
-    ):
+    )
+    for more in mores:
         part = {"type": "text", "text": "hi"} | more
         assert await prompt_tokens(service, {"role": "user", "content": [part]}) == expected
     empty = [{"type": "text", "text": "hi"}, {"type": "text", "text": None}, {"type": "text"}]
@@ -137,7 +138,7 @@ async def test_what_asks_for_nothing_is_forgiven(
 
 
 async def test_streams_forgive_it_too(service: TestService) -> None:
-    options = {"include_usage": None, "include_obfuscation": False, "anything": {}}
+    options: dict[str, Any] = {"include_usage": None, "include_obfuscation": False, "anything": {}}
     response = await ask(service, stream=True, stream_options=options)
     assert response.status_code == 200
     assert '"usage"' not in response.text
@@ -145,7 +146,12 @@ async def test_streams_forgive_it_too(service: TestService) -> None:
 
 async def test_tokenize_forgives_it_too(service: TestService) -> None:
     full = ChatCompletionMessage(role="assistant", content="well").model_dump()
-    body = {"messages": [USER, full], "prompt": None, "anything": None, "chat_template_kwargs": {}}
+    body: dict[str, Any] = {
+        "messages": [USER, full],
+        "prompt": None,
+        "anything": None,
+        "chat_template_kwargs": {},
+    }
     assert (await service.http.post("/tokenize", json=body)).status_code == 200
 
 

@@ -2,6 +2,7 @@
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -61,7 +62,7 @@ async def test_tokenize_renders_messages(service: TestService) -> None:
     ],
 )
 async def test_refuses_bad_tokenizer_requests(
-    service: TestService, path: str, body: dict[str, object], status: int, param: str
+    service: TestService, path: str, body: dict[str, Any], status: int, param: str
 ) -> None:
     response = await service.http.post(path, json=body)
     assert (response.status_code, response.json()["error"]["param"]) == (status, param)

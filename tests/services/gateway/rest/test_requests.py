@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from services.common.settings import Settings
 from services.gateway.access.request_limits import RequestLimits
-from services.gateway.rest.bodies import ChatRequest, CompletionRequest, WinnowOptions
+from services.gateway.rest.bodies import ChatRequest, CompletionRequest
 from services.gateway.rest.json_body import parse_json
 from services.gateway.rest.requests import RequestReader
+from services.gateway.rest.winnow_options import WinnowOptions
 from services.gateway.served_model import ServedModel
 from winnow.errors import InvalidRequest
 

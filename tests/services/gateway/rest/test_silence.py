@@ -5,7 +5,7 @@ import contextlib
 import json
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from openai.types import Completion
 
 from services.gateway.request.generation_run import PromptRun
 from services.gateway.rest import event_stream
+from tests.deadlines import SOON_S
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from winnow.errors import Overloaded, PrefillFailed
 from winnow.tokens import Token
@@ -43,7 +44,7 @@ async def service(model_path: Path, redis_url: str) -> AsyncIterator[TestService
 
 
 @pytest.fixture
-def held(service: TestService) -> AsyncGenerator[TestService]:
+def held(service: TestService) -> Iterator[TestService]:
     """Prefill begins nothing until `service.prefiller.hold` is set."""
     service.prefiller.hold_jobs()
     yield service
@@ -61,7 +62,7 @@ async def read_until(lines: AsyncIterator[str], what: str, times: int = 1) -> No
 async def test_headers_go_out_on_admission_and_comments_until_the_first_token(
     held: TestService,
 ) -> None:
-    async with held.http.stream("POST", "/v1/completions", json=BODY, timeout=5) as response:
+    async with held.http.stream("POST", "/v1/completions", json=BODY) as response:
         assert response.status_code == 200
         assert response.headers["x-accel-buffering"] == "no"
         lines = response.aiter_lines()
@@ -75,7 +76,7 @@ async def test_headers_go_out_on_admission_and_comments_until_the_first_token(
 
 
 async def test_comments_come_at_the_interval_that_is_set(held: TestService) -> None:
-    async with held.http.stream("POST", "/v1/completions", json=BODY, timeout=5) as response:
+    async with held.http.stream("POST", "/v1/completions", json=BODY) as response:
         lines = response.aiter_lines()
         await read_until(lines, COMMENT)
         started_s = time.monotonic()
@@ -127,7 +128,7 @@ async def test_without_comments_the_headers_still_go_out(
 ) -> None:
     async with running_service(model_path, redis_url, sse_keepalive_s=keepalive_s) as service:
         service.prefiller.hold_jobs()
-        async with service.http.stream("POST", "/v1/completions", json=BODY, timeout=5) as response:
+        async with service.http.stream("POST", "/v1/completions", json=BODY) as response:
             assert response.status_code == 200
             service.prefiller.hold.set()
             text = (await response.aread()).decode()
@@ -138,7 +139,7 @@ async def test_without_comments_the_headers_still_go_out(
 async def test_an_error_after_a_silence_is_the_last_event(held: TestService) -> None:
     failure = PrefillFailed("the engine is on fire")
     held.prefiller.failures = [failure, failure]
-    async with held.http.stream("POST", "/v1/completions", json=BODY, timeout=5) as response:
+    async with held.http.stream("POST", "/v1/completions", json=BODY) as response:
         lines = response.aiter_lines()
         await read_until(lines, COMMENT)
         held.prefiller.hold.set()
@@ -175,7 +176,7 @@ async def test_what_is_refused_before_admission_keeps_its_status(
         async with AsyncExitStack() as running:
             big = BODY | {"prompt": [5] * 1000, "max_tokens": 200}
             while True:
-                stream = small.http.stream("POST", "/v1/completions", json=big, timeout=10)
+                stream = small.http.stream("POST", "/v1/completions", json=big)
                 response = await running.enter_async_context(stream)
                 if response.status_code != 200:
                     break
@@ -194,7 +195,7 @@ async def test_a_client_that_leaves_in_a_silence_cancels_its_prefill(held: TestS
     async with httpx.AsyncClient(base_url=held.url) as client:
         async with client.stream("POST", "/v1/completions", json=BODY) as response:
             await read_until(response.aiter_lines(), COMMENT)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(SOON_S):
             await held.prefiller.cancelled.wait()
 
 
@@ -203,7 +204,7 @@ async def test_a_client_that_stops_reading_is_ended_at_the_deadline(
 ) -> None:
     """However full its buffers are, comments do not pile up and nothing is held for it."""
     monkeypatch.setattr(event_stream, "_ERROR_TIMEOUT_S", 0.2)
-    settings = {"request_timeout_s": 4, "sse_keepalive_s": 0.01}
+    settings: dict[str, Any] = {"request_timeout_s": 4, "sse_keepalive_s": 0.01}
     async with running_service(model_path, redis_url, **settings) as service:
         host, _, port = service.url.removeprefix("http://").partition(":")
         with contextlib.closing(socket.socket()) as client:
@@ -212,7 +213,7 @@ async def test_a_client_that_stops_reading_is_ended_at_the_deadline(
             body = json.dumps(BODY | {"max_tokens": 4000, "n": 4, "logprobs": 20}).encode()
             head = f"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n"
             client.send(f"{head}content-type: application/json\r\n\r\n".encode() + body)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(SOON_S):
                 while service.workers[0].engine.stats().running_sequences < 4:
                     await service.http.get("/health")
             await service.until_idle()

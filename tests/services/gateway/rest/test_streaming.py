@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from services.gateway.request.generation_run import PromptRun
+from tests.deadlines import SOON_S
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from winnow.errors import PrefillFailed
 from winnow.tokens import Token
@@ -18,7 +19,7 @@ from winnow.tokens import Token
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
-BODY = {
+BODY: dict[str, Any] = {
     "model": MODEL_NAME,
     "prompt": "the quick",
     "temperature": 0,
@@ -46,7 +47,12 @@ async def test_events_are_framed_as_openai_clients_expect(service: TestService) 
 
 
 async def test_streamed_pieces_join_to_the_whole_answer(service: TestService) -> None:
-    given = {"model": MODEL_NAME, "prompt": ["the fox", "a dog"], "n": 2, "max_tokens": 20} | GREEDY
+    given: dict[str, Any] = {
+        "model": MODEL_NAME,
+        "prompt": ["the fox", "a dog"],
+        "n": 2,
+        "max_tokens": 20,
+    } | GREEDY
     whole = await service.openai.completions.create(**given)
     texts = [""] * 4
     async for chunk in await service.openai.completions.create(**given, stream=True):
@@ -91,7 +97,12 @@ async def test_usage_comes_last_without_choices_when_asked_for(service: TestServ
 
 
 async def test_each_streamed_token_has_its_logprobs(service: TestService) -> None:
-    given = {"model": MODEL_NAME, "prompt": "the fox", "max_tokens": 12, "logprobs": 1} | GREEDY
+    given: dict[str, Any] = {
+        "model": MODEL_NAME,
+        "prompt": "the fox",
+        "max_tokens": 12,
+        "logprobs": 1,
+    } | GREEDY
     whole = (await service.openai.completions.create(**given)).choices[0].logprobs
     streamed: dict[str, list[Any]] = {"tokens": [], "text_offset": [], "token_logprobs": []}
     async for chunk in await service.openai.completions.create(**given, stream=True):
@@ -106,7 +117,7 @@ async def test_each_streamed_token_has_its_logprobs(service: TestService) -> Non
 
 
 async def test_a_stop_string_is_never_streamed(service: TestService) -> None:
-    given = {"model": MODEL_NAME, "prompt": "the fox", "max_tokens": 40} | GREEDY
+    given: dict[str, Any] = {"model": MODEL_NAME, "prompt": "the fox", "max_tokens": 40} | GREEDY
     whole = (await service.openai.completions.create(**given)).choices[0].text
     stop = whole[12:16]
     seen, reasons = "", []
@@ -176,12 +187,12 @@ async def test_a_client_that_leaves_during_decode_leaves_nothing_behind(
         body = BODY | {"max_tokens": 4000, "stream": stream}
         leaving = asyncio.create_task(client.post("/v1/completions", json=body, timeout=60))
         engine = service.workers[0].engine
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON_S):
             while not engine.stats().running_sequences:
                 await service.http.get("/health")
         leaving.cancel()
         await asyncio.gather(leaving, return_exceptions=True)
-    await service.until_idle(5)
+    await service.until_idle()
 
 
 async def test_a_prompt_that_is_cancelled_by_nobody_ends_in_an_error(
@@ -192,19 +203,19 @@ async def test_a_prompt_that_is_cancelled_by_nobody_ends_in_an_error(
         yield []
 
     monkeypatch.setattr(PromptRun, "tokens", cancelled)
-    answer = await service.http.post("/v1/completions", json=BODY | {"stream": False}, timeout=10)
+    answer = await service.http.post("/v1/completions", json=BODY | {"stream": False})
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
 
 
 async def test_a_client_that_leaves_during_prefill_cancels_it(service: TestService) -> None:
     service.prefiller.hold_jobs()
     try:
-        async with httpx.AsyncClient(base_url=service.url) as client, asyncio.timeout(10):
+        async with httpx.AsyncClient(base_url=service.url) as client, asyncio.timeout(SOON_S):
             leaving = asyncio.create_task(client.post("/v1/completions", json=BODY, timeout=60))
             await service.prefiller.asked.wait()
             leaving.cancel()
             await asyncio.gather(leaving, return_exceptions=True)
             await service.prefiller.cancelled.wait()
-        await service.until_idle(5)
+        await service.until_idle()
     finally:
         service.prefiller.hold.set()
