@@ -65,7 +65,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive \
-		winnow services evals training benchmarks deploy
+		winnow services evals winnow_serve training benchmarks deploy
 	$(MAKE) --no-print-directory site
 	$(MAKE) --no-print-directory audit
 
