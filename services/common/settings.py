@@ -27,6 +27,7 @@ from pydantic_settings.exceptions import SettingsError
 
 from winnow.errors import InvalidSetting
 from winnow.generation_defaults import FROM_MODEL, NONE
+from winnow.gguf.header import SUFFIX
 from winnow.pruning_settings import PruningSettings
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "models" / "winnow-tiny"
@@ -57,10 +58,13 @@ class Settings(BaseModel):
 
     # What is served
     model: str = Field(
-        str(EMBEDDED_MODEL), description="model folder or hub id (default: the embedded model)"
+        str(EMBEDDED_MODEL),
+        description="model folder, GGUF file or hub id (default: the embedded model)",
     )
     model_name: str | None = Field(
-        None, min_length=1, description="name under which it is served (default: the folder's name)"
+        None,
+        min_length=1,
+        description="name under which it is served (default: the folder's or file's)",
     )
     device: str = Field("cpu", description="torch device of the workers: cpu, cuda, cuda:1")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -281,7 +285,7 @@ class Settings(BaseModel):
         if not model:
             raise ValueError("it names no model")
         try:
-            return str(Path(model).resolve()) if Path(model).is_dir() else model
+            return str(Path(model).absolute()) if Path(model).exists() else model
         except OSError:  # too long a name; `describe_model` says so
             return model
 
@@ -344,7 +348,7 @@ class Settings(BaseModel):
     @property
     def served_name(self) -> str:
         """The model's name in the API."""
-        return self.model_name or Path(self.model).name
+        return self.model_name or Path(self.model).name.removesuffix(SUFFIX)
 
     @property
     def scheme(self) -> str:
