@@ -1,5 +1,6 @@
 """A GGUF file's tokenizer. Transformers builds it; what it leaves out of the file is added here."""
 
+import json
 import logging
 
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -45,6 +46,7 @@ def gguf_tokenizer(header: Header) -> PreTrainedTokenizerFast:
     split = _known_split(header) if kind == _BYTE_LEVEL else ""
     values["pre_tokenizer_type"] = _AS_OTHERS.get(split, split)
     backend, _ = convert_gguf_tokenizer(header.architecture, values)
+    backend = _without_others(backend, len(values["tokens"]))
     if kind == _BYTE_LEVEL:
         _set_byte_level(backend, split)
     elif not vocabulary.adds_space(header):
@@ -71,6 +73,18 @@ def _known_split(header: Header) -> str:
             f"are {', '.join(sorted(known))}"
         )
     return split
+
+
+def _without_others(backend: Tokenizer, num_tokens: int) -> Tokenizer:
+    """Takes out what transformers' class adds of its own, like GPT-2's <|endoftext|>.
+
+    A text with it would have a token that the model lacks.
+    """
+    if all(token_id < num_tokens for token_id in backend.get_added_tokens_decoder()):
+        return backend
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = [one for one in content["added_tokens"] if one["id"] < num_tokens]
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def _set_byte_level(backend: Tokenizer, split: str) -> None:
