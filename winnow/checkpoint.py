@@ -19,6 +19,8 @@ from transformers.utils import logging as transformers_logging
 from winnow.dry_run import RECORDER, require_decoder, require_known_attention, require_plain_loop
 from winnow.errors import UnusableModel
 from winnow.folder_errors import as_unusable
+from winnow.gguf.header import read_header
+from winnow.gguf.weights import weights
 from winnow.model_files import ModelDescription, load_config
 from winnow.weight_files import StoredTensor, stored_tensors
 
@@ -28,9 +30,9 @@ _NAMES_SHOWN = 5
 
 def require_sound(description: ModelDescription) -> None:
     """Raise UnusableModel unless the files match the network and Winnow can run its layers."""
-    with as_unusable(f"model folder {description.path} cannot be loaded"):
+    with as_unusable(f"model {description.path} cannot be loaded"):
         config = load_config(description.path)
-        stored = stored_tensors(description.path, getattr(config, "transformers_weights", None))
+        stored = _stored_tensors(description, config)
         _require_layers(description, stored)
         network = _empty_network(config)
         require_decoder(description, network)
@@ -38,6 +40,17 @@ def require_sound(description: ModelDescription) -> None:
             _require_all_placed(description, network, stored)
         require_known_attention(description, network)
         require_plain_loop(description, network)
+
+
+def _stored_tensors(description: ModelDescription, config: Any) -> Mapping[str, StoredTensor]:  # noqa: ANN401
+    path = description.path
+    if path.is_dir():
+        return stored_tensors(path, getattr(config, "transformers_weights", None))
+    found = weights(read_header(path), description.shape.dtype)
+    return {
+        name: StoredTensor(tensor.entry.file, tensor.shape, tensor.dtype)
+        for name, tensor in found.items()
+    }
 
 
 def _require_layers(description: ModelDescription, stored: Collection[str]) -> None:

@@ -9,6 +9,8 @@ from types import MappingProxyType
 from typing import Any
 
 from winnow.errors import InvalidSetting, UnusableModel
+from winnow.gguf.header import read_header
+from winnow.gguf.vocabulary import generation_config
 from winnow.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -41,11 +43,15 @@ class GenerationDefaults:
 def generation_defaults(setting: str, model_path: Path) -> GenerationDefaults:
     """The defaults in generation_config.json, of the model folder or of another one.
 
+    A GGUF file has its own.
+
     setting: `auto`, `none` (or `vllm`), or a folder.  `do_sample` is ignored, as in vLLM.
     Raises UnusableModel for an invalid value, InvalidSetting for a folder without the file.
     """
     if setting in NONE:
         return GenerationDefaults()
+    if setting == FROM_MODEL and model_path.is_file():
+        return _checked(model_path, generation_config(read_header(model_path)))
     folder = model_path if setting == FROM_MODEL else Path(setting)
     file = folder / GENERATION_CONFIG
     if setting != FROM_MODEL and not file.is_file():
@@ -54,7 +60,10 @@ def generation_defaults(setting: str, model_path: Path) -> GenerationDefaults:
             f"with {GENERATION_CONFIG}",
             param="generation_config",
         )
-    content = _read_json(file)
+    return _checked(file, _read_json(file))
+
+
+def _checked(file: Path, content: Mapping[str, Any]) -> GenerationDefaults:
     given = {name: content[name] for name in _SAMPLING if content.get(name) is not None}
     for name, value in given.items():
         _require_number(file, name, value, whole=name == "top_k")

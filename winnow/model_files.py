@@ -17,13 +17,17 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig
 
+from winnow import weight_files
 from winnow.checks import require_range
 from winnow.context_length import constant_length, context_length, positive_int
 from winnow.errors import UnusableModel
 from winnow.folder_errors import as_unusable
 from winnow.generation_defaults import end_token_ids
+from winnow.gguf import header as gguf_header
+from winnow.gguf import vocabulary
+from winnow.gguf.config import configuration
+from winnow.gguf.header import SUFFIX, is_gguf, model_files, read_header
 from winnow.kv import ModelShape
-from winnow.weight_files import update_digest
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +40,11 @@ _QUANTIZATIONS = ("fp8",)
 class ModelDescription:
     """What all processes of the service must agree on about a model.
 
+    path: the model's folder, or its GGUF file.
     fingerprint: hex digest of the configuration, the weight files, the cache's dtype, and
     max_positions if it is not the configuration's.
     max_positions: the most tokens of a sequence, prompt and completion together.
-    eos_token_ids: of config.json, generation_config.json and the tokenizer together.
+    eos_token_ids: of configuration, generation config and tokenizer together.
     """
 
     path: Path
@@ -49,20 +54,25 @@ class ModelDescription:
     max_positions: int
     eos_token_ids: frozenset[int]
 
+    @property
+    def folder(self) -> Path:
+        """Where winnow.json may stand."""
+        return self.path if self.path.is_dir() else self.path.parent
+
 
 def describe_model(
     model: str | Path, *, device: str = "cpu", dtype: str = "auto", max_model_len: int | None = None
 ) -> ModelDescription:
-    """Describe a model folder or a hub model (downloaded if it is not cached).
+    """Describe a model folder, a GGUF file or a hub model (downloaded if it is not cached).
 
     dtype: `auto` is the checkpoint's own, but bfloat16 for float16 on a CPU, where that is slow.
     max_model_len: overrides the context length; a warning is logged if it is longer.
     Raises UnusableModel with the reason.
     """
-    with as_unusable(f"model folder {model} cannot be read"):
+    with as_unusable(f"model {model} cannot be read"):
         path = _resolve(model)
         config = load_config(path).get_text_config()
-        with as_unusable(f"{path / 'config.json'}, of a {config.model_type}, is not usable"):
+        with as_unusable(f"{_config_file(path)}, of a {config.model_type}, is not usable"):
             shape = _shape(config, _cache_dtype(config, device, dtype))
             max_positions = _max_positions(path, config, max_model_len)
             vocab_size = positive_int(config, "vocab_size")
@@ -73,16 +83,18 @@ def describe_model(
             shape=shape,
             vocab_size=vocab_size,
             max_positions=max_positions,
-            eos_token_ids=end_token_ids(path, getattr(config, "eos_token_id", None), vocab_size),
+            eos_token_ids=_end_token_ids(path, config, vocab_size),
         )
 
 
 def _resolve(model: str | Path) -> Path:
     path = Path(model)
     if path.is_dir():
-        return path.resolve()
+        return _gguf_in(path.resolve()) or path.resolve()
+    if is_gguf(path):
+        return path.absolute()  # links of the hub's cache lead to files with other names
     if path.exists():
-        raise UnusableModel(f"model {model} is a file; a model is a folder")
+        raise UnusableModel(f"model {model} is a file; a model is a folder or a GGUF file")
     if len(path.parts) != 2 or str(model).startswith((".", "/", "~")):
         raise UnusableModel(f"model folder {model} does not exist")
     try:
@@ -95,8 +107,32 @@ def _resolve(model: str | Path) -> Path:
         ) from error
 
 
+def _gguf_in(folder: Path) -> Path | None:
+    """The one GGUF file of a folder with nothing else to load; of several parts, the first.
+
+    Raises UnusableModel if there are several models.
+    """
+    found = sorted(file for file in folder.glob(f"*{SUFFIX}") if "mmproj" not in file.name)
+    if not found or (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
+        return None
+    if {*found} <= {*model_files(found[0])}:
+        return found[0]
+    raise UnusableModel(
+        f"model folder {folder} has {len(found)} GGUF files; name one of them: "
+        f"{', '.join(file.name for file in found)}"
+    )
+
+
+def _config_file(path: Path) -> Path:
+    return path if path.is_file() else path / "config.json"
+
+
 def load_config(path: Path) -> Any:  # noqa: ANN401 - each family has its own class
-    """Load the configuration of a model folder; raises UnusableModel."""
+    """Load the configuration of a model folder or a GGUF file; raises UnusableModel."""
+    if path.is_file():
+        header = read_header(path)
+        with as_unusable(f"{path}, of architecture {header.architecture}, is not usable"):
+            return AutoConfig.for_model(**configuration(header))
     if not (path / "config.json").is_file():
         raise UnusableModel(f"model folder {path} has no config.json")
     with as_unusable(f"{path / 'config.json'} is not usable"):
@@ -183,11 +219,22 @@ def _shape(config: Any, dtype: torch.dtype) -> ModelShape:  # noqa: ANN401
     )
 
 
+def _end_token_ids(path: Path, config: Any, vocab_size: int) -> frozenset[int]:  # noqa: ANN401
+    if path.is_file():
+        return vocabulary.end_token_ids(read_header(path), vocab_size)
+    return end_token_ids(path, getattr(config, "eos_token_id", None), vocab_size)
+
+
 def _fingerprint(path: Path, config: Any, shape: ModelShape, max_positions: int) -> str:  # noqa: ANN401
     """Digest of the model; processes with different fingerprints do not exchange KV."""
-    digest = hashlib.sha256(json.dumps(json.loads((path / "config.json").read_text())).encode())
+    is_folder = path.is_dir()  # a GGUF file's configuration is one with its weights
+    content = json.loads((path / "config.json").read_text()) if is_folder else None
+    digest = hashlib.sha256(json.dumps(content).encode())
     digest.update(str(shape.dtype).encode())
-    update_digest(digest, path)
+    if is_folder:
+        weight_files.update_digest(digest, path)
+    else:
+        gguf_header.update_digest(digest, read_header(path))
     if max_positions != config.max_position_embeddings:  # config.json's is in the digest already
         digest.update(str(max_positions).encode())
     return digest.hexdigest()[:32]

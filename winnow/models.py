@@ -17,7 +17,9 @@ from winnow.checkpoint import require_complete, require_sound
 from winnow.decoder import DecoderModel, TokenBlocks
 from winnow.errors import UnusableModel
 from winnow.folder_errors import as_unusable
-from winnow.model_files import ModelDescription, describe_model
+from winnow.gguf.header import read_header
+from winnow.gguf.weights import weights
+from winnow.model_files import ModelDescription, describe_model, load_config
 from winnow.proof import require_runs
 
 logger = logging.getLogger(__name__)
@@ -54,19 +56,33 @@ def load_model(
 
 
 def _load_network(description: ModelDescription, device: str) -> Any:  # noqa: ANN401
-    with as_unusable(f"model folder {description.path} cannot be loaded"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+    with as_unusable(f"model {description.path} cannot be loaded"):
+        load = _load_folder if description.path.is_dir() else _load_gguf
+        network, found = load(
             description.path,
             dtype=description.shape.dtype,
             attn_implementation=ATTENTION_NAME,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
             output_loading_info=True,
         )
-        network, found = loaded
         require_complete(description, found["missing_keys"], found["unexpected_keys"])
         return network.eval().requires_grad_(False).to(device)
+
+
+def _load_folder(path: Path, **options: Any) -> Any:  # noqa: ANN401
+    return AutoModelForCausalLM.from_pretrained(
+        path, local_files_only=True, use_safetensors=True, trust_remote_code=False, **options
+    )
+
+
+def _load_gguf(path: Path, *, dtype: torch.dtype, **options: Any) -> Any:  # noqa: ANN401
+    """Tensors are dequantized one by one, so that never more than a few are there twice."""
+    config = load_config(path)
+    with torch.device("meta"):
+        network_class: Any = type(AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
+    state = weights(read_header(path), dtype)
+    return network_class.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, **options
+    )
 
 
 @torch.inference_mode()

@@ -19,11 +19,11 @@ _PAGES_PER_HEAD = 4
 def require_runs(model: DecoderModel) -> None:
     """Raise UnusableModel unless the model completes a short, pruned prompt with finite logits."""
     path = model.description.path
-    with as_unusable(f"model folder {path} was loaded, but cannot be run"):
+    with as_unusable(f"model {path} was loaded, but cannot be run"):
         try:
             _answer(model)
         except WinnowError as error:
-            raise UnusableModel(f"model folder {path} cannot be run: {error}") from error
+            raise UnusableModel(f"model {path} cannot be run: {error}") from error
 
 
 def _answer(model: DecoderModel) -> None:

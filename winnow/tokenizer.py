@@ -14,6 +14,8 @@ from winnow.chat_template import ChatOptions, ChatTemplate, Message
 from winnow.control_tokens import MarkedEncoder, template_tokens
 from winnow.errors import InvalidRequest, UnusableModel
 from winnow.folder_errors import as_unusable
+from winnow.gguf.header import read_header
+from winnow.gguf.tokenizer import gguf_tokenizer
 from winnow.marked_text import MarkedText
 from winnow.token_bytes import byte_reader
 
@@ -175,13 +177,12 @@ def load_tokenizer(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     allow_special_tokens: bool = False,
 ) -> Tokenizer:
-    """Load the tokenizer of a model folder, with the options of Tokenizer.
+    """Load the tokenizer of a model folder or a GGUF file, with the options of Tokenizer.
 
     Raises UnusableModel if there is no usable one, InvalidSetting for reserved kwargs.
     """
-    with as_unusable(f"model folder {path} has no usable tokenizer"):
-        loader = PreTrainedTokenizerFast if _is_self_contained(Path(path)) else AutoTokenizer
-        tokenizer = loader.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    with as_unusable(f"model {path} has no usable tokenizer"):
+        tokenizer = _from_files(Path(path))
         if not hasattr(tokenizer, "backend_tokenizer"):
             raise UnusableModel(f"model folder {path} has no tokenizer.json")
         return Tokenizer(
@@ -189,6 +190,13 @@ def load_tokenizer(
             chat_template_kwargs=chat_template_kwargs,
             allow_special_tokens=allow_special_tokens,
         )
+
+
+def _from_files(path: Path) -> Any:  # noqa: ANN401
+    if path.is_file():
+        return gguf_tokenizer(read_header(path))
+    loader = PreTrainedTokenizerFast if _is_self_contained(path) else AutoTokenizer
+    return loader.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def _is_self_contained(folder: Path) -> bool:

@@ -29,6 +29,7 @@ from pydantic_settings.exceptions import SettingsError
 from winnow.catalog import METHODS
 from winnow.errors import InvalidSetting
 from winnow.generation_defaults import FROM_MODEL, NONE
+from winnow.gguf.header import SUFFIX
 from winnow.pruning_settings import PruningSettings
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "models" / "winnow-tiny"
@@ -59,10 +60,13 @@ class Settings(BaseModel):
 
     # What is served
     model: str = Field(
-        str(EMBEDDED_MODEL), description="model folder or hub id (default: the embedded model)"
+        str(EMBEDDED_MODEL),
+        description="model folder, GGUF file or hub id (default: the embedded model)",
     )
     model_name: str | None = Field(
-        None, min_length=1, description="name under which it is served (default: the folder's name)"
+        None,
+        min_length=1,
+        description="name under which it is served (default: the folder's or file's)",
     )
     device: str = Field("cpu", description="torch device of the workers: cpu, cuda, cuda:1")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -284,7 +288,7 @@ class Settings(BaseModel):
         if not model:
             raise ValueError("it names no model")
         try:
-            return str(Path(model).resolve()) if Path(model).is_dir() else model
+            return str(Path(model).absolute()) if Path(model).exists() else model
         except OSError:  # the name is too long; `describe_model` reports it
             return model
 
@@ -347,7 +351,7 @@ class Settings(BaseModel):
     @property
     def served_name(self) -> str:
         """The model's name in the API."""
-        return self.model_name or Path(self.model).name
+        return self.model_name or Path(self.model).name.removesuffix(SUFFIX)
 
     @property
     def scheme(self) -> str:

@@ -35,7 +35,7 @@ class ServedModel:
             max_model_len=settings.max_model_len,
         )
         num_layers = description.shape.num_layers
-        pruning = defaults.pruning_defaults(description.path, num_layers)
+        pruning = defaults.pruning_defaults(description.folder, num_layers)
         pruning = defaults.override(pruning, settings.pruning)
         pruning.require_fits(num_layers)
         generation = generation_defaults(settings.generation_config, description.path)
