@@ -19,6 +19,9 @@ class PrefillJob:
     that wait.
     kv_address, ticket: None where nothing is generated, so that nobody wants the KV.
     num_prompt_logprobs: as in SamplingParams, of the prompt's own tokens; needs method `full`.
+    scored_from: index of the first token after which log-probabilities are wanted.
+    gives_way: it runs only while no other prompt waits or is computed, and ends with Overloaded
+    where one comes; nothing counts it.
     """
 
     request_id: str
@@ -31,6 +34,8 @@ class PrefillJob:
     trace_context: str = ""
     admitted: bool = False
     num_prompt_logprobs: int | None = None
+    scored_from: int = 0
+    gives_way: bool = False
 
 
 @dataclass(frozen=True, slots=True)
