@@ -120,11 +120,11 @@ class GatewayMetrics(Metrics):
             CHECK_OUTCOMES,
         )
         self.quality_first_tokens = self._counter(
-            "winnow_quality_first_tokens", "Checked answers", "task", tasks
+            "winnow_quality_first_tokens", "First tokens of checked answers", "task", tasks
         )
         self.quality_first_tokens_agreed = self._counter(
             "winnow_quality_first_tokens_agreed",
-            "Checked answers whose likeliest first token is the unpruned model's",
+            "Checked answers whose likeliest first token is the unpruned model's likeliest",
             "task",
             tasks,
         )
