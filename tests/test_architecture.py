@@ -57,6 +57,7 @@ BELOW = {
     "services.gateway": (
         *_GATEWAY_BASE,
         "services.gateway.access",
+        "services.gateway.quality",
         "services.gateway.request",
     ),
     "services.gateway.metrics": ("services.common", "services.gateway.request.states", "winnow"),
@@ -66,6 +67,11 @@ BELOW = {
         *_GATEWAY_BASE,
         "services.gateway.access.request_limits",
         "services.gateway.request",
+    ),
+    "services.gateway.quality": (
+        *_GATEWAY_BASE,
+        "services.gateway.request",
+        "services.gateway.quality",
     ),
     "services.gateway.rest": (
         *_GATEWAY_BASE,

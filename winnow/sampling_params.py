@@ -61,6 +61,12 @@ class SamplingParams:
         """Whether sampling needs the prompt's token ids."""
         return self.repetition_penalty != 1.0
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """True if each token is the one that the model itself gives the highest logit."""
+        shaped = self.presence_penalty or self.frequency_penalty or self.logit_bias
+        return self.temperature == 0 and self.repetition_penalty == 1 and not shaped
+
     def ends(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
         """The tokens that end a completion, given the model's EOS tokens."""
         return self.stop_token_ids if self.ignore_eos else self.stop_token_ids | eos_token_ids

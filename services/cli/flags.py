@@ -76,6 +76,7 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
         "request_timeout_s",
         "sse_keepalive_s",
     ),
+    "Quality in use": ("quality_sample", "quality_tasks"),
     "Prefill workers": ("max_waiting_prefills", "prefill_attempts"),
     "Decode workers": _WORKER["Decode workers"],
     "Processes": (
@@ -97,6 +98,7 @@ _METAVARS = {
     "host": "ADDRESS",
     "_file": "FILE",
     "_origins": "ORIGINS",
+    "_tasks": "NAMES",
     "_dir": "DIR",
     "model": "MODEL",
     "generation_config": "SOURCE",

@@ -18,6 +18,9 @@ class PrefillJob:
     admitted: an earlier prefill of the request was accepted, so a full queue does not refuse this.
     kv_address, ticket: None if nothing is generated, so that no KV is sent.
     num_prompt_logprobs: as in SamplingParams, for the prompt's tokens; needs method `full`.
+    scored_from: index of the first token after which log-probabilities are wanted.
+    gives_way: it runs only while no other prompt waits or is computed, and ends with Overloaded
+    when one arrives; no metric counts it.
     """
 
     request_id: str
@@ -30,6 +33,8 @@ class PrefillJob:
     trace_context: str = ""
     admitted: bool = False
     num_prompt_logprobs: int | None = None
+    scored_from: int = 0
+    gives_way: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,8 +53,10 @@ class Described:
     def unit(self) -> str:
         """Unit of the values, from the end of the name."""
         name = self.name.removesuffix("_total")
-        units = {"seconds": "seconds", "bytes": "bytes", "ratio": "0 to 1", "tokens": "tokens"}
-        return units.get(name.rsplit("_", 1)[-1], "")
+        unit = name.rsplit("_", 1)[-1]
+        if unit == "ratio":
+            return "0 to 1"
+        return unit if unit in ("seconds", "bytes", "tokens", "nats") else ""
 
 
 class _Registry(CollectorRegistry):

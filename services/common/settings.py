@@ -46,6 +46,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 KnownPort = Annotated[int, Field(ge=1, le=65535)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
+TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 
 class Settings(BaseModel):
@@ -200,6 +201,18 @@ class Settings(BaseModel):
         "open; 0 or null is never",
     )
 
+    # Quality in use
+    quality_sample: Annotated[float, Field(ge=0, le=1)] = Field(
+        0,
+        description="share of pruned requests that gateways compute unpruned too, in idle time, "
+        "for the metrics winnow_quality_*",
+    )
+    quality_tasks: Annotated[tuple[TaskName, ...], NoDecode] = Field(
+        (),
+        description="names that requests' winnow.task may give those metrics, with commas between "
+        "them; any other one is counted as `other` (default: none)",
+    )
+
     # Memory and queues
     kv_memory_bytes: ByteSize = Field(
         ByteSize(1 << 30), gt=0, description="KV pool of a decode worker, like 1GiB"
@@ -305,13 +318,13 @@ class Settings(BaseModel):
         """Make the path absolute, as for `model`."""
         return None if path is None else path.resolve()
 
-    @field_validator("cors_allowed_origins", mode="before")
+    @field_validator("cors_allowed_origins", "quality_tasks", mode="before")
     @classmethod
-    def _split_origins(cls, origins: object) -> object:
+    def _split_list(cls, listed: object) -> object:
         """Split the single string that variables and flags give."""
-        if isinstance(origins, str):
-            return tuple(origin for part in origins.split(",") if (origin := part.strip()))
-        return tuple(origins) if isinstance(origins, list) else origins
+        if isinstance(listed, str):
+            return tuple(one for part in listed.split(",") if (one := part.strip()))
+        return tuple(listed) if isinstance(listed, list) else listed
 
     @field_validator("cors_allowed_origins")
     @classmethod

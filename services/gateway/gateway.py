@@ -14,6 +14,7 @@ from services.gateway.access.access import Access
 from services.gateway.access.keys import ApiKey
 from services.gateway.access.request_limits import RequestLimits
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.quality.checks import QualityChecks
 from services.gateway.request.outcomes import Outcomes
 from services.gateway.request.prefiller import Prefiller
 from services.gateway.request.request import GenerationRequest
@@ -56,7 +57,7 @@ class Gateway:
         self.ending = False
         self.model = ServedModel.load(settings)
         self.limits = RequestLimits(settings, self.model)
-        self.metrics = GatewayMetrics(settings.served_name)
+        self.metrics = GatewayMetrics(settings.served_name, settings.quality_tasks)
         self.access = Access(settings)
         description = self.model.description
         self._registry = registry
@@ -73,6 +74,7 @@ class Gateway:
             self.metrics,
             silence_s=settings.lease_s,
         )
+        self._checks = QualityChecks(settings, prefiller, self.model, self.metrics)
 
     @asynccontextmanager
     async def open(
@@ -86,8 +88,18 @@ class Gateway:
         Raises RateLimited, Overloaded or NoDecodeWorker if not all prompts can be admitted,
         DeadlineExceeded if the block exceeds the request timeout.
         """
-        timeout_s = self.settings.request_timeout_s
         await self.access.require_tokens(key, request.most_tokens)
+        with self._checks.giving_way():
+            async with self._run(self._checks.sampled(request), trace_context) as running:
+                await self.access.charge_tokens(key, request.most_tokens)
+                yield running
+            self._checks.add(running)
+
+    @asynccontextmanager
+    async def _run(
+        self, request: GenerationRequest, trace_context: str
+    ) -> AsyncIterator[RunningRequest]:
+        timeout_s = self.settings.request_timeout_s
         with span(
             "completion",
             trace_context,
@@ -99,7 +111,6 @@ class Gateway:
             runs = prompt_runs(request, self._service, timeout_s, context_of(request_span))
             running = RunningRequest(request, runs, self.model, self.metrics)
             async with self._admitted(running, timeout_s):
-                await self.access.charge_tokens(key, request.most_tokens)
                 yield running
 
     @asynccontextmanager
@@ -129,7 +140,8 @@ class Gateway:
         return await self._registry.targets()
 
     async def close(self) -> None:
-        """Close the connections to decode workers and to the store of rate limits."""
+        """Drop quality checks; close the connections to decode workers and to the rate limits."""
+        await self._checks.close()
         await self.access.close()
         await self._router.close()
 

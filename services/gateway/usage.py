@@ -6,6 +6,7 @@ from typing import Any
 
 from services.common.jobs import PrefillTimings
 from winnow.report import PrefillReport
+from winnow.tokens import FinishReason, TokenLogprobs
 
 _UNTOLD = PrefillTimings(0.0, 0.0, 0.0, 0.0, 0)
 
@@ -18,6 +19,7 @@ class RunStats:
     moves: times another one fetched its KV.
     ttft_s, last_token_s, seconds: arrival until the first token, the last one, and the end.
     timings: None if the prefill worker delivered the KV but did not report.
+    first_logprobs: of the first token, if requested.
     """
 
     attempts: int = 0
@@ -29,6 +31,17 @@ class RunStats:
     report: PrefillReport | None = None
     timings: PrefillTimings | None = None
     recompressed_entries: int = 0
+    first_logprobs: TokenLogprobs | None = None
+
+    @property
+    def pruned(self) -> bool:
+        """Whether anything of the prompt was left out, in prefill or in decode."""
+        report = self.report
+        return report is not None and (
+            report.num_selected_tokens < report.num_prompt_tokens
+            or report.kv_bytes_kept < report.kv_bytes_full
+            or self.recompressed_entries > 0
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +64,30 @@ class WinnowUsage:
 
 
 @dataclass(frozen=True, slots=True)
+class Verification:
+    """The answer to the whole prompt, and whether the one to the pruned prompt is the same.
+
+    first_token_kl: as winnow.agreement.kl_lower_bound.  ttft_s, completion_tokens: the whole
+    prompt's, which the request's own figures leave out.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    text_agrees: bool
+    first_token_agrees: bool
+    first_token_kl: float
+    completion_tokens: int
+    ttft_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class RequestUsage:
     """prompts: one entry per prompt, in order. completion_tokens: over all choices."""
 
     prompt_tokens: int
     completion_tokens: int
     prompts: tuple[WinnowUsage, ...]
+    verify: Verification | None = None
 
     def winnow(self) -> WinnowUsage:
         """Usage of all prompts together."""
@@ -65,6 +96,8 @@ class RequestUsage:
     def to_json(self) -> dict[str, Any]:
         """OpenAI's `usage`, with `winnow` for all prompts together and, if several, for each."""
         winnow = asdict(self.winnow())
+        if self.verify is not None:
+            winnow["verify"] = asdict(self.verify)
         if len(self.prompts) > 1:
             winnow["prompts"] = [asdict(prompt) for prompt in self.prompts]
         return {**token_counts(self.prompt_tokens, self.completion_tokens), "winnow": winnow}

@@ -61,6 +61,7 @@ class PrefillQueue:
         self._cores = cores
         self._changed = threading.Condition()
         self._waiting: deque[Work] = deque()
+        self._current: Work | None = None
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="prefill-engine", daemon=True)
         metrics.waiting.set_function(lambda: len(self._waiting))
@@ -92,21 +93,27 @@ class PrefillQueue:
         """The job's outcome, once its KV is in place; cancelling the future stops the work.
 
         Raises Overloaded if too many prompts are waiting, unless the job's request was admitted
-        before; PrefillFailed after `stop`.
+        before, and for a job that gives way if there is any other; PrefillFailed after `stop`.
         """
         work = Work(job)
         with self._changed:
             if self._stopping:
                 raise _stopped()
-            if len(self._waiting) >= self._max_waiting and not job.admitted:
-                raise Overloaded(
-                    f"{len(self._waiting)} prompts wait for prefill; "
-                    f"the limit is {self._max_waiting}"
-                )
+            self._require_room(job)
             self._waiting.append(work)
             self._changed.notify_all()
         work.outcome.add_done_callback(lambda _: self._forget(work))
         return work.outcome
+
+    def _require_room(self, job: PrefillJob) -> None:
+        computes = self._current is not None and not self._current.outcome.done()
+        if job.gives_way and (self._waiting or computes):
+            raise _given_way()
+        num_waiting = sum(not work.job.gives_way for work in self._waiting)
+        if num_waiting >= self._max_waiting and not job.admitted:
+            raise Overloaded(
+                f"{num_waiting} prompts wait for prefill; the limit is {self._max_waiting}"
+            )
 
     def _count_waiting_tokens(self) -> int:
         with self._changed:
@@ -124,8 +131,10 @@ class PrefillQueue:
 
     def _next(self) -> Work | None:
         with self._changed:
+            self._current = None
             self._changed.wait_for(lambda: self._stopping or bool(self._waiting))
-            return None if self._stopping else self._waiting.popleft()
+            self._current = None if self._stopping else self._waiting.popleft()
+            return self._current
 
     def _prefill(self, work: Work) -> None:
         """Run one prompt; any error becomes that prompt's outcome."""
@@ -142,6 +151,7 @@ class PrefillQueue:
         """Run the prompt and push its KV meanwhile; `_deliver` handles the end of the push."""
         if work.remaining_s <= 0:
             raise DeadlineExceeded(f"the prompt waited {work.job.deadline_s:g} s for prefill")
+        self._require_wanted(work)
         context = work.job.trace_context
         start_span("prefill.queue", context, start_s=work.received_s).end()
         push = self._open_push(work)
@@ -181,7 +191,7 @@ class PrefillQueue:
         run = PrefillRun(self._model, job.token_ids, job.pruning)
         while not run.finished:
             started_s = time.monotonic()
-            with self._computing():
+            with self._computing(job):
                 layer = run.compute_layer()
             self._metrics.layer_seconds.observe(time.monotonic() - started_s)
             compute.add_event("layer", {} if layer is None else {"layer": layer.layer_idx})
@@ -190,16 +200,23 @@ class PrefillQueue:
                 self._hand_over(work, push, layer)
         work.result = run.result(keep_hidden=job.num_prompt_logprobs is not None)
 
-    def _computing(self) -> AbstractContextManager[None]:
-        """Let decode workers on the same cores see that prefill is computing."""
-        return self._cores.prefilling() if self._cores else contextlib.nullcontext()
+    def _computing(self, job: PrefillJob) -> AbstractContextManager[None]:
+        """Let decode workers on the same cores see that prefill is computing.
+
+        Not for a job that gives way.
+        """
+        if self._cores is None or job.gives_way:
+            return contextlib.nullcontext()
+        return self._cores.prefilling()
 
     def _require_wanted(self, work: Work) -> None:
-        """Raise if the job was cancelled or the worker is stopping."""
+        """Raise if the job was cancelled or has to give way, or the worker is stopping."""
         if work.outcome.cancelled():
             raise _cancelled()
         if self._stopping:
             raise _stopped()
+        if work.job.gives_way and self._waiting:
+            raise _given_way()
 
     def _hand_over(self, work: Work, push: Push, layer: LayerKV) -> None:
         before_s = time.monotonic()
@@ -208,13 +225,18 @@ class PrefillQueue:
 
     def _score(self, work: Work) -> None:
         """Compute the prompt's log-probabilities, if requested, and free its hidden states."""
-        num_top, result = work.job.num_prompt_logprobs, work.result
-        if num_top is None or result is None or result.hidden is None:
+        job, result = work.job, work.result
+        if job.num_prompt_logprobs is None or result is None or result.hidden is None:
             return
         work.result = replace(result, hidden=None)
-        run = PromptLogprobsRun(self._model, result.hidden, work.job.token_ids, num_top)
+        run = PromptLogprobsRun(
+            self._model,
+            result.hidden[job.scored_from :],
+            job.token_ids[job.scored_from :],
+            job.num_prompt_logprobs,
+        )
         while not run.finished:
-            with self._computing():
+            with self._computing(job):
                 run.compute_block()
             self._require_wanted(work)
         work.logprobs = run.result()
@@ -252,14 +274,16 @@ class PrefillQueue:
             wire_bytes=end.wire_bytes if end else 0,
         )
         outcome = PrefillOutcome(work.result.report, timings, work.logprobs)
-        if end is None:
-            self._metrics.observe_engine(timings)
-        else:
+        if end is not None:
             self._metrics.observe(outcome, work.job.pruning.method, self._model.shape)
+        elif not work.job.gives_way:
+            self._metrics.observe_engine(timings)
         work.settle(outcome)
 
     def _fail(self, work: Work, error: WinnowError) -> None:
-        if not work.failed:  # the engine thread and the push may both report the end
+        if not (
+            work.failed or work.job.gives_way
+        ):  # the engine thread and the push may both report the end
             self._metrics.failures.labels(error.code).inc()
         work.failed = True
         work.settle(error)
@@ -267,6 +291,10 @@ class PrefillQueue:
 
 def _cancelled() -> RequestCancelled:
     return RequestCancelled("the prefill was cancelled")
+
+
+def _given_way() -> Overloaded:
+    return Overloaded("the prefill worker has other prompts to compute")
 
 
 def _stopped() -> PrefillFailed:

@@ -30,14 +30,18 @@ def changed_pruning(
     return pruning
 
 
-def unpruned(settings: Settings, pruning: PruningSettings) -> PruningSettings:
-    """The settings with the whole prompt kept.  Raises InvalidSetting if that exceeds a cap."""
+def unpruned(
+    settings: Settings, pruning: PruningSettings, reason: str, param: str
+) -> PruningSettings:
+    """The settings with the whole prompt kept.  Raises InvalidSetting if that exceeds a cap.
+
+    reason, param: what the request asks for that needs it.
+    """
     try:
         pruning = replace(pruning, method="full")
         require_within_caps(settings, pruning)
     except InvalidSetting as error:
-        message = f"echo with logprobs computes the prompt unpruned: {error.message}"
-        raise InvalidSetting(message, param="echo") from error
+        raise InvalidSetting(f"{reason}: {error.message}", param=param) from error
     return pruning
 
 

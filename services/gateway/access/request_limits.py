@@ -1,6 +1,7 @@
 """Limits of requests, from the model and from the operator's settings."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from services.common.settings import Settings
@@ -164,5 +165,15 @@ class RequestLimits:
         if changes:
             pruning = changed_pruning(self._settings, pruning, num_layers, changes)
         if scores_prompt:
-            pruning = unpruned(self._settings, pruning)
+            reason = "echo with logprobs computes the prompt unpruned"
+            pruning = unpruned(self._settings, pruning, reason, "echo")
         return pruning
+
+    def verifying(self, pruning: PruningSettings) -> PruningSettings:
+        """For the answer that one under `pruning` is compared with: decode keeps all as well.
+
+        Raises InvalidSetting where that is over a cap.
+        """
+        whole = replace(pruning, decode_budget=None, decode_floor=None)
+        reason = "verify generates the unpruned answer too"
+        return unpruned(self._settings, whole, reason, "winnow.verify")

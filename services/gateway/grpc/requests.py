@@ -20,6 +20,7 @@ from winnow.v1 import inference_pb2 as pb
 
 # gRPC uses 0 for JSON's null, which keeps every entry.
 _UNLIMITED_AT_ZERO = frozenset({"kv_budget", "decode_budget", "decode_floor"})
+_NO_PRUNING = frozenset({"verify", "task"})
 
 
 def request_from_bytes(gateway: Gateway, body: bytes) -> GenerationRequest:
@@ -48,6 +49,8 @@ def request_from_proto(gateway: Gateway, request: pb.CompleteRequest) -> Generat
         echo=request.echo,
         sampling=_sampling(request),
         pruning=_pruning(request.winnow),
+        task=_optional(request.winnow, "task"),
+        verify=request.winnow.verify,
     )
     prompt = _prompt(gateway, request)
     return checked_request("grpc", [prompt], options, gateway.limits, gateway.model.tokenizer)
@@ -76,10 +79,11 @@ def _sampling(request: pb.CompleteRequest) -> dict[str, Any]:
 
 
 def _pruning(options: pb.WinnowOptions) -> dict[str, Any]:
-    """The fields set in the request."""
+    """The pruning settings that the request sets."""
     return {
         field.name: None if field.name in _UNLIMITED_AT_ZERO and value == 0 else value
         for field, value in options.ListFields()
+        if field.name not in _NO_PRUNING
     }
 
 

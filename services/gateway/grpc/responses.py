@@ -41,7 +41,10 @@ def usage_to_proto(usage: RequestUsage, request_id: str) -> pb.CompleteResponse:
     message = pb.Usage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
-        winnow=pb.WinnowUsage(**asdict(usage.winnow())),
+        winnow=pb.WinnowUsage(
+            **asdict(usage.winnow()),
+            verify=None if usage.verify is None else pb.Verification(**asdict(usage.verify)),
+        ),
     )
     return pb.CompleteResponse(id=request_id, usage=message)
 

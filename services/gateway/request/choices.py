@@ -1,7 +1,7 @@
 """The choices of one request while they are generated: tokens in, deltas of text out."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.gateway.metrics import GatewayMetrics
 from winnow.sampling_params import SamplingParams
@@ -49,7 +49,10 @@ class EndTokens:
 
 
 class Choice:
-    """One choice (answer) of a request."""
+    """One choice (answer) of a request.
+
+    num_logprobs: what the client asked for, as in SamplingParams; decode may return more.
+    """
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class Choice:
         text: TextStream,
         echo: str,
         end_tokens: EndTokens,
+        num_logprobs: int | None,
         metrics: GatewayMetrics,
     ) -> None:
         self.index = index
@@ -66,6 +70,7 @@ class Choice:
         self._echo = echo
         self._prompt: tuple[Token, ...] = ()
         self._end_tokens = end_tokens
+        self._num_logprobs = num_logprobs
         self._metrics = metrics
         self._last_token_s: float | None = None
 
@@ -90,7 +95,15 @@ class Choice:
         self.finish_reason = FinishReason.STOP if stopped else token.finish_reason
         if self.finish_reason is not None:
             text += self._text.finish()
-        return self._delta(text, (token,))
+        return self._delta(text, (self._shown(token),))
+
+    def _shown(self, token: Token) -> Token:
+        logprobs, num_shown = token.logprobs, self._num_logprobs
+        if logprobs is None:
+            return token
+        if num_shown is None:
+            return replace(token, logprobs=None)
+        return replace(token, logprobs=replace(logprobs, top=logprobs.top[:num_shown]))
 
     def _delta(self, text: str, tokens: tuple[Token, ...]) -> Delta:
         echo, self._echo = self._echo, ""

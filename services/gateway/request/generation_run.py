@@ -55,6 +55,10 @@ class PromptRun(Run):
         self._read: asyncio.Task[pb.GenerateEvent | None] | None = None
         self._logprobs: PromptLogprobs | None = None
 
+    def answer(self, sequence_idx: int) -> list[int]:
+        """The tokens that were generated of one sequence, maybe some after its stop string."""
+        return self._generated[sequence_idx]
+
     async def _free(self) -> None:
         tasks = [task for task in (self._read, self._prefill) if task is not None]
         for task in tasks:
@@ -167,11 +171,12 @@ class PromptRun(Run):
         return None
 
     def _note(self, tokens: pb.Tokens) -> list[Token]:
+        step = tokens_from_proto(tokens)
         self.stats.last_token_s = time.monotonic() - self._arrived_s
         if self.stats.ttft_s is None:
             self.stats.ttft_s = self.stats.last_token_s
+            self.stats.first_logprobs = step[0].logprobs
         self.stats.recompressed_entries = tokens.recompressed_entries
-        step = tokens_from_proto(tokens)
         for token in step:
             self._generated[token.sequence_idx].append(token.token_id)
         self._ended |= {token.sequence_idx for token in step if token.finish_reason}

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.gateway.access.request_limits import RequestLimits
+from winnow.errors import InvalidSetting
 from winnow.pruning_settings import PruningSettings
-from winnow.sampling_params import SamplingParams
+from winnow.sampling_params import MAX_LOGPROBS, SamplingParams
 from winnow.tokenizer import Tokenizer
 
 
@@ -40,6 +41,8 @@ class GenerationRequest:
     sampling: shared by all prompts, except that each has its own max_tokens.
     stop, include_stop_str_in_output, skip_special_tokens: as in TextStream.
     num_prompt_logprobs: num_logprobs of `sampling`, for the prompts' tokens.
+    task: the client's name for it, in metrics of quality. is_sampled: a quality check follows.
+    verified_by: settings under which its only prompt is run a second time, to compare the answers.
     """
 
     request_id: str
@@ -51,12 +54,34 @@ class GenerationRequest:
     skip_special_tokens: bool
     pruning: PruningSettings
     num_prompt_logprobs: int | None = None
+    task: str | None = None
+    is_sampled: bool = False
+    verified_by: PruningSettings | None = None
+
+    @property
+    def runs(self) -> tuple[tuple[CheckedPrompt, PruningSettings], ...]:
+        """What is run: every prompt, then once more the one to verify."""
+        runs = tuple((prompt, self.pruning) for prompt in self.prompts)
+        if self.verified_by is None:
+            return runs
+        return (*runs, (self.prompts[0], self.verified_by))
+
+    @property
+    def num_answers(self) -> int:
+        """Choices that the client sees."""
+        return len(self.prompts) * self.num_choices
+
+    @property
+    def decode_logprobs(self) -> int | None:
+        """The num_logprobs to ask decode for: more than the client's where it is compared."""
+        compared = self.is_sampled or self.verified_by is not None
+        return MAX_LOGPROBS if compared else self.sampling.num_logprobs
 
     @property
     def most_tokens(self) -> int:
         """Tokens of the prompts and of their longest allowed answers."""
         return sum(
-            len(prompt.token_ids) + self.num_choices * prompt.max_tokens for prompt in self.prompts
+            len(prompt.token_ids) + self.num_choices * prompt.max_tokens for prompt, _ in self.runs
         )
 
 
@@ -78,6 +103,8 @@ class RequestOptions:
     echo: bool
     sampling: Mapping[str, Any]
     pruning: Mapping[str, Any]
+    task: str | None = None
+    verify: bool = False
 
 
 def checked_request(
@@ -97,6 +124,9 @@ def checked_request(
     num_prompt_logprobs = options.sampling.get("num_logprobs") if options.echo else None
     checked = tuple(_checked_prompt(prompt, options, limits, tokenizer) for prompt in prompts)
     shortest = max(1, min(prompt.max_tokens for prompt in checked))
+    pruning = limits.pruning(options.pruning, scores_prompt=num_prompt_logprobs is not None)
+    if options.verify:
+        _require_verifiable(checked, num_choices, scores_prompt=num_prompt_logprobs is not None)
     return GenerationRequest(
         request_id=f"{id_prefix}-{secrets.token_hex(16)}",
         prompts=checked,
@@ -105,9 +135,29 @@ def checked_request(
         stop=tuple(options.stop),
         include_stop_str_in_output=bool(options.include_stop_str_in_output),
         skip_special_tokens=options.skip_special_tokens is not False,
-        pruning=limits.pruning(options.pruning, scores_prompt=num_prompt_logprobs is not None),
+        pruning=pruning,
         num_prompt_logprobs=num_prompt_logprobs,
+        task=options.task,
+        verified_by=limits.verifying(pruning) if options.verify else None,
     )
+
+
+def _require_verifiable(
+    prompts: Sequence[CheckedPrompt], num_choices: int, *, scores_prompt: bool
+) -> None:
+    """Raises InvalidSetting unless there is one answer, to a prompt that may be pruned."""
+    fault = None
+    if len(prompts) > 1:
+        fault = f"the request has {len(prompts)} prompts"
+    elif num_choices > 1:
+        fault = f"n is {num_choices}"
+    elif prompts[0].max_tokens == 0:
+        fault = "max_tokens is 0"
+    elif scores_prompt:
+        fault = "echo with logprobs computes the prompt unpruned"
+    if fault is not None:
+        message = f"verify compares one answer to a pruned prompt with the unpruned one; {fault}"
+        raise InvalidSetting(message, param="winnow.verify")
 
 
 def _checked_prompt(

@@ -14,6 +14,7 @@ from services.gateway.request.generation_run import PromptRun
 from services.gateway.request.request import CheckedPrompt, GenerationRequest
 from services.gateway.request.run import Run, Service
 from services.gateway.request.scoring_run import PromptScoring
+from services.gateway.request.verification import Comparison
 from services.gateway.served_model import ServedModel
 from services.gateway.usage import RequestUsage, winnow_usage
 from winnow.text_stream import TextStream
@@ -41,11 +42,13 @@ class RunningRequest:
                 _text_stream(request, model),
                 prompt.echo,
                 EndTokens.of(request.sampling, model.description.eos_token_ids),
+                request.sampling.num_logprobs,
                 metrics,
             )
-            for prompt_idx, prompt in enumerate(request.prompts)
+            for prompt_idx, (prompt, _) in enumerate(request.runs)
             for sequence_idx in range(request.num_choices)
         ]
+        self._comparison = Comparison() if request.verified_by is not None else None
 
     async def deltas(self) -> AsyncGenerator[Delta]:
         """Deltas of all choices as they arrive; raises the first error of any prompt."""
@@ -76,7 +79,7 @@ class RunningRequest:
                     raise item
                 if item is None:
                     running -= 1
-                else:
+                elif self._comparison is None or self._comparison.take(item):
                     yield item
         finally:
             await end(*pumps)
@@ -87,10 +90,12 @@ class RunningRequest:
 
     def usage(self) -> RequestUsage:
         """The request's usage; call it after reading all deltas."""
+        request, comparison = self.request, self._comparison
         return RequestUsage(
-            prompt_tokens=sum(len(prompt.token_ids) for prompt in self.request.prompts),
-            completion_tokens=sum(choice.num_tokens for choice in self.choices),
-            prompts=tuple(winnow_usage(run.stats) for run in self.runs),
+            prompt_tokens=sum(len(prompt.token_ids) for prompt in request.prompts),
+            completion_tokens=sum(c.num_tokens for c in self.choices[: request.num_answers]),
+            prompts=tuple(winnow_usage(run.stats) for run in self.runs[: len(request.prompts)]),
+            verify=None if comparison is None else comparison.result(self.runs),
         )
 
     async def _pump(
@@ -126,7 +131,7 @@ class RunningRequest:
                     delta = choices[token.sequence_idx].take(token)
                     if delta is not None:
                         yield delta
-                if self.request.prompts[prompt_idx].max_tokens == 0:
+                if self.request.runs[prompt_idx][0].max_tokens == 0:
                     for choice in choices:
                         yield choice.end_at_once()
                 if all(choice.finish_reason for choice in choices):
@@ -163,7 +168,7 @@ def _scored_tokens(token_ids: Sequence[int], logprobs: PromptLogprobs) -> tuple[
 def prompt_runs(
     request: GenerationRequest, service: Service, timeout_s: float, trace_context: str = ""
 ) -> list[Run]:
-    """One run per prompt; all end within `timeout_s` seconds."""
+    """One run for each of `request.runs`; all end within `timeout_s` seconds."""
     deadline_s = time.monotonic() + timeout_s
     return [
         _run_of(prompt)(
@@ -172,15 +177,19 @@ def prompt_runs(
                 token_ids=prompt.token_ids,
                 num_sequences=request.num_choices,
                 # SamplingParams require at least one token; a run with 0 generates none.
-                sampling=replace(request.sampling, max_tokens=max(1, prompt.max_tokens)),
-                pruning=request.pruning,
+                sampling=replace(
+                    request.sampling,
+                    max_tokens=max(1, prompt.max_tokens),
+                    num_logprobs=request.decode_logprobs,
+                ),
+                pruning=pruning,
                 trace_context=trace_context,
                 num_prompt_logprobs=request.num_prompt_logprobs,
             ),
             service,
             deadline_s,
         )
-        for prompt_idx, prompt in enumerate(request.prompts)
+        for prompt_idx, (prompt, pruning) in enumerate(request.runs)
     ]
 
 

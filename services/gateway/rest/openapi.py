@@ -17,7 +17,7 @@ from services.gateway.rest.bodies import (
     TokenizeRequest,
 )
 from services.gateway.rest.winnow_options import WinnowOptions, options_schema
-from services.gateway.usage import WinnowUsage
+from services.gateway.usage import Verification, WinnowUsage
 from winnow import __version__
 from winnow.errors import ERROR_CODES
 from winnow.pruning_settings import PruningSettings
@@ -54,9 +54,10 @@ class Error(_Sent):
 
 @dataclass(frozen=True, slots=True)
 class SummedUsage(WinnowUsage):
-    """prompts: usage of each prompt, if the request has several."""
+    """prompts: usage of each prompt, if the request has several. verify: if it was requested."""
 
     prompts: tuple[WinnowUsage, ...] = ()
+    verify: Verification | None = None
 
 
 class Usage(_Sent):

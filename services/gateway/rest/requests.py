@@ -168,6 +168,8 @@ def _options(
             "stop_token_ids": request.stop_token_ids,
         },
         pruning=request.winnow.changes() if request.winnow else {},
+        task=request.winnow.task if request.winnow else None,
+        verify=bool(request.winnow and request.winnow.verify),
     )
 
 
@@ -193,6 +195,11 @@ def _delivered(
     if asks_for_usage and not request.stream:
         raise InvalidRequest(
             "stream_options is only allowed when stream is true", param="stream_options"
+        )
+    if request.stream and generation.verified_by is not None and not options.include_usage:
+        raise InvalidRequest(
+            "what verify finds is in the usage: a stream needs stream_options.include_usage",
+            param="winnow.verify",
         )
     return OpenAIRequest(
         generation=generation,
