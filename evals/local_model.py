@@ -1,4 +1,4 @@
-"""Answers in this process: one prompt after the other is prefilled, all are decoded together."""
+"""LocalModel: answers computed in this process; prefill one by one, decode in a batch."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -17,9 +17,9 @@ from winnow.tokenizer import load_tokenizer
 
 
 class LocalModel:
-    """A model folder or hub model, whose weights are loaded when everything else was checked.
+    """A model folder or hub model; its weights are loaded on first use, after all other checks.
 
-    pruning: settings over the model's own, under what a variant instances for.
+    pruning: overrides the model's own settings; the variant's settings override both.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class LocalModel:
             model, device=device, dtype=dtype, max_model_len=max_model_len
         )
         path, num_layers = self._description.path, self._description.shape.num_layers
-        self._pruning = override(pruning_defaults(path, num_layers), pruning)
+        self._pruning = override(pruning_defaults(self._description.folder, num_layers), pruning)
         self._tokenizer = load_tokenizer(path)
         self._tokenizer.require_fits(self._description.vocab_size)
         self._chat = chat
@@ -139,13 +139,13 @@ class LocalModel:
         return self._frame(example.user_message()) + lead
 
     def _frame(self, text: str) -> list[int]:
-        """The text as a prompt of its own."""
+        """Token ids of the text as a whole prompt."""
         if self._chat:
             return self._tokenizer.render_chat([{"role": "user", "content": text}])
         return self._tokenizer.encode(text)
 
     def _settings(self, variant: Variant) -> PruningSettings:
-        """Raises InvalidSetting for what cannot work."""
+        """The settings for a variant; raises InvalidSetting if they are invalid."""
         own = {"method": variant.spec.method} | dict(variant.spec.options)
         window_size = override(self._pruning, own).window_size
         if variant.budget is not None and variant.budget <= window_size:

@@ -1,4 +1,4 @@
-"""An evaluation from its plan to records, summary, table and pictures."""
+"""Runs an evaluation: from its plan to records, summary, table and pictures."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from rich.progress import (
 )
 
 from evals.model import Answer, AnswerStats, Instance, Model
-from evals.pictures import draw_pictures
+from evals.pictures import can_draw, draw_pictures
 from evals.plan import Plan
 from evals.records import Key, Record, RunFolder, require_same_run, write_json
 from evals.summary import summarize
@@ -27,12 +27,16 @@ from evals.tasks.base import Example, Task
 from winnow.errors import InvalidSetting
 
 SUMMARY_FILE = "summary.json"
+_NO_PICTURES = (
+    "no pictures, since matplotlib is missing: pip install 'winnow-serve[eval]', and the same "
+    "command draws them"
+)
 
 
 def evaluate(plan: Plan, model: Model, folder: Path, *, progress: Console, result: Console) -> None:
-    """Runs what `folder` does not hold yet, then writes and prints what came out.
+    """Run what is missing in `folder`, then write and print the results.
 
-    Raises WinnowError, before anything is written, for what cannot run.
+    Raises WinnowError, before anything is written, if something requested cannot run.
     """
     settings = plan.to_json() | model.identity()
     require_same_run(folder, settings)
@@ -46,6 +50,8 @@ def evaluate(plan: Plan, model: Model, folder: Path, *, progress: Console, resul
     print_summary(summary, result)
     files = ", ".join(file.name for file in [folder / SUMMARY_FILE, *pictures])
     result.print(f"\n{folder}: {files}", highlight=False, soft_wrap=True)
+    if not can_draw():
+        result.print(_NO_PICTURES, highlight=False, soft_wrap=True, markup=False)
 
 
 def _thresholds(plan: Plan, model: Model) -> dict[str, float]:
@@ -54,14 +60,14 @@ def _thresholds(plan: Plan, model: Model) -> dict[str, float]:
 
 
 def _require_runs(plan: Plan, model: Model) -> None:
-    """Raise what any prompt, or the longest one under any variant, would be refused with."""
+    """Raise the error that any example, or a variant's longest prompt, would be refused with."""
     for length in plan.lengths:
         if length > model.max_positions:
             raise InvalidSetting(
                 f"--length {length:,}: the model has {model.max_positions:,} positions",
                 param="length",
             )
-    shortest = min(plan.lengths)  # the hardest to hold an example
+    shortest = min(plan.lengths)  # the least likely to fit an example
     for task in plan.tasks:
         _example(plan, model, task, shortest, 0)
     max_new_tokens = max(task.max_new_tokens for task in plan.tasks)
@@ -72,13 +78,13 @@ def _require_runs(plan: Plan, model: Model) -> None:
 
 
 def _example(plan: Plan, model: Model, task: Task, length: int, index: int) -> Example:
-    """An example whose whole prompt has at most `length` tokens and leaves room for its answer."""
+    """An example whose whole prompt is within `length` tokens and leaves room for its answer."""
     room = min(length, model.max_positions - task.max_new_tokens) - model.frame_tokens
     return task.example(index, plan.seed, room, model.count)
 
 
 def _answer(plan: Plan, model: Model, run: RunFolder, console: Console) -> None:
-    """Adds the records that the run lacks."""
+    """Compute and append the records that the run lacks."""
     done = {record.key for record in run.records}
     if len(done) == plan.num_instances:
         return

@@ -2,24 +2,31 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from tests.certificates import authority, tls_files  # noqa: F401 - fixtures
 from tests.guarded_redis import guarded  # noqa: F401 - a fixture
+from tests.side_by_side import SideBySide, in_order
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave tests marked `gpu` out where there is no GPU."""
-    if torch.cuda.is_available():
-        return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    config.hook.pytest_deselected(items=gpu)
-    items[:] = [item for item in items if item not in gpu]
+    """Leave tests marked `gpu` out where there is no GPU; put the others into their order."""
+    gpu = {item for item in items if item.get_closest_marker("gpu")}
+    if gpu and not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=list(gpu))
+        items[:] = [item for item in items if item not in gpu]
+    items[:] = in_order(items)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SideBySide:
+    return SideBySide(config, log)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -36,8 +43,15 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A float32 model of each family, saved to disk."""
+    """A float32 model of each family, saved to disk: once for all workers of a run."""
     from tests.models_in_code import FAMILIES, save_tiny_model
 
-    root = tmp_path_factory.mktemp("models")
-    return {family: save_tiny_model(root / family, family) for family in FAMILIES}
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    paths = {family: shared / "models" / family for family in FAMILIES}
+    with FileLock(shared / "models.lock"):
+        for family, path in paths.items():
+            if not path.exists():
+                save_tiny_model(path, family)
+    return paths

@@ -11,6 +11,7 @@ import trustme
 
 from services.common.ports import free_port
 from services.common.settings import Settings
+from tests.deadlines import SOON_S
 
 PASSWORD = "open-sesame"
 
@@ -42,7 +43,7 @@ class GuardedRedis:
         self._wait_until_it_listens()
 
     def _wait_until_it_listens(self) -> None:
-        deadline_s = time.monotonic() + 20
+        deadline_s = time.monotonic() + SOON_S
         with redis.Redis(port=self.port, socket_connect_timeout=1) as client:
             while "refused" in _complaint(client):
                 assert time.monotonic() < deadline_s, "redis-server does not start"

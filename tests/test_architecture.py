@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = [
     path
-    for top in ("winnow", "services", "evals")
+    for top in ("winnow", "services", "evals", "winnow_serve")
     for path in sorted((ROOT / top).rglob("*.py"))
     if "v1" not in path.parts
 ]
@@ -35,7 +35,9 @@ DOORS = {
         "winnow/checkpoint.py",
         "winnow/dry_run.py",
         "winnow/tokenizer.py",
+        "winnow/gguf/tokenizer.py",
     ),
+    "gguf": ("winnow/gguf/",),
 }
 # What each part may import of ours; of parts within each other the innermost one counts.
 OURS = ("winnow", "services", "evals")
@@ -97,6 +99,7 @@ BELOW = {
     ),
     "services.deploy_config": ("winnow", "services.common"),
     "services.cli": OURS,
+    "winnow_serve": ("services", "winnow_serve"),
 }
 NETWORK = ("grpc", "socket", "http", "asyncio", "httpx", "uvicorn")
 
@@ -175,6 +178,19 @@ def test_the_library_knows_no_network(path: Path) -> None:
     if starts_with(module_of(path), "winnow"):
         wrong = {name for name in imports(path) if name.split(".")[0] in NETWORK}
         assert not wrong, f"{module_of(path)} imports {sorted(wrong)}"
+
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=module_of)
+def test_tests_share_helpers_and_not_each_other(path: Path) -> None:
+    wrong = {
+        name
+        for name in imports(path)
+        if starts_with(name, "tests") and any(part.startswith("test_") for part in name.split("."))
+    }
+    assert not wrong, f"{module_of(path)} imports {sorted(wrong)}"
 
 
 def test_generated_code_has_not_drifted_from_the_proto_files(tmp_path: Path) -> None:

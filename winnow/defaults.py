@@ -1,4 +1,4 @@
-"""Pruning settings that suit a model: the model folder's own over defaults scaled with depth."""
+"""Default pruning settings of a model: `winnow.json`, or the paper's scaled to its depth."""
 
 import json
 from dataclasses import fields, replace
@@ -16,9 +16,9 @@ _PAPER_LAYERS = 32  # the depth for which the paper's layer numbers were chosen
 
 
 def pruning_defaults(model_path: Path, num_layers: int) -> PruningSettings:
-    """The settings of `winnow.json` in the model folder, over those scaled to `num_layers`.
+    """Settings of `winnow.json` in the model folder, on top of those scaled to `num_layers`.
 
-    Raises UnusableModel if the file is not what it should be.
+    Raises UnusableModel if the file is invalid.
     """
     scaled = scaled_defaults(num_layers)
     file = model_path / SETTINGS_FILE
@@ -34,7 +34,7 @@ def pruning_defaults(model_path: Path, num_layers: int) -> PruningSettings:
 
 
 def scaled_defaults(num_layers: int) -> PruningSettings:
-    """The paper's settings, with layer numbers in proportion to the depth below 28 layers."""
+    """The paper's settings; below 28 layers, layer numbers are scaled with the depth."""
     if num_layers >= 28:
         return PruningSettings()
     observed = max(1, round(8 * num_layers / _PAPER_LAYERS))
@@ -47,7 +47,7 @@ def scaled_defaults(num_layers: int) -> PruningSettings:
 
 
 def override(settings: PruningSettings, changes: dict[str, Any]) -> PruningSettings:
-    """`settings` with `changes`; raises InvalidSetting for an unknown name or a bad value."""
+    """`settings` with `changes`; raises InvalidSetting for an unknown name or an invalid value."""
     known = {field.name for field in fields(PruningSettings)}
     for name in changes:
         if name not in known:
@@ -58,9 +58,9 @@ def override(settings: PruningSettings, changes: dict[str, Any]) -> PruningSetti
 
 
 def parse_change(text: str, kind: str = "a pruning setting") -> tuple[str, Any]:
-    """`threshold=0.4` as a name and its value for `override`; values are written as in YAML.
+    """Parse `threshold=0.4` into a name and a value for `override`; values are YAML.
 
-    kind: what the name is of.  Raises InvalidSetting for what is not NAME=VALUE.
+    kind: what NAME is, for the error.  Raises InvalidSetting unless the text is NAME=VALUE.
     """
     name, equals, written = text.partition("=")
     if not equals:

@@ -1,7 +1,7 @@
-"""Writes the Grafana dashboards beside it: `make docs`.
+"""Writes the Grafana dashboards next to this file: `make docs`.
 
-A panel is a title, a sentence, a unit and its queries; Grafana's JSON is laid out from these. In a
-query `@` stands for the labels that the variables pick, and `rate` covers $__rate_interval.
+Grafana's JSON is generated from panels: a title, a sentence, a unit and queries. In a query `@`
+stands for the label filters of the dashboard's variables; `rate` covers $__rate_interval.
 """
 
 import json
@@ -20,10 +20,7 @@ _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 @dataclass(frozen=True)
 class Panel:
-    """queries: by legend. limits: where values turn orange and red.
-
-    floor: below it values are red.
-    """
+    """One panel: `queries` by legend; values turn orange and red at `limits`, red below `floor`."""
 
     title: str
     meaning: str
@@ -43,7 +40,7 @@ class Dashboard:
 
 
 def quantiles(metric: str, by: str = "") -> dict[str, str]:
-    """Median, 90th and 99th percentile of a histogram, for each value of the label `by`."""
+    """Median, 90th and 99th percentiles of a histogram, for each value of the label `by`."""
     prefix, group = (f"{{{{{by}}}}} ", f"le,{by}") if by else ("", "le")
     return {
         f"{prefix}p{100 * q:.0f}": f"histogram_quantile({q}, "

@@ -1,4 +1,4 @@
-"""`winnow generate`: one prompt answered in this process, by the same engines as the service."""
+"""`winnow generate`: answers one prompt in this process, with the same engines as the service."""
 
 import argparse
 import sys
@@ -14,9 +14,9 @@ from winnow.sampling_params import SamplingParams
 
 
 def generate(args: argparse.Namespace, settings: Settings) -> None:
-    """Writes the answer to standard output while it is generated, what was done to standard error.
+    """Stream the answer to standard output, then a summary to standard error.
 
-    Raises WinnowError for a model or a prompt that cannot be used.
+    Raises WinnowError if the model or the prompt cannot be used.
     """
     prompt = read_prompt(args)
     winnow = load_winnow(settings)
@@ -30,7 +30,7 @@ def generate(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def load_winnow(settings: Settings) -> Winnow:
-    """The model and the engines that a command of one process works with."""
+    """Load the model and engines for a command that runs in a single process."""
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     return Winnow.load(
@@ -46,7 +46,7 @@ def load_winnow(settings: Settings) -> Winnow:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """The text of --prompt or --prompt-file, less the file's last line break.
+    """The text of --prompt or --prompt-file, without the file's last line break.
 
     Raises InvalidRequest if it cannot be read.
     """
@@ -67,7 +67,7 @@ def _read(file: str) -> bytes:
 
 
 def token_ids_of(winnow: Winnow, prompt: str, *, chat: bool) -> list[int]:
-    """A prompt's token ids, as it is or as the user's turn of a chat."""
+    """Token IDs of a prompt, as plain text or as the user message of a chat."""
     if chat:
         return winnow.tokenizer.render_chat([{"role": "user", "content": prompt}])
     return winnow.tokenizer.encode(prompt)
@@ -83,7 +83,7 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
 
 
 def _summary(stream: CompletionStream) -> str:
-    """What was done to the prompt, in one line."""
+    """One line about what was done to the prompt."""
     report = stream.report
     where = (
         f"no layer selected ({report.no_selection_reason})"

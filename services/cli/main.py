@@ -1,4 +1,4 @@
-"""The `winnow` command."""
+"""The `winnow` command-line interface."""
 
 import argparse
 import asyncio
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from services.common.settings import Settings
 
 EXIT_REFUSED = 2
-# Read by the Hugging Face libraries when they are imported. A bar has no place in a log, and a
-# model would not load where the log finds no room for it.
+# Read by the Hugging Face libraries at import. Progress bars do not belong in logs, and loading a
+# model fails if its bar cannot be written (disk full).
 _NO_PROGRESS_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
 
 _SETTINGS_HELP = (
@@ -34,10 +34,9 @@ _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code.
+    """Run a command; returns its exit code: 0, or 2 if it was refused.
 
-    It is 0, or 2 for what cannot be done as asked. From here on Ctrl-C is answered, so what takes
-    long to import is imported within.
+    Ctrl-C is handled from here on, so slow imports happen inside the commands.
     """
     for name, value in SHORT_WAITS.items():
         os.environ.setdefault(name, value)
@@ -250,9 +249,9 @@ def _ready_message(settings: "Settings") -> str:
 
 
 class _ProgressLine:
-    """What happens now, on one line that is written over; on its own lines without a terminal.
+    """Shows the current step on one line that is overwritten; on separate lines without a terminal.
 
-    It is left out where it cannot be written: a full disk must not keep a service from starting.
+    Write errors are ignored: a full disk must not keep a service from starting.
     """
 
     def __init__(self) -> None:
@@ -275,7 +274,3 @@ class _ProgressLine:
     def _write(self, text: str, stream: TextIO) -> None:
         with contextlib.suppress(OSError):
             print(text, end="", file=stream, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The gateway without its protocols: what REST and gRPC share."""
+"""The gateway independent of protocols: the part that REST and gRPC share."""
 
 import asyncio
 import logging
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Whether a request could be served now."""
+    """Whether a request could be served now, and why not."""
 
     decode_workers: int
     prefill: bool
@@ -47,9 +47,9 @@ class Readiness:
 class Gateway:
     """Routes requests to decode and prefill; holds a tokenizer but no weights.
 
-    ending: it will be stopped soon. It serves as before, but says that it is not ready.
+    ending: shutdown is near; requests are still served, but readiness is false.
 
-    Make it where its event loop runs. Raises UnusableModel or InvalidSetting.
+    Create it on its event loop.  Raises UnusableModel or InvalidSetting.
     """
 
     def __init__(self, settings: Settings, registry: Registry, prefiller: Prefiller) -> None:
@@ -61,7 +61,7 @@ class Gateway:
         self.access = Access(settings)
         description = self.model.description
         self._registry = registry
-        # Workers that live come back into an emptied registry with their next heartbeat.
+        # Live workers return to an emptied registry with their next heartbeat.
         self._router = Router(
             registry, description.fingerprint, PeerTls.load(settings), refill_s=settings.lease_s
         )
@@ -80,13 +80,13 @@ class Gateway:
     async def open(
         self, request: GenerationRequest, key: ApiKey | None = None, trace_context: str = ""
     ) -> AsyncIterator[RunningRequest]:
-        """The request with KV memory reserved for all its prompts; leaving frees everything.
+        """Context manager: reserve KV memory for all prompts; free everything on exit.
 
-        key: whose tokens it uses; a request that is not admitted uses none.
-        trace_context: the traceparent that the client sent, if any.
+        key: charged for the tokens; a request that is not admitted is not charged.
+        trace_context: the client's traceparent, or empty.
 
         Raises RateLimited, Overloaded or NoDecodeWorker if not all prompts can be admitted,
-        DeadlineExceeded if the block takes longer than a request may.
+        DeadlineExceeded if the block exceeds the request timeout.
         """
         await self.access.require_tokens(key, request.most_tokens)
         with self._checks.giving_way():
@@ -125,7 +125,7 @@ class Gateway:
                     yield
 
     async def readiness(self) -> Readiness:
-        """Looks at the registry and at prefill now."""
+        """Query the registry and prefill now."""
         try:
             workers = await self._router.candidates()
         except RegistryUnavailable as error:
@@ -136,13 +136,11 @@ class Gateway:
         return Readiness(len(workers), await self._prefiller.ready(), self.ending)
 
     async def targets(self) -> list[MetricsTarget]:
-        """Where the service's processes serve /metrics.  Raises RegistryUnavailable."""
+        """Metrics endpoints of all of the service's processes.  Raises RegistryUnavailable."""
         return await self._registry.targets()
 
     async def close(self) -> None:
-        """Drop the checks of quality; close the connections to decode workers, and to where limits
-        are counted.
-        """
+        """Drop quality checks; close the connections to decode workers and to the rate limits."""
         await self._checks.close()
         await self.access.close()
         await self._router.close()
@@ -160,7 +158,7 @@ async def _deadline(timeout_s: float) -> AsyncIterator[None]:
 
 
 async def _admit_all(runs: Sequence[Run]) -> None:
-    """Admits the runs side by side; raises the first error after all have ended."""
+    """Admit the runs concurrently; raises the first error after all have finished."""
     results = await asyncio.gather(*(run.admit() for run in runs), return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):

@@ -1,4 +1,4 @@
-"""What clients see of the service."""
+"""Prometheus metrics of the gateway: requests, tokens and latencies as clients see them."""
 
 from collections.abc import Iterable
 
@@ -19,9 +19,9 @@ FINISH_REASONS = ("stop", "length", "error", "cancelled")
 
 
 class GatewayMetrics(Metrics):
-    """Of one gateway. A request with several prompts counts once per prompt.
+    """Metrics of one gateway. A request with several prompts counts once per prompt.
 
-    tasks: those that checks of quality are told apart by.
+    tasks: label values of the quality checks.
     """
 
     role = "gateway"

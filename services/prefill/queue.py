@@ -1,7 +1,7 @@
-"""Prompts wait here, first come first served, for the one thread that runs the model.
+"""The prefill queue: prompts wait, first come first served, for the thread that runs the model.
 
-The thread computes a prompt layer by layer and hands each layer to a `Push`; when the last layer
-is computed it turns to the next prompt, while the push ends on its own.
+The thread computes a prompt layer by layer and hands each layer to a `Push`. After the last layer
+it starts the next prompt, while the push completes on its own.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class PrefillQueue:
         peers: PeerTls | None = None,
         cores: SharedCores | None = None,
     ) -> None:
-        """cores: those that decode workers give way on while a layer is computed."""
+        """cores: those on which decode workers yield while a layer is computed."""
         self._model = model
         self._metrics = metrics
         self._max_waiting = max_waiting
@@ -76,7 +76,7 @@ class PrefillQueue:
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """Fails what waits or runs, and returns when the thread is gone."""
+        """Fail all waiting and running jobs, and return when the thread has ended."""
         with self._changed:
             self._stopping = True
             left = list(self._waiting)
@@ -90,11 +90,10 @@ class PrefillQueue:
             self._cores.close()
 
     def submit(self, job: PrefillJob) -> "Future[PrefillOutcome]":
-        """The job's outcome, once its KV is in place; cancelling it stops the work.
+        """The job's outcome, once its KV is in place; cancelling the future stops the work.
 
-        Raises Overloaded if too many prompts wait already, unless the job's request was admitted
-        before, and for one that gives way if there is anything else to do; PrefillFailed after
-        `stop`.
+        Raises Overloaded if too many prompts are waiting, unless the job's request was admitted
+        before, and for a job that gives way if there is any other; PrefillFailed after `stop`.
         """
         work = Work(job)
         with self._changed:
@@ -121,12 +120,12 @@ class PrefillQueue:
             return sum(len(work.job.token_ids) for work in self._waiting)
 
     def _forget(self, work: Work) -> None:
-        """A job cancelled while it waits leaves its place to others."""
+        """Remove a job that was cancelled while waiting, to free its place."""
         with self._changed, contextlib.suppress(ValueError):
             self._waiting.remove(work)
 
     def _run(self) -> None:
-        torch.set_num_threads(self._num_threads)  # some of torch's backends count per thread
+        torch.set_num_threads(self._num_threads)  # some torch backends have a per-thread setting
         while (work := self._next()) is not None:
             self._prefill(work)
 
@@ -138,7 +137,7 @@ class PrefillQueue:
             return self._current
 
     def _prefill(self, work: Work) -> None:
-        """Runs one prompt; whatever goes wrong becomes that prompt's outcome."""
+        """Run one prompt; any error becomes that prompt's outcome."""
         work.started_s = time.monotonic()
         try:
             self._compute(work)
@@ -149,7 +148,7 @@ class PrefillQueue:
             self._fail(work, PrefillFailed(f"prefill broke: {error!r}"))
 
     def _compute(self, work: Work) -> None:
-        """Runs the prompt; its KV is pushed meanwhile, and the push's end left to `_deliver`."""
+        """Run the prompt and push its KV meanwhile; `_deliver` handles the end of the push."""
         if work.remaining_s <= 0:
             raise DeadlineExceeded(f"the prompt waited {work.job.deadline_s:g} s for prefill")
         self._require_wanted(work)
@@ -202,13 +201,16 @@ class PrefillQueue:
         work.result = run.result(keep_hidden=job.num_prompt_logprobs is not None)
 
     def _computing(self, job: PrefillJob) -> AbstractContextManager[None]:
-        """Decode workers on the same cores see it, unless it is the job that gives way."""
+        """Let decode workers on the same cores see that prefill is computing.
+
+        Not for a job that gives way.
+        """
         if self._cores is None or job.gives_way:
             return contextlib.nullcontext()
         return self._cores.prefilling()
 
     def _require_wanted(self, work: Work) -> None:
-        """Raises where the job was cancelled or gives way, or the worker stops."""
+        """Raise if the job was cancelled or has to give way, or the worker is stopping."""
         if work.outcome.cancelled():
             raise _cancelled()
         if self._stopping:
@@ -222,7 +224,7 @@ class PrefillQueue:
         work.blocked_s += time.monotonic() - before_s
 
     def _score(self, work: Work) -> None:
-        """The prompt's log-probabilities, if they are wanted; then its hidden states are let go."""
+        """Compute the prompt's log-probabilities, if requested, and free its hidden states."""
         job, result = work.job, work.result
         if job.num_prompt_logprobs is None or result is None or result.hidden is None:
             return
@@ -252,7 +254,7 @@ class PrefillQueue:
         return TransferEncoder(header)
 
     def _deliver(self, work: Work, end: Delivered | WinnowError) -> None:
-        """Runs once when the push is over, in whichever thread ended it."""
+        """Called once when the push has ended, on the thread that ended it."""
         self._metrics.transfers_in_flight.dec()
         if work.transfer_span is not None:
             end_span(work.transfer_span, end if isinstance(end, WinnowError) else None)
@@ -262,7 +264,7 @@ class PrefillQueue:
         self._settle(work, end)
 
     def _settle(self, work: Work, end: Delivered | None) -> None:
-        """The job's outcome; end: None where nothing had to be delivered."""
+        """Set the job's outcome; `end` is None if there was nothing to deliver."""
         assert work.result is not None
         timings = PrefillTimings(
             queue_s=work.started_s - work.received_s,

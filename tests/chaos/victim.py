@@ -214,7 +214,7 @@ class Victim:
     def status(self, name: str) -> pb.StatusResponse:
         address = f"127.0.0.1:{self.stack.ports[f'{name} WINNOW_DECODE_PORT']}"
         with grpc.insecure_channel(address) as channel:
-            return DecodeStub(channel).Status(pb.StatusRequest(), timeout=10)  # type: ignore[no-any-return, no-untyped-call]
+            return DecodeStub(channel).Status(pb.StatusRequest(), timeout=10)
 
     def generating(self) -> str:
         """The worker that generates now."""

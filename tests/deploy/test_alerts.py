@@ -2,15 +2,16 @@
 
 import re
 import subprocess
-from pathlib import Path
+from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from tests.e2e.winnow_process import ROOT
+
 FOLDER = ROOT / "deploy" / "prometheus"
 
 
-def alerts() -> list[dict[str, object]]:
+def alerts() -> list[dict[str, Any]]:
     groups = yaml.safe_load((FOLDER / "alerts.yaml").read_text())["groups"]
     return [rule for group in groups for rule in group["rules"] if "alert" in rule]
 
@@ -39,7 +40,7 @@ def test_every_alert_has_a_runbook() -> None:
     assert sections == {alert["alert"] for alert in alerts()}
     for alert in alerts():
         anchor = f"docs/alerts.md#{str(alert['alert']).lower()}"
-        assert alert["annotations"]["runbook"] == anchor  # type: ignore[index]
+        assert alert["annotations"]["runbook"] == anchor
 
 
 def test_the_configuration_is_prometheus_own() -> None:

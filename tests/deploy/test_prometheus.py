@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -16,9 +15,8 @@ import yaml
 
 from deploy.grafana.build import DASHBOARDS, FOLDER, to_json
 from deploy.metrics_page import ROLES, render_page
-from services.common.ports import free_port
-from tests.deploy.test_alerts import ROOT
-from tests.e2e.winnow_process import FREE_PORTS, WinnowServe
+from tests.deploy.prometheus import Prometheus
+from tests.e2e.winnow_process import FREE_PORTS, ROOT, WinnowServe
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
@@ -26,42 +24,6 @@ PROMPT = "the quick brown fox jumps over the lazy dog " * 20
 LOAD_S = 12.0
 HISTOGRAM_ENDS = ("_bucket", "_sum", "_count")
 FOREIGN = {"process_cpu_seconds_total", "process_resident_memory_bytes"}
-
-
-class Prometheus:
-    """A Prometheus with the shipped configuration, at a faster pace."""
-
-    def __init__(self, folder: Path, targets_url: str) -> None:
-        config = (ROOT / "deploy/prometheus/prometheus.yaml").read_text()
-        config = config.replace("http://gateway:8002/metrics/targets", targets_url)
-        config = re.sub(r"interval: 15s", "interval: 1s", config)
-        (folder / "prometheus.yaml").write_text(config)
-        rules = (ROOT / "deploy/prometheus/alerts.yaml").read_text()
-        (folder / "alerts.yaml").write_text(rules)
-        self.url = f"http://127.0.0.1:{free_port()}"
-        with (folder / "log.txt").open("w") as log:
-            self.process = subprocess.Popen(
-                [
-                    "prometheus",
-                    f"--config.file={folder / 'prometheus.yaml'}",
-                    f"--storage.tsdb.path={folder / 'data'}",
-                    f"--web.listen-address={self.url.removeprefix('http://')}",
-                ],
-                stderr=log,
-            )
-
-    def get(self, path: str, **parameters: str) -> Any:
-        answer = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=10).json()
-        assert answer["status"] == "success", answer
-        return answer["data"]
-
-    def query(self, expression: str) -> list[float]:
-        found = self.get("query", query=expression)["result"]
-        return [float(series["value"][1]) for series in found]
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(20)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import grpc
 import psutil
 
+from tests.deadlines import SOON_S
+
 # One of each of Ray's services that run code, or tell what is stored; the replica's unpickles.
 RAY_CALLS = (
     "/ray.rpc.InternalKVGcsService/InternalKVKeys",
@@ -30,6 +32,6 @@ def code_of(port: int, call: str, token: str | None) -> grpc.StatusCode:
     """What an empty message is answered with."""
     metadata = () if token is None else (("authorization", f"Bearer {token}"),)
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        answer = channel.unary_unary(call).future(b"", metadata=metadata, timeout=20)
+        answer = channel.unary_unary(call).future(b"", metadata=metadata, timeout=SOON_S)
         code: grpc.StatusCode = answer.code()  # waits for it
     return code

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from services.cli.demo import PROMPT_FILE
+from examples.demo import PROMPT_FILE
 from tests.e2e.winnow_process import environment
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
@@ -19,7 +19,7 @@ def test_the_demo_prunes_a_long_prompt_and_still_finds_the_hidden_number() -> No
     hidden = re.search(rf"magic numbers for {key[1]} is: (\d+)", prompt)
     assert hidden is not None
     done = subprocess.run(
-        [sys.executable, "-m", "services.cli.demo"],
+        [sys.executable, "-m", "examples.demo"],
         env=environment(),
         cwd="/",
         capture_output=True,

@@ -9,12 +9,14 @@ import socket
 import time
 from collections.abc import ItemsView, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
 import psutil
 import pytest
 
+from tests.deadlines import SOON_S
 from tests.e2e.ray_ports import RAY_CALLS, code_of, outward_ports
 from tests.e2e.winnow_process import FREE_PORTS, WinnowServe, winnow
 from tests.services.exposed import value
@@ -56,7 +58,7 @@ def metric(url: str, name: str, **labels: str) -> float:
     return value(httpx.get(f"{url}/metrics").text, name, **labels)
 
 
-def until(condition: str, check: object, timeout_s: float = 20) -> None:
+def until(condition: str, check: object, timeout_s: float = SOON_S) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not check():  # type: ignore[operator]
         assert time.monotonic() < deadline_s, f"never came: {condition}"
@@ -134,7 +136,12 @@ def test_a_request_with_another_one_s_id_neither_ends_nor_sees_it(url: str, mode
     """Ray Serve takes the id of its requests from a header, so anybody can name one in use."""
     headers = {"x-request-id": "theirs"}
     body = {"model": model.name, "prompt": PROMPT, "max_tokens": 300, "ignore_eos": True}
-    ask = {"method": "POST", "url": f"{url}/v1/completions", "headers": headers, "timeout": 60}
+    ask: dict[str, Any] = {
+        "method": "POST",
+        "url": f"{url}/v1/completions",
+        "headers": headers,
+        "timeout": 60,
+    }
     with httpx.stream(json=body | {"stream": True}, **ask) as theirs:
         lines = events_of(theirs)
         first = json.loads(next(lines))
@@ -191,10 +198,10 @@ def test_ctrl_c_drains_and_leaves_no_process_behind(service: WinnowServe, url: s
 
 def test_a_signal_while_it_starts_leaves_no_process_behind(model: Path, tmp_path: Path) -> None:
     service = WinnowServe(tmp_path, ["--model", str(model), *FREE_PORTS])
-    until("workers start", lambda: "starting workers" in service.stderr.read_text(), 60)
+    until("workers start", lambda: "starting workers" in service.stderr.read_text())
     service.processes()
     os.kill(service.process.pid, signal.SIGTERM)
-    assert service.process.wait(60) == 0
+    assert service.process.wait(SOON_S) == 0
     assert service.left() == []
     service.kill()
 
@@ -206,12 +213,12 @@ def test_a_signal_while_it_starts_leaves_no_process_behind(model: Path, tmp_path
 def test_a_signal_at_any_moment_of_the_start_is_heard(
     number: int, moment_s: float, model: Path, tmp_path: Path
 ) -> None:
-    mark = {"MARK": str(tmp_path)}
+    mark: dict[str, Any] = {"MARK": str(tmp_path)}
     service = WinnowServe(tmp_path, ["--model", str(model), *FREE_PORTS], **mark)
-    until("Ray starts", lambda: "starting Ray" in service.stderr.read_text(), 60)
+    until("Ray starts", lambda: "starting Ray" in service.stderr.read_text())
     time.sleep(moment_s)
     service.process.send_signal(number)
-    assert service.process.wait(30) == 0
+    assert service.process.wait(SOON_S) == 0
     assert "Traceback" not in service.stderr.read_text()
     until("every process has ended", lambda: not processes_with(mark))
     service.kill()
@@ -236,17 +243,12 @@ def test_broken_weights_are_one_clear_line(model: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(model, tmp_path / "broken")
     weights = broken / "model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
-    before = set(psutil.pids())
-    done = winnow("serve", "--model", str(broken), *FREE_PORTS)
+    mark: dict[str, Any] = {"MARK": str(tmp_path)}
+    done = winnow("serve", "--model", str(broken), *FREE_PORTS, **mark)
     assert done.returncode == 2
     assert str(broken) in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-    left = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and _is_ours(p)]
-    assert left == []
-
-
-def _is_ours(process: psutil.Process) -> bool:
-    return any("ray::" in part for part in process.info["cmdline"] or [])
+    until("every process has ended", lambda: not processes_with(mark))
 
 
 def test_a_taken_port_is_one_clear_line() -> None:
@@ -268,7 +270,7 @@ def test_a_taken_port_is_one_clear_line() -> None:
     ],
 )
 def test_bad_settings_are_one_clear_line(
-    arguments: tuple[str, ...], variables: dict[str, str], complaint: str
+    arguments: tuple[str, ...], variables: dict[str, Any], complaint: str
 ) -> None:
     done = winnow("serve", *arguments, **variables)
     assert done.returncode == 2

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -31,7 +32,7 @@ class Secured:
 
     process: WinnowServe
     url: str
-    variables: dict[str, str]
+    variables: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,9 @@ def secured(
     folder = tmp_path_factory.mktemp("secured")
     (folder / "keys.yaml").write_text(entry_text(KEY_ENTRY))
     files = tls_files | {"redis_ca_file": guarded.ca_file, "api_keys_file": folder / "keys.yaml"}
-    variables = {f"WINNOW_{name.upper()}": str(path) for name, path in files.items()}
+    variables: dict[str, Any] = {
+        f"WINNOW_{name.upper()}": str(path) for name, path in files.items()
+    }
     variables["WINNOW_REDIS_URL"] = guarded.url()
     variables |= ray_tls
     arguments = ["--model", str(model), "--port", "0", "--grpc-port", "null", "--admin-port", "0"]
@@ -122,7 +125,7 @@ def test_process_lists_and_logs_have_no_secrets(secured: Secured, guarded: Guard
     (token,) = {t for p in processes if (t := p.environ().get("RAY_AUTH_TOKEN"))}
     shown = "\n".join(part for process in processes for part in process.cmdline())
     log = secured.process.stderr.read_text()
-    assert "services.cli.main" in shown and "serves on" in log
+    assert "winnow_serve" in shown and "serves on" in log
     for secret in (PASSWORD, KEY, token):
         assert secret not in shown and secret not in log
 

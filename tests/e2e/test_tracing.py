@@ -12,6 +12,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
+from tests.deadlines import SOON_S
 from tests.e2e.winnow_process import FREE_PORTS, WinnowServe
 from winnow.v1 import inference_pb2 as pb
 from winnow.v1.inference_pb2_grpc import InferenceStub
@@ -77,7 +78,7 @@ class Collector:
         self, trace_id: str, num_spans: int, names: frozenset[str] = frozenset()
     ) -> list[tuple[str, Span]]:
         """Waits until so many spans of a trace have come, and those of such names."""
-        deadline_s = time.monotonic() + 20
+        deadline_s = time.monotonic() + SOON_S
         while True:
             with self._lock:
                 spans = list(self._traces.get(trace_id, ()))

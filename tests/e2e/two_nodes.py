@@ -5,13 +5,14 @@ the tests, what an earlier `ray.init` left in the environment would get into it.
 """
 
 import sys
+from typing import Any
 
 from ray.cluster_utils import Cluster
 
 
 def main(dashboard_port: int) -> None:
     cluster = Cluster()
-    node = {"num_cpus": 1, "object_store_memory": 80 << 20}
+    node: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 << 20}
     cluster.add_node(**node, include_dashboard=True, dashboard_port=dashboard_port)
     cluster.add_node(**node)
     cluster.wait_for_nodes()

@@ -10,7 +10,7 @@ import pytest_asyncio
 from evals.rest_client import RestClient
 from services.cli.main import main
 from services.gateway.access.keys import entry_text, new_key
-from tests.evals.test_run import outcomes, records_in
+from tests.evals.run_records import outcomes, records_in
 from tests.services.conftest import redis_url  # noqa: F401 - a fixture
 from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service

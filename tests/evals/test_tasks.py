@@ -4,6 +4,7 @@ import json
 import random
 import re
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from uuid import UUID
@@ -35,7 +36,7 @@ def tiny() -> CountTokens:
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
 
 
-COUNTERS = {
+COUNTERS: dict[str, Callable[[], Callable[[str], int]]] = {
     "winnow-tiny": tiny,
     "line breaks join punctuation": cache(lambda: counter(line_break_joining())),
     "texts get a blank in front": cache(lambda: counter(prefix_adding())),

@@ -1,8 +1,8 @@
 import pytest
 
 from evals.variants import in_lines, make_variants, parse_methods
+from winnow.catalog import METHODS
 from winnow.errors import InvalidSetting
-from winnow.methods import METHODS
 
 
 def test_a_method_has_its_options_and_its_budgets() -> None:

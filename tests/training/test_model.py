@@ -33,7 +33,7 @@ def _attention(model: Qwen2ForCausalLM, layer_idx: int, head: int, states: list[
     hidden = layer.input_layernorm(states[layer_idx])
     rope = model.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
     output = layer.self_attn(hidden, position_embeddings=rope, attention_mask=_causal(hidden))
-    return output[1][0, head]  # type: ignore[no-any-return]
+    return output[1][0, head]
 
 
 def _causal(hidden: Tensor) -> Tensor:

@@ -92,7 +92,9 @@ def test_looks_go_from_the_questions_key_to_its_value(
         assert len(firsts) == (4 if "multiquery" in name else 1) < len(reads)
         for place in firsts:
             read, fetch = reads[place], fetches[place]
-            before = tokenizer.decode(sample.tokens[: read.target]).strip().rstrip('"').rstrip()
+            before = (
+                str(tokenizer.decode(sample.tokens[: read.target])).strip().rstrip('"').rstrip()
+            )
             key = re.split(r'[\s"]', re.sub(r'( is|"):$', "", before))[-1]
             asked = str(tokenizer.decode(sample.tokens[fetch.target - 30 : fetch.target + 3]))
             assert key[-8:] in asked

@@ -2,7 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
+import torch
+
+from tests.models_in_code import VOCAB_SIZE
 from winnow.decoder import DecoderModel
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.generation_spec import GenerationSpec
@@ -15,6 +19,17 @@ from winnow.sampling_params import SamplingParams
 from winnow.tokens import Token
 
 UNPRUNED = PruningSettings(method="full", window_size=8, kernel_size=3)
+ASL = PruningSettings(
+    select_tokens=24,
+    window_size=8,
+    kernel_size=3,
+    observed_layers=2,
+    min_layer=1,
+    threshold=1.2,
+    kv_budget=20,
+)
+GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
+LENGTHS = (1, 2, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 100, 150, 300)
 
 
 def all_layers(run: PrefillRun) -> list[LayerKV | None]:
@@ -48,13 +63,11 @@ def make_engine(
     )
 
 
-def spec(
-    request_id: str, num_tokens: int, sampling: SamplingParams, **more: object
-) -> GenerationSpec:
+def spec(request_id: str, num_tokens: int, sampling: SamplingParams, **more: Any) -> GenerationSpec:
     """more: fields of the spec, or of its recompression."""
     names = {field.name for field in fields(Recompression)}
     own = {name: more.pop(name) for name in names & set(more)}
-    values = {"max_prompt_entries": num_tokens} | more
+    values: dict[str, Any] = {"max_prompt_entries": num_tokens} | more
     return GenerationSpec(
         request_id=request_id,
         num_prompt_tokens=num_tokens,
@@ -98,3 +111,8 @@ def assert_empty(engine: DecodeEngine) -> None:
     assert (stats.pool.pages_used, stats.pool.pages_reserved) == (0, 0)
     assert (stats.running_sequences, stats.reserved_requests) == (0, 0)
     assert (stats.swapped_sequences, stats.swapped_bytes) == (0, 0)
+
+
+def prompt(num_tokens: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB_SIZE, (num_tokens,), generator=generator).tolist()

@@ -9,6 +9,9 @@ import math
 import torch
 from torch import Tensor
 
+# Multiples of 105 = 3 * 5 * 7 make every pooled score a whole number: no rounding, many ties.
+UNIT = 105
+
 
 def observed_attention(queries: Tensor, keys: Tensor) -> list[list[float]]:
     """U over all N columns: softmax of q·k/sqrt(d), causal, summed over the window's rows."""

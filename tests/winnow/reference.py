@@ -10,12 +10,13 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
-def load(path: Path, attention: str = "sdpa") -> PreTrainedModel:
+def load(path: Path, attention: str = "sdpa") -> Any:
+    """A PreTrainedModel; transformers' own types do not know what can be called of it."""
     return AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention)
 
 
 @torch.no_grad()
-def greedy(model: PreTrainedModel, token_ids: Sequence[int], num_new: int) -> list[int]:
+def greedy(model: Any, token_ids: Sequence[int], num_new: int) -> list[int]:
     """The greedy continuation by `generate`; end tokens are ordinary ones."""
     prompt = torch.tensor([token_ids])
     output = model.generate(

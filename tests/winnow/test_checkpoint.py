@@ -21,11 +21,9 @@ from transformers import (
 
 from tests.models_in_code import FAMILIES, save_tiny_model, tiny_config
 from tests.winnow import reference
-from tests.winnow.test_models import SIZES, save
+from tests.winnow.checkpoints import EXPERTS, check, save
 from winnow import SamplingParams, Winnow
-from winnow.checkpoint import require_sound
 from winnow.errors import UnusableModel
-from winnow.model_files import describe_model
 from winnow.models import load_model
 
 Tensors = dict[str, Tensor]
@@ -34,23 +32,12 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 DOWN_PROJ = "model.layers.1.mlp.down_proj.weight"
-EXPERTS = SIZES | {
-    "num_experts_per_tok": 2,
-    "num_local_experts": 4,
-    "num_experts": 4,
-    "moe_intermediate_size": 32,
-    "pad_token_id": 0,
-}
 
 
 @pytest.fixture
 def folder(tiny_models: dict[str, Path], tmp_path: Path) -> Path:
     """A tiny Llama that may be spoilt."""
     return Path(shutil.copytree(tiny_models["llama"], tmp_path / "model"))
-
-
-def check(path: Path) -> None:
-    require_sound(describe_model(path))
 
 
 def change_weights(folder: Path, change: Callable[[Tensors], object]) -> Path:
@@ -71,7 +58,7 @@ def split(folder: Path, num_first: int = 20) -> tuple[Tensors, Tensors]:
     items = list(load_file(folder / WEIGHTS).items())
     shards = dict(items[:num_first]), dict(items[num_first:])
     (folder / WEIGHTS).unlink()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for name, shard in zip(SHARDS, shards, strict=True):
         save_file(shard, folder / name)
         weight_map |= dict.fromkeys(shard, name)
@@ -168,7 +155,7 @@ def test_untied_parameters_must_both_be_stored(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [MixtralConfig(**EXPERTS), Qwen3MoeConfig(**EXPERTS, head_dim=16)],
+    [MixtralConfig(**EXPERTS), Qwen3MoeConfig(**(EXPERTS | {"head_dim": 16}))],
     ids=["mixtral", "qwen3_moe"],
 )
 def test_experts_that_transformers_fuses_must_all_be_there(

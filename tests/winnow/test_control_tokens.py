@@ -99,7 +99,7 @@ TEMPLATES = ALL | {
     "glued": "<s>{% for m in messages %}{{ m.content.split() | join }}{% endfor %}",
 }
 INSTANCES = {name: tokenizer(template) for name, template in TEMPLATES.items()}
-OTHERS = {
+OTHERS: dict[str, dict[str, Any]] = {
     "llama": {
         "pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
     },

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,7 +69,7 @@ def test_a_broken_settings_file_is_refused(tmp_path: Path, text: str, message: s
         ({"redundancy_weight": 1.5}, r"redundancy_weight is 1.5; the allowed range is \[0, 1\]"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(changes: dict[str, object], message: str) -> None:
+def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidSetting, match=message):
         override(PruningSettings(), changes)
 

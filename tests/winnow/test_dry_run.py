@@ -16,8 +16,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from tests.winnow.test_checkpoint import EXPERTS, check
-from tests.winnow.test_models import SIZES, save
+from tests.winnow.checkpoints import EXPERTS, SIZES, check, save
 from winnow.errors import UnusableModel
 from winnow.models import load_model
 

@@ -2,24 +2,25 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.winnow.drive import prefill_all
 from winnow import SamplingParams, Winnow
+from winnow.catalog import METHODS
 from winnow.errors import InvalidRequest
 from winnow.explain import Explanation, explain
-from winnow.methods import METHODS
 
 TEXT = "the quick brown fox jumps over the lazy dög – 漢字 " * 10
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "full": {},
     "fastkv": {"fixed_layer": 1},
     "gemfilter": {"fixed_layer": 1},
     "asl": {"min_layer": 1, "observed_layers": 2, "latest_layer": 2, "threshold": 0.9},
     "asl-2pass": {"min_layer": 1, "observed_layers": 2, "latest_layer": 2, "threshold": 0.9},
 }
-BUDGETS = {"select_tokens": 48, "kv_budget": 32, "window_size": 8, "kernel_size": 3}
+BUDGETS: dict[str, Any] = {"select_tokens": 48, "kv_budget": 32, "window_size": 8, "kernel_size": 3}
 SAMPLING = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
 
 

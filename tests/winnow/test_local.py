@@ -1,6 +1,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_options_of_the_chat_template_are_given_when_it_is_loaded(
     shutil.copytree(tiny_models["llama"], tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[0].content }}{{ x }}")
     messages = [{"role": "user", "content": "<|end|>"}]
-    kwargs = {"chat_template_kwargs": {"x": "<|user|>"}}
+    kwargs: dict[str, Any] = {"chat_template_kwargs": {"x": "<|user|>"}}
     loaded = Winnow.load(tmp_path / "model", method="full", **kwargs)
     assert loaded.tokenizer.render_chat(messages)[-1] == 2
     assert len(loaded.tokenizer.render_chat(messages)) == len("<|end|>") + 1

@@ -24,7 +24,7 @@ from transformers import (
     T5Config,
 )
 
-from tests.winnow.test_models import SIZES, save
+from tests.winnow.checkpoints import SIZES, save
 from winnow import SamplingParams, Winnow
 from winnow.errors import UnusableModel
 

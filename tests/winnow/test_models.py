@@ -6,32 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig, OlmoConfig
+from transformers import GPT2Config, GraniteConfig, OlmoConfig
 
-from tests.models_in_code import save_byte_tokenizer, save_tiny_model
-from tests.winnow.drive import UNPRUNED, prefill_all
-from tests.winnow.test_prefill import prompt
+from tests.models_in_code import save_tiny_model
+from tests.winnow.checkpoints import SIZES, save
+from tests.winnow.drive import UNPRUNED, prefill_all, prompt
 from winnow.attention import causal_attention
 from winnow.errors import UnusableModel
 from winnow.model_files import describe_model
 from winnow.models import load_model
-
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
-
-
-def save(folder: Path, config: object) -> Path:
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    save_byte_tokenizer(folder)
-    return folder
 
 
 def test_describes_a_model_without_its_weights(tiny_models: dict[str, Path]) -> None:

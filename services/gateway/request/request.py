@@ -1,4 +1,4 @@
-"""What one API request asks for, after every check: the same for REST and gRPC."""
+"""A validated API request, the same for REST and gRPC."""
 
 import secrets
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from winnow.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt as it came; text is None if it came as token ids."""
+    """One prompt as received; text is None if it came as token IDs."""
 
     token_ids: Sequence[int]
     text: str | None = None
@@ -22,9 +22,9 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class CheckedPrompt:
-    """One prompt: its tokens, what its answers begin with (`echo`), and their greatest length.
+    """One prompt: its tokens, the text its answers begin with (`echo`), and their max_tokens.
 
-    offsets: where each token begins in `echo`, if their log-probabilities are wanted.
+    offsets: where each token begins in `echo`, if prompt log-probabilities are requested.
     """
 
     token_ids: tuple[int, ...]
@@ -37,12 +37,12 @@ class CheckedPrompt:
 class GenerationRequest:
     """One request. Choice `i * num_choices + j` is the j-th answer to prompt i.
 
-    request_id: unique, what the client sees as the completion's id.
-    sampling: for all prompts; its max_tokens gives way to each prompt's own.
-    stop to skip_special_tokens: as in TextStream.
-    num_prompt_logprobs: as num_logprobs in `sampling`, of the prompts' own tokens.
-    task: what the client says that it is, for metrics of quality. is_sampled: those are wanted.
-    verified_by: how its only prompt is run once more, for the two answers to be compared.
+    request_id: unique; the completion's id in the API.
+    sampling: shared by all prompts, except that each has its own max_tokens.
+    stop, include_stop_str_in_output, skip_special_tokens: as in TextStream.
+    num_prompt_logprobs: num_logprobs of `sampling`, for the prompts' tokens.
+    task: the client's name for it, in metrics of quality. is_sampled: a quality check follows.
+    verified_by: settings under which its only prompt is run a second time, to compare the answers.
     """
 
     request_id: str
@@ -79,7 +79,7 @@ class GenerationRequest:
 
     @property
     def most_tokens(self) -> int:
-        """Of prompts and the longest answers allowed."""
+        """Tokens of the prompts and of their longest allowed answers."""
         return sum(
             len(prompt.token_ids) + self.num_choices * prompt.max_tokens for prompt, _ in self.runs
         )
@@ -87,10 +87,10 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
-    """What a request says besides its prompts, before it is checked; None is OpenAI's default.
+    """The options of a request before validation; None means OpenAI's default.
 
-    max_tokens_param: what the API calls max_tokens. default_max_tokens: None is as many as fit.
-    sampling: fields of SamplingParams, without max_tokens.
+    max_tokens_param: the API's name for max_tokens. default_max_tokens: None for as many as fit.
+    sampling: fields of SamplingParams except max_tokens.
     """
 
     max_tokens: int | None
@@ -114,9 +114,9 @@ def checked_request(
     limits: RequestLimits,
     tokenizer: Tokenizer,
 ) -> GenerationRequest:
-    """The request's GenerationRequest.
+    """Validate a request's prompts and options.
 
-    Raises InvalidSetting or PromptTooLong, naming number and limit.
+    Raises InvalidSetting or PromptTooLong, with the number and the limit.
     """
     num_choices = 1 if options.n is None else options.n
     limits.require_choices(num_choices)
@@ -180,7 +180,7 @@ def _checked_prompt(
 
 
 def _sampling(fields: Mapping[str, Any], limits: RequestLimits) -> SamplingParams:
-    """The model's defaults, or OpenAI's, for what is not given; a random seed if none is."""
+    """Given fields, over the model's defaults, over OpenAI's; a random seed if none is given."""
     given = {name: value for name, value in fields.items() if value is not None}
     given["stop_token_ids"] = limits.stop_token_ids(given.get("stop_token_ids", ()))
     sampling = SamplingParams(**{"seed": secrets.randbits(63), **limits.sampling_defaults, **given})

@@ -1,7 +1,7 @@
-"""What the REST API takes and gives, as OpenAPI: /openapi.json.
+"""The OpenAPI description of the REST API: /openapi.json.
 
-Requests are described by the models that read them, so the two cannot differ. What comes back is
-described here; a test holds the answers to it.
+Requests are described by the models that parse them, so the two cannot differ. Responses are
+described here; a test compares actual responses with this description.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class Error(_Sent):
 
 @dataclass(frozen=True, slots=True)
 class SummedUsage(WinnowUsage):
-    """prompts: of a request with several, each one's. verify: of a request that asks for it."""
+    """prompts: usage of each prompt, if the request has several. verify: if it was requested."""
 
     prompts: tuple[WinnowUsage, ...] = ()
     verify: Verification | None = None
@@ -130,7 +130,7 @@ class ChatCompletion(_Sent):
 
 
 class SamplingDefaults(_Sent):
-    """Of requests that do not say otherwise; max_tokens null: as many as fit."""
+    """Defaults of requests; max_tokens null: as many as fit."""
 
     temperature: float
     top_p: float
@@ -173,7 +173,7 @@ class Status(_Sent):
 
 @dataclass(frozen=True, slots=True)
 class _Operation:
-    """body: None for GET. streams: the answer may come as server-sent events instead."""
+    """body: None for GET. streams: the response may be server-sent events instead."""
 
     path: str
     summary: str
@@ -198,7 +198,7 @@ _OPERATIONS = (
 
 
 def describe(pruning: PruningSettings, *, needs_key: bool) -> dict[str, Any]:
-    """The document.  pruning: the service's own.  needs_key: only API keys are let in."""
+    """The document.  pruning: the service's settings.  needs_key: requests need an API key."""
     return {
         "openapi": "3.1.0",
         "info": {

@@ -1,11 +1,8 @@
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -13,15 +10,8 @@ import pytest
 
 from services.common.cores import SharedCores, open_shared_cores
 from services.common.settings import Settings
-
-PREFILL_WORKER = """
-import sys, time
-from pathlib import Path
-from services.common.cores import SharedCores
-with SharedCores(Path(sys.argv[1])).prefilling():
-    print("computes", flush=True)
-    time.sleep(60)
-"""
+from tests.deadlines import SOON_S
+from tests.services.common.prefill_process import prefill_process
 
 
 @pytest.fixture
@@ -36,21 +26,8 @@ def cores(folder: Path) -> Iterator[SharedCores]:
     cores.close()
 
 
-@contextmanager
-def prefill_process(folder: Path) -> Iterator["subprocess.Popen[str]"]:
-    """A process that computes a prompt."""
-    command = [sys.executable, "-c", PREFILL_WORKER, str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "computes\n"
-            yield process
-        finally:
-            process.kill()
-
-
 def wait_until_idle(cores: SharedCores) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + SOON_S
     while cores.prefill_runs:
         assert time.monotonic() < deadline
         time.sleep(0.01)

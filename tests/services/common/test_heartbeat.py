@@ -5,6 +5,7 @@ import dataclasses
 
 from services.common.heartbeat import Heartbeat
 from services.common.registry import LeasedRecords, MetricsTarget, Record, WorkerRecord
+from tests.deadlines import SOON_S
 
 TARGET = MetricsTarget("worker-1", "10.0.0.1:9400", "decode", "tiny")
 
@@ -44,7 +45,7 @@ async def test_ends_in_the_middle_of_a_beat_and_takes_its_records_out() -> None:
     assert await registry.targets() == [TARGET]
     heartbeat.hurry()
     await asyncio.sleep(0.005)  # the beat is under way
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(SOON_S):
         await heartbeat.stop()
     assert await registry.targets() == []
 

@@ -29,6 +29,7 @@ from services.common.registry import (
 )
 from services.common.settings import Settings
 from tests.chaos.network import Network
+from tests.deadlines import SOON_S
 from winnow.errors import InvalidSetting, RegistryUnavailable
 
 RECORD = WorkerRecord(
@@ -59,7 +60,7 @@ class RedisProcess:
             [*command, "--save", "", "--dir", str(self.folder)], stdout=subprocess.DEVNULL
         )
         with redis.Redis(port=self.port) as client:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + SOON_S
             while not _answers(client):
                 assert time.monotonic() < deadline, "redis-server does not start"
                 time.sleep(0.02)
@@ -113,7 +114,7 @@ TARGET = MetricsTarget("worker-1", "10.0.0.1:9400", "decode", "tiny")
 
 
 async def until_gone(registry: Registry, worker_id: str) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON_S):
         while worker_id in [r.worker_id for r in await registry.workers()]:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
@@ -198,7 +199,7 @@ async def test_a_removed_actor_is_started_again(ray_cluster: None) -> None:
     registry = RayRegistry("revived")
     await registry.put(RECORD, lease_s=30)
     remove_ray_registry("revived")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(SOON_S):
         with pytest.raises(RegistryUnavailable):
             while True:  # Ray ends an actor some moments later
                 await registry.workers()
@@ -240,14 +241,14 @@ def test_reads_records_of_a_newer_version() -> None:
 
 
 async def test_redis_is_used_when_its_url_is_set(redis_server: RedisProcess) -> None:
-    registry = open_registry(Settings(redis_url=redis_server.url))  # type: ignore[arg-type]
+    registry = open_registry(Settings(redis_url=redis_server.url))
     assert isinstance(registry, RedisRegistry)
     await registry.close()
 
 
 def test_refuses_a_malformed_url_without_showing_it() -> None:
     with pytest.raises(InvalidSetting) as raised:
-        open_registry(Settings(redis_url="http://:hunter2@h"))  # type: ignore[arg-type]
+        open_registry(Settings(redis_url="http://:hunter2@h"))
     assert "redis_url" in raised.value.message
     assert "hunter2" not in raised.value.message
 

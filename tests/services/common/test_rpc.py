@@ -15,6 +15,7 @@ from services.common.rpc import (
     server_options,
     status_code,
 )
+from tests.deadlines import SOON_S
 from winnow import errors
 from winnow.errors import WinnowError, error_class
 
@@ -52,7 +53,7 @@ async def aio_address() -> AsyncIterator[str]:
 async def failure_of(address: str, code: str) -> grpc.aio.AioRpcError:
     async with grpc.aio.insecure_channel(address, options=channel_options()) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await channel.unary_unary("/test/Raise")(code.encode(), timeout=10)
+            await channel.unary_unary("/test/Raise")(code.encode(), timeout=SOON_S)
         return failure.value
 
 
@@ -75,7 +76,7 @@ def test_every_error_arrives_with_its_kind_from_a_sync_server() -> None:
         with grpc.insecure_channel(f"127.0.0.1:{port}", options=channel_options()) as channel:
             for code in CODES:
                 with pytest.raises(grpc.RpcError) as failure:
-                    channel.unary_unary("/test/Raise")(code.encode(), timeout=10)
+                    channel.unary_unary("/test/Raise")(code.encode(), timeout=SOON_S)
                 error = error_from_rpc(failure.value)
                 assert type(error) is error_class(code)
                 assert (error.message, error.param) == ("what and why", "top_p")
@@ -91,7 +92,7 @@ async def test_a_worker_that_is_not_there_is_no_decode_worker() -> None:
 async def test_a_call_that_nobody_serves_is_an_error_all_the_same(aio_address: str) -> None:
     async with grpc.aio.insecure_channel(aio_address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await channel.unary_unary("/test/Other")(b"", timeout=10)
+            await channel.unary_unary("/test/Other")(b"", timeout=SOON_S)
     error = error_from_rpc(failure.value)
     assert type(error) is WinnowError
     assert "UNIMPLEMENTED" in error.message

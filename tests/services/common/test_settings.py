@@ -181,7 +181,7 @@ def test_a_password_beside_a_mistake_is_not_shown(
 
 
 def test_settings_travel_between_processes() -> None:
-    settings = Settings(port=1, redis_url="redis://h", pruning={"kv_budget": 100})  # type: ignore[arg-type]
+    settings = Settings(port=1, redis_url="redis://h", pruning={"kv_budget": 100})
     assert pickle.loads(pickle.dumps(settings)) == settings
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import queue
 from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
@@ -12,7 +13,8 @@ from services.common.messages import recompression_to_proto, sampling_to_proto
 from services.common.rpc import channel_options, error_from_rpc
 from services.decode.worker import DecodeWorker
 from services.gateway.request.generate_call import grant_in
-from tests.winnow.drive import UNPRUNED, prefill_all
+from tests.deadlines import SOON_S
+from tests.winnow.drive import UNPRUNED, admit, decode_all, ids, make_engine, prefill_all, spec
 from winnow.engine.prefill import PrefillResult
 from winnow.errors import WinnowError
 from winnow.kv import LayerKV
@@ -25,7 +27,7 @@ from winnow.wire import WIRE_VERSIONS, Grant, Header, TransferEncoder
 PROMPT = tuple(range(5, 45))
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 NOT_GRANTED = Grant(max(WIRE_VERSIONS), b"a secret of nobody's")
-Call = grpc.aio.UnaryStreamCall
+Call: TypeAlias = grpc.aio.UnaryStreamCall[Any, Any]
 
 
 class Client:
@@ -45,8 +47,8 @@ class Client:
         await self._control.close()
         self._data.close()
 
-    def request(self, request_id: str = "r1", **changes: object) -> pb.GenerateRequest:
-        values = {
+    def request(self, request_id: str = "r1", **changes: Any) -> pb.GenerateRequest:
+        values: dict[str, Any] = {
             "request_id": request_id,
             "model_fingerprint": self.worker.engine.model.fingerprint,
             "num_prompt_tokens": len(PROMPT),
@@ -150,7 +152,7 @@ class Client:
         assert (status.pages_used, status.running_sequences, status.reserved_requests) == (0, 0, 0)
 
     async def status(self) -> pb.StatusResponse:
-        return await self.decode.Status(pb.StatusRequest(), timeout=10)
+        return await self.decode.Status(pb.StatusRequest(), timeout=SOON_S)
 
 
 class OpenPush:
@@ -205,3 +207,9 @@ async def error_of(call: Call) -> WinnowError:
     except grpc.aio.AioRpcError as error:
         return error_from_rpc(error)
     raise AssertionError("the call ended with OK")
+
+
+def right_answer(client: Client) -> list[int]:
+    engine = make_engine(client.worker.engine.model)
+    admit(engine, spec("alone", len(PROMPT), GREEDY), PROMPT)
+    return ids(decode_all(engine)["alone"])

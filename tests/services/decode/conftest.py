@@ -12,6 +12,7 @@ import pytest_asyncio
 from services.common.redis_registry import RedisRegistry
 from services.common.settings import Settings
 from services.decode.worker import DecodeWorker
+from tests.deadlines import SOON_S
 from tests.services.decode.client import Client
 
 StartWorker = Callable[..., Awaitable[DecodeWorker]]
@@ -56,5 +57,5 @@ async def worker(start_worker: StartWorker) -> DecodeWorker:
 async def client(worker: DecodeWorker) -> AsyncIterator[Client]:
     async with Client(worker) as client:
         yield client
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(SOON_S):
             await client.until_idle()

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 import grpc
 import pytest
 
-from tests.services.decode.client import Client, token_ids_of
-from tests.services.decode.test_push import right_answer
+from tests.services.decode.client import Client, right_answer, token_ids_of
 from winnow.engine.prefill import PrefillResult
 from winnow.kv import LayerKV
 from winnow.v1 import decode_pb2 as pb

@@ -1,5 +1,6 @@
 import asyncio
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from services.decode.engine_thread import EngineThread
 from services.decode.metrics import DecodeMetrics
+from tests.deadlines import SOON_S
 from tests.services.decode.client import GREEDY, PROMPT
 from tests.winnow.drive import UNPRUNED, admit, prefill_all, spec
 from winnow.decoder import DecoderModel
@@ -15,6 +17,7 @@ from winnow.engine.kv_pool import KVPool, KVPoolConfig
 from winnow.engine.outputs import StepOutput
 from winnow.errors import EngineFailed, NotFinite, WinnowError
 from winnow.models import load_model
+from winnow.sampling_params import SamplingParams
 
 
 class BreaksOnce(DecodeEngine):
@@ -84,9 +87,14 @@ class Worker:
         )
         self.thread.start()
 
-    def run(self, request_id: str, final_hidden: torch.Tensor | None = None) -> None:
+    def run(
+        self,
+        request_id: str,
+        final_hidden: torch.Tensor | None = None,
+        sampling: SamplingParams = GREEDY,
+    ) -> None:
         """A request whose KV was computed elsewhere."""
-        reservation = self.engine.reserve(spec(request_id, len(PROMPT), GREEDY))
+        reservation = self.engine.reserve(spec(request_id, len(PROMPT), sampling))
         for layer in self.layers:
             reservation.write_layer(layer)
         hidden = self.result.final_hidden if final_hidden is None else final_hidden
@@ -94,7 +102,7 @@ class Worker:
 
     async def next_output(self) -> StepOutput:
         """Of the only request that runs."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(SOON_S):
             (output,) = await self._outputs.get()
             return output
 
@@ -152,7 +160,7 @@ async def test_the_thread_ends_with_a_device_that_dies_under_the_only_request(
     model: DecoderModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = Worker(model)
-    worker.run("only")
+    worker.run("only", sampling=replace(GREEDY, max_tokens=4000))
     await worker.next_output()
     kill_device(monkeypatch)
     async with asyncio.timeout(60):

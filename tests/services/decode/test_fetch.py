@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import grpc
 import pytest
@@ -13,6 +14,7 @@ import pytest_asyncio
 
 from services.common.messages import recompression_to_proto, sampling_to_proto, tokens_from_proto
 from services.common.rpc import error_from_rpc
+from tests.deadlines import SOON_S
 from tests.services.decode.client import GREEDY, PROMPT, Call, Client, error_of
 from tests.services.decode.conftest import StartWorker
 from tests.winnow.drive import UNPRUNED
@@ -35,22 +37,25 @@ class Two:
     here: Client
     there: Client
 
-    async def begin(self, request_id: str = "r", **changes: object) -> Call:
+    async def begin(self, request_id: str = "r", **changes: Any) -> Call:
         request = self.here.request(request_id, **({"sampling": sampling_to_proto(LONG)} | changes))
         call = await self.here.admit(request)
         await self.here.push(self.here.frames(request_id))
         return call
 
-    def origin(self, request_id: str = "r", **changes: object) -> pb.Origin:
-        values = {
+    def origin(self, request_id: str = "r", **changes: Any) -> pb.Origin:
+        values: dict[str, Any] = {
             "kv_address": self.here.worker.kv_address,
             "request_id": request_id,
             "fetch_token": self.here.grants[request_id].fetch_token,
         }
         return pb.Origin(**(values | changes))
 
-    async def move(self, request_id: str = "r", **changes: object) -> Call:
-        asked = {"origin": self.origin(request_id), "sampling": sampling_to_proto(LONG)}
+    async def move(self, request_id: str = "r", **changes: Any) -> Call:
+        asked: dict[str, Any] = {
+            "origin": self.origin(request_id),
+            "sampling": sampling_to_proto(LONG),
+        }
         return await self.there.admit(self.there.request("moved", **(asked | changes)))
 
 
@@ -61,11 +66,11 @@ async def two(start_worker: StartWorker) -> AsyncIterator[Two]:
 
 
 @asynccontextmanager
-async def clients(start_worker: StartWorker, **changes: object) -> AsyncIterator[Two]:
+async def clients(start_worker: StartWorker, **changes: Any) -> AsyncIterator[Two]:
     workers = [await start_worker(**changes) for _ in range(2)]
     async with Client(workers[0]) as here, Client(workers[1]) as there:
         yield Two(here, there)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(SOON_S):
             await here.until_idle()
             await there.until_idle()
     for worker in workers:
@@ -86,7 +91,7 @@ async def read(call: Call, num_steps: int | None = None) -> tuple[list[Token], b
     return tokens, moved
 
 
-async def whole(two: Two, **changes: object) -> list[Token]:
+async def whole(two: Two, **changes: Any) -> list[Token]:
     tokens, moved = await read(await two.begin("whole", **changes))
     assert not moved
     return sorted(tokens, key=lambda token: token.sequence_idx)
@@ -113,7 +118,7 @@ SETTINGS = {
 async def test_the_tokens_are_those_that_would_have_been(
     two: Two, pruning: PruningSettings, sampling: SamplingParams, count: int
 ) -> None:
-    asked = {
+    asked: dict[str, Any] = {
         "sampling": sampling_to_proto(sampling),
         "recompression": recompression_to_proto(pruning.decode_side),
         "num_sequences": count,
@@ -134,7 +139,7 @@ async def test_a_sequence_that_has_ended_stays_behind(two: Two) -> None:
     """Of three answers one has met its end token when the request moves."""
     eos = next(iter(two.here.worker.engine.model.eos_token_ids))
     sampling = SamplingParams(max_tokens=300, temperature=1, seed=4, logit_bias={eos: 4.0})
-    asked = {"sampling": sampling_to_proto(sampling), "num_sequences": 6}
+    asked: dict[str, Any] = {"sampling": sampling_to_proto(sampling), "num_sequences": 6}
     expected = await whole(two, **asked)
     old = await two.begin(**asked)
     early: list[Token] = []
@@ -297,7 +302,7 @@ class Forger:
         self._port = self._server.add_insecure_port("127.0.0.1:0")
 
     def _fetch(self, body: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        yield from self._damage(list(self._channel.unary_stream(FETCH)(body, timeout=20)))
+        yield from self._damage(list(self._channel.unary_stream(FETCH)(body, timeout=SOON_S)))
 
     def __enter__(self) -> str:
         self._server.start()
@@ -309,11 +314,11 @@ class Forger:
         self._channel.close()
 
 
-async def fetch(client: Client, **fields: object) -> list[bytes]:
+async def fetch(client: Client, **fields: Any) -> list[bytes]:
     """All frames; raises the WinnowError that the worker refuses with."""
     asked = pb.FetchRequest(into_request_id="x", wire_version=4, **fields)
     async with grpc.aio.insecure_channel(client.worker.kv_address) as channel:
-        call = channel.unary_stream(FETCH)(asked.SerializeToString(), timeout=20)
+        call = channel.unary_stream(FETCH)(asked.SerializeToString(), timeout=SOON_S)
         try:
             return [frame async for frame in call]
         except grpc.RpcError as error:

@@ -1,5 +1,6 @@
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 import grpc
 import pytest
@@ -211,7 +212,7 @@ async def test_what_can_never_fit_is_invalid(start_worker: StartWorker) -> None:
     ],
 )
 async def test_fields_out_of_range_are_refused_by_name(
-    client: Client, changes: dict[str, object], param: str
+    client: Client, changes: dict[str, Any], param: str
 ) -> None:
     call = client.generate(client.request(**({"request_id": "r1"} | changes)))
     error = await error_of(call)

@@ -12,13 +12,15 @@ import pytest
 from services.common.cores import SharedCores
 from services.decode.engine_thread import EngineThread
 from services.decode.metrics import DecodeMetrics
-from tests.services.common.test_cores import prefill_process
+from tests.deadlines import SOON_S
+from tests.services.common.prefill_process import prefill_process
 from tests.services.decode.client import GREEDY, PROMPT
 from tests.winnow.drive import admit, spec
+from winnow.decoder import DecoderModel
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.kv_pool import KVPoolConfig
 from winnow.engine.outputs import StepOutput
-from winnow.models import DecoderModel, load_model
+from winnow.models import load_model
 
 STEP_S = 0.02  # of CPU
 SHARE = 0.1
@@ -144,7 +146,7 @@ async def test_a_prompt_that_is_ready_does_not_wait_for_the_rest(
     model: DecoderModel, cores: SharedCores, tmp_path: Path
 ) -> None:
     engine = DecodeEngine(model, pool_config=KVPoolConfig(16 << 20, 16), max_batch_size=4)
-    async with running(engine, tmp_path, LONG) as outputs, asyncio.timeout(20):
+    async with running(engine, tmp_path, LONG) as outputs, asyncio.timeout(SOON_S):
         with cores.prefilling():
             for request_id in ("first", "second", "third"):
                 admit(engine, spec(request_id, len(PROMPT), GREEDY), PROMPT)
@@ -156,7 +158,7 @@ async def test_memory_is_given_back_in_the_rest(
     model: DecoderModel, cores: SharedCores, tmp_path: Path
 ) -> None:
     engine = DecodeEngine(model, pool_config=KVPoolConfig(16 << 20, 16))
-    async with running(engine, tmp_path, LONG) as outputs, asyncio.timeout(20):
+    async with running(engine, tmp_path, LONG) as outputs, asyncio.timeout(SOON_S):
         with cores.prefilling():
             reservation = admit(engine, spec("r1", len(PROMPT), GREEDY), PROMPT)
             await outputs.get()

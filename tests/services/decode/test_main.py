@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import grpc
 import pytest
@@ -14,6 +15,8 @@ import pytest
 from services.common.messages import sampling_to_proto
 from services.common.redis_registry import RedisRegistry
 from services.common.registry import WorkerRecord
+from services.decode.worker import DecodeWorker
+from tests.deadlines import SOON_S
 from tests.services.decode.client import GREEDY, PROMPT, Client, error_of, token_ids_of
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.kv_pool import KVPoolConfig
@@ -68,7 +71,7 @@ async def decode_process(
             while not (records := await registry.workers()):
                 assert process.returncode is None
                 await asyncio.sleep(0.05)
-        async with Client(RemoteWorker(records[0], model)) as client:
+        async with Client(cast(DecodeWorker, RemoteWorker(records[0], model))) as client:
             yield process, client
         assert await registry.workers() == []
     finally:
@@ -88,7 +91,7 @@ async def test_sigterm_lets_streams_finish_and_exits_with_0(
             pass
         await client.push(client.frames())
         assert len(await token_ids_of(call)) == GREEDY.max_tokens
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON_S):
             assert await process.wait() == 0
 
 
@@ -102,7 +105,7 @@ async def test_a_second_signal_cuts_the_drain_short(
         while not (await client.status()).draining:
             pass
         process.send_signal(signal.SIGINT)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON_S):
             assert (await error_of(call)).code in ("no_decode_worker", "cancelled")
             assert await process.wait() == 0
 

@@ -7,9 +7,17 @@ import torch
 
 from services.common.rpc import ERROR_KEY, error_from_rpc
 from services.decode.push import MAX_OPEN_TRANSFERS
-from tests.services.decode.client import GREEDY, PROMPT, Client, error_of, events_of, token_ids_of
+from tests.deadlines import SOON_S
+from tests.services.decode.client import (
+    GREEDY,
+    PROMPT,
+    Client,
+    error_of,
+    events_of,
+    right_answer,
+    token_ids_of,
+)
 from tests.services.decode.conftest import StartWorker
-from tests.winnow.drive import admit, decode_all, ids, make_engine, spec
 from winnow.engine.kv_pool import KVPool
 from winnow.engine.sequence import Reservation
 from winnow.errors import (
@@ -29,12 +37,6 @@ BROKEN_OFF = (
     grpc.StatusCode.ABORTED,
     grpc.StatusCode.NOT_FOUND,
 )
-
-
-def right_answer(client: Client) -> list[int]:
-    engine = make_engine(client.worker.engine.model)
-    admit(engine, spec("alone", len(PROMPT), GREEDY), PROMPT)
-    return ids(decode_all(engine)["alone"])
 
 
 def damage_data(frames: list[bytes]) -> list[bytes]:
@@ -284,7 +286,7 @@ async def test_a_request_whose_kv_cannot_be_put_in_place_ends_at_once(
     monkeypatch.setattr(where, what, out_of_memory)
     with pytest.raises(EngineFailed, match="could not be put in place: CUDA out of memory"):
         await client.push(client.frames())
-    async with asyncio.timeout(10):  # not after the lease
+    async with asyncio.timeout(SOON_S):  # not after the lease
         assert isinstance(await error_of(call), EngineFailed)
     monkeypatch.undo()
     assert client.worker.engine.num_failures == 1

@@ -16,6 +16,7 @@ from services.common.messages import sampling_to_proto
 from services.common.redis_registry import RedisRegistry
 from services.common.settings import Settings
 from services.decode.worker import DecodeWorker
+from tests.deadlines import SOON_S
 from tests.services.decode.client import GREEDY, Client, error_of, token_ids_of
 from tests.services.decode.conftest import StartWorker
 from tests.services.exposed import value
@@ -33,7 +34,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 async def health(worker: DecodeWorker, service: str = "winnow.v1.Decode") -> int:
     async with grpc.aio.insecure_channel(worker.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
-        answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+        answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=SOON_S)
         return int(answer.status)
 
 
@@ -66,7 +67,7 @@ async def test_announces_the_ports_that_lead_to_it(
 
 async def test_renews_its_record(start_worker: StartWorker, registry: RedisRegistry) -> None:
     worker = await start_worker(lease_s=0.6)
-    async with Client(worker) as client, asyncio.timeout(20):
+    async with Client(worker) as client, asyncio.timeout(SOON_S):
         call = client.generate(client.request())
         assert (await call.read()).HasField("admitted")
         while not any(  # the record of the next heartbeat tells of the reservation
@@ -83,7 +84,7 @@ async def test_answers_health_and_reflection(worker: DecodeWorker) -> None:
     async with grpc.aio.insecure_channel(worker.address) as channel:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
         request = reflection_pb2.ServerReflectionRequest(list_services="")
-        async for answer in stub.ServerReflectionInfo(iter([request]), timeout=10):
+        async for answer in stub.ServerReflectionInfo(iter([request]), timeout=SOON_S):
             names = {service.name for service in answer.list_services_response.service}
     assert {"winnow.v1.Decode", "grpc.health.v1.Health"} <= names
 
@@ -111,9 +112,9 @@ async def test_draining_lets_what_runs_finish_and_admits_nothing(
     start_worker: StartWorker, registry: RedisRegistry
 ) -> None:
     worker = await start_worker()
-    async with Client(worker) as client, asyncio.timeout(20):
+    async with Client(worker) as client, asyncio.timeout(SOON_S):
         running = await client.admit(client.request())
-        drain = asyncio.ensure_future(client.decode.Drain(pb.DrainRequest(), timeout=20))
+        drain = asyncio.ensure_future(client.decode.Drain(pb.DrainRequest(), timeout=SOON_S))
         while not (await client.status()).draining:
             pass
         assert await health(worker) == NOT_SERVING

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Page
@@ -13,7 +14,12 @@ from winnow import SamplingParams, Winnow
 from winnow.explain import Explanation, explain
 
 TEXT = "a <b>bold</b> fox & its </script> jump over the lazy dög – 漢字\n" * 12
-SETTINGS = {"method": "fastkv", "fixed_layer": 1, "select_tokens": 96, "kv_budget": 48}
+SETTINGS: dict[str, Any] = {
+    "method": "fastkv",
+    "fixed_layer": 1,
+    "select_tokens": 96,
+    "kv_budget": 48,
+}
 SAMPLING = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
 LEAST_CONTRAST = 4.5
 

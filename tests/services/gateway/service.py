@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import uvicorn
@@ -23,6 +24,7 @@ from services.gateway.rest.admin import AdminServer
 from services.gateway.rest.api import create_api
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
+from tests.deadlines import SOON_S
 from winnow.models import load_model
 
 MODEL_NAME = "tiny"
@@ -82,7 +84,7 @@ class TestService:
     http: httpx.AsyncClient
     admin: httpx.AsyncClient
 
-    async def until_idle(self, timeout_s: float = 20) -> None:
+    async def until_idle(self, timeout_s: float = SOON_S) -> None:
         """Returns when prefill and decode hold nothing any more."""
         async with asyncio.timeout(timeout_s):
             for worker in self.workers:
@@ -150,8 +152,8 @@ async def running_service(
         )
 
 
-def _settings(model: Path, redis_url: str, changes: dict[str, object]) -> Settings:
-    values: dict[str, object] = {
+def _settings(model: Path, redis_url: str, changes: dict[str, Any]) -> Settings:
+    values: dict[str, Any] = {
         "model": str(model),
         "model_name": MODEL_NAME,
         "redis_url": redis_url,

@@ -35,7 +35,7 @@ async def service(
     folder = tmp_path_factory.mktemp("model") / "own"
     shutil.copytree(model_path, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    settings = {"chat_template_kwargs": {"style": "~", "thinks": "no"}}
+    settings: dict[str, Any] = {"chat_template_kwargs": {"style": "~", "thinks": "no"}}
     async with running_service(folder, redis_url, **settings) as service:
         yield service
         await service.until_idle()
@@ -82,7 +82,11 @@ async def test_an_operator_may_allow_special_tokens(
     service: TestService, redis_url: str, tmp_path: Path
 ) -> None:
     model = Path(service.settings.model)
-    settings = {"allow_special_tokens": True, "num_workers": 0, "chat_template_kwargs": {}}
+    settings: dict[str, Any] = {
+        "allow_special_tokens": True,
+        "num_workers": 0,
+        "chat_template_kwargs": {},
+    }
     async with running_service(model, redis_url, **settings) as trusting:
         answer = await tokenized(trusting, messages=ASKED)
         special = [answer["token_strs"][idx] for idx in answer["special"]]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from services.decode.worker import DecodeWorker
+from tests.deadlines import SOON_S
 from tests.models_in_code import save_tiny_model
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 
@@ -64,7 +65,7 @@ async def test_a_decode_worker_with_another_max_model_len_gets_nothing(
         worker = DecodeWorker(service.settings.model_copy(update={"max_model_len": 200}))
         await worker.start()
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(SOON_S):
                 while "it holds model" not in caplog.text:
                     status, answer = await ask(service, 50)
                     assert (status, answer["error"]["code"]) == (503, "no_decode_worker")

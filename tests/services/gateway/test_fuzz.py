@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.gateway.grpc.requests import request_from_proto
+from tests.deadlines import SOON_S
 from tests.services.gateway.service import MODEL_NAME, TestService
 from winnow.errors import ERROR_CODES, InvalidRequest, WinnowError
 from winnow.v1 import inference_pb2 as pb
@@ -65,7 +66,7 @@ def drawn_requests() -> list[tuple[str, bytes]]:
 async def test_whatever_comes_over_rest_has_an_answer(service: TestService) -> None:
     requests = drawn_requests()
     for path, body in requests:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(SOON_S):
             response = await service.http.post(
                 path, content=body, headers={"content-type": "application/json"}
             )

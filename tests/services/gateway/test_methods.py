@@ -9,10 +9,9 @@ import pytest
 import pytest_asyncio
 
 from tests.services.gateway.service import MODEL_NAME, TestService
-from tests.winnow.test_prefill import prompt
+from tests.winnow.drive import prompt
 from winnow import SamplingParams, Winnow
-from winnow.catalog import COMPRESSIONS, RECOMPRESSIONS
-from winnow.methods import METHODS
+from winnow.catalog import COMPRESSIONS, METHODS, RECOMPRESSIONS
 from winnow.v1 import inference_pb2 as pb
 from winnow.v1.inference_pb2_grpc import InferenceStub
 

@@ -9,7 +9,7 @@ import pytest
 from tests.models_in_code import FAMILIES
 from tests.services.gateway.service import MODEL_NAME, running_service
 from tests.winnow import reference
-from tests.winnow.test_prefill import prompt
+from tests.winnow.drive import prompt
 from winnow.models import MLP_BLOCK_TOKENS
 from winnow.v1 import inference_pb2 as pb
 from winnow.v1.inference_pb2_grpc import InferenceStub
@@ -68,7 +68,8 @@ async def test_64_streaming_clients_each_get_all_of_their_own_answer(
                 stream=True,
                 extra_body={"ignore_eos": True},
             )
-            pieces, reason = [], None
+            pieces: list[str] = []
+            reason: str | None = None
             async for chunk in chunks:
                 pieces.append(chunk.choices[0].text)
                 reason = chunk.choices[0].finish_reason or reason

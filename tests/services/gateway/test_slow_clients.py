@@ -9,8 +9,9 @@ import pytest
 from services.common.rpc import error_from_rpc, is_typed
 from services.gateway.grpc import server
 from services.gateway.rest import json_body
+from tests.deadlines import SOON_S
+from tests.services.gateway.grpc_requests import request
 from tests.services.gateway.service import TestService, running_service
-from tests.services.gateway.test_grpc_api import request
 from winnow.errors import DeadlineExceeded
 from winnow.v1.inference_pb2_grpc import InferenceStub
 
@@ -27,7 +28,7 @@ async def test_a_body_that_drips_is_cut_off(
     reader, writer = await asyncio.open_connection(host, int(port))
     head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-length: 1000\r\n"
     writer.write(f"{head}content-type: application/json\r\n\r\n{{".encode())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON_S):
         answer = await reader.readline()
         assert b" 408 " in answer
         while b"body_too_slow" not in answer:

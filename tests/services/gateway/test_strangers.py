@@ -15,6 +15,7 @@ import pytest
 
 from services.common.logs import TextFormatter
 from services.gateway.rest.header_limit import MAX_HEADER_BYTES
+from tests.deadlines import SOON_S
 from tests.services.gateway.service import MODEL_NAME, TestService
 from winnow.errors import ModelMismatch, NotFinite, PrefillFailed, WinnowError
 from winnow.v1 import inference_pb2 as pb
@@ -155,7 +156,7 @@ async def test_a_body_announced_longer_than_memory_is_refused(
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: " + length)
     writer.write(b"\r\ncontent-type: application/json\r\n\r\n{")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON_S):
         assert re.match(rb"HTTP/1.1 4(00|13) ", await reader.readline())
     writer.close()
     await assert_serves(service)
@@ -208,7 +209,7 @@ async def test_a_url_is_no_path(service: TestService, target: str) -> None:
     host, _, port = service.url.removeprefix("http://").partition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(f"GET {target} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n".encode())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON_S):
         answer = await reader.read()
     assert b" 404 " in answer.splitlines()[0]
     assert b"root:" not in answer

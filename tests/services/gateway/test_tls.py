@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -15,6 +16,7 @@ from services.cli.health import Unhealthy, check
 from services.common.settings import Settings, load_settings
 from services.common.tls import PeerTls, open_channel
 from tests.certificates import peer_files
+from tests.deadlines import SOON_S
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from winnow.errors import InvalidSetting
 from winnow.v1 import decode_pb2, inference_pb2
@@ -28,7 +30,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 async def service(
     model_path: Path, redis_url: str, tls_files: dict[str, Path]
 ) -> AsyncIterator[TestService]:
-    async with running_service(model_path, redis_url, **tls_files) as service:
+    changes: dict[str, Any] = {**tls_files}
+    async with running_service(model_path, redis_url, **changes) as service:
         yield service
         await service.until_idle()
 
@@ -48,7 +51,9 @@ async def test_answers_over_encrypted_connections(
 
 async def test_the_public_api_speaks_no_plain_text(service: TestService) -> None:
     async with grpc.aio.insecure_channel(service.grpc_address) as channel:
-        call = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+        call = health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(), timeout=SOON_S
+        )
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -79,9 +84,9 @@ async def test_only_peers_reach_a_decode_worker(
         channel = open_channel(address, stranger(tls_files, tmp_path))
     with channel, pytest.raises(grpc.RpcError) as refused:
         if port == "address":
-            DecodeStub(channel).Status(decode_pb2.StatusRequest(), timeout=5)
+            DecodeStub(channel).Status(decode_pb2.StatusRequest(), timeout=SOON_S)
         else:
-            KvTransferStub(channel).Push(iter([decode_pb2.PushFrame()]), timeout=5)
+            KvTransferStub(channel).Push(iter([decode_pb2.PushFrame()]), timeout=SOON_S)
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
@@ -118,7 +123,7 @@ async def test_a_certificate_of_the_authority_for_somebody_else_is_no_peer_s(
     options = [("grpc.ssl_target_name_override", "winnow")]
     credentials = peers.channel_credentials()
     async with grpc.aio.secure_channel(address, credentials, options) as channel:
-        call = channel.stream_stream(method)(timeout=20)
+        call = channel.stream_stream(method)(timeout=SOON_S)
         if method not in STREAMS:  # these are refused before anything is said
             await call.write(b"")
             await call.done_writing()
@@ -131,7 +136,7 @@ async def test_a_worker_with_a_peers_certificate_of_another_name_is_not_trusted(
     peers = PeerTls.load(Settings(**(tls_files | {"peer_name": "somebody-else"})))
     with open_channel(service.workers[0].address, peers) as channel:
         with pytest.raises(grpc.RpcError) as refused:
-            DecodeStub(channel).Status(decode_pb2.StatusRequest(), timeout=5)
+            DecodeStub(channel).Status(decode_pb2.StatusRequest(), timeout=SOON_S)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
 
 

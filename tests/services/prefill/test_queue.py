@@ -15,6 +15,7 @@ from services.common.cores import SharedCores
 from services.common.metrics import render
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
+from tests.deadlines import SOON_S
 from tests.services.exposed import samples, value
 from tests.services.prefill.conftest import NUM_TOKENS, PRUNING, MakeJob
 from tests.services.prefill.receiver import Receiver
@@ -29,8 +30,6 @@ from winnow.errors import (
     StaleAttempt,
 )
 
-TIMEOUT_S = 30
-
 
 class Gate:
     """Holds the receiver at a layer until it is opened."""
@@ -43,14 +42,28 @@ class Gate:
     def _wait(self, layer_idx: int) -> None:
         if layer_idx == self._layer_idx:
             self.reached.set()
-            assert self.open.wait(TIMEOUT_S)
+            assert self.open.wait(SOON_S)
+
+
+class EngineGate:
+    """Holds the engine's thread at its next layer until it is opened."""
+
+    def __init__(self, model: DecoderModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.open = threading.Event(), threading.Event()
+        self._run_layer = model.layer
+        monkeypatch.setattr(model, "layer", self._wait)
+
+    def _wait(self, *given: Any) -> torch.Tensor:
+        self.reached.set()
+        assert self.open.wait(SOON_S)
+        return self._run_layer(*given)
 
 
 def test_delivers_every_layer_and_the_report(
     queue: PrefillQueue, receiver: Receiver, make_job: MakeJob, model: DecoderModel
 ) -> None:
     job = make_job()
-    outcome = queue.submit(job).result(TIMEOUT_S)
+    outcome = queue.submit(job).result(SOON_S)
     expected, _ = prefill_all(model, job.token_ids, PRUNING)
     assert [layer.layer_idx for layer in receiver.layers] == [0, 1, 2, 3]
     for ours, theirs in zip(receiver.layers, expected, strict=True):
@@ -63,18 +76,18 @@ def test_delivers_every_layer_and_the_report(
 
 
 def test_timings_add_up(queue: PrefillQueue, receiver: Receiver, make_job: MakeJob) -> None:
-    timings = queue.submit(make_job()).result(TIMEOUT_S).timings
+    timings = queue.submit(make_job()).result(SOON_S).timings
     payload = sum(layer.nbytes + layer.window_queries.nbytes for layer in receiver.layers)
     assert payload < timings.wire_bytes < payload + 4096
     assert timings.compute_s > 0
     assert 0 < timings.exposed_transfer_s <= timings.transfer_s
-    assert 0 <= timings.queue_s < TIMEOUT_S
+    assert 0 <= timings.queue_s < SOON_S
 
 
 def test_counts_what_it_did(
     queue: PrefillQueue, metrics: PrefillMetrics, make_job: MakeJob
 ) -> None:
-    queue.submit(make_job()).result(TIMEOUT_S)
+    queue.submit(make_job()).result(SOON_S)
     text = render(metrics.registry).decode()
     assert value(text, "winnow_transfer_seconds_count") == 1.0
     assert value(text, "winnow_prefill_layer_seconds_count") == queue._model.shape.num_layers
@@ -87,7 +100,7 @@ def test_prompts_are_served_in_order(
 ) -> None:
     outcomes = [queue.submit(make_job("first")), queue.submit(make_job("second"))]
     for outcome in outcomes:
-        outcome.result(TIMEOUT_S)
+        outcome.result(SOON_S)
     assert [header.request_id for header in receiver.headers] == ["first", "second"]
 
 
@@ -96,21 +109,21 @@ def test_computes_the_next_prompt_while_a_push_ends(
 ) -> None:
     gate = Gate(receiver, layer_idx=3)
     held = queue.submit(make_job("held"))
-    assert gate.reached.wait(TIMEOUT_S)
+    assert gate.reached.wait(SOON_S)
     other = Receiver(model, NUM_TOKENS)
-    queue.submit(make_job("next", kv_address=other.address)).result(TIMEOUT_S)
+    queue.submit(make_job("next", kv_address=other.address)).result(SOON_S)
     assert not held.done()
     gate.open.set()
-    held.result(TIMEOUT_S)
+    held.result(SOON_S)
     other.stop()
 
 
 def test_refuses_more_prompts_than_may_wait(
-    queue: PrefillQueue, receiver: Receiver, make_job: MakeJob
+    queue: PrefillQueue, model: DecoderModel, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(receiver)
+    gate = EngineGate(model, monkeypatch)
     running = queue.submit(make_job("running"))
-    assert gate.reached.wait(TIMEOUT_S)
+    assert gate.reached.wait(SOON_S)
     waiting = [queue.submit(make_job("w1")), queue.submit(make_job("w2"))]
     with pytest.raises(Overloaded, match="the limit is 2"):
         queue.submit(make_job("refused"))
@@ -118,8 +131,8 @@ def test_refuses_more_prompts_than_may_wait(
     waiting[0].cancel()
     queue.submit(make_job("takes its place")).cancel()
     gate.open.set()
-    running.result(TIMEOUT_S)
-    waiting[1].result(TIMEOUT_S)
+    running.result(SOON_S)
+    waiting[1].result(SOON_S)
 
 
 def test_cancelling_stops_compute_and_transfer(
@@ -127,11 +140,11 @@ def test_cancelling_stops_compute_and_transfer(
 ) -> None:
     gate = Gate(receiver)
     outcome = queue.submit(make_job())
-    assert gate.reached.wait(TIMEOUT_S)
+    assert gate.reached.wait(SOON_S)
     outcome.cancel()
-    assert receiver.call_ended.wait(TIMEOUT_S)
+    assert receiver.call_ended.wait(SOON_S)
     gate.open.set()
-    queue.submit(make_job("next")).result(TIMEOUT_S)
+    queue.submit(make_job("next")).result(SOON_S)
     with pytest.raises(CancelledError):
         outcome.result()
     assert len(receiver.trailers) == 1
@@ -146,7 +159,7 @@ def test_cancelling_in_a_first_pass_ends_it_there(
 
     def cancelling(layer_idx: int, *rest: Any) -> torch.Tensor:
         computed.append(layer_idx)
-        assert submitted.wait(TIMEOUT_S)
+        assert submitted.wait(SOON_S)
         if layer_idx == 1:
             outcome.cancel()
         return run_layer(layer_idx, *rest)
@@ -156,7 +169,7 @@ def test_cancelling_in_a_first_pass_ends_it_there(
         make_job(pruning=replace(PRUNING, method="gemfilter", fixed_layer=2, select_tokens=64))
     )
     submitted.set()
-    queue.submit(make_job("next")).result(TIMEOUT_S)
+    queue.submit(make_job("next")).result(SOON_S)
     with pytest.raises(CancelledError):
         outcome.result()
     assert computed == [0, 1, 0, 1, 2, 3]
@@ -170,7 +183,7 @@ def test_a_refusal_keeps_its_class(
 
     receiver.before_layer = refuse
     with pytest.raises(StaleAttempt, match="attempt 2 was seen"):
-        queue.submit(make_job()).result(TIMEOUT_S)
+        queue.submit(make_job()).result(SOON_S)
     text = render(metrics.registry).decode()
     assert value(text, "winnow_prefill_failures_total", reason="stale_attempt") == 1.0
     assert value(text, "winnow_transfers_in_flight") == 0.0
@@ -178,7 +191,7 @@ def test_a_refusal_keeps_its_class(
 
 def test_an_unreachable_worker_is_a_failed_prefill(queue: PrefillQueue, make_job: MakeJob) -> None:
     with pytest.raises(PrefillFailed, match=r"127\.0\.0\.1:1"):
-        queue.submit(make_job(kv_address="127.0.0.1:1")).result(TIMEOUT_S)
+        queue.submit(make_job(kv_address="127.0.0.1:1")).result(SOON_S)
 
 
 def test_a_worker_that_dies_midway_is_a_failed_prefill_and_can_come_back(
@@ -186,13 +199,13 @@ def test_a_worker_that_dies_midway_is_a_failed_prefill_and_can_come_back(
 ) -> None:
     gate = Gate(receiver)
     outcome = queue.submit(make_job())
-    assert gate.reached.wait(TIMEOUT_S)
+    assert gate.reached.wait(SOON_S)
     gate.open.set()
     receiver.before_layer = lambda layer_idx: receiver.stop()
     with pytest.raises(PrefillFailed, match="could not be delivered"):
-        outcome.result(TIMEOUT_S)
+        outcome.result(SOON_S)
     other = Receiver(model, NUM_TOKENS)
-    queue.submit(make_job(kv_address=other.address)).result(TIMEOUT_S)
+    queue.submit(make_job(kv_address=other.address)).result(SOON_S)
     other.stop()
 
 
@@ -201,7 +214,7 @@ def test_a_prompt_ends_at_its_deadline(
 ) -> None:
     gate = Gate(receiver)
     with pytest.raises(DeadlineExceeded):
-        queue.submit(make_job(deadline_s=0.3)).result(TIMEOUT_S)
+        queue.submit(make_job(deadline_s=0.3)).result(SOON_S)
     gate.open.set()
 
 
@@ -209,7 +222,7 @@ def test_a_prompt_whose_deadline_passed_in_the_queue_costs_no_compute(
     queue: PrefillQueue, receiver: Receiver, make_job: MakeJob
 ) -> None:
     with pytest.raises(DeadlineExceeded, match="waited"):
-        queue.submit(make_job(deadline_s=0.0)).result(TIMEOUT_S)
+        queue.submit(make_job(deadline_s=0.0)).result(SOON_S)
     assert receiver.headers == []
 
 
@@ -217,8 +230,8 @@ def test_a_bad_prompt_is_refused_and_the_next_one_served(
     queue: PrefillQueue, make_job: MakeJob
 ) -> None:
     with pytest.raises(InvalidRequest, match="token id 999999"):
-        queue.submit(make_job(token_ids=(999_999,) * NUM_TOKENS)).result(TIMEOUT_S)
-    queue.submit(make_job()).result(TIMEOUT_S)
+        queue.submit(make_job(token_ids=(999_999,) * NUM_TOKENS)).result(SOON_S)
+    queue.submit(make_job()).result(SOON_S)
 
 
 def test_stopping_fails_what_waits_and_what_runs(
@@ -228,13 +241,13 @@ def test_stopping_fails_what_waits_and_what_runs(
     queue.start()
     gate = Gate(receiver)
     running = queue.submit(make_job("running"))
-    assert gate.reached.wait(TIMEOUT_S)
+    assert gate.reached.wait(SOON_S)
     waiting = queue.submit(make_job("waiting"))
     queue.stop()
     gate.open.set()
     for outcome in (running, waiting):
         with pytest.raises(PrefillFailed):
-            outcome.result(TIMEOUT_S)
+            outcome.result(SOON_S)
     with pytest.raises(PrefillFailed, match="stops"):
         queue.submit(make_job("late"))
     assert not queue.alive
@@ -245,7 +258,7 @@ def test_a_worker_that_answers_too_early_is_a_failed_prefill(
 ) -> None:
     receiver.stop_after_layer = 0
     with pytest.raises(PrefillFailed):
-        queue.submit(make_job()).result(TIMEOUT_S)
+        queue.submit(make_job()).result(SOON_S)
 
 
 SCORED: dict[str, Any] = {
@@ -259,7 +272,7 @@ SCORED: dict[str, Any] = {
 def test_a_prompt_that_is_only_scored_is_sent_to_nobody(
     queue: PrefillQueue, metrics: PrefillMetrics, receiver: Receiver, make_job: MakeJob
 ) -> None:
-    outcome = queue.submit(make_job(**SCORED)).result(TIMEOUT_S)
+    outcome = queue.submit(make_job(**SCORED)).result(SOON_S)
     assert outcome.prompt_logprobs is not None
     assert len(outcome.prompt_logprobs.logprobs) == NUM_TOKENS - 1
     assert {len(ids) for ids in outcome.prompt_logprobs.top_ids} == {2}
@@ -274,12 +287,12 @@ def test_a_prompt_that_is_only_scored_is_sent_to_nobody(
 def test_a_prompt_that_is_also_generated_from_is_scored_before_its_end_is_sent(
     queue: PrefillQueue, receiver: Receiver, make_job: MakeJob
 ) -> None:
-    alone = queue.submit(make_job("alone", **SCORED)).result(TIMEOUT_S)
+    alone = queue.submit(make_job("alone", **SCORED)).result(SOON_S)
     job = make_job("both", pruning=SCORED["pruning"], num_prompt_logprobs=2)
-    both = queue.submit(job).result(TIMEOUT_S)
+    both = queue.submit(job).result(SOON_S)
     assert both.prompt_logprobs == alone.prompt_logprobs
     assert len(receiver.trailers) == 1
-    plain = queue.submit(make_job("plain")).result(TIMEOUT_S)
+    plain = queue.submit(make_job("plain")).result(SOON_S)
     assert plain.prompt_logprobs is None
 
 
@@ -291,7 +304,7 @@ def test_cancelling_between_two_blocks_of_log_probabilities_ends_it_there(
 
     def cancelling(hidden: torch.Tensor) -> torch.Tensor:
         blocks.append(len(hidden))
-        assert submitted.wait(TIMEOUT_S)
+        assert submitted.wait(SOON_S)
         outcome.cancel()
         return logits(hidden)
 
@@ -300,7 +313,7 @@ def test_cancelling_between_two_blocks_of_log_probabilities_ends_it_there(
     monkeypatch.setattr(model, "logits", cancelling)
     outcome = queue.submit(make_job(**SCORED))
     submitted.set()
-    queue.submit(make_job("next")).result(TIMEOUT_S)
+    queue.submit(make_job("next")).result(SOON_S)
     with pytest.raises(CancelledError):
         outcome.result()
     assert blocks == [100]
@@ -336,11 +349,11 @@ def test_decode_sees_that_layers_are_computed_and_not_that_a_push_ends(
     queue = PrefillQueue(model, metrics, max_waiting=2, num_threads=1, cores=cores)
     queue.start()
     held = queue.submit(make_job())
-    assert gate.reached.wait(TIMEOUT_S)
+    assert gate.reached.wait(SOON_S)
     assert computing == [True] * model.shape.num_layers
     assert not seen.prefill_runs
     gate.open.set()
-    held.result(TIMEOUT_S)
+    held.result(SOON_S)
     queue.stop()
     assert not seen.prefill_runs
 
@@ -356,6 +369,6 @@ def test_decode_sees_no_prompt_that_failed(
     queue = PrefillQueue(model, metrics, max_waiting=2, num_threads=1, cores=cores)
     queue.start()
     with pytest.raises(InvalidRequest):
-        queue.submit(make_job(token_ids=(999_999,) * NUM_TOKENS)).result(TIMEOUT_S)
+        queue.submit(make_job(token_ids=(999_999,) * NUM_TOKENS)).result(SOON_S)
     queue.stop()
     assert not seen.prefill_runs

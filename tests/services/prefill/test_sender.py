@@ -8,6 +8,7 @@ import pytest
 
 from services.prefill.channels import Channels
 from services.prefill.sender import LAYERS_AHEAD, Delivered, Push
+from tests.deadlines import SOON_S
 from tests.services.prefill.conftest import NUM_TOKENS, PRUNING, MakeJob
 from tests.services.prefill.receiver import GRANT, Receiver
 from tests.winnow.drive import prefill_all
@@ -63,7 +64,7 @@ def test_a_worker_that_takes_everything_and_says_nothing_is_not_waited_for(
     push = Push(receiver.address, encoder(model), ends.put, stall_timeout_s=0.5)
     push.open(channels, timeout_s=30)
     push.finish(hand_over(push, model))
-    end = ends.get(timeout=20)
+    end = ends.get(timeout=SOON_S)
     released.set()
     assert isinstance(end, DeliveryFailed)
     assert ends.empty()
@@ -95,9 +96,22 @@ def test_aborting_wakes_the_engine_and_the_receiver(
 def test_a_channel_is_kept_for_the_next_push_and_dropped_when_lost(receiver: Receiver) -> None:
     channels = Channels()
     first = channels.borrow(receiver.address)
-    channels.give_back(receiver.address, lost=False)
+    channels.give_back(first, lost=False)
     assert channels.borrow(receiver.address) is first
-    channels.give_back(receiver.address, lost=True)
-    assert channels.borrow(receiver.address) is not first
-    channels.give_back(receiver.address, lost=False)
+    channels.give_back(first, lost=True)
+    second = channels.borrow(receiver.address)
+    assert second is not first
+    channels.give_back(second, lost=False)
+    channels.close()
+
+
+def test_a_lost_channel_goes_to_nobody_else_while_others_still_use_it(receiver: Receiver) -> None:
+    channels = Channels()
+    first = channels.borrow(receiver.address)
+    assert channels.borrow(receiver.address) is first
+    channels.give_back(first, lost=True)
+    second = channels.borrow(receiver.address)
+    assert second is not first
+    channels.give_back(first, lost=False)
+    assert channels.borrow(receiver.address) is second
     channels.close()

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def with_change(frame_idx: int, change: Callable[[pb.PushFrame], object]) -> lis
     return [*FRAMES[:frame_idx], message.SerializeToString(), *FRAMES[frame_idx + 1 :]]
 
 
-def set_header(**fields: object) -> list[bytes]:
+def set_header(**fields: Any) -> list[bytes]:
     return with_change(0, lambda f: f.header.MergeFrom(pb.TransferHeader(**fields)))
 
 
@@ -167,7 +168,7 @@ def test_a_transfer_without_trailer_is_refused() -> None:
         ({"codec": 7}, "codec 7"),
     ],
 )
-def test_another_models_transfer_is_refused(fields: dict[str, object], named: str) -> None:
+def test_another_models_transfer_is_refused(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(TransferMismatch, match=named):
         feed_all(set_header(**fields))
 
@@ -243,7 +244,7 @@ def test_a_transfer_that_starts_elsewhere_is_refused() -> None:
 
 
 @pytest.mark.parametrize("fields", [{"request_id": "r" * 129}, {"attempt": 0}])
-def test_a_header_without_name_or_attempt_is_refused(fields: dict[str, object]) -> None:
+def test_a_header_without_name_or_attempt_is_refused(fields: dict[str, Any]) -> None:
     header = pb.PushFrame.FromString(FRAMES[0]).header
     for name, value in fields.items():
         setattr(header, name, value)

@@ -1,0 +1,145 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.winnow import naive
+from tests.winnow.naive import UNIT
+from winnow.pruning_settings import PruningSettings
+from winnow.scoring import descending_order
+from winnow.selection import AdaptiveSelection, best_tokens, most_relevant, token_scores
+
+BASE = PruningSettings(
+    select_tokens=12, window_size=4, kernel_size=3, observed_layers=2, min_layer=2, threshold=0.3
+)
+
+
+def run(
+    masses: list[Tensor], config: PruningSettings
+) -> tuple[int | None, Tensor | None, tuple[tuple[int, float], ...]]:
+    """The layer at which ASL selects, the tokens, and rho."""
+    selection = AdaptiveSelection(config, config.latest_layer)
+    for layer_idx, mass in enumerate(masses):
+        if selection.needs_scores(layer_idx):
+            chosen = selection.observe(layer_idx, mass)
+            if chosen is not None:
+                return layer_idx, chosen, selection.rho
+    return None, None, selection.rho
+
+
+@st.composite
+def masses_and_settings(draw: st.DrawFn) -> tuple[list[Tensor], PruningSettings]:
+    window = draw(st.integers(1, 4))
+    select_tokens = draw(st.integers(window + 1, 39))
+    num_tokens = draw(st.integers(select_tokens + 1, 40))
+    num_layers, num_heads = draw(st.integers(2, 7)), draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    largest = draw(st.sampled_from([2, 5, 1000]))  # few values: many ties
+    settles_at = draw(st.integers(0, num_layers))  # structured: later layers repeat this one
+    masses = [
+        torch.randint(0, largest, (num_heads, num_tokens), generator=generator).float() * UNIT
+        for _ in range(num_layers)
+    ]
+    masses = [masses[min(idx, settles_at)] for idx in range(num_layers)]
+    observed = draw(st.integers(1, num_layers))
+    min_layer = draw(st.integers(observed - 1, num_layers - 1))
+    config = PruningSettings(
+        select_tokens=select_tokens,
+        window_size=window,
+        kernel_size=draw(st.sampled_from([1, 3, 5, 7])),
+        observed_layers=observed,
+        min_layer=min_layer,
+        threshold=draw(st.sampled_from([0.0, 0.3, 0.9, 1.0, 1.5])),
+        latest_layer=draw(st.none() | st.integers(min_layer, num_layers - 1)),
+    )
+    return masses, config
+
+
+@settings(max_examples=300, deadline=None)
+@given(masses_and_settings())
+def test_asl_equals_the_formulas(case: tuple[list[Tensor], PruningSettings]) -> None:
+    masses, config = case
+    layer, chosen, rho = run(masses, config)
+    expected = naive.Asl(
+        [naive.as_lists(mass) for mass in masses],
+        window=config.window_size,
+        kernel_size=config.kernel_size,
+        select_tokens=config.select_tokens,
+        observed_layers=config.observed_layers,
+        min_layer=config.min_layer,
+        threshold=config.threshold,
+        latest_layer=config.latest_layer,
+    )
+    assert layer == expected.selection_layer
+    assert (None if chosen is None else chosen.tolist()) == expected.kept
+    assert [at for at, _ in rho] == [at for at, _ in expected.rho]
+    assert [v for _, v in rho] == pytest.approx([v for _, v in expected.rho], rel=1e-9)
+
+
+def random_masses(num_tokens: int, num_layers: int = 6) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.rand(2, num_tokens) for _ in range(num_layers)]
+
+
+def test_a_threshold_never_met_selects_nothing() -> None:
+    assert run(random_masses(30), replace(BASE, threshold=0.0))[:2] == (None, None)
+
+
+def test_latest_layer_selects_when_the_threshold_was_not_met() -> None:
+    layer, chosen, _ = run(random_masses(30), replace(BASE, threshold=0.0, latest_layer=4))
+    assert layer == 4
+    assert chosen is not None and len(chosen) == BASE.select_tokens
+
+
+def test_ranks_that_had_settled_before_min_layer_select_right_after_it() -> None:
+    masses = [random_masses(30)[0]] * 6
+    layer, _, rho = run(masses, BASE)
+    assert (layer, rho) == (3, ((2, 1.0), (3, 0.0)))
+
+
+def test_ranks_that_had_settled_and_move_again_select_nothing_at_a_rho_that_is_a_number() -> None:
+    settled, moved, _ = random_masses(30, 3)
+    layer, _, rho = run([settled, settled, settled, moved], BASE)
+    assert layer is None
+    assert 1e6 < rho[-1][1] < math.inf
+
+
+def test_the_best_tokens_of_one_layer_and_the_window_are_the_formulas() -> None:
+    mass = random_masses(30)[3]
+    chosen = best_tokens(descending_order(token_scores(mass, BASE)), BASE)
+    expected = naive.Asl(
+        [naive.as_lists(mass)],
+        window=4,
+        kernel_size=3,
+        select_tokens=12,
+        observed_layers=1,
+        min_layer=0,
+        threshold=2.0,
+    )
+    assert chosen.tolist() == expected.kept
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    num_tokens=st.integers(2, 40),
+    num_kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    largest=st.sampled_from([1, 3, 50]),  # few values: many ties
+    seed=st.integers(0, 2**32),
+    data=st.data(),
+)
+def test_gemfilters_choice_equals_the_formula(
+    num_tokens: int, num_kv_heads: int, group: int, largest: int, seed: int, data: st.DataObject
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    size = (num_kv_heads, num_tokens, 2)
+    keys = 5 * torch.randint(-largest, largest + 1, size, generator=generator).float()
+    query = torch.randint(-3, 4, (num_kv_heads * group, 2), generator=generator).float()
+    select_tokens = data.draw(st.integers(1, num_tokens - 1))
+    raw = torch.einsum("hd,hnd->hn", query, keys.repeat_interleave(group, 0))
+    expected = naive.gemfilter(naive.as_lists(raw), select_tokens)
+    assert most_relevant(query, keys, select_tokens).tolist() == expected
