@@ -34,26 +34,39 @@ def pruning_defaults(model_path: Path, num_layers: int) -> PruningSettings:
 
 
 def scaled_defaults(num_layers: int) -> PruningSettings:
-    """The paper's settings, with layer numbers in proportion to the depth below 28 layers."""
+    """The paper's settings, with layer numbers in proportion to the depth below 28 layers.
+
+    Unlike the paper's, they select at five eighths of the depth at the latest: where the variance
+    never falls below the threshold, a prompt would be computed whole (docs/study.md).
+    """
+    latest = round(20 * num_layers / _PAPER_LAYERS)
     if num_layers >= 28:
-        return PruningSettings()
+        return PruningSettings(latest_layer=latest)
     observed = max(1, round(8 * num_layers / _PAPER_LAYERS))
     earliest = max(observed - 1, round(10 * num_layers / _PAPER_LAYERS))
+    min_layer = min(earliest, num_layers - 1)
     return PruningSettings(
         observed_layers=observed,
-        min_layer=min(earliest, num_layers - 1),
+        min_layer=min_layer,
+        latest_layer=max(min_layer, min(latest, num_layers - 1)),
         fixed_layer=min(round(15 * num_layers / _PAPER_LAYERS), num_layers - 1),
     )
 
 
 def override(settings: PruningSettings, changes: dict[str, Any]) -> PruningSettings:
-    """`settings` with `changes`; raises InvalidSetting for an unknown name or a bad value."""
+    """`settings` with `changes`; raises InvalidSetting for an unknown name or a bad value.
+
+    A latest_layer that is not among the changes goes up with min_layer.
+    """
     known = {field.name for field in fields(PruningSettings)}
     for name in changes:
         if name not in known:
             raise InvalidSetting(
                 f"{name} is not a pruning setting; known are {', '.join(sorted(known))}", param=name
             )
+    earliest, latest = changes.get("min_layer"), settings.latest_layer
+    if latest is not None and isinstance(earliest, int) and earliest > latest:
+        changes = {"latest_layer": earliest} | changes
     return replace(settings, **changes)
 
 

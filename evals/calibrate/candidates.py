@@ -10,7 +10,6 @@ from evals.variants import UNPRUNED, MethodSpec, Variant
 WINDOW_SIZES = (8, 16, 32)
 KERNEL_SIZES = (7, 15, 31, 63)
 MAX_WINDOW = max(WINDOW_SIZES)
-OBSERVED_LAYERS = (4, 8)
 # ASL's thresholds. Above 1: the variance may have risen since min_layer.
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5)
 # select_tokens, as multiples of kv_budget.
@@ -78,6 +77,11 @@ def fixed_layers(budgets: Budgets, observation: dict[str, Any], num_layers: int)
     ]
 
 
+def observed_layers(num_layers: int) -> list[int]:
+    """An eighth and a quarter of the depth; the latter is the paper's 8 of 32."""
+    return sorted({max(1, round(num_layers / parts)) for parts in (8, 4)})
+
+
 def observers(budgets: Budgets, observation: dict[str, Any], num_layers: int) -> list[Variant]:
     """ASL that never selects: its rho says where it would, under any threshold."""
     return [
@@ -92,6 +96,5 @@ def observers(budgets: Budgets, observation: dict[str, Any], num_layers: int) ->
             **observation,
         )
         for select_tokens in budgets.select_tokens
-        for observed in OBSERVED_LAYERS
-        if observed <= num_layers // 2
+        for observed in observed_layers(num_layers)
     ]

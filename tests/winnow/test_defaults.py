@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,20 @@ def test_defaults_fit_every_depth(num_layers: int) -> None:
     settings = scaled_defaults(num_layers)
     settings.require_fits(num_layers)
     if num_layers >= 28:
-        assert settings == PruningSettings()
+        assert replace(settings, latest_layer=None) == PruningSettings()
+
+
+@pytest.mark.parametrize(("num_layers", "latest"), [(1, 0), (4, 2), (12, 8), (30, 19), (48, 30)])
+def test_some_layer_selects_by_default(num_layers: int, latest: int) -> None:
+    assert scaled_defaults(num_layers).latest_layer == latest
+
+
+def test_the_latest_layer_goes_up_with_the_first_unless_it_is_named() -> None:
+    settings = scaled_defaults(30)
+    assert override(settings, {"min_layer": 25}).latest_layer == 25
+    assert override(settings, {"min_layer": 12}).latest_layer == 19
+    with pytest.raises(InvalidSetting, match="latest_layer is 20; it must be at least min_layer"):
+        override(settings, {"min_layer": 25, "latest_layer": 20})
 
 
 def test_the_model_folder_comes_before_the_scaled_defaults(tmp_path: Path) -> None:
