@@ -42,7 +42,6 @@ class Result:
     kept: Interval
     prefill: float
     kv: float
-    prefill_s: float
 
 
 class Measured:
@@ -77,22 +76,31 @@ class Measured:
             kept=self._kept(tried, prompts),
             prefill=statistics.fmean(record.computed_share for record in records),
             kv=sum(record.kv_bytes_kept for record in records) / kv_full,
-            prefill_s=statistics.fmean(record.prefill_s for record in records),
         )
 
     def _kept(self, tried: Variant, prompts: Sequence[Prompt]) -> Interval:
-        """The variant's score of the unpruned one; prompts are resampled in pairs, by task."""
+        """The variant's score of the unpruned one; prompts are resampled with both answers.
+
+        All together, since a task alone may have too few to vary.
+        """
+        tasks = self._pairs(tried, prompts)
+        pairs = [pair for own in tasks for pair in own]
+        rng = Random(0)
+        drawn = sorted(_ratio([rng.choices(pairs, k=len(pairs))]) for _ in range(_RESAMPLES))
+        outside = int(_OUTSIDE * _RESAMPLES)
+        return Interval(_ratio(tasks), drawn[outside], drawn[-1 - outside])
+
+    def share_kept(self, tried: Variant, prompts: Sequence[Prompt]) -> float:
+        """The variant's score of the unpruned one."""
+        return _ratio(self._pairs(tried, prompts))
+
+    def _pairs(self, tried: Variant, prompts: Sequence[Prompt]) -> list[list[tuple[float, float]]]:
+        """Of each task's prompts the variant's score and the unpruned one."""
         by_task: dict[str, list[tuple[float, float]]] = {}
         for prompt in prompts:
             pair = self.of(tried, prompt).score, self.unpruned(prompt).score
             by_task.setdefault(prompt[0], []).append(pair)
-        rng = Random(0)
-        drawn = sorted(
-            _ratio([rng.choices(pairs, k=len(pairs)) for pairs in by_task.values()])
-            for _ in range(_RESAMPLES)
-        )
-        outside = int(_OUTSIDE * _RESAMPLES)
-        return Interval(_ratio(list(by_task.values())), drawn[outside], drawn[-1 - outside])
+        return list(by_task.values())
 
 
 def mean_over_tasks(scores: Iterable[tuple[str, float]]) -> float:

@@ -2,7 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from evals.calibrate.run import Found
+from evals.calibrate.request import Found
 from evals.pictures import style
 
 _PANEL = (5.2, 4.0)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evals.calibrate.measured import Result
-from evals.calibrate.run import Found
+from evals.calibrate.request import Found
 
 PICTURE = "calibration.png"
 

@@ -5,11 +5,12 @@ answers at fixed layers, say what any threshold, min_layer and latest_layer woul
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from itertools import repeat
 
-from evals.calibrate.candidates import THRESHOLDS, Budgets, fixed_layers, observers, variant
-from evals.calibrate.measured import Measured, Prompt, mean_over_tasks
+from evals.calibrate.candidates import THRESHOLDS, variant
+from evals.calibrate.curve import LayerCurve
+from evals.calibrate.measured import Measured, Prompt
 from evals.calibrate.target import Figures, Target
 from evals.variants import Variant
 
@@ -28,7 +29,12 @@ class Rule:
     select_tokens: int
 
     def layer_for(self, rho: Sequence[tuple[int, float]]) -> int:
-        """Where it selects on a prompt, from rho relative to any layer up to min_layer."""
+        """Where it selects on a prompt, from rho relative to any layer up to min_layer.
+
+        Of a prompt too short to be cut there is no rho; it counts as cut at the latest layer.
+        """
+        if not rho:
+            return self.latest_layer
         by_layer = dict(rho)
         first = by_layer[self.min_layer] or _NO_VARIANCE
         for layer_idx in range(self.min_layer, self.latest_layer):
@@ -44,24 +50,19 @@ class RuleSearch:
     def __init__(
         self,
         measured: Measured,
+        curve: LayerCurve,
         prompts: Sequence[Prompt],
-        budgets: Budgets,
-        observation: dict[str, Any],
+        observers: Sequence[Variant],
         num_layers: int,
     ) -> None:
-        self._measured, self._prompts = measured, prompts
-        self._budgets, self._observation = budgets, observation
+        self._measured, self._curve, self._prompts = measured, curve, prompts
         self._num_layers = num_layers
-        self._fixed: dict[int, dict[int, Variant]] = {}
-        for tried in fixed_layers(budgets, observation, num_layers):
-            options = tried.spec.options
-            self._fixed.setdefault(options["select_tokens"], {})[options["fixed_layer"]] = tried
         self._observers = {
             (one.spec.options["select_tokens"], one.spec.options["observed_layers"]): one
-            for one in observers(budgets, observation, num_layers)
+            for one in observers
         }
 
-    def finalists(self, target: Target) -> list[Variant]:
+    def finalists(self, target: Target) -> list[Rule]:
         """The most promising rules, one for each way in which they choose layers."""
         by_choice: dict[tuple[int, ...], tuple[Rule, Figures]] = {}
         for rule in self._rules():
@@ -71,11 +72,11 @@ class RuleSearch:
                 by_choice[rule.select_tokens, *layers] = (rule, found)
         adaptive = [found for choice, found in by_choice.items() if len(set(choice[1:])) > 1]
         ordered = sorted(adaptive, key=lambda one: target.order(one[1]))
-        return [self._variant(rule) for rule, _ in ordered[:_FINALISTS]]
+        return [rule for rule, _ in ordered[:_FINALISTS]]
 
     def _rules(self) -> Iterator[Rule]:
         for select_tokens, observed in self._observers:
-            for latest in self._fixed[select_tokens]:
+            for latest in self._curve.layers(select_tokens):
                 for min_layer in range(observed - 1, latest):
                     for threshold in THRESHOLDS:
                         yield Rule(observed, min_layer, threshold, latest, select_tokens)
@@ -85,28 +86,19 @@ class RuleSearch:
         return [rule.layer_for(self._measured.of(observer, prompt).rho) for prompt in self._prompts]
 
     def _figures(self, rule: Rule, layers: Sequence[int]) -> Figures:
-        """From the answers at the measured layers nearest to those chosen."""
-        fixed = self._fixed[rule.select_tokens]
-        scores, full, shares = [], [], []
-        for prompt, layer_idx in zip(self._prompts, layers, strict=True):
-            nearest = min(fixed, key=lambda known: abs(known - layer_idx))
-            record = self._measured.of(fixed[nearest], prompt)
-            scores.append((prompt[0], record.score))
-            full.append((prompt[0], self._measured.unpruned(prompt).score))
-            selected = min(1.0, rule.select_tokens / record.num_prompt_tokens)
-            whole = (layer_idx + 1) / self._num_layers
-            shares.append(whole + (1 - whole) * selected)
-        kept = mean_over_tasks(scores) / (mean_over_tasks(full) or 1.0)
-        return Figures(kept, sum(shares) / len(shares))
-
-    def _variant(self, rule: Rule) -> Variant:
-        return variant(
-            "asl",
-            observed_layers=rule.observed_layers,
-            min_layer=rule.min_layer,
-            threshold=rule.threshold,
-            latest_layer=rule.latest_layer,
-            select_tokens=rule.select_tokens,
-            kv_budget=self._budgets.kv_budget,
-            **self._observation,
+        kept = self._curve.kept(self._prompts, rule.select_tokens, layers)
+        return Figures(
+            kept, sum(map(self._share, repeat(rule), self._prompts, layers)) / len(layers)
         )
+
+    def _share(self, rule: Rule, prompt: Prompt, layer_idx: int) -> float:
+        """Of the layer-tokens, with this selection layer."""
+        num_tokens = self._measured.unpruned(prompt).num_prompt_tokens
+        whole = (layer_idx + 1) / self._num_layers
+        return whole + (1 - whole) * min(1.0, rule.select_tokens / num_tokens)
+
+    def variant(self, rule: Rule, kv_budget: int) -> Variant:
+        """ASL with this rule, and the observers' window and kernel."""
+        observer = self._observers[rule.select_tokens, rule.observed_layers]
+        own = {field.name: getattr(rule, field.name) for field in fields(rule)}
+        return variant("asl", **(dict(observer.spec.options) | own | {"kv_budget": kv_budget}))

@@ -1,7 +1,7 @@
 """A calibration from its plan to the settings: search on some prompts, report on others."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from evals.calibrate.candidates import (
     observers,
     variant,
 )
-from evals.calibrate.measured import Measured, Prompt, Result
+from evals.calibrate.curve import LayerCurve
+from evals.calibrate.measured import Measured, Prompt
 from evals.calibrate.prompts import PromptsTask
+from evals.calibrate.request import Found, Request
 from evals.calibrate.rule import RuleSearch
-from evals.calibrate.target import Figures, Target
+from evals.calibrate.target import Target
 from evals.model import Model
 from evals.plan import Plan
 from evals.records import RunFolder, require_same_run
@@ -29,56 +31,6 @@ from winnow.defaults import scaled_defaults
 from winnow.errors import InvalidSetting, UnusableModel
 
 LEAST_SCORE = 0.25  # a task that is answered worse unpruned says nothing of pruning
-LEAST_PROMPTS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What is to be calibrated.
-
-    length: prompt tokens at most.  kv: share of them that each KV head keeps, or their number.
-    num_samples: prompts per task to search on; as many others are held out.
-    """
-
-    tasks: tuple[Task, ...]
-    length: int
-    kv: float | int
-    target: Target
-    num_samples: int
-    seed: int
-    chat: bool
-    num_layers: int
-
-    def to_json(self) -> dict[str, Any]:
-        """What a run in the same folder must have in common; the target may be another."""
-        prompts = [task.prompts for task in self.tasks if isinstance(task, PromptsTask)]
-        return {
-            "command": "calibrate",
-            "tasks": [task.name for task in self.tasks],
-            "length": self.length,
-            "samples": self.num_samples,
-            "seed": self.seed,
-            "chat": self.chat,
-            "prompts": [[prompt.text, prompt.answers] for own in prompts for prompt in own],
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """settings: of PruningSettings.  table: on held-out prompts.  curve: fixed layers, searched.
-
-    searched: the chosen settings' result on the prompts of the search.
-    cross_validated: share kept when each fold is answered by what the others would have chosen.
-    """
-
-    settings: dict[str, Any]
-    chosen: Result
-    searched: Result
-    cross_validated: float | None
-    table: tuple[Result, ...]
-    curve: tuple[Result, ...]
-    left_out: dict[str, float]
-    reached: bool
 
 
 def calibrate(request: Request, model: Model, folder: Path, progress: Console) -> Found:
@@ -181,10 +133,9 @@ class _Calibration:
         return {name: options[name] for name in ("window_size", "kernel_size")}
 
     def _measure_layers(self, budgets: Budgets, observation: dict[str, Any]) -> list[Variant]:
-        num_layers = self._request.num_layers
-        fixed = fixed_layers(budgets, observation, num_layers)
-        asked = [*fixed, *observers(budgets, observation, num_layers)]
-        self._measure(asked, self._search, "selection layers")
+        fixed = fixed_layers(budgets, observation, self._request.num_layers)
+        watched = observers(budgets, observation, self._request.num_layers)
+        self._measure([*fixed, *watched], self._search, "selection layers")
         return fixed
 
     def _choose(
@@ -192,13 +143,15 @@ class _Calibration:
     ) -> tuple[Variant, list[Variant]]:
         """The best of all that was measured, ASL's finalists included; and what it was among."""
         measured = Measured(self._run.records)
-        rules = RuleSearch(
-            measured, self._prompts(measured), budgets, observation, self._request.num_layers
-        )
-        finalists = rules.finalists(self._request.target)
+        prompts, num_layers = self._prompts(measured), self._request.num_layers
+        watched = observers(budgets, observation, num_layers)
+        rules = RuleSearch(measured, LayerCurve(measured, fixed), prompts, watched, num_layers)
+        finalists = [
+            rules.variant(rule, budgets.kv_budget) for rule in rules.finalists(self._request.target)
+        ]
         measured = self._measure(finalists, self._search, "finalists")
         candidates = [*finalists, *fixed]  # of equals, ASL
-        chosen = self._best(measured, candidates, self._prompts(measured))
+        chosen = self._best(LayerCurve(measured, fixed), candidates, prompts)
         if chosen is None:
             raise self._unreached(measured, candidates)
         return chosen, candidates
@@ -217,13 +170,10 @@ class _Calibration:
     # What the stages share
 
     def _best(
-        self, measured: Measured, candidates: Sequence[Variant], prompts: Sequence[Prompt]
+        self, curve: LayerCurve, candidates: Sequence[Variant], prompts: Sequence[Prompt]
     ) -> Variant | None:
-        def figures(tried: Variant) -> Figures:
-            result = measured.result(tried, prompts)
-            return Figures(result.kept.mean, result.prefill)
-
-        return self._request.target.best(candidates, figures)
+        target = self._request.target
+        return target.best(candidates, lambda tried: curve.figures(tried, prompts))
 
     def _prompts(self, measured: Measured) -> list[Prompt]:
         return measured.prompts([task.name for task in self._tasks], self._search)
@@ -259,8 +209,8 @@ class _Calibration:
         measured = Measured(self._run.records)
         searched = self._prompts(measured)
         result = measured.result(chosen, searched)
-        limit = replace(self._request.target, keep=None, prefill=result.prefill)
-        rival = limit.best(fixed, lambda one: _figures(measured.result(one, searched)))
+        curve = LayerCurve(measured, fixed)
+        rival = Target(None, result.prefill).best(fixed, lambda one: curve.figures(one, searched))
         rows = self._rows(chosen, rival, budgets, observation)
         measured = self._measure(list(rows.values()), self._held_out, "held-out prompts")
         held_out = measured.prompts([task.name for task in self._tasks], self._held_out)
@@ -271,7 +221,7 @@ class _Calibration:
             settings=_settings(chosen, rival),
             chosen=calibrated,
             searched=result,
-            cross_validated=self._cross_validated(measured, candidates, searched),
+            cross_validated=self._cross_validated(measured, curve, candidates, searched),
             table=table,
             curve=tuple(measured.result(one, searched) for one in fixed),
             left_out=left_out,
@@ -305,7 +255,11 @@ class _Calibration:
         return rows
 
     def _cross_validated(
-        self, measured: Measured, candidates: Sequence[Variant], prompts: Sequence[Prompt]
+        self,
+        measured: Measured,
+        curve: LayerCurve,
+        candidates: Sequence[Variant],
+        prompts: Sequence[Prompt],
     ) -> float | None:
         """Share kept where each prompt's fold is answered by what the other folds choose.
 
@@ -315,16 +269,12 @@ class _Calibration:
         for fold in range(min(4, self._request.num_samples)):
             own = [prompt for prompt in prompts if prompt[1] % 4 == fold]
             others = [prompt for prompt in prompts if prompt[1] % 4 != fold]
-            best = self._best(measured, candidates, others)
+            best = self._best(curve, candidates, others)
             if best is None:
                 return None
             scores += sum(measured.of(best, prompt).score for prompt in own)
             full += sum(measured.unpruned(prompt).score for prompt in own)
         return scores / full if full else None
-
-
-def _figures(result: Result) -> Figures:
-    return Figures(result.kept.mean, result.prefill)
 
 
 def _settings(chosen: Variant, rival: Variant | None) -> dict[str, Any]:

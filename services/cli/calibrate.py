@@ -12,7 +12,8 @@ from rich.console import Console
 from evals import plan as plans
 from evals.calibrate.candidates import MAX_WINDOW
 from evals.calibrate.prompts import read_prompts
-from evals.calibrate.run import LEAST_PROMPTS, Found, Request, calibrate
+from evals.calibrate.request import LEAST_PROMPTS, Found, Request
+from evals.calibrate.run import calibrate
 from evals.calibrate.target import Target, parse_share
 from evals.pictures import require_matplotlib
 from evals.records import write_json
