@@ -1,4 +1,4 @@
-"""Pruning settings that suit a model: the model folder's own over defaults scaled with depth."""
+"""Pruning settings that suit a model: its folder's own, over its family's, over scaled ones."""
 
 import json
 from dataclasses import fields, replace
@@ -12,25 +12,40 @@ from winnow.folder_errors import as_unusable
 from winnow.pruning_settings import PruningSettings
 
 SETTINGS_FILE = "winnow.json"
+# Settings measured for a family: its name, what its configuration has, settings, and their source.
+_FAMILIES_FILE = Path(__file__).parent / "families.json"
 _PAPER_LAYERS = 32  # the depth for which the paper's layer numbers were chosen
 
 
 def pruning_defaults(model_path: Path, num_layers: int) -> PruningSettings:
-    """The settings of `winnow.json` in the model folder, over those scaled to `num_layers`.
+    """The settings of `winnow.json` in the model folder, over the family's and the scaled ones.
 
     Raises UnusableModel if the file is not what it should be.
     """
-    scaled = scaled_defaults(num_layers)
+    usual = override(scaled_defaults(num_layers), _family_settings(model_path))
     file = model_path / SETTINGS_FILE
     if not file.exists():
-        return scaled
+        return usual
     with as_unusable(f"{file} is not usable"):
         try:
-            settings = override(scaled, json.loads(file.read_text()))
+            settings = override(usual, json.loads(file.read_text()))
             settings.require_fits(num_layers)
         except InvalidSetting as error:
             raise UnusableModel(f"{file}: {error}") from error
         return settings
+
+
+def _family_settings(model_path: Path) -> dict[str, Any]:
+    """Those of the family that a folder's configuration is of; none for one that is not known."""
+    try:
+        config = json.loads((model_path / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}  # whoever loads the model says what is wrong with it
+    for family in json.loads(_FAMILIES_FILE.read_text()):
+        if isinstance(config, dict) and family["config"].items() <= config.items():
+            settings: dict[str, Any] = family["settings"]
+            return settings
+    return {}
 
 
 def scaled_defaults(num_layers: int) -> PruningSettings:
