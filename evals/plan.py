@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from evals.records import Key
 from evals.summary import Setup
 from evals.tasks.base import Task
 from evals.variants import Variant, parse_list
@@ -21,6 +22,7 @@ class Plan:
 
     lengths: limits on prompt tokens.  chat: prompts are rendered with the chat template.
     depths, data_dir: the arguments that the tasks were made with.
+    first_index: of the samples.
     """
 
     tasks: tuple[Task, ...]
@@ -31,6 +33,7 @@ class Plan:
     chat: bool
     depths: int
     data_dir: Path | None
+    first_index: int = 0
 
     def __post_init__(self) -> None:
         for name, value in (("samples", self.num_samples), ("depths", self.depths)):
@@ -38,16 +41,23 @@ class Plan:
                 raise InvalidSetting(f"--{name} is {value}; it must be at least 1", param=name)
 
     @property
-    def num_instances(self) -> int:
-        places = len(self.tasks) * len(self.lengths) * len(self.variants)
-        return places * self.num_samples
+    def indices(self) -> range:
+        return range(self.first_index, self.first_index + self.num_samples)
+
+    def keys(self) -> set[Key]:
+        """One for each answer that is asked for."""
+        return {
+            key_of(task, length, index, variant)
+            for index, length, task in self.places()
+            for variant in self.variants
+        }
 
     def places(self) -> Iterator[tuple[int, int, Task]]:
         """Yield (index, length, task): all tasks at all lengths before the next sample of any.
 
         So a run that is interrupted has covered all of them evenly.
         """
-        for index in range(self.num_samples):
+        for index in self.indices:
             for length in self.lengths:
                 for task in self.tasks:
                     yield index, length, task
@@ -72,6 +82,11 @@ class Plan:
             "depths": self.depths,
             "data_dir": None if self.data_dir is None else str(self.data_dir),
         }
+
+
+def key_of(task: Task, length: int, index: int, variant: Variant) -> Key:
+    """The key of the record that an answer leaves."""
+    return (task.name, length, index, variant.method, variant.budget)
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:

@@ -27,6 +27,8 @@ def generate(args: argparse.Namespace, settings: Settings) -> None:
         sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stderr.write(f"winnow: {_summary(stream)}\n")
+    if stream.report.rho and stream.report.selection_layer is None:
+        sys.stderr.write(f"winnow: {_unpruned(stream, winnow.pruning.threshold)}\n")
 
 
 def load_winnow(settings: Settings) -> Winnow:
@@ -94,4 +96,14 @@ def _summary(stream: CompletionStream) -> str:
         f"{report.num_prompt_tokens:,} prompt tokens, {where}, "
         f"{report.num_selected_tokens:,} went on; KV {report.kv_bytes_kept / 2**20:.1f} of "
         f"{report.kv_bytes_full / 2**20:.1f} MiB; {len(stream.token_ids):,} tokens generated"
+    )
+
+
+def _unpruned(stream: CompletionStream, threshold: float) -> str:
+    """Why a prompt that was long enough was computed whole, and what to do."""
+    layer_idx, least = min(stream.report.rho, key=lambda one: one[1])
+    return (
+        f"the prompt was computed whole: relative rank variance came down to {least:.2g} (layer "
+        f"{layer_idx}), not below the threshold, {threshold:g}; `winnow calibrate` finds settings "
+        "for the model, latest_layer a layer that selects in any case"
     )

@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(_add_command(commands, "generate", "answer one prompt in this process"))
     _add_explain(_add_command(commands, "explain", "show on a page what was kept of one prompt"))
     _add_eval(_add_command(commands, "eval", "measure how well pruned prompts are answered"))
+    _add_calibrate(_add_command(commands, "calibrate", "find pruning settings for a model"))
     health = commands.add_parser("health", help="ask whether a gateway or a worker serves")
     health.add_argument("target", help="http://HOST:PORT/ready, or a decode worker's HOST:PORT")
     health.add_argument("--service", default="", help="of a decode worker (default: all)")
@@ -164,6 +165,17 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_eval, config=None, farewell=farewell)
 
 
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    from services.cli import flags  # noqa: PLC0415 - loads pydantic
+    from services.cli.calibrate import add_calibrate_flags  # noqa: PLC0415 - loads tasks
+
+    add_calibrate_flags(parser)
+    model = ("model", "device", "dtype", "max_model_len", "pruning")
+    flags.add_settings_flags(parser, {"Model": model, "Memory": ("num_threads", "kv_memory_bytes")})
+    farewell = "stopped; the same command goes on in {0.folder}"
+    parser.set_defaults(run=_calibrate, config=None, farewell=farewell)
+
+
 def _settings(args: argparse.Namespace) -> "Settings":
     from services.cli import flags  # noqa: PLC0415 - loads pydantic
     from services.common.settings import load_settings  # noqa: PLC0415 - loads pydantic
@@ -233,6 +245,12 @@ def _eval(args: argparse.Namespace) -> None:
     from services.cli.eval import run_eval  # noqa: PLC0415 - loads tasks
 
     run_eval(args, _settings(args))
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from services.cli.calibrate import run_calibrate  # noqa: PLC0415 - loads tasks
+
+    run_calibrate(args, _settings(args))
 
 
 def _ready_message(settings: "Settings") -> str:

@@ -66,7 +66,7 @@ def _ask_until(url: str, until_s: float, number: int) -> None:
     """Long and short prompts, each method's own path, an answer long enough to be cut back."""
     settings = [
         {"threshold": 1e6},
-        {"threshold": 0.0},
+        {"threshold": 0.0, "latest_layer": None},
         {"method": "snapkv", "decode_budget": 48, "recompress_interval": 8},
     ]
     with httpx.Client(base_url=url, timeout=60) as http:

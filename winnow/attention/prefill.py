@@ -23,10 +23,18 @@ class PrefillAttention:
     def __call__(
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
+        self.observe(query, key, value, scaling)
+        return causal_attention(query, key, value, scaling)
+
+    def observe(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        """Keeps what is wanted of a layer; of `query` the last tokens' at least."""
         self.keys, self.values, self.scaling = key[0], value[0], scaling
         last = slice(None) if self._num_queries is None else slice(-self._num_queries, None)
         self.queries = query[0, :, last].contiguous()
-        return causal_attention(query, key, value, scaling)
+
+    def looks_at_most_at(self, num_queries: int) -> bool:
+        """Whether the last `num_queries` tokens' queries are all that is wanted."""
+        return self._num_queries is not None and self._num_queries <= num_queries
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
