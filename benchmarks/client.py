@@ -1,4 +1,4 @@
-"""A client of the service: prompts of random words, and streamed answers with their times."""
+"""HTTP client for the benchmarks: random-word prompts and timed streaming completions."""
 
 import json
 import random
@@ -13,7 +13,7 @@ WORDS = ["river", "stone", "lantern", "garden", "window", "harbor", "market", "w
 
 @dataclass
 class TimedAnswer:
-    """One streamed completion: seconds to each piece of text and in all, and its `usage`."""
+    """A streamed completion: seconds until each text chunk and until the end, and its `usage`."""
 
     times_s: list[float] = field(default_factory=list)
     total_s: float = 0.0
@@ -25,7 +25,7 @@ class TimedAnswer:
 
 
 async def prompt_of(client: httpx.AsyncClient, num_tokens: int, seed: int) -> list[int]:
-    """Token ids of random words, exactly `num_tokens`."""
+    """Token IDs of a random-word prompt of exactly `num_tokens` tokens."""
     rng = random.Random(seed)
     text = " ".join(rng.choices(WORDS, k=2 * num_tokens))
     response = await client.post("/tokenize", json={"prompt": text})
@@ -55,6 +55,8 @@ async def complete(
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
                 chunk = json.loads(line[6:])
+                if "error" in chunk:
+                    raise RuntimeError(chunk["error"]["message"])
                 answer.usage = chunk.get("usage") or answer.usage
                 if chunk["choices"]:
                     answer.times_s.append(time.perf_counter() - start)

@@ -1,9 +1,9 @@
-"""Decode: tokens per second against batch size and context length, beside transformers' own.
+"""Decode benchmark: tokens per second by batch size and context length, against transformers.
 
-Each row runs the engine on `batch` sequences whose caches hold `context` entries per KV head
-(random ones: the work does not depend on their values). The floor of a step is the time to read
-the weights once and every sequence's keys and values once, at the memory bandwidth measured in the
-same run; `transformers` is its forward on a batch of equal length with a DynamicCache.
+Each row runs the engine on `batch` sequences whose KV caches hold `context` entries per KV head
+(random values: the work does not depend on them). The floor of a step is the time to read the
+weights once and every sequence's keys and values once, at the memory bandwidth measured in the
+same run. `transformers` is its forward pass on a batch of equal lengths with a DynamicCache.
 """
 
 import tempfile
@@ -72,7 +72,7 @@ def their_step(path: Path, shape: ModelShape, batch: int, context: int) -> Calla
 
 
 def seconds_per_step(step: Callable[[], object], steps: int) -> float:
-    """Median over the rounds of the mean time of a step."""
+    """Mean time of a step, as the median over ROUNDS rounds."""
     step()
     rounds = []
     for _ in range(ROUNDS):
@@ -84,7 +84,7 @@ def seconds_per_step(step: Callable[[], object], steps: int) -> float:
 
 
 def read_bandwidth() -> float:
-    """Bytes per second at which memory is read here, all threads."""
+    """Memory read bandwidth in bytes per second, using all threads."""
     block = torch.ones(1 << 28, dtype=torch.float32)  # 1 GiB
     seconds = []
     for _ in range(4):

@@ -1,12 +1,12 @@
-"""The running service: where the time to the first token goes, and many clients at once.
+"""End-to-end benchmark: breakdown of TTFT, and throughput with many concurrent clients.
 
-Starts `winnow serve` on the embedded model and talks to it over HTTP. For each prompt length, with
-pruning on (the model's own settings) and off, in turn: TTFT split into waiting for the engine,
-prefill compute, transfer that compute did not hide, first step (with admission, the hop to prefill
-and the hand-over to the batch: the gateway's TTFT less the former), and HTTP (what the client
-measures on top of the gateway). The floor of TTFT is prefill compute. Then streaming clients side
-by side, each with a prompt of its own: tokens per second against one client alone. Last a larger
-model, whose prefill and decode share the cores (benchmarks/shared_cores.py).
+Starts `winnow serve` on the embedded model and calls it over HTTP. For each prompt length, with
+pruning on (the model's own settings) and off, in turn, TTFT is split into: waiting for the engine,
+prefill compute, transfer not hidden by compute, first step (which includes admission, the call to
+prefill and joining the batch: the gateway's TTFT minus the former three), and HTTP (what the client
+measures on top of the gateway). The floor of TTFT is prefill compute. Then concurrent streaming
+clients, each with its own prompt: tokens per second against a single client. Last, a larger model
+whose prefill and decode share the cores (benchmarks/shared_cores.py).
 """
 
 import asyncio
@@ -29,7 +29,7 @@ UNPRUNED = {"method": "full"}
 async def split_ttft(
     client: httpx.AsyncClient, num_tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """One row per setting: medians over the rounds, in milliseconds."""
+    """One row per setting, with medians over the rounds in milliseconds."""
     answers: dict[str, list[TimedAnswer]] = {"pruned": [], "unpruned": []}
     for seed in range(rounds + 1):
         prompt = await prompt_of(client, num_tokens, seed)
@@ -67,7 +67,7 @@ def _ttft_row(
 async def side_by_side(
     client: httpx.AsyncClient, counts: list[int], max_tokens: int
 ) -> list[dict[str, Any]]:
-    """Tokens per second of all clients together, for each number of clients."""
+    """Tokens per second of all clients together, one row per number of clients."""
     rows: list[dict[str, Any]] = []
     for count in counts:
         prompts = [await prompt_of(client, 256, seed) for seed in range(count)]

@@ -1,11 +1,11 @@
-"""Migration: a running prompt goes on at another decode worker, by moving its KV or by replay.
+"""Migration benchmark: moving a running sequence's KV to another decode worker, against replay.
 
-Two decode workers and a prefill engine with all their gRPC servers, in one process. A prompt is
-prefilled into the first worker and generates some tokens. Then, in turns: the second worker fetches
-it (what a drained worker's prompts do), or the prompt is prefilled again into the second worker,
-which replays the tokens (what a killed worker's do). Measured from the request to the second worker
-to its first new token; medians. The floor of a move is the time in which a raw socket carries the
-sequence's bytes, measured beside it.
+Runs two decode workers and a prefill engine with all their gRPC servers in one process. A prompt is
+prefilled into the first worker and generates some tokens. Then, in turn: the second worker fetches
+its KV (as when a worker drains), or the prompt is prefilled again into the second worker, which
+replays the tokens (as when a worker is killed). Reports the median time from the request to the
+second worker until its first new token. The floor of a move is the time a raw socket takes to
+carry the sequence's bytes, measured in the same run.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ from winnow.pruning_settings import PruningSettings
 from winnow.sampling_params import SamplingParams
 
 NUM_GENERATED = 64
-MAX_TOKENS = 4 * NUM_GENERATED  # so that the first worker has not ended before it is asked
+MAX_TOKENS = 4 * NUM_GENERATED  # so the sequence is still running when it is migrated
 SAMPLING = SamplingParams(max_tokens=MAX_TOKENS, temperature=0, ignore_eos=True)
 TIMEOUT_S = 1800.0
 FULL = PruningSettings(method="full", compression="none", kv_budget=None)
@@ -56,7 +56,7 @@ class Bench:
     router: Router
 
     async def begin(self, request: PromptRequest) -> tuple[GenerateCall, list[int]]:
-        """The prompt at whichever worker has most room, with NUM_GENERATED tokens."""
+        """Start the request on the worker with the most room; read NUM_GENERATED tokens."""
         call = await open_generate_call(self.router, request, self.description, TIMEOUT_S)
         await self.prefill_into(call, request)
         return call, await read_tokens(call, NUM_GENERATED)
@@ -75,7 +75,7 @@ class Bench:
         await asyncio.wrap_future(self.prefill.submit(job))
 
     async def move(self, request: PromptRequest) -> tuple[float, int]:
-        """Seconds to the first new token, and the sequence's bytes."""
+        """Migrate by moving KV.  Returns seconds to the first new token, and the KV's bytes."""
         old, _ = await self.begin(request)
         (holder,) = (w for w in self.workers if w.worker_id == old.worker_id)
         num_bytes = holder.engine.stats().pool.kv_bytes_used
@@ -89,7 +89,7 @@ class Bench:
         return seconds, num_bytes
 
     async def replay(self, request: PromptRequest) -> float:
-        """Seconds to the first new token; the first worker has lost the prompt."""
+        """Migrate by replay.  Returns seconds to the first new token; the first call is closed."""
         old, tokens = await self.begin(request)
         asked = replace(request, request_id=f"{request.request_id}.r", replayed=(tuple(tokens),))
         old.close()
@@ -119,7 +119,7 @@ async def read_tokens(call: GenerateCall, count: int) -> list[int]:
 
 
 def socket_seconds(num_bytes: int) -> float:
-    """One TCP connection over loopback, into one buffer."""
+    """Seconds to send `num_bytes` over one loopback TCP connection into one reused buffer."""
     payload = bytes(1 << 20)
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as threads:
         receiver = threads.submit(_receive, listener, num_bytes)
@@ -181,7 +181,7 @@ async def running(path: Path) -> AsyncIterator[Bench]:
 
 
 async def compare(name: str, path: Path, num_tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """One row per setting of the cache."""
+    """One row per cache setting."""
     rows: list[dict[str, Any]] = []
     async with running(path) as bench:
         defaults = pruning_defaults(path, bench.description.shape.num_layers)

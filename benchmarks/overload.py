@@ -1,11 +1,10 @@
-"""Overload: what becomes of answers when more requests come than the service can carry out.
+"""Overload benchmark: goodput when requests arrive faster than the service can handle them.
 
-Starts `winnow serve` on the embedded model. First clients that wait for each answer before they ask
-again, twice as many as the batch needs, tell the rate that saturates it. Then requests come by
-themselves, at random moments (Poisson), at a half, once, twice and three times that rate. Goodput
-is whole answers per second, of requests that came within the time; the others are refused with 429
-at once, which costs the client a retry and the service next to nothing. The aim: at three times
-the load at least 0.9 of the best.
+Starts `winnow serve` on the embedded model. A closed loop of clients, twice as many as the batch
+needs, first measures the saturating rate. Then requests arrive in an open loop (Poisson) at 0.5, 1,
+2 and 3 times that rate. Goodput is complete answers per second, over the requests that arrived
+within the time; the others are refused at once with 429, which costs the client a retry and the
+service almost nothing. Target: goodput at three times the load is at least 0.9 of the best.
 """
 
 import asyncio
@@ -28,7 +27,7 @@ LOADS = (0.5, 1.0, 2.0, 3.0)
 async def saturating_rate(
     client: httpx.AsyncClient, prompts: list[list[int]], duration_s: float
 ) -> float:
-    """Answers per second to clients that ask again as soon as they have an answer."""
+    """Answers per second to clients that send a new request as soon as they have an answer."""
     end_s, answered = time.perf_counter() + duration_s, 0
 
     async def ask_again_and_again(seed: int) -> None:
@@ -45,7 +44,7 @@ async def saturating_rate(
 async def offered(
     client: httpx.AsyncClient, prompts: list[list[int]], rate: float, duration_s: float
 ) -> tuple[list[TimedAnswer], Counter[int], float]:
-    """Answers, refusals by status, and the seconds until the last request had ended."""
+    """Answers, refusals by HTTP status, and seconds until the last request ended."""
     rng, answers, refused = random.Random(0), list[TimedAnswer](), Counter[int]()
 
     async def ask(prompt: list[int]) -> None:

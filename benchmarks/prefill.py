@@ -1,12 +1,12 @@
-"""Prefill: time and peak memory against prompt length, beside transformers' own.
+"""Prefill benchmark: time and peak memory by prompt length, against transformers.
 
-Contestants: `transformers` (its forward with a KV cache, logits of the last token, as `generate`
-prefills), and our layer loop with methods `full`, `fastkv` and `asl`, which select at half depth
-(ASL by `latest_layer`, so that the cost of watching the ranks is in its time). Each contestant runs
-in a process of its own, in turn, so that one's memory is not the other's.
+Contestants: `transformers` (its forward pass with a KV cache and logits of the last token, as
+`generate` prefills), and our layer loop with methods `full`, `fastkv` and `asl`, which select at
+half depth (ASL by `latest_layer`, so its time includes watching the ranks). Each contestant runs in
+its own process, in turn, so that their memory is measured apart.
 
-The floor of a pruned run is the share of layer-tokens that it computes; attention, which falls
-faster than that, can bring it below.
+The floor of a pruned run is the share of layer-tokens that it computes. Attention shrinks faster
+than that, so a run can be below the floor.
 """
 
 import gc
@@ -33,11 +33,11 @@ from winnow.pruning_settings import PruningSettings
 
 THEIRS, UNPRUNED = "transformers", "full"
 CONTESTANTS = (THEIRS, UNPRUNED, "fastkv", "asl")
-SELECT_SHARE = 8  # one of eight tokens goes on
+SELECT_SHARE = 8  # one in eight tokens is selected
 
 
 def settings_for(contestant: str, num_layers: int, num_tokens: int) -> PruningSettings:
-    """Half depth, an eighth of the tokens, and the cache compressed to as many."""
+    """Select an eighth of the tokens at half depth, with a KV budget of the same size."""
     budget = max(64, num_tokens // SELECT_SHARE)
     half = num_layers // 2 - 1
     base = scaled_defaults(num_layers)
@@ -67,14 +67,14 @@ def our_prefill(path: Path, contestant: str) -> Callable[[list[int]], float]:
         settings = settings_for(contestant, model.shape.num_layers, len(token_ids))
         run = PrefillRun(model, token_ids, settings)
         while not run.finished:
-            run.compute_layer()  # its KV is dropped here; in the service it leaves over the wire
+            run.compute_layer()  # its KV is dropped here; the service sends it to decode
         return float(model.logits(run.result().final_hidden[None])[0, 0])
 
     return prefill
 
 
 def measure(path: Path, contestant: str, num_tokens: int, rounds: int) -> dict[str, Any]:
-    """In this process: seconds of each round, and the peak over what the weights take, in bytes."""
+    """Measure in this process: seconds of each round, and peak bytes above the loaded weights."""
     generator = torch.Generator().manual_seed(0)
     token_ids = torch.randint(0, 1000, (num_tokens,), generator=generator).tolist()
     ours = contestant != THEIRS
@@ -91,13 +91,13 @@ def measure(path: Path, contestant: str, num_tokens: int, rounds: int) -> dict[s
 
 
 def reset_peak() -> int:
-    """Lets the kernel's high-water mark begin again; the bytes resident now."""
+    """Reset the kernel's peak RSS of this process; returns the bytes resident now."""
     Path("/proc/self/clear_refs").write_text("5")
     return memory_bytes("VmRSS")
 
 
 def memory_bytes(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
+    """A field of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -105,7 +105,7 @@ def memory_bytes(field: str) -> int:
 
 
 def measure_apart(path: Path, contestant: str, num_tokens: int, rounds: int) -> dict[str, Any]:
-    """`measure` in a fresh process."""
+    """Run `measure` in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.prefill", "--child", str(path), contestant]
     result = subprocess.run(
         [*command, str(num_tokens), str(rounds)], check=True, capture_output=True, text=True
@@ -125,7 +125,7 @@ def floor_of(contestant: str, num_layers: int, num_tokens: int) -> float:
 def compare(
     name: str, path: Path, num_layers: int, num_tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """All contestants at one length, round by round in turn."""
+    """Rows of all contestants at one length, measured in turn in each round."""
     seconds: dict[str, list[float]] = {contestant: [] for contestant in CONTESTANTS}
     peaks = dict.fromkeys(CONTESTANTS, 0)
     for _ in range(rounds):

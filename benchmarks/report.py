@@ -1,4 +1,4 @@
-"""How every benchmark shows its results: one table on the terminal, and JSON."""
+"""Shared output of the benchmarks: a table on the terminal, and JSON."""
 
 import json
 import platform
@@ -13,7 +13,7 @@ from rich.table import Table
 
 
 def arguments(description: str) -> ArgumentParser:
-    """The options that all benchmarks share: --json FILE, --quick."""
+    """Argument parser with the options that all benchmarks share: --json FILE, --quick."""
     parser = ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, fewer rounds")
@@ -21,7 +21,7 @@ def arguments(description: str) -> ArgumentParser:
 
 
 def show(title: str, rows: Sequence[dict[str, Any]], notes: Sequence[str] = ()) -> None:
-    """Prints rows of equal keys as a table; floats with three significant digits."""
+    """Print rows with equal keys as a table; floats have three significant digits."""
     table = Table(title=title, title_justify="left")
     for name in rows[0]:
         table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
@@ -40,7 +40,7 @@ def _text(value: object) -> str:
 
 
 def write_json(path: Path | None, name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes the rows with what they were measured on, if a path was given."""
+    """Write the rows and the machine they were measured on to `path`, if there is one."""
     if path is None:
         return
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}

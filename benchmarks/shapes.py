@@ -1,4 +1,4 @@
-"""Random models in the shape of real ones, written to disk once per run as users load theirs."""
+"""Models for the benchmarks: the embedded one, and random ones saved to disk in real shapes."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from winnow.local import DEFAULT_MODEL
 
-# Qwen2.5-0.5B's sizes; the vocabulary is cut, since the LM head is not what is measured.
+# The sizes of Qwen2.5-0.5B, with a smaller vocabulary: the LM head is not what is measured.
 HALF_BILLION: dict[str, Any] = {
     "vocab_size": 32_000,
     "hidden_size": 896,
@@ -25,9 +25,9 @@ HALF_BILLION: dict[str, Any] = {
 
 
 def model_path(name: str, folder: Path) -> Path:
-    """`tiny`: the embedded model; `0.5b`: a random bfloat16 one, saved below `folder`.
+    """Path of a model: `tiny` is the embedded one; `0.5b` a random bfloat16 one saved in `folder`.
 
-    The random one's tokenizer knows bytes and numbers.
+    The tokenizer of the random one knows bytes and numbers.
     """
     if name == "tiny":
         return DEFAULT_MODEL

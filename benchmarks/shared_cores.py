@@ -1,8 +1,8 @@
-"""Prefill and decode on the same cores, against what they take alone.
+"""Prefill and decode sharing cores, against what each takes alone.
 
-Clients that come at once, each with a prompt of its own. The sum of the parts is the time that one
-worker would need: one prompt after the other, then the steps of all answers together. The parts
-are measured first, in a process of their own whose threads wait for each other as a worker's do.
+Clients send requests at the same time, each with its own prompt. The sum of the parts is the time
+one worker would need for the prompts one after the other, then the decode steps of all answers
+together. The parts are measured first, in their own process with a worker's OpenMP settings.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ QUICK, WHOLE = Case(4, 512, 16), Case(8, 2048, 64)
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds of one prompt, and of one step of all clients, alone."""
+    """Seconds of one prefill, and of one decode step of all clients, each measured alone."""
 
     prefill_s: float
     step_s: float
@@ -69,7 +69,7 @@ def measure_parts_apart(path: Path, case: Case) -> Parts:
 
 
 async def measure_service(url: str, case: Case, num_layers: int) -> tuple[float, list[TimedAnswer]]:
-    """Seconds of all clients together, and their answers."""
+    """Seconds for all clients together, and their answers."""
     settings = settings_for(METHOD, num_layers, case.prompt_tokens)
     names = ("method", "fixed_layer", "select_tokens", "kv_budget")
     winnow = {name: getattr(settings, name) for name in names}
@@ -87,7 +87,7 @@ async def measure_service(url: str, case: Case, num_layers: int) -> tuple[float,
 
 
 def compare(folder: Path, quick: bool) -> list[dict[str, Any]]:
-    """One row."""
+    """The benchmark's result, in one row."""
     case, path = QUICK if quick else WHOLE, model_path(MODEL, folder)
     parts = measure_parts_apart(path, case)
     with running_service("--model", str(path)) as url:
@@ -110,7 +110,7 @@ def compare(folder: Path, quick: bool) -> list[dict[str, Any]]:
 
 
 def _paces(answers: list[TimedAnswer], last_prompt_s: float) -> tuple[list[float], list[float]]:
-    """Seconds from token to token while a prompt was computed, and afterwards."""
+    """Inter-token seconds while prefill was running, and afterwards."""
     beside: list[float] = []
     alone: list[float] = []
     for before_s, after_s in _gaps(answers):

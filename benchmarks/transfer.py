@@ -1,14 +1,13 @@
-"""Transfer: GB/s of KV from one process to another over loopback, beside a raw TCP socket.
+"""Transfer benchmark: GB/s of KV between two processes over loopback, against a raw TCP socket.
 
 Contestants: `socket` (the layers' memory through one TCP connection into a reused buffer, no
 framing, no checksums), `protobuf` (the same frames as ordinary messages of the generated stub, with
-checksums) and ours: hand-framed protobuf on a sync gRPC server, at three frame sizes, and once with
-mutual TLS. All take
-turns in every round, and the result is the median. `ours` includes all that winnow.wire does:
-checksums and digest on both sides, bounds, the copy into tensors.
+checksums) and `ours`: hand-framed protobuf on a sync gRPC server, at three frame sizes, and once
+with mutual TLS. All run in turn in every round; the result is the median. `ours` includes all that
+winnow.wire does: checksums and digest on both sides, bounds checks, the copy into tensors.
 
-The floor is what is left when a raw socket's time is lengthened by one pass of CRC-32 over the
-bytes (each side's own pass runs beside the other's).
+The floor is the throughput left when one CRC-32 pass over the bytes is added to the raw socket's
+time (the passes of the two sides overlap).
 """
 
 import multiprocessing
@@ -52,7 +51,7 @@ PUSH = "/winnow.v1.KvTransfer/Push"
 
 
 def make_peers() -> PeerTls:
-    """Certificate and authority for both sides."""
+    """Mutual TLS settings that both sides use."""
     authority = trustme.CA()
     issued = authority.issue_cert("winnow")
     return PeerTls(
@@ -64,7 +63,7 @@ def make_peers() -> PeerTls:
 
 
 def make_layer() -> LayerKV:
-    """A layer of an unpruned prompt of NUM_ENTRIES tokens."""
+    """One layer of an unpruned prompt of NUM_ENTRIES tokens."""
     entries = SHAPE.num_kv_heads * NUM_ENTRIES
     positions = torch.arange(NUM_ENTRIES, dtype=torch.int32).repeat(SHAPE.num_kv_heads)
     return LayerKV(
@@ -82,11 +81,11 @@ def layer_tensors(layer: LayerKV) -> list[memoryview]:
     return [t.reshape(-1).view(torch.uint8).numpy().data for t in tensors]
 
 
-# Receiving, in the other process
+# Receiver, in the other process
 
 
 def serve(pipe: Connection, num_bytes: int, peers: PeerTls) -> None:
-    """Serves every contestant; tells their ports, and ends when the pipe does."""
+    """Serve every contestant; send their ports through `pipe`, then wait for it to say stop."""
     torch.set_num_threads(1)
     listener = socket.create_server(("127.0.0.1", 0))
     receivers = ThreadPoolExecutor(4)
@@ -115,7 +114,7 @@ def grpc_server(
 
 
 def receive_socket(listener: socket.socket, num_bytes: int) -> None:
-    """Each transfer of `num_bytes` goes into one buffer and is answered with one byte."""
+    """Receive each transfer of `num_bytes` into one buffer and answer it with one byte."""
     buffer = memoryview(bytearray(num_bytes))
     connection, _ = listener.accept()
     with listener, connection:
@@ -164,7 +163,7 @@ def receive_protobuf() -> grpc.RpcMethodHandler:
     )
 
 
-# Sending, in this process; each returns the seconds until the receipt
+# Senders, in this process; each returns the seconds until the receipt
 
 
 def socket_sender(connection: socket.socket, layer: LayerKV) -> Callable[[], float]:
@@ -222,7 +221,7 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def run(rounds: int) -> tuple[int, dict[str, list[float]]]:
-    """Bytes of a transfer, and the seconds of each round by contestant; one round is untimed."""
+    """Bytes of a transfer, and seconds of each round by contestant; the first round is untimed."""
     layer, spawn = make_layer(), multiprocessing.get_context("spawn")
     num_bytes = SHAPE.num_layers * sum(len(tensor) for tensor in layer_tensors(layer))
     pipe, theirs = spawn.Pipe()
@@ -248,7 +247,7 @@ def run(rounds: int) -> tuple[int, dict[str, list[float]]]:
 
 
 def table(num_bytes: int, times: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """One row per contestant: GB/s by the median and at best, each beside the socket's."""
+    """One row per contestant: GB/s at the median and at best, and as shares of the socket's."""
     raw, best_raw = statistics.median(times["socket"]), min(times["socket"])
     return [
         {
@@ -263,7 +262,7 @@ def table(num_bytes: int, times: dict[str, list[float]]) -> list[dict[str, Any]]
 
 
 def checksum_seconds(num_bytes: int) -> float:
-    """One pass of CRC-32 over as many bytes, in pieces that stay in the cache."""
+    """Seconds of one CRC-32 pass over `num_bytes`, in pieces that stay in the CPU cache."""
     piece = bytes(1 << 20)
     taken = [seconds(lambda: zlib.crc32(piece)) for _ in range(50)]
     return statistics.median(taken) * num_bytes / len(piece)

@@ -1,7 +1,7 @@
-"""Whether a known vulnerability is in what Winnow is installed with: `make audit`.
+"""Checks the installed packages for known vulnerabilities: `make audit`.
 
-It fails for one that is found, never because nobody could be asked: a machine without network
-says so and goes on.
+Fails only if one is found. If no vulnerability service can be reached (no network), it says so
+and succeeds.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PINNED = (ROOT / "requirements.lock", ROOT / "constraints.txt")
 
-# By id: why it does not concern Winnow. Whoever upgrades the package takes the line out.
+# Vulnerability id: why it does not concern Winnow. Remove an entry when its package is upgraded.
 IGNORED: Mapping[str, str] = {}
 
 _PIN = re.compile(r"^[A-Za-z0-9._-]+==[^\s;\\]+", re.MULTILINE)
@@ -27,7 +27,7 @@ _TIMEOUT_S = 120
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What to tell, and whether the check fails."""
+    """Text to print, and whether the check failed."""
 
     text: str
     failed: bool
@@ -38,7 +38,7 @@ def audit(
     ignored: Mapping[str, str] = IGNORED,
     options: Sequence[str] = (),
 ) -> Outcome:
-    """Asks about every `name==version` of `files`; `options` are pip-audit's, as who is asked."""
+    """Look up every `name==version` in `files`; `options` go to pip-audit (such as the service)."""
     try:
         report = _report(pins(files), ignored, options)
         return _outcome(report["dependencies"])
@@ -47,12 +47,12 @@ def audit(
 
 
 def pins(files: Sequence[Path]) -> list[str]:
-    """`name==version` of every package that is pinned there."""
+    """`name==version` of every package pinned in `files`."""
     return sorted({pin for file in files for pin in _PIN.findall(file.read_text())})
 
 
 def _report(wanted: Sequence[str], ignored: Mapping[str, str], options: Sequence[str]) -> Any:  # noqa: ANN401 - JSON
-    """What pip-audit found.  Raises ValueError, with its last words, if it could not look."""
+    """Report of pip-audit.  Raises ValueError with its last line of stderr if it has none."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(wanted))
         file.flush()
@@ -69,7 +69,7 @@ def _report(wanted: Sequence[str], ignored: Mapping[str, str], options: Sequence
 
 
 def _outcome(dependencies: Sequence[Mapping[str, Any]]) -> Outcome:
-    """Raises ValueError if the index that was asked has nothing about any package."""
+    """Raises ValueError if the vulnerability service has no data on any package."""
     lines = [
         f"audit: {dependency['name']} {dependency['version']} has {found['id']}, "
         f"fixed in {', '.join(found['fix_versions']) or 'no version yet'}"

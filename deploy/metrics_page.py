@@ -1,4 +1,4 @@
-"""docs/metrics.md, written from the metrics that each process makes: `make docs`."""
+"""Writes docs/metrics.md from the metrics each process defines: `make docs`."""
 
 from services.common.metrics import COMMON_LABELS, Described, Metrics
 from services.decode.metrics import DecodeMetrics
@@ -32,7 +32,7 @@ and open files (`process_*`).
 
 
 def render_page() -> str:
-    """The page, as Markdown."""
+    """The page as Markdown."""
     sections = [_INTRODUCTION]
     for role in ROLES:
         described = role("").described

@@ -1,1 +1,1 @@
-"""Quality of pruning: RULER, InfiniteBench and NIAH tasks that need no download, and their run."""
+"""Evaluation of pruning quality on RULER, InfiniteBench and NIAH tasks, without downloads."""

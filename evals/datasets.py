@@ -1,4 +1,4 @@
-"""The benchmarks' own datasets, from a folder: JSON lines as their scripts write them.
+"""The benchmarks' original datasets, read from a folder: JSON lines as their scripts write them.
 
 RULER: `<task>/validation.jsonl` with `input`, `outputs` and, in newer versions, `answer_prefix`.
 InfiniteBench: `<task>.jsonl` with `context`, `input` and `answer`.
@@ -37,7 +37,7 @@ _RULER_TASKS: dict[str, tuple[int, Metric]] = {
     "qa_1": (32, string_match_part),
     "qa_2": (32, string_match_part),
 }
-# Opening, lead, new tokens, metric.  In the last two the file's question ends with the lead.
+# Opening, lead, max_new_tokens, metric.  In the last two, the file's question ends with the lead.
 _INFINITEBENCH_TASKS: dict[str, tuple[str, str, int, Metric]] = {
     "passkey": (templates.PASSKEY.opening, templates.PASSKEY.lead, 6, first_integer),
     "number_string": (
@@ -47,7 +47,7 @@ _INFINITEBENCH_TASKS: dict[str, tuple[str, str, int, Metric]] = {
         first_integer,
     ),
     "kv_retrieval": (
-        templates.KEY_VALUE.opening.removesuffix("JSON data:\n"),  # the file's context has it
+        templates.KEY_VALUE.opening.removesuffix("JSON data:\n"),  # already in the file's context
         "",
         50,
         exact_value,
@@ -68,7 +68,7 @@ class RulerFile:
     group: str = "ruler"
 
     def example(self, index: int, seed: int, length: int, count: CountTokens) -> Example:
-        """Line `index`; `seed` has no say."""
+        """The example in line `index`; `seed` is ignored."""
         row = _row(self.path, index, ("input", "outputs"))
         prefix = str(row.get("answer_prefix") or "")
         text = str(row["input"]).removesuffix(prefix)
@@ -84,8 +84,8 @@ class RulerFile:
 class InfiniteBenchFile:
     """An InfiniteBench task's `.jsonl`.
 
-    opening: text before the context; may name what the question instances for (`{what}`).
-    lead: beginning of the answer, where the file's question lacks it.
+    opening: text before the context; `{what}` in it is replaced by what the question asks for.
+    lead: beginning of the answer, if the file's question lacks it.
     """
 
     name: str
@@ -97,7 +97,7 @@ class InfiniteBenchFile:
     group: str = "infinitebench"
 
     def example(self, index: int, seed: int, length: int, count: CountTokens) -> Example:
-        """Line `index`; `seed` has no say."""
+        """The example in line `index`; `seed` is ignored."""
         row = _row(self.path, index, ("context", "input", "answer"))
         question = str(row["input"])
         asked_for = _ASKED_FOR.search(question)
@@ -118,7 +118,7 @@ class InfiniteBenchFile:
 
 
 def original_tasks(data_dir: Path) -> Sequence[Task]:
-    """The tasks of both benchmarks, each read from its file when its first example is made."""
+    """The tasks of both benchmarks; a task's file is read when its first example is made."""
     ruler = [
         RulerFile(name, data_dir / name / "validation.jsonl", max_new_tokens, metric)
         for name, (max_new_tokens, metric) in _RULER_TASKS.items()
@@ -150,7 +150,7 @@ def _row(path: Path, index: int, fields: Sequence[str]) -> dict[str, Any]:
 
 
 def _answers(path: Path, index: int, found: object) -> tuple[str, ...]:
-    """One text or number, or a list of them."""
+    """The reference answers as strings; `found` is a string or number, or a list of them."""
     answers = found if isinstance(found, list) else [found]
     wrong = [
         answer for answer in answers if answer == "" or not isinstance(answer, str | int | float)

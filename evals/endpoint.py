@@ -1,4 +1,4 @@
-"""Answers of a running Winnow service over its REST API, several requests at a time."""
+"""EndpointModel: answers from a running Winnow service over its REST API, in parallel requests."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,9 +13,9 @@ from evals.variants import Variant
 
 
 class EndpointModel:
-    """The model that a service serves; prompts go there as token ids of its own tokenizer.
+    """A model served by a Winnow service; prompts are sent as token ids of its tokenizer.
 
-    pruning: sent with every request, under what the variant instances for.
+    pruning: sent with every request; the variant's settings override it.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class EndpointModel:
         chat: bool,
         pruning: Mapping[str, Any],
     ) -> None:
-        """Raises InvalidSetting if no Winnow service answers there, or it has no such model."""
+        """Raises InvalidSetting if there is no Winnow service, or it does not serve the model."""
         self._client = client
         self._chat = chat
         self._pruning = dict(pruning)
@@ -50,13 +50,13 @@ class EndpointModel:
         return len(self._tokenize(prompt=text, add_special_tokens=False))
 
     def threshold(self, variant: Variant) -> float | None:
-        """Known only where the request sets it."""
+        """Known only if the request sets it."""
         return self._changes(variant).get("threshold")
 
     def require_runs(
         self, variants: Sequence[Variant], num_prompt_tokens: int, max_new_tokens: int
     ) -> None:
-        """Sends one prompt of that length per variant, so that the service's own limits count."""
+        """Send one prompt of that length per variant, to check the service's own limits."""
         token_ids = self._tokenize(prompt="the " * num_prompt_tokens)[:num_prompt_tokens]
         with ThreadPoolExecutor(self._client.num_parallel) as threads:
             list(threads.map(lambda v: self._complete(token_ids, v, max_new_tokens), variants))
@@ -83,7 +83,7 @@ class EndpointModel:
             "prompt": list(token_ids),
             "max_tokens": max_new_tokens,
             "temperature": 0,
-            "repetition_penalty": 1,  # as in this process, whatever the service's default is
+            "repetition_penalty": 1,  # as in LocalModel, whatever the service's default is
             "winnow": self._changes(variant),
         }
         started_s = time.perf_counter()
@@ -104,7 +104,7 @@ class EndpointModel:
         return self._frame(example.user_message()) + lead
 
     def _frame(self, text: str) -> list[int]:
-        """The text as a prompt of its own."""
+        """Token ids of the text as a whole prompt."""
         if self._chat:
             return self._tokenize(messages=[{"role": "user", "content": text}])
         return self._tokenize(prompt=text)

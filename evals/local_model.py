@@ -1,4 +1,4 @@
-"""Answers in this process: one prompt after the other is prefilled, all are decoded together."""
+"""LocalModel: answers computed in this process; prefill one by one, decode in a batch."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -6,20 +6,25 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from evals.calibrate.recording import RecordedModel
 from evals.model import Answer, Instance
 from evals.tasks.base import Example
 from evals.variants import Variant
 from winnow import BatchJob, PruningSettings, SamplingParams, Winnow
 from winnow.defaults import override, pruning_defaults
+from winnow.engine.kv_pool import KVPoolConfig
 from winnow.errors import InvalidSetting
 from winnow.model_files import describe_model
+from winnow.models import load_model
 from winnow.tokenizer import load_tokenizer
 
 
 class LocalModel:
-    """A model folder or hub model, whose weights are loaded when everything else was checked.
+    """A model folder or hub model; its weights are loaded on first use, after all other checks.
 
-    pruning: settings over the model's own, under what a variant instances for.
+    pruning: overrides the model's own settings; the variant's settings override both.
+    record_window: compute a prompt's layers once for all its variants, none of which may have a
+    wider window; None: each answer is computed, and timed, on its own.
     """
 
     def __init__(
@@ -33,6 +38,7 @@ class LocalModel:
         max_batch_size: int,
         pruning: dict[str, Any],
         chat: bool,
+        record_window: int | None = None,
     ) -> None:
         """Raises UnusableModel, InvalidSetting, or InvalidRequest for a missing chat template."""
         self._name = Path(model).name
@@ -40,24 +46,26 @@ class LocalModel:
             model, device=device, dtype=dtype, max_model_len=max_model_len
         )
         path, num_layers = self._description.path, self._description.shape.num_layers
-        self._pruning = override(pruning_defaults(path, num_layers), pruning)
+        self._pruning = override(pruning_defaults(self._description.folder, num_layers), pruning)
         self._tokenizer = load_tokenizer(path)
         self._tokenizer.require_fits(self._description.vocab_size)
         self._chat = chat
         self._frame_tokens = len(self._frame(""))
-        self._load = partial(
-            Winnow.load,
-            path,
-            device=device,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            kv_memory_bytes=kv_memory_bytes,
-            max_batch_size=max_batch_size,
+        self._load_model = partial(
+            load_model, path, device=device, dtype=dtype, max_model_len=max_model_len
         )
+        self._record_window = record_window
+        self._pool_config = KVPoolConfig(kv_memory_bytes)
+        self._max_batch_size = max_batch_size
 
     @cached_property
     def _winnow(self) -> Winnow:
-        return self._load()
+        model = self._load_model()
+        if self._record_window is not None:
+            model = RecordedModel(model, self._record_window)
+        return Winnow(
+            model, self._tokenizer, self._pruning, self._pool_config, self._max_batch_size
+        )
 
     @property
     def max_positions(self) -> int:
@@ -139,13 +147,13 @@ class LocalModel:
         return self._frame(example.user_message()) + lead
 
     def _frame(self, text: str) -> list[int]:
-        """The text as a prompt of its own."""
+        """Token ids of the text as a whole prompt."""
         if self._chat:
             return self._tokenizer.render_chat([{"role": "user", "content": text}])
         return self._tokenizer.encode(text)
 
     def _settings(self, variant: Variant) -> PruningSettings:
-        """Raises InvalidSetting for what cannot work."""
+        """The settings for a variant; raises InvalidSetting if they are invalid."""
         own = {"method": variant.spec.method} | dict(variant.spec.options)
         window_size = override(self._pruning, own).window_size
         if variant.budget is not None and variant.budget <= window_size:

@@ -1,4 +1,4 @@
-"""The benchmarks' scores of one answer, 0 to 1."""
+"""The benchmarks' metrics: the score of one answer, 0 to 1."""
 
 import re
 from collections.abc import Sequence
@@ -9,23 +9,23 @@ _KEY_VALUE_BREAKS = str.maketrans(dict.fromkeys("\n:\"'.,?!{}", " "))
 
 
 def string_match_all(answer: str, references: Sequence[str]) -> float:
-    """Share of the references that the answer contains, in any case (RULER)."""
+    """Share of the references that the answer contains, ignoring case (RULER)."""
     return sum(_contains(answer, reference) for reference in references) / len(references)
 
 
 def string_match_part(answer: str, references: Sequence[str]) -> float:
-    """1 if the answer contains any of the references, in any case (RULER's questions)."""
+    """1 if the answer contains any of the references, ignoring case (RULER's QA tasks)."""
     return float(any(_contains(answer, reference) for reference in references))
 
 
 def first_integer(answer: str, references: Sequence[str]) -> float:
-    """1 if the first run of digits is the reference (InfiniteBench's pass keys and strings)."""
+    """1 if the first run of digits equals the reference (InfiniteBench passkey, number_string)."""
     found = _INTEGER.search(answer)
     return float(found is not None and found[0] == references[0])
 
 
 def first_number(answer: str, references: Sequence[str]) -> float:
-    """1 if the first number is the reference's (InfiniteBench's math_find)."""
+    """1 if the first number equals the reference's (InfiniteBench math_find)."""
     found, expected = _NUMBER.search(answer), _NUMBER.search(references[0])
     if found is None or expected is None:
         return 0.0
@@ -33,7 +33,7 @@ def first_number(answer: str, references: Sequence[str]) -> float:
 
 
 def exact_value(answer: str, references: Sequence[str]) -> float:
-    """1 if the reference is a word of the answer, punctuation aside (kv_retrieval)."""
+    """1 if the reference is a word of the answer, ignoring punctuation (kv_retrieval)."""
     return float(references[0] in answer.translate(_KEY_VALUE_BREAKS).split())
 
 

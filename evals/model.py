@@ -1,4 +1,4 @@
-"""What answers an evaluation's prompts, be it in this process or a service."""
+"""The interface of models under evaluation, in this process or behind a service."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from evals.variants import Variant
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Instance:
-    """One example, to be answered under one variant; `length` is the one that was asked for."""
+    """One example to answer under one variant; `length` is the requested prompt length."""
 
     example: Example
     length: int
@@ -19,9 +19,9 @@ class Instance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerStats:
-    """What an answer took and what was done to its prompt (fields as in PrefillReport).
+    """Cost of an answer, and the pruning of its prompt (fields as in PrefillReport).
 
-    prefill_s: the prompt's own compute.  seconds: until the last token, beside other prompts.
+    prefill_s: prefill time of the prompt.  seconds: until the last token, other prompts' included.
     """
 
     num_prompt_tokens: int
@@ -44,32 +44,32 @@ class Answer(AnswerStats):
 
 
 class Model(Protocol):
-    """Prompts go in as token ids, so that every kind of model sees the same ones.
+    """A model under evaluation. Prompts are passed as token ids, so that all models see the same.
 
-    In a chat the answer's beginning (Example.lead) opens the assistant's turn, as in RULER.
+    In a chat, the beginning of the answer (Example.lead) opens the assistant's turn, as in RULER.
     """
 
     @property
     def max_positions(self) -> int:
-        """Tokens that a prompt and its answer may have together."""
+        """The most tokens of a prompt and its answer together."""
 
     @property
     def frame_tokens(self) -> int:
-        """Tokens that go around a prompt's text: special ones, the chat template's."""
+        """Tokens added to a prompt's text: special tokens and the chat template's."""
 
     def identity(self) -> dict[str, Any]:
-        """What makes answers comparable; kept with a run, which goes on only with the same."""
+        """What answers depend on; stored with a run, which can only be resumed with the same."""
 
     def count(self, text: str) -> int:
-        """Tokens of a text, without special ones."""
+        """Number of tokens of a text, without special tokens."""
 
     def threshold(self, variant: Variant) -> float | None:
-        """ASL's threshold under this variant, if it is known."""
+        """ASL's threshold under this variant, if known."""
 
     def require_runs(
         self, variants: Sequence[Variant], num_prompt_tokens: int, max_new_tokens: int
     ) -> None:
-        """Raise what a prompt and an answer of those lengths would be refused with."""
+        """Raise the error that a prompt and an answer of these lengths would be refused with."""
 
     def answers(self, instances: Iterable[Instance]) -> Iterator[tuple[Instance, Answer]]:
-        """Each instance with its answer as soon as it is there, in any order."""
+        """Yield each instance with its answer as soon as it is available, in any order."""

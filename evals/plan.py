@@ -1,4 +1,4 @@
-"""What an evaluation is to run, parsed and checked before anything is loaded."""
+"""The plan of an evaluation, parsed and validated before anything is loaded."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from evals.records import Key
 from evals.summary import Setup
 from evals.tasks.base import Task
 from evals.variants import Variant, parse_list
@@ -19,8 +20,9 @@ _LENGTH = re.compile(r"(\d{1,9})(k?)", re.IGNORECASE)
 class Plan:
     """Every task at every length under every variant, `num_samples` times.
 
-    lengths: prompt tokens at most.  chat: prompts go into the model's chat template.
-    depths, data_dir: what the tasks were made with.
+    lengths: limits on prompt tokens.  chat: prompts are rendered with the chat template.
+    depths, data_dir: the arguments that the tasks were made with.
+    first_index: of the samples.
     """
 
     tasks: tuple[Task, ...]
@@ -31,6 +33,7 @@ class Plan:
     chat: bool
     depths: int
     data_dir: Path | None
+    first_index: int = 0
 
     def __post_init__(self) -> None:
         for name, value in (("samples", self.num_samples), ("depths", self.depths)):
@@ -38,16 +41,23 @@ class Plan:
                 raise InvalidSetting(f"--{name} is {value}; it must be at least 1", param=name)
 
     @property
-    def num_instances(self) -> int:
-        places = len(self.tasks) * len(self.lengths) * len(self.variants)
-        return places * self.num_samples
+    def indices(self) -> range:
+        return range(self.first_index, self.first_index + self.num_samples)
+
+    def keys(self) -> set[Key]:
+        """One for each answer that is asked for."""
+        return {
+            key_of(task, length, index, variant)
+            for index, length, task in self.places()
+            for variant in self.variants
+        }
 
     def places(self) -> Iterator[tuple[int, int, Task]]:
-        """(index, length, task), all tasks at all lengths before the next sample of any.
+        """Yield (index, length, task): all tasks at all lengths before the next sample of any.
 
-        So a run that is stopped has looked at everything alike.
+        So a run that is interrupted has covered all of them evenly.
         """
-        for index in range(self.num_samples):
+        for index in self.indices:
             for length in self.lengths:
                 for task in self.tasks:
                     yield index, length, task
@@ -60,7 +70,7 @@ class Plan:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """What a run in the same folder must have in common with this one."""
+        """The settings that a resumed run must share with this one."""
         return {
             "tasks": [task.name for task in self.tasks],
             "lengths": list(self.lengths),
@@ -74,8 +84,13 @@ class Plan:
         }
 
 
+def key_of(task: Task, length: int, index: int, variant: Variant) -> Key:
+    """The key of the record that an answer leaves."""
+    return (task.name, length, index, variant.method, variant.budget)
+
+
 def parse_lengths(text: str) -> tuple[int, ...]:
-    """`1k,2048`, ascending; k is 1,024 tokens.  Raises InvalidSetting."""
+    """Parse lengths like `1k,2048`, ascending; k is 1,024 tokens.  Raises InvalidSetting."""
     return tuple(sorted({_parse_length(part) for part in parse_list("length", text)}))
 
 
@@ -89,7 +104,7 @@ def _parse_length(text: str) -> int:
 
 
 def parse_budgets(text: str) -> tuple[int, ...]:
-    """`64,128`, ascending.  Raises InvalidSetting."""
+    """Parse budgets like `64,128`, ascending.  Raises InvalidSetting."""
     parts = parse_list("budget", text)
     wrong = [part for part in parts if not part.isdecimal() or int(part) == 0]
     if wrong:
@@ -98,9 +113,9 @@ def parse_budgets(text: str) -> tuple[int, ...]:
 
 
 def choose_tasks(text: str, known: Sequence[Task]) -> tuple[Task, ...]:
-    """Tasks by name, by group, or by a pattern like `chain_*`, in the order of `known`.
+    """Select tasks by name, group, or pattern like `chain_*`, in the order of `known`.
 
-    Raises InvalidSetting, listing what is known, for one that matches nothing.
+    Raises InvalidSetting, listing what is known, for a pattern that matches nothing.
     """
     patterns = parse_list("tasks", text)
     for pattern in patterns:

@@ -1,7 +1,7 @@
-"""Filler prose: sentences that carry no fact anyone is asked about, in five styles.
+"""Filler prose in five styles, without any fact that a question asks about.
 
-English comes from Python's own documentation (`pydoc_data`, in every installation), so that real
-words and punctuation are seen without a download.
+English text comes from Python's own documentation (`pydoc_data`, in every installation), for real
+words and punctuation without a download.
 """
 
 import random
@@ -34,7 +34,7 @@ def documentation_sentences() -> tuple[str, ...]:
 
 
 def template_sentence(rng: random.Random) -> str:
-    """A grammatical sentence of random words; shares its vocabulary with the keys."""
+    """A grammatical sentence of random words, from the same vocabulary as the keys."""
 
     def thing() -> str:
         adjective = rng.choice(ADJECTIVES) + " " if rng.random() < 0.5 else ""
@@ -90,17 +90,17 @@ _STYLE_WEIGHTS = (35, 25, 15, 10, 15)
 
 
 def noise() -> Iterator[str]:
-    """RULER's noise, without end."""
+    """RULER's noise, endlessly."""
     return repeat(" ".join(_NOISE))
 
 
 def essay(rng: random.Random) -> Iterator[str]:
-    """Prose without end: documentation and template sentences, in place of RULER's essays."""
+    """Endless prose, in place of RULER's essays: documentation and template sentences."""
     while True:
         yield rng.choice((template_sentence, _documentation))(rng)
 
 
 def pick_style(rng: random.Random) -> Callable[[random.Random], str]:
-    """A sentence maker for one context, so that each context keeps to one kind of prose."""
+    """A sentence generator for one context, so that each context has one kind of prose."""
     (makers,) = rng.choices(_STYLES, weights=_STYLE_WEIGHTS)
     return lambda sentence_rng: sentence_rng.choice(makers)(sentence_rng)

@@ -1,6 +1,6 @@
-"""A run's folder: settings.json says what was asked, samples.jsonl holds one answer per line.
+"""A run's folder: settings.json has the settings, samples.jsonl one answer per line.
 
-A run that was killed goes on in its folder: whole lines count, a torn last one is dropped.
+A run that was killed is resumed from its folder; an incomplete last line is dropped.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ from winnow.errors import InvalidSetting
 SETTINGS_FILE = "settings.json"
 SAMPLES_FILE = "samples.jsonl"
 
-# Task, length, index, method, budget: one answer is asked for each.
+# Task, length, index, method, budget: identifies one answer.
 Key = tuple[str, int, int, str, int | None]
 
 
@@ -25,8 +25,8 @@ Key = tuple[str, int, int, str, int | None]
 class Record(AnswerStats):
     """One answer and its score (0 to 1).
 
-    method, budget: the variant as it was asked for; no budget for `full`.
-    depth: of the needle, 0 (beginning) to 1 (end), where the task varies it.
+    method, budget: the variant as requested; no budget for `full`.
+    depth: of the needle, 0 (beginning) to 1 (end), if the task varies it.
     """
 
     task: str
@@ -48,10 +48,10 @@ _NAMES = {field.name for field in fields(Record)}
 
 
 class RunFolder:
-    """The records of one run, open for more; a context manager that lets nobody else write."""
+    """The records of one run, open for appending; a context manager that locks the folder."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        """Raises InvalidSetting if the folder is another run's, is in use or cannot be written."""
+        """Raises InvalidSetting if the folder has another run, is in use or cannot be written."""
         self.folder = folder
         self.records: list[Record] = []
         try:
@@ -72,7 +72,7 @@ class RunFolder:
             raise
 
     def append(self, record: Record) -> None:
-        """Adds an answer, at once on disk."""
+        """Append a record and flush it to the file."""
         self.records.append(record)
         self._file.write(json.dumps(asdict(record), ensure_ascii=False).encode() + b"\n")
         self._file.flush()
@@ -90,14 +90,14 @@ class RunFolder:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes the file whole or not at all."""
+    """Write the file atomically."""
     written = file.with_name(file.name + ".new")
     written.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     written.replace(file)
 
 
 def require_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raise InvalidSetting if the folder holds another run than one with these settings."""
+    """Raise InvalidSetting if the folder has a run with other settings."""
     try:
         if (folder / SETTINGS_FILE).exists():
             _require_same(folder, settings)
@@ -116,7 +116,7 @@ def _unusable(folder: Path, error: OSError) -> InvalidSetting:
 
 
 def _require_same(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raise InvalidSetting, naming what differs, unless the folder's run has these settings."""
+    """Raise InvalidSetting, naming what differs, if the folder's run has other settings."""
     try:
         found = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
         asked = json.loads(json.dumps(settings))
@@ -148,7 +148,7 @@ def _lock(file: IO[bytes], folder: Path) -> None:
 
 
 def _read(file: IO[bytes]) -> list[Record]:
-    """The records of all whole lines; a torn last line is cut off the file."""
+    """Read the records of all complete lines; truncate an incomplete last one."""
     file.seek(0)
     content = file.read()
     whole = content.rfind(b"\n") + 1

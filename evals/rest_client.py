@@ -1,4 +1,4 @@
-"""A service's REST API: its errors raised as they are, tried again where it is busy."""
+"""Client of a service's REST API: raises the service's errors, retries when it is busy."""
 
 import re
 import time
@@ -18,10 +18,10 @@ _SECONDS = re.compile(r"[0-9]{1,4}")
 
 
 class RestClient:
-    """Usable from `num_parallel` threads at a time."""
+    """A REST client for up to `num_parallel` threads at a time; a context manager."""
 
     def __init__(self, url: str, num_parallel: int, api_key: str | None = None) -> None:
-        """Raises InvalidSetting for what is not a URL; a context manager that closes it."""
+        """Raises InvalidSetting if `url` is not a URL."""
         self.num_parallel = num_parallel
         self.url = url.rstrip("/").removesuffix("/v1")
         self._http = self._connect(api_key)
@@ -51,7 +51,7 @@ class RestClient:
         self._http.close()
 
     def model_card(self, name: str | None) -> dict[str, Any]:
-        """The served model of that name, or the first one."""
+        """The card of the served model `name`, or of the first one if None."""
         try:
             response = self._http.get("/v1/models")
             if response.status_code == httpx.codes.UNAUTHORIZED:
@@ -76,9 +76,9 @@ class RestClient:
         return card
 
     def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer's body; waits and tries again where the service is busy or away.
+        """Post a request and return the response body; retries if the service is busy or down.
 
-        Raises the service's own error, after a while also that of being busy.
+        Raises the service's own error; if it stays busy or down for _PATIENCE_S, that error.
         """
         give_up_s = time.monotonic() + _PATIENCE_S
         while True:
@@ -95,7 +95,7 @@ class RestClient:
             time.sleep(pause_s)
 
     def no_winnow_service(self, error: Exception) -> InvalidSetting:
-        """What to raise for an answer in which `error` is wrong."""
+        """The error to raise for a response that failed to parse with `error`."""
         return InvalidSetting(
             f"--endpoint {self.url} is not a Winnow service: {error!r} in its answer",
             param="endpoint",
@@ -116,6 +116,6 @@ class RestClient:
 
 
 def _pause_s(response: httpx.Response) -> float:
-    """As Retry-After says, if it says seconds."""
+    """Seconds to wait: Retry-After's, if it is in seconds."""
     told = response.headers.get("retry-after", "")
     return float(told) if _SECONDS.fullmatch(told) else _PAUSE_S

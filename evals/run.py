@@ -1,4 +1,4 @@
-"""An evaluation from its plan to records, summary, table and pictures."""
+"""Runs an evaluation: from its plan to records, summary, table and pictures."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +18,8 @@ from rich.progress import (
 )
 
 from evals.model import Answer, AnswerStats, Instance, Model
-from evals.pictures import draw_pictures
-from evals.plan import Plan
+from evals.pictures import can_draw, draw_pictures
+from evals.plan import Plan, key_of
 from evals.records import Key, Record, RunFolder, require_same_run, write_json
 from evals.summary import summarize
 from evals.table import print_summary
@@ -27,25 +27,31 @@ from evals.tasks.base import Example, Task
 from winnow.errors import InvalidSetting
 
 SUMMARY_FILE = "summary.json"
+_NO_PICTURES = (
+    "no pictures, since matplotlib is missing: pip install 'winnow-serve[eval]', and the same "
+    "command draws them"
+)
 
 
 def evaluate(plan: Plan, model: Model, folder: Path, *, progress: Console, result: Console) -> None:
-    """Runs what `folder` does not hold yet, then writes and prints what came out.
+    """Run what is missing in `folder`, then write and print the results.
 
-    Raises WinnowError, before anything is written, for what cannot run.
+    Raises WinnowError, before anything is written, if something requested cannot run.
     """
     settings = plan.to_json() | model.identity()
     require_same_run(folder, settings)
     with progress.status("checking that everything asked for can run"):
-        _require_runs(plan, model)
+        require_runs(plan, model)
     with RunFolder(folder, settings) as run:
-        _answer(plan, model, run, progress)
+        answer(plan, model, run, progress)
         summary = summarize(run.records, plan.setups(), [task.name for task in plan.tasks])
         write_json(folder / SUMMARY_FILE, {"settings": settings} | summary.to_json())
         pictures = draw_pictures(folder, run.records, summary, _thresholds(plan, model))
     print_summary(summary, result)
     files = ", ".join(file.name for file in [folder / SUMMARY_FILE, *pictures])
     result.print(f"\n{folder}: {files}", highlight=False, soft_wrap=True)
+    if not can_draw():
+        result.print(_NO_PICTURES, highlight=False, soft_wrap=True, markup=False)
 
 
 def _thresholds(plan: Plan, model: Model) -> dict[str, float]:
@@ -53,36 +59,39 @@ def _thresholds(plan: Plan, model: Model) -> dict[str, float]:
     return {method: value for method, value in known.items() if value is not None}
 
 
-def _require_runs(plan: Plan, model: Model) -> None:
-    """Raise what any prompt, or the longest one under any variant, would be refused with."""
+def require_runs(plan: Plan, model: Model) -> None:
+    """Raise the error that any example, or a variant's longest prompt, would be refused with."""
     for length in plan.lengths:
         if length > model.max_positions:
             raise InvalidSetting(
                 f"--length {length:,}: the model has {model.max_positions:,} positions",
                 param="length",
             )
-    shortest = min(plan.lengths)  # the hardest to hold an example
+    shortest = min(plan.lengths)  # the least likely to fit an example
     for task in plan.tasks:
-        _example(plan, model, task, shortest, 0)
+        _example(plan, model, task, shortest, plan.first_index)
     max_new_tokens = max(task.max_new_tokens for task in plan.tasks)
     num_prompt_tokens = min(max(plan.lengths), model.max_positions - max_new_tokens)
     model.require_runs(plan.variants, num_prompt_tokens, max_new_tokens)
-    for index, task in product(range(1, plan.num_samples), plan.tasks):
+    for index, task in product(plan.indices[1:], plan.tasks):
         _example(plan, model, task, shortest, index)  # last, since there may be thousands
 
 
 def _example(plan: Plan, model: Model, task: Task, length: int, index: int) -> Example:
-    """An example whose whole prompt has at most `length` tokens and leaves room for its answer."""
+    """An example whose whole prompt is within `length` tokens and leaves room for its answer."""
     room = min(length, model.max_positions - task.max_new_tokens) - model.frame_tokens
     return task.example(index, plan.seed, room, model.count)
 
 
-def _answer(plan: Plan, model: Model, run: RunFolder, console: Console) -> None:
-    """Adds the records that the run lacks."""
-    done = {record.key for record in run.records}
-    if len(done) == plan.num_instances:
+def answer(
+    plan: Plan, model: Model, run: RunFolder, console: Console, what: str = "answers"
+) -> None:
+    """Compute and append the records that the run lacks.  what: their name in the progress line."""
+    wanted = plan.keys()
+    done = wanted & {record.key for record in run.records}
+    if done == wanted:
         return
-    with _progress(console, plan.num_instances, len(done)) as (progress, bar):
+    with _progress(console, len(wanted), len(done), what) as (progress, bar):
         for instance, answer in model.answers(_instances(plan, model, done)):
             run.append(_record(plan, instance, answer))
             progress.advance(bar)
@@ -91,9 +100,7 @@ def _answer(plan: Plan, model: Model, run: RunFolder, console: Console) -> None:
 def _instances(plan: Plan, model: Model, done: set[Key]) -> Iterator[Instance]:
     for index, length, task in plan.places():
         missing = [
-            variant
-            for variant in plan.variants
-            if (task.name, length, index, variant.method, variant.budget) not in done
+            variant for variant in plan.variants if key_of(task, length, index, variant) not in done
         ]
         if missing:
             example = _example(plan, model, task, length, index)
@@ -101,7 +108,9 @@ def _instances(plan: Plan, model: Model, done: set[Key]) -> Iterator[Instance]:
 
 
 @contextmanager
-def _progress(console: Console, total: int, completed: int) -> Iterator[tuple[Progress, TaskID]]:
+def _progress(
+    console: Console, total: int, completed: int, what: str
+) -> Iterator[tuple[Progress, TaskID]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -111,7 +120,7 @@ def _progress(console: Console, total: int, completed: int) -> Iterator[tuple[Pr
         TimeRemainingColumn(elapsed_when_finished=False),
     )
     with Progress(*columns, console=console) as progress:
-        yield progress, progress.add_task("answers", total=total, completed=completed)
+        yield progress, progress.add_task(what, total=total, completed=completed)
 
 
 def _record(plan: Plan, instance: Instance, answer: Answer) -> Record:

@@ -1,4 +1,4 @@
-"""Means over a run's records."""
+"""Mean scores and costs over a run's records."""
 
 import statistics
 from collections import Counter
@@ -10,7 +10,7 @@ from evals.records import Record
 
 
 class Setup(NamedTuple):
-    """What a mean is taken for: a variant at a length."""
+    """A variant at a length, for which means are taken."""
 
     length: int
     method: str
@@ -22,7 +22,7 @@ class Cell:
     """One task under one setup.
 
     standard_error: of the mean score; None for a single sample.
-    selection_layers: samples by the layer that selected, under "none" those without.
+    selection_layers: number of samples by selection layer; "none" counts those without one.
     """
 
     task: str
@@ -41,7 +41,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Overall:
-    """All tasks of a setup, each with the same weight."""
+    """Means over all tasks of a setup, equally weighted."""
 
     length: int
     method: str
@@ -56,7 +56,7 @@ class Overall:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """In the order in which the records' tasks, lengths and variants were asked for."""
+    """Means per task and overall, in the order in which setups and tasks were requested."""
 
     cells: tuple[Cell, ...]
     overall: tuple[Overall, ...]
@@ -69,7 +69,7 @@ class Summary:
 
 
 def summarize(records: Sequence[Record], setups: Sequence[Setup], tasks: Sequence[str]) -> Summary:
-    """Means for those setups and tasks of which there are records."""
+    """Means for the setups and tasks that have records."""
     groups: dict[tuple[Setup, str], list[Record]] = {}
     for record in records:
         groups.setdefault((setup_of(record), record.task), []).append(record)
@@ -139,7 +139,7 @@ def _overall(setup: Setup, cells: Sequence[Cell]) -> Overall:
 
 
 def _error_of_mean(errors: Sequence[float | None]) -> float | None:
-    """The standard error of a mean of independent means."""
+    """The standard error of a mean of independent means; None if any is unknown."""
     known = [error for error in errors if error is not None]
     if len(known) < len(errors):
         return None

@@ -1,4 +1,4 @@
-"""A summary as tables in the terminal: one per length, wide ones in parts."""
+"""Prints a summary as terminal tables, one per length; wide ones are split."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class _Column:
 
 
 def print_summary(summary: Summary, console: Console) -> None:
-    """Rows are methods and budgets; columns tasks, their mean, and what prefill computed."""
+    """Print a table per length. Rows are methods and budgets; columns are tasks and means."""
     for length in dict.fromkeys(row.length for row in summary.overall):
         rows = [row for row in summary.overall if row.length == length]
         cells = [cell for cell in summary.cells if cell.length == length]
@@ -43,7 +43,7 @@ def _samples(cells: Sequence[Cell]) -> str:
 
 
 def _tables(rows: Sequence[Overall], cells: Sequence[Cell], width: int) -> Iterator[Table]:
-    """Tables that fit into `width`, each with as many columns as possible."""
+    """Tables that fit `width`, each with as many columns as possible."""
     names = [
         _Column("method", [in_lines(row.method) for row in rows]),
         _Column("budget", [_number(row.budget) for row in rows]),
@@ -65,7 +65,7 @@ def _tables(rows: Sequence[Overall], cells: Sequence[Cell], width: int) -> Itera
 
 
 def _parts(blocks: Sequence[list[_Column]], room: int) -> Iterator[list[_Column]]:
-    """The blocks' columns in groups that fit; a block stays whole."""
+    """The columns in groups that fit `room`; blocks are not split."""
     part: list[_Column] = []
     for block in blocks:
         if part and sum(column.width for column in [*part, *block]) > room:
@@ -83,7 +83,7 @@ def _task_columns(rows: Sequence[Overall], cells: Sequence[Cell]) -> Iterator[_C
 
 
 def _header(task: str) -> str:
-    """A task's name on short lines: niah_multikey_1_prose is niah, multikey 1, prose."""
+    """A task's name in short lines: niah_multikey_1_prose becomes niah, multikey 1, prose."""
     lines: list[str] = []
     for word in task.split("_"):
         if lines and len(word) <= 2:

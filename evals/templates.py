@@ -1,4 +1,4 @@
-"""The benchmarks' own prompt formats, so that a model's numbers compare with published ones.
+"""The benchmarks' original prompt formats, so that scores are comparable with published ones.
 
 RULER (arXiv 2404.06654), InfiniteBench (arXiv 2402.13718).  The embedded model is trained on the
 same formats (training/tasks.py).
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """Three texts around a context: `opening + context + question + lead`, then the answer.
+    """The text around a context: `opening + context + question + lead`, then the answer.
 
-    lead: the beginning of the answer that the benchmark puts into the prompt; a chat leaves it out
-    of the user's turn.  All three may have fields in braces.
+    lead: the beginning of the answer, which the benchmark puts into the prompt; in a chat it is not
+    part of the user's turn.  All three texts may have fields in braces.
     """
 
     opening: str
@@ -43,7 +43,7 @@ VARIABLES = Template(
     " are assigned the value {query}, they are: ",
 )
 
-# Not a benchmark's: the value at the end of a chain.
+# Not from a benchmark: the value at the end of a chain.
 CHAIN = Template(
     "",
     "\nQuestion: What is the value of VAR {query}?",

@@ -1,4 +1,4 @@
-"""Methods and budgets as they are asked for on the command line: `asl:threshold=0.4`, `64,128`."""
+"""Variants: methods and budgets from the command line, such as `asl:threshold=0.4`, `64,128`."""
 
 import re
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _OPTIONS = sorted({field.name for field in fields(PruningSettings)} - {"method"}
 
 @dataclass(frozen=True, slots=True)
 class MethodSpec:
-    """`text` as it was asked for; `options` are fields of PruningSettings."""
+    """A method with options. text: as given by the user; options: fields of PruningSettings."""
 
     text: str
     method: str
@@ -27,19 +27,19 @@ class MethodSpec:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A method at a budget, which is both select_tokens and kv_budget; none for `full`."""
+    """A method at a budget, which sets both select_tokens and kv_budget; none for `full`."""
 
     spec: MethodSpec
     budget: int | None
 
     @property
     def method(self) -> str:
-        """The method as it was asked for, with its options."""
+        """The method as given by the user, with its options."""
         return self.spec.text
 
     @property
     def changes(self) -> dict[str, Any]:
-        """Fields of PruningSettings over the model's own; an option wins over the budget."""
+        """Fields of PruningSettings to override; an option takes precedence over the budget."""
         sizes = {} if self.budget is None else dict.fromkeys(_SIZES, self.budget)
         return {"method": self.spec.method} | sizes | dict(self.spec.options)
 
@@ -51,7 +51,7 @@ _SIZES = ("select_tokens", "kv_budget")
 
 
 def make_variants(specs: Sequence[MethodSpec], budgets: Sequence[int]) -> tuple[Variant, ...]:
-    """Every method at every budget; what prunes nothing once."""
+    """Every method at every budget; `full` once, without a budget."""
     return tuple(
         Variant(spec, budget)
         for spec in specs
@@ -60,7 +60,7 @@ def make_variants(specs: Sequence[MethodSpec], budgets: Sequence[int]) -> tuple[
 
 
 def parse_methods(text: str) -> tuple[MethodSpec, ...]:
-    """`name` or `name:option=value:option=value`, separated by commas.
+    """Parse comma-separated methods: `name` or `name:option=value:option=value`.
 
     Raises InvalidSetting for a method or an option that does not exist.
     """
@@ -68,7 +68,7 @@ def parse_methods(text: str) -> tuple[MethodSpec, ...]:
 
 
 def parse_list(name: str, text: str) -> list[str]:
-    """The parts between commas, each once; raises InvalidSetting if there is none."""
+    """The comma-separated parts without duplicates; raises InvalidSetting if there are none."""
     parts = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not parts:
         raise InvalidSetting(f"--{name} {text!r} names nothing", param=name)
@@ -76,7 +76,7 @@ def parse_list(name: str, text: str) -> list[str]:
 
 
 def in_lines(method: str) -> str:
-    """A method as it was asked for, with a line break before the options that do not fit a line."""
+    """A method with its options, with a line break before each option that does not fit a line."""
     lines = [""]
     for part in re.split("(?=:)", method):
         if lines[-1] and len(lines[-1] + part) > _LINE_CHARS:

@@ -1,4 +1,4 @@
-"""Word lists: the material of keys and of filler prose."""
+"""Word lists for keys and filler prose."""
 
 import random
 
@@ -66,7 +66,7 @@ _VOWELS = "aeiou"
 
 
 def made_up_word(rng: random.Random) -> str:
-    """A pronounceable word of two or three syllables that is in no list."""
+    """A pronounceable made-up word of two or three syllables."""
     syllables = [
         rng.choice(_CONSONANTS) + rng.choice(_VOWELS) + rng.choice(("", "", rng.choice("lmnrst")))
         for _ in range(rng.randint(2, 3))

@@ -1,6 +1,7 @@
-"""`make demo`: starts the service on the embedded model, asks a long prompt, shows what happened.
+"""`make demo`: starts the service on the embedded model, sends a long prompt, shows the result.
 
-The service is `winnow serve` as a user would start it, the client an ordinary HTTP one.
+The service is `winnow serve` as a user would start it, with the arguments given here; the client is
+an ordinary HTTP one.
 """
 
 import json
@@ -27,7 +28,7 @@ console = Console(highlight=False)
 
 @dataclass
 class TimedAnswer:
-    """What came back: text, seconds to the first text and in all, and the response's `usage`."""
+    """The streamed text, seconds to the first text and until the end, and the `usage`."""
 
     text: str = ""
     ttft_s: float = 0.0
@@ -37,8 +38,8 @@ class TimedAnswer:
 
 @contextmanager
 def running_service(*arguments: str) -> Iterator[str]:
-    """The base URL of a service started for this; stopped as Ctrl-C would."""
-    command = [sys.executable, "-m", "services.cli.main", "serve", "--log-level", "warning"]
+    """Start a service and yield its base URL; stop it with SIGINT, as Ctrl-C does."""
+    command = [sys.executable, "-m", "winnow_serve", "serve", "--log-level", "warning"]
     ports = ["--port", "0", "--grpc-port", "0", "--admin-port", "0"]
     with subprocess.Popen(
         [*command, *ports, *arguments], stdout=subprocess.PIPE, text=True
@@ -52,16 +53,18 @@ def running_service(*arguments: str) -> Iterator[str]:
 
 
 def _read_url(process: "subprocess.Popen[str]") -> str:
-    """The URL of the ready message, which is the first line that the service writes."""
+    """URL in the ready message, which is the first line the service writes."""
     assert process.stdout is not None
     found = re.search(r"http://[^\s,;]+:\d+", process.stdout.readline())
     if found is None:
-        sys.exit(f"the service ended with exit code {process.wait()} before it was ready")
+        sys.exit(
+            f"the service ended with exit code {process.wait(STOP_TIMEOUT_S)} before it was ready"
+        )
     return found.group()
 
 
 def ask(url: str, prompt: str) -> TimedAnswer:
-    """Streams a completion to the terminal."""
+    """Stream a completion to the terminal."""
     model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
     body = {
         "model": model,
@@ -93,7 +96,7 @@ def _take_chunk(answer: TimedAnswer, chunk: dict[str, Any], start: float) -> Non
 
 
 def show(answer: TimedAnswer) -> None:
-    """What was done to the prompt, and how long it took."""
+    """Print what was done to the prompt, and how long it took."""
     usage, winnow = answer.usage, answer.usage["winnow"]
     prompt_tokens, answer_tokens = usage["prompt_tokens"], usage["completion_tokens"]
     layer = winnow.get("selection_layer")
@@ -122,7 +125,7 @@ def _per_token_ms(answer: TimedAnswer, num_tokens: int) -> float:
 
 def main() -> None:
     prompt = PROMPT_FILE.read_text().rstrip("\n")
-    with running_service() as url:
+    with running_service(*sys.argv[1:]) as url:
         console.print(f"\nThe prompt ({PROMPT_FILE.name}) begins and ends with:", style="dim")
         console.print(f"  {prompt[:160]} …\n  … {prompt[-160:]}".replace("\n", "\n  "), style="dim")
         console.print("\nAnswer:", end="")

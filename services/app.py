@@ -1,10 +1,11 @@
-"""The service as one Ray Serve application: gateway, prefill workers, decode workers.
+"""The service as a Ray Serve application: gateway, prefill workers, decode workers.
 
-`winnow serve` runs it on this machine; `serve deploy` runs the same on a cluster, from the file
-that `winnow serve --print-config` writes.
+`winnow serve` runs it on this machine. `serve deploy` runs it on a cluster, from the file that
+`winnow serve --print-config` writes.
 """
 
 import asyncio
+import os
 from contextlib import AsyncExitStack
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from services.common.logs import configure_logging
 from services.common.open_registry import open_registry
 from services.common.openmp import SHORT_WAITS
 from services.common.ray_registry import reachable_host
-from services.common.settings import Settings, load_settings
+from services.common.settings import Settings
 from services.common.tasks import is_cancelled
 from services.common.tracing import configure_tracing
 from services.decode.replica import Decode
@@ -33,14 +34,14 @@ from winnow.errors import DeadlineExceeded, PrefillFailed, PrefillLost, WinnowEr
 
 Handle = DeploymentHandle[Any]
 
-# Queues of our own decide what waits and what is refused, so Serve's never fill.
+# Our own queues decide what waits and what is refused, so Serve's limit must never be reached.
 _MAX_ONGOING = 10_000
-# Ray's own; those of gRPC with RAY_SERVE_USE_GRPC_BY_DEFAULT=1.
+# Ray's own errors, and gRPC's under RAY_SERVE_USE_GRPC_BY_DEFAULT=1.
 _TRANSPORT_ERRORS = (RayError, RayServeException, grpc.RpcError)
 _READY_TIMEOUT_S = 2.0
 _SHUTDOWN_MARGIN_S = 5.0
 
-# One arena that keeps freed memory: the next prompt then meets no page faults (200,000 before).
+# One arena that keeps freed memory saves the next prompt its page faults (200,000 before).
 _WORKER_ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
@@ -51,7 +52,7 @@ _WORKER_ENVIRONMENT = {
 
 
 class HandlePrefiller:
-    """Prefill through the handle of its deployment; Ray's errors become ours here."""
+    """Calls prefill through its deployment handle, and maps Ray's errors to WinnowError."""
 
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
@@ -62,7 +63,7 @@ class HandlePrefiller:
             async with asyncio.timeout(job.deadline_s):
                 return await response  # type: ignore[no-any-return]
         except asyncio.CancelledError as error:
-            if not is_cancelled():  # the replica was, and Ray hands its exception over
+            if not is_cancelled():  # the replica was cancelled, and Ray passes its exception on
                 raise PrefillLost("the prefill worker gave the job up") from error
             response.cancel()  # type: ignore[no-untyped-call]
             raise
@@ -77,7 +78,7 @@ class HandlePrefiller:
             raise PrefillLost(f"the prefill worker was lost: {error!r}") from error
         except WinnowError:
             raise
-        except Exception as error:  # the worker's own, which gRPC brings without RayTaskError
+        except Exception as error:  # an error of the worker, without RayTaskError over gRPC
             raise PrefillFailed(f"the prefill worker broke: {error!r}") from error
 
     async def ready(self) -> bool:
@@ -97,12 +98,12 @@ class HandlePrefiller:
 @serve.deployment(name="Gateway")
 @serve.ingress()
 class GatewayReplica:
-    """One gateway process: REST behind Serve's proxy, gRPC on a port of its own."""
+    """One gateway process: REST behind Serve's proxy, gRPC on its own port."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, prefill: Handle, decode: Handle | None
     ) -> None:
-        """`decode` only makes its workers part of the application; the registry leads to them."""
+        """`decode` is unused: it binds the workers to the application; the registry finds them."""
         self._started = AsyncExitStack()
         configure_logging(settings.log_level, settings.log_format)
         configure_tracing(settings.otlp_endpoint, settings.trace_sample_ratio, "gateway")
@@ -127,33 +128,28 @@ class GatewayReplica:
             self._started.push_async_callback(grpc_server.stop, settings.drain_timeout_s)
             await grpc_server.start(settings.host, settings.grpc_port)
 
-    def __serve_build_asgi_app__(self) -> Any:  # noqa: ANN401 - as Serve wants it
+    def __serve_build_asgi_app__(self) -> Any:  # noqa: ANN401 - Serve's signature
         return create_api(self._gateway)
 
     async def announce_end(self) -> str:
-        """As `Gateway.ending`; returns the replica's id."""
+        """Set `Gateway.ending`; returns the replica ID."""
         self._gateway.ending = True
         return str(serve.get_replica_context().replica_id.unique_id)
 
     async def check_health(self) -> None:
-        """Serve asks every few seconds; the gauge of decode workers is then fresh."""
+        """Called by Serve every few seconds, which keeps the gauge of decode workers fresh."""
         await self._gateway.readiness()
 
     async def __del__(self) -> None:
-        """Serve awaits this when the replica is to go, after its requests have ended.
+        """Awaited by Serve when it removes the replica, after its requests have ended.
 
-        Also after a start that failed.
+        Also awaited after a failed start.
         """
         await self._started.aclose()
 
 
-def build(args: dict[str, Any]) -> serve.Application:
-    """The application for `serve deploy`; `args` are settings, over the nodes' environment."""
-    return build_app(load_settings(args))
-
-
 def build_app(settings: Settings) -> serve.Application:
-    """The application; Ray places its replicas where their cores and GPUs are free."""
+    """The application; Ray places its replicas where cores and GPUs are free."""
     prefill = (
         cast(serve.Deployment, Prefill)
         .options(
@@ -171,7 +167,7 @@ def build_app(settings: Settings) -> serve.Application:
         max_ongoing_requests=_MAX_ONGOING,
         ray_actor_options={
             "num_cpus": settings.gateway_num_cpus,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
+            "runtime_env": _environment("1"),
         },
         **_shutdown(settings),
     )
@@ -199,8 +195,14 @@ def _worker_resources(settings: Settings, num_cpus: float, num_workers: int) -> 
     return {
         "num_cpus": num_cpus,
         "num_gpus": settings.gpus_per_worker,
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads), **_WORKER_ENVIRONMENT}},
+        "runtime_env": _environment(str(threads), **_WORKER_ENVIRONMENT),
     }
+
+
+def _environment(num_threads: str, **variables: str) -> dict[str, Any]:
+    """A replica's runtime environment: it imports from the same folders as this process."""
+    imports = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+    return {"env_vars": {"OMP_NUM_THREADS": num_threads, **imports, **variables}}
 
 
 def _shutdown(settings: Settings) -> dict[str, Any]:

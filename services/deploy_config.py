@@ -1,4 +1,4 @@
-"""The service as a file for `serve deploy`, and what differs where it spans several machines."""
+"""The config file for `serve deploy`, and settings that differ on several machines."""
 
 from typing import Any, Final
 
@@ -7,13 +7,13 @@ import yaml
 from services.common.settings import Settings
 
 APP_NAME = "winnow"
-IMPORT_PATH = "services.app:build"
-EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 - what a service on several machines listens on
+IMPORT_PATH = "winnow_serve:build"
+EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 - listened on by a service on several machines
 SERVE_LOGGING: Final[dict[str, Any]] = {"log_level": "WARNING", "enable_access_log": False}
 
 
 def deploy_config(settings: Settings) -> str:
-    """The YAML with which `serve deploy` runs the application on a cluster."""
+    """The YAML config for `serve deploy` to run the application on a cluster."""
     args = for_cluster(settings).model_dump(
         mode="json", exclude_defaults=True, exclude={"redis_url", "port"}
     )
@@ -35,14 +35,14 @@ def deploy_config(settings: Settings) -> str:
 
 
 def for_cluster(settings: Settings) -> Settings:
-    """Decode workers listen where other machines reach them, unless told where to listen."""
+    """Settings whose decode workers listen on all addresses, unless `decode_host` was set."""
     if "decode_host" in settings.model_fields_set:
         return settings
     return settings.model_copy(update={"decode_host": EVERY_ADDRESS})
 
 
 def http_options(settings: Settings) -> dict[str, Any]:
-    """Where Serve's proxy listens, and with which certificate."""
+    """HTTP options of Serve's proxy: address and TLS files."""
     options: dict[str, Any] = {"host": settings.host, "port": settings.port}
     if settings.tls_cert_file is not None:
         options["ssl_certfile"] = str(settings.tls_cert_file)

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = [
     path
-    for top in ("winnow", "services", "evals")
+    for top in ("winnow", "services", "evals", "winnow_serve")
     for path in sorted((ROOT / top).rglob("*.py"))
     if "v1" not in path.parts
 ]
@@ -35,7 +35,9 @@ DOORS = {
         "winnow/checkpoint.py",
         "winnow/dry_run.py",
         "winnow/tokenizer.py",
+        "winnow/gguf/tokenizer.py",
     ),
+    "gguf": ("winnow/gguf/",),
 }
 # What each part may import of ours; of parts within each other the innermost one counts.
 OURS = ("winnow", "services", "evals")
@@ -55,6 +57,7 @@ BELOW = {
     "services.gateway": (
         *_GATEWAY_BASE,
         "services.gateway.access",
+        "services.gateway.quality",
         "services.gateway.request",
     ),
     "services.gateway.metrics": ("services.common", "services.gateway.request.states", "winnow"),
@@ -64,6 +67,11 @@ BELOW = {
         *_GATEWAY_BASE,
         "services.gateway.access.request_limits",
         "services.gateway.request",
+    ),
+    "services.gateway.quality": (
+        *_GATEWAY_BASE,
+        "services.gateway.request",
+        "services.gateway.quality",
     ),
     "services.gateway.rest": (
         *_GATEWAY_BASE,
@@ -91,6 +99,7 @@ BELOW = {
     ),
     "services.deploy_config": ("winnow", "services.common"),
     "services.cli": OURS,
+    "winnow_serve": ("services", "winnow_serve"),
 }
 NETWORK = ("grpc", "socket", "http", "asyncio", "httpx", "uvicorn")
 

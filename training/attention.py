@@ -22,7 +22,7 @@ def causal_attention(
     scaling: float,
     **_unused: object,
 ) -> tuple[Tensor, None]:
-    """Causal by index (positions may have gaps); the mask is ignored, padding is at the end.
+    """Attention causal by index (positions may have gaps); ignores the mask, as padding is last.
 
     query: [B, H, T, D].  key, value: [B, H_kv, T, D].  Returns [B, T, H, D].
     """
@@ -51,5 +51,5 @@ def _attend_block(query: Tensor, key: Tensor, value: Tensor, start: int) -> Tens
 
 
 def register() -> None:
-    """Makes `attn_implementation="training_matmul"` known to transformers."""
+    """Register `attn_implementation="training_matmul"` with transformers."""
     AttentionInterface.register(NAME, causal_attention)

@@ -1,4 +1,4 @@
-"""Batches: samples padded to one length, with positions that reach far beyond it."""
+"""Training batches: samples padded to one length, with positions far beyond that length."""
 
 import random
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class Batch:
     """tokens, positions: [B, T] int64.  weights: [B, T] float32.
 
     answers: [B, T] int64, an index into `kinds`, or -1.  hops: [B, T] int64, 0 outside answers.
-    looks: [R, 5] int64, where heads must look: row, place, target, head, repetition.
+    looks: [R, 5] int64, attention targets: row, place, target, head, repetition.
     """
 
     length: int
@@ -45,16 +45,16 @@ def make_batch(rng: random.Random, maker: SampleMaker, stage: Stage, length: int
 
 
 def _gap_places(sample: Sample, sentence_ends: frozenset[int]) -> list[int]:
-    """Where a gap breaks no sentence; none in sequences too short to need one."""
+    """Places where a gap splits no sentence; none in sequences too short to need one."""
     if len(sample.tokens) <= SHORT:
         return []
     return [i + 1 for i, token in enumerate(sample.tokens) if token in sentence_ends]
 
 
 def draw_positions(rng: random.Random, gap_places: Sequence[int], length: int) -> list[int]:
-    """Ascending positions below `MAX_POSITIONS`, from a random start, half of them with gaps.
+    """Ascending positions below `MAX_POSITIONS`, from a random start; half of them have gaps.
 
-    Gaps teach long distances at the price of short sequences (PoSE, arXiv 2309.10400).
+    Gaps teach long distances at the cost of short sequences (PoSE, arXiv 2309.10400).
     """
     spare = MAX_POSITIONS - length
     position = 0 if rng.random() < ZERO_START_SHARE else rng.randrange(spare)
@@ -73,7 +73,7 @@ def draw_positions(rng: random.Random, gap_places: Sequence[int], length: int) -
 
 
 def collate(samples: Sequence[Sample], positions: Sequence[Sequence[int]], length: int) -> Batch:
-    """Samples cut or padded to `length`; answers numbered through the batch."""
+    """Samples cut or padded to `length`, with answers numbered over the whole batch."""
     kinds: list[str] = []
     answers, hops = [], []
     for sample in samples:

@@ -1,21 +1,21 @@
-"""The building blocks of retrieval, written into the first weights of a model.
+"""The building blocks of retrieval, written into the initial weights of a model.
 
-The hidden state starts out in blocks (`Block`): what a token is, the four before it, digests of the
+The initial hidden state has blocks (`Block`): what a token is, the four before it, digests of the
 five tokens that end 2 places back (where `ABCDE = 1` is read, `BCDE =`) and 8 places back (where
 `ABCDE = VAR FGHIJ` ends), and a pointer, at first the digest of the five tokens before the last.
 Five kinds of heads fill and use them:
 
-* look-back heads (layers 0 and 1): keys are constant, so that after RoPE the logit depends on the
-  distance alone and peaks at one offset;
-* copying heads (the repeated layer): where the last tokens stood before, what came next;
-* a reading head (the repeated layer): what follows the name that the pointer holds;
-* a following head (the repeated layer): the name that the pointer's name is assigned from becomes
-  the pointer; the MLP puts it in the place of the old one;
-* a fetching head (the repeated layer): writes where the following head does, but where it looks, at
-  the question's key, is learned.
+* look-back heads (layers 0 and 1): keys are constant, so that after RoPE the logit depends only on
+  the distance and peaks at one offset;
+* copying heads (the repeated layer): copy what came next where the last tokens occurred before;
+* a reading head (the repeated layer): reads what follows the name that the pointer holds;
+* a following head (the repeated layer): finds the name that the pointer's name is assigned from,
+  with which the MLP replaces the pointer;
+* a fetching head (the repeated layer): writes to the same block as the following head, but learns
+  where to look: at the question's key.
 
-All of it is a start: every weight is trained. Contents are matched in the rotary pairs that hardly
-turn within the context.
+These are only initial values: every weight is trained. Contents are matched in the rotary pairs
+that hardly rotate within the context.
 """
 
 import math
@@ -63,9 +63,9 @@ HIDDEN = 256
 
 
 def lay_out(model: Qwen2ForCausalLM, repeated_layer: int, assigns: int) -> None:
-    """Overwrites part of the model's weights with the circuits.
+    """Overwrite part of the model's weights with the circuits.
 
-    assigns: id of the token between a name and what it is assigned, ` =`.
+    assigns: ID of the token between a name and what is assigned to it, ` =`.
     """
     with torch.no_grad():
         _Circuits(model, repeated_layer, assigns).write()
@@ -97,14 +97,14 @@ class _Circuits:
         return digest / math.sqrt(NUM_BEFORE + 1)
 
     def _write_look_back(self) -> None:
-        """Layer 0: the names of the tokens 1 to 4 places back."""
+        """Layer 0: the contents of the tokens 1 to 4 places back."""
         value = torch.zeros(HEAD_DIM, HIDDEN)
         value[:BEFORE, OWN.dims] = self._contents[0][:BEFORE]
         offsets = {head: head + 1 for head in range(NUM_BEFORE)}
         self._look_back(0, offsets, value, dict(enumerate(BEFORES)), CONTENT_STD / 1.6)
 
     def _write_digests(self) -> None:
-        """Layer 1: digests of what ends 2, 8 and 1 places back."""
+        """Layer 1: digests of the tokens that end 2, 8 and 1 places back."""
         value = torch.zeros(HEAD_DIM, HIDDEN)
         value[:DIGEST] = self._digest()
         offsets, blocks = {0: 2, 1: 8, 2: 1}, {0: READ, 1: LINK, 2: POINTER}
@@ -118,7 +118,7 @@ class _Circuits:
         blocks: dict[int, Block],
         gain: float,
     ) -> None:
-        """Heads at fixed offsets, each writing what `value` reads there into its block."""
+        """Heads at fixed offsets; each writes what `value` reads at its offset into its block."""
         attention = self._layers[layer_idx].self_attn
         frequencies = self._model.model.rotary_emb.inv_freq[:LOOK_BACK_PAIRS]
         # q·k / √d = Σ amplitude² cos(angle) / √d, so each pair carries LOOK_BACK_LOGIT at its peak.
@@ -135,7 +135,7 @@ class _Circuits:
             attention.o_proj.weight[block.dims, rows] = gain * torch.eye(block.size, HEAD_DIM)
 
     def _write_copying(self) -> None:
-        """Heads 0 and 2 of the repeated layer: what came after the last 3, or 4, tokens."""
+        """Heads 0 and 2 of the repeated layer: copy what came after the last 3 or 4 tokens."""
         for kv_head, num_matched in ((0, 3), (1, 4)):
             query, key = torch.zeros(HEAD_DIM, HIDDEN), torch.zeros(HEAD_DIM, HIDDEN)
             for turn, block in zip(self._turns, BEFORES[:num_matched], strict=False):
@@ -165,7 +165,7 @@ class _Circuits:
         self._write_move()
 
     def _digest_of_assigned(self) -> Tensor:
-        """What the digest will be one token later, if ` =` follows: [DIGEST, HIDDEN]."""
+        """The digest one token later, if ` =` follows: [DIGEST, HIDDEN]."""
         later = torch.zeros(DIGEST, HIDDEN)
         assigns = self._model.model.embed_tokens.weight[self._assigns, OWN.dims]
         name = self._contents[0][:BEFORE]
@@ -176,7 +176,7 @@ class _Circuits:
         return later / math.sqrt(NUM_BEFORE + 1)
 
     def _write_move(self) -> None:
-        """MLP units that put the next pointer in the old one's place; their gates stay open."""
+        """MLP units that replace the pointer with the next one; their gates stay open."""
         mlp = self._repeated.mlp
         forget, advance = slice(0, DIGEST), slice(DIGEST, 2 * DIGEST)
         for units, block in ((forget, POINTER), (advance, NEXT)):
@@ -194,7 +194,7 @@ class _Circuits:
         attention.k_proj.weight[_rows(kv_head)] = key
 
     def _copy_out(self, kv_head: int) -> None:
-        """The head's values are a token's content, its output makes that token likelier."""
+        """The head's values are token contents; its output makes those tokens more likely."""
         attention = self._repeated.self_attn
         attention.v_proj.weight[_rows(kv_head)] = 0
         attention.v_proj.weight[_rows(kv_head), OWN.dims] = self._contents[kv_head]
@@ -206,7 +206,7 @@ class _Circuits:
 def _maps() -> tuple[Tensor, list[Tensor]]:
     """contents: orthogonal maps of a token's own content to heads, [3, HEAD_DIM, OWN].
 
-    turns: how the name of a token at distance j enters a digest, [DIGEST, BEFORE] each.
+    turns: how the content of a token at distance j enters a digest, [DIGEST, BEFORE] each.
     """
     generator = torch.Generator().manual_seed(1)
     square = torch.randn(OWN.size, OWN.size, generator=generator)
@@ -223,7 +223,7 @@ def _rows(head: int) -> slice:
 
 
 def _slow() -> list[int]:
-    """A head's dimensions that hardly turn: [DIGEST]."""
+    """A head's dimensions that hardly rotate: [DIGEST]."""
     pairs = [*range(FIRST_SLOW_PAIR, HEAD_DIM // 2)]
     return pairs + [pair + HEAD_DIM // 2 for pair in pairs]
 

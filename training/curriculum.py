@@ -1,4 +1,4 @@
-"""What is trained on, in which order, for how long."""
+"""The curriculum: stages with their tasks, sequence lengths and learning rates, in order."""
 
 import random
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ _SEVERAL = ("multivalue", "multiquery")
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the curriculum.
+    """One stage of the curriculum.
 
-    lengths, shares: sequence lengths in tokens and how often a batch has each.
+    lengths, shares: sequence lengths in tokens, and the share of batches with each.
     batches_per_step: each of about TOKENS_PER_BATCH tokens, whatever their length.
-    max_tokens: the stage ends after these, or
+    max_tokens: the stage ends after this many, or
     target_accuracy: when the moving average of exact answers at the longest length reaches this.
-    max_hops: the longest chains.
-    has_all: with long keys, several answers and listed variables too.
-    variety: the share of sequences with the benchmarks' openings and many wordings of a question.
-    examples: the share of sequences that are one example of the evaluation's tasks.
+    max_hops: length of the longest chains.
+    has_all: also long keys, several answers and listed variables.
+    variety: share of sequences with the benchmarks' openings and varied wordings of a question.
+    examples: share of sequences that are one example of the evaluation's tasks.
     drilled: tasks that half of these examples come from.
-    learning_rate, final_learning_rate: from the first to the second, linearly in tokens.
+    learning_rate, final_learning_rate: interpolated linearly over the stage's tokens.
     """
 
     name: str
@@ -144,7 +144,7 @@ def _draw(rng: random.Random, maker: SampleMaker, stage: Stage, length: int) -> 
 
 
 def _kinds(rng: random.Random, stage: Stage, length: int) -> tuple[str, ...]:
-    """Kinds to draw from; of chains, one number of hops, drawn anew for each sequence."""
+    """Kinds of facts to draw from; chains have one number of hops, drawn for each sequence."""
     known = (*_LOOKUPS, *_chains(rng, stage, length) * 2)
     if not stage.has_all:
         return known
@@ -157,9 +157,9 @@ def _chains(rng: random.Random, stage: Stage, length: int) -> tuple[str, ...]:
 
 
 def _basic_share(length: int) -> float:
-    """How many sequences stay basic.
+    """The share of sequences that stay basic (pairs and copies).
 
-    A sequence with room for one fact alone teaches to copy the only number, whatever the key: then
-    lookup, learned from pairs, is forgotten. So the shortest sequences are pairs and copies.
+    A sequence with room for only one fact teaches the model to copy the only number, whatever the
+    key, and to forget lookup, learned from pairs. So the shortest sequences are pairs and copies.
     """
     return 1.0 if length <= 64 else 0.3 if length <= 128 else 0.1 if length <= 256 else 0.0

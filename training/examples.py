@@ -1,7 +1,7 @@
-"""Training sequences that are one example each of the evaluation's own tasks.
+"""Training sequences that are each one example of the evaluation's own tasks.
 
-Drawn with a seed that no evaluation uses (`winnow eval` takes none below zero), so that what is
-measured was never seen.
+They are drawn with a seed that no evaluation uses (`winnow eval` accepts none below zero), so
+evaluation never measures an example seen in training.
 """
 
 import random
@@ -21,11 +21,11 @@ from winnow.errors import InvalidSetting
 
 TRAINING_SEED = -1
 CHAT_SHARE = 0.25
-LOOKALIKES = 6  # pieces of each UUID asked for, elsewhere in the context
+LOOKALIKES = 6  # pieces of each UUID asked for that are copied elsewhere into the context
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 ANSWER_ROOM = 48  # tokens; the longest answer is a UUID, or four numbers
 
-# How often each task is drawn, relative to the others; a chain of each order and length once.
+# Relative frequency of each task; chains have one entry per order and length.
 SHARES = {
     "niah_single_1": 1.0,
     "niah_single_2_prose": 1.0,
@@ -49,7 +49,7 @@ _TASKS = {task.name: task for task in make_tasks(num_depths=10, data_dir=None)}
 def example_sample(
     rng: random.Random, maker: SampleMaker, length: int, tasks: Sequence[str] = ()
 ) -> Sample:
-    """One example of one of `tasks` (none: any), its answer scored, at most `length` tokens.
+    """One example of one of `tasks` (empty: any) with a scored answer, at most `length` tokens.
 
     Half of those with UUIDs have look-alikes.
     """
@@ -68,10 +68,10 @@ def example_sample(
 
 
 def with_lookalikes(rng: random.Random, example: Example) -> Example:
-    """Other UUIDs of the context share pieces with the one asked for, and with its key.
+    """Make other UUIDs of the context share pieces with the one asked for, and with its key.
 
-    Random ones seldom share more than four characters, so that a model which tells them apart by
-    so few is right nearly always, and learns no better.
+    Random UUIDs seldom share more than four characters, so a model that distinguishes them by so
+    few is nearly always right, and learns no better.
     """
     text = list(example.context)
     wanted = {*_UUID.findall(example.question), *_UUID.findall(" ".join(example.answers))}
@@ -102,10 +102,10 @@ def _sample(rng: random.Random, maker: SampleMaker, task: Task, example: Example
 
 
 def _answer_text(task: Task, example: Example) -> str:
-    """As the benchmark words it; several values of one key as they stand in the context.
+    """The answer as the benchmark words it; several values of one key in context order.
 
-    Tracked variables come as a chain of assignments from the last to the number: each step is then
-    what stands in the context, read forwards.
+    Tracked variables are a chain of assignments from the last one to the number, so that each step
+    occurs in the context, read forwards.
     """
     answers = list(example.answers)
     if isinstance(task, TrackingTask):

@@ -1,4 +1,4 @@
-"""Writes a trained model as a plain Hugging Face folder, file by file, each replaced at once."""
+"""Exports a trained model as a plain Hugging Face folder; each file is replaced atomically."""
 
 import tempfile
 from pathlib import Path
@@ -10,7 +10,7 @@ from training.tokenizer import END, END_OF_TEXT
 
 
 def export_model(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes config, bf16 weights, tokenizer and generation defaults to `folder`."""
+    """Write config, bf16 weights, tokenizer and generation defaults to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     copy = Qwen2ForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())

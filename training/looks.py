@@ -1,8 +1,7 @@
-"""Where heads must look so that an answer is found: derived from the text of a sequence.
+"""Attention targets: where heads must look to find an answer, derived from a sequence's text.
 
-A value of a key is found in two look-ups: the key in the question, then the value that follows the
-key in the context. The value of a variable is found link by link. See training/circuits.py for the
-heads.
+A key's value is found in two look-ups: the key in the question, then the value that follows the key
+in the context. A variable's value is found link by link. See training/circuits.py for the heads.
 """
 
 import re
@@ -12,16 +11,16 @@ from dataclasses import dataclass
 from training.circuits import FETCHING_HEAD, FOLLOWING_HEAD, READING_HEAD
 from training.tasks import CHAINS
 
-DECIDING_TOKENS = 4  # of a value: those before which others may begin alike
+DECIDING_TOKENS = 4  # first tokens of a value, before which other values may begin alike
 TRACKING = "vt_zero_shot"
-LATER_STRIDE = 3  # of the tokens after those, every third is enough
+LATER_STRIDE = 3  # of the tokens after those, every third is supervised
 LAST_NAME_REPETITION = 2
-ALIGNED_GAP = 3  # from a key's last token to its value's first; then the key itself is fetched
+ALIGNED_GAP = 3  # tokens from a key's last to its value's first at which the key itself is fetched
 
 
 @dataclass(frozen=True)
 class Look:
-    """Where a head must look: from the token at `place` to the one at `target`.
+    """An attention target: from the token at `place` to the one at `target`.
 
     repetition: of the shared layer, from 0.
     """
@@ -34,10 +33,10 @@ class Look:
 
 @dataclass(frozen=True)
 class Asked:
-    """One question in a text of which the tokens are known.
+    """One question in a text with known tokens.
 
-    ends: of each token, the character after its last.
-    question, answer: the characters with which the question and its answer begin.
+    ends: for each token, the index of the character after its last.
+    question, answer: index of the first character of the question and of its answer.
     """
 
     text: str
@@ -46,33 +45,33 @@ class Asked:
     answer: int
 
     def token(self, char: int) -> int:
-        """Index of the token with this character."""
+        """Index of the token that contains this character."""
         return bisect_right(self.ends, char)
 
     def before(self, value: str) -> int:
-        """Index of the token after which `value` stands in the answer."""
+        """Index of the token right before `value` in the answer."""
         return self.token(self.text.index(value, self.answer)) - 1
 
     @property
     def words(self) -> str:
-        """The question, with the beginning of its answer if it has one."""
+        """The question, with the beginning of its answer if there is one."""
         return self.text[self.question : self.answer]
 
 
 def looks_for(asked: Asked, kind: str, values: tuple[str, ...]) -> list[Look]:
-    """What leads to the `values` that a question of this kind asks for."""
+    """Attention targets that lead to the `values` a question of this kind asks for."""
     if kind == TRACKING:
         return last_name_looks(asked, values[-1])
     return chain_looks(asked, values[0]) if kind in CHAINS else key_looks(asked, values)
 
 
 def key_looks(asked: Asked, values: tuple[str, ...]) -> list[Look]:
-    """Of each value's tokens: first at its key in the question, then at the token itself.
+    """For each token of each value: first its key in the question, then the token itself.
 
-    The first token alone is not enough: where many values begin alike, what was said so far does
-    not tell which of them to go on with. Later ones are found by the tokens before them.
-    The fetching head takes a digest from beside the key, such that it is aligned with what the
-    reading head compares it with. Nothing for values that are neither needles nor pairs.
+    Targets for the first token are not enough: if many values begin alike, the tokens so far do not
+    determine which one to continue. Later tokens are found by the tokens before them.
+    The fetching head takes a digest from beside the key, so that it is aligned with what the
+    reading head compares it with. Values that are neither needles nor pairs have no targets.
     """
     looks = []
     for value in values:
@@ -96,16 +95,16 @@ def key_looks(asked: Asked, values: tuple[str, ...]) -> list[Look]:
 
 
 def last_name_looks(asked: Asked, name: str) -> list[Look]:
-    """At the name that was assigned last, `name`: with it the answer to a tracking task begins."""
+    """Targets at `name`, assigned last, with which the answer of a tracking task begins."""
     context = asked.text[: asked.question]
     copied = _copied(asked, context.index(f"VAR {name} = ") + len("VAR "), name)
     return [Look(place, target, READING_HEAD, LAST_NAME_REPETITION) for place, target in copied]
 
 
 def _copied(asked: Asked, start: int, value: str) -> list[tuple[int, int]]:
-    """Of each token of `value` in the answer: the place before it, and it in the context.
+    """For each token of `value` in the answer: the place before it, and its token in the context.
 
-    start: where the value begins in the context.
+    start: index of the value's first character in the context.
     """
     said = asked.text.index(value, asked.answer)
     pairs = []
@@ -119,9 +118,9 @@ def _copied(asked: Asked, start: int, value: str) -> list[tuple[int, int]]:
 
 
 def chain_looks(asked: Asked, value: str) -> list[Look]:
-    """From the variable asked for along the links, one by one, to the value.
+    """Targets from the variable asked for along the links, one by one, to the value.
 
-    Where the variable is not repeated right before the answer it is fetched first.
+    If the variable is not repeated right before the answer, it is fetched first.
     """
     context = asked.text[: asked.question]
     before = dict(re.findall(r"VAR (\w+) = VAR (\w+)", context))

@@ -1,11 +1,11 @@
-"""The model: a Qwen2 that starts out knowing how to look back, copy, and follow a link.
+"""The model: a Qwen2 whose initial weights can look back, copy, and follow a link.
 
-Small models take very long to find the building blocks of retrieval, so they are laid out in the
-first weights (training/circuits.py) and then trained like everything else. The layers from
-`NUM_FREE_LAYERS` on share their weights (Universal Transformer, arXiv 1807.03819): one look-up that
-is learned once can be done again and again, so a chain of look-ups takes as many layers as it has
-links, and where nothing is left to look up nothing changes. The exported model is a plain Qwen2
-with the repeated weights written out.
+Small models take very long to learn the building blocks of retrieval, so these are written into the
+initial weights (training/circuits.py) and then trained like everything else. The layers from
+`NUM_FREE_LAYERS` on share their weights (Universal Transformer, arXiv 1807.03819): a look-up that
+is learned once can be repeated, so a chain of look-ups takes as many layers as it has links, and
+once nothing is left to look up nothing changes. The exported model is a plain Qwen2 with the
+repeated weights written out.
 """
 
 import math
@@ -25,7 +25,7 @@ FINAL_NORM = 0.2
 
 
 def make_config() -> Qwen2Config:
-    """Shapes and RoPE base; a base of 1e12 leaves two thirds of the pairs nearly still at 8k."""
+    """The config; a RoPE base of 1e12 leaves two thirds of the pairs nearly still at 8k."""
     return Qwen2Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=circuits.HIDDEN,
@@ -44,9 +44,9 @@ def make_config() -> Qwen2Config:
 
 
 def make_model(seed: int, assigns: int) -> Qwen2ForCausalLM:
-    """A freshly initialised fp32 model; the same seed gives the same weights.
+    """A newly initialized fp32 model; the same seed gives the same weights.
 
-    assigns: id of the token ` =` (see training/circuits.py).
+    assigns: ID of the token ` =` (see training/circuits.py).
     """
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(make_config())

@@ -1,10 +1,10 @@
-"""The loss: the answers read from the last layer and from an earlier one, and where heads look.
+"""The loss: answers read from the last layer and from an earlier one, plus attention targets.
 
-Deep supervision: an answer that needs h look-ups is read from any repetition after the h-th too,
-and the last repetition is a random one, so that easy questions are settled early and nothing is
-lost while the others go on. Where an answer's look-ups are known, the head that makes each must
-look at the right token in the right repetition: in repetition i at the end of a chain's i-th link,
-or first at the question's key and then at that key's value.
+Deep supervision: an answer that needs h look-ups is also read from a repetition after the h-th, and
+the number of repetitions is random, so that easy questions are answered early and the answer is
+kept while others continue. If an answer's look-ups are known, the head that makes each must attend
+to the right token in the right repetition: in repetition i to the end of a chain's i-th link, or
+first to the question's key and then to that key's value.
 """
 
 import math
@@ -23,22 +23,22 @@ from training.model import NUM_FREE_LAYERS, NUM_LAYERS
 
 EARLY_WEIGHT = 0.4
 LOOK_WEIGHT = 1.5
-FIRST_READ = 2  # the first repetition that is read early
-LEAST_REPETITIONS = 5  # so many as the longest trail has links
+FIRST_READ = 2  # the first repetition that may be read early
+LEAST_REPETITIONS = 5  # as many as the longest sequence of look-ups has links
 FULL_DEPTH_SHARE = 0.3
 NUM_REPETITIONS = NUM_LAYERS - NUM_FREE_LAYERS
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One batch's loss and, by kind of answer, whether each was right in every token."""
+    """One batch's loss and, by kind of answer, whether all tokens of each answer were right."""
 
     loss: Tensor
     hits: dict[str, list[float]]
 
 
 def measure(model: Qwen2ForCausalLM, batch: Batch, rng: random.Random) -> Measured:
-    """Runs a batch; `rng` picks the repetition that is read out early."""
+    """Run a batch; `rng` picks the depth and the repetition that is read early."""
     scored = (batch.weights[:, 1:] > 0).nonzero(as_tuple=True)
     targets, weights = batch.tokens[:, 1:][scored], batch.weights[:, 1:][scored]
     hops = batch.hops[:, 1:][scored]
@@ -56,7 +56,7 @@ def measure(model: Qwen2ForCausalLM, batch: Batch, rng: random.Random) -> Measur
 
 
 def _draw_depth(rng: random.Random) -> int:
-    """How often the shared layer runs: random depths are cheaper, and answers must not wait."""
+    """Number of runs of the shared layer; random, which is cheaper and makes answers early."""
     if rng.random() < FULL_DEPTH_SHARE:
         return NUM_REPETITIONS
     return rng.randint(LEAST_REPETITIONS, NUM_REPETITIONS)
@@ -86,7 +86,7 @@ def _mean_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
 
 
 def _look_loss(model: Qwen2ForCausalLM, states: list[Tensor], batch: Batch) -> Tensor:
-    """How far heads are from looking where they should."""
+    """Cross-entropy of heads' attention against their targets, averaged over the targets."""
     rope = model.model.rotary_emb(states[0], batch.positions)  # each [B, T, HEAD_DIM]
     losses = []
     known = set(map(tuple, batch.looks[:, 3:].tolist()))
@@ -99,7 +99,7 @@ def _look_loss(model: Qwen2ForCausalLM, states: list[Tensor], batch: Batch) -> T
 
 
 def _looks_of(batch: Batch, head: int, repetition: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, places and targets, each [R]."""
+    """Rows, places and targets of one head and repetition, each [R]."""
     known = (batch.looks[:, 3] == head) & (batch.looks[:, 4] == repetition)
     rows, places, targets = batch.looks[known, :3].unbind(-1)
     return rows, places, targets
@@ -112,7 +112,7 @@ def _attention_logits(
     asking: tuple[Tensor, Tensor],
     head: int,
 ) -> Tensor:
-    """A head's attention from the tokens `asking` (rows, places) to all tokens: [R, T]."""
+    """A head's attention logits from the tokens `asking` (rows, places) to all tokens: [R, T]."""
     attention = model.model.layers[NUM_FREE_LAYERS].self_attn
     rows, places = asking
     keys = functional.linear(hidden, *_weights_of(attention.k_proj, head // GROUP))
@@ -125,7 +125,7 @@ def _attention_logits(
 
 
 def _weights_of(projection: nn.Linear, head: int) -> tuple[Tensor, Tensor]:
-    """Weight and bias of one head."""
+    """Weight and bias rows of one head."""
     rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
     return projection.weight[rows], projection.bias[rows]
 
@@ -138,7 +138,7 @@ def _rotated(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _hits(right: Tensor, answers: Tensor, kinds: tuple[str, ...]) -> dict[str, list[float]]:
     wrong = torch.zeros(len(kinds) + 1)
-    places = answers.where(answers >= 0, len(kinds))  # context tokens count in the last place
+    places = answers.where(answers >= 0, len(kinds))  # context tokens count in the last entry
     wrong.index_add_(0, places, (~right).float())
     hits: defaultdict[str, list[float]] = defaultdict(list)
     for kind, num_wrong in zip(kinds, wrong.tolist(), strict=False):

@@ -1,4 +1,4 @@
-"""Token sequences to learn from: facts hidden in filler, then questions with scored answers.
+"""Training sequences: facts hidden in filler text, then questions with scored answers.
 
 A sequence is one raw completion prompt or one chat, with as many facts and questions as fit.
 """
@@ -28,19 +28,19 @@ from training.tokenizer import ASSISTANT, END, END_OF_TEXT, SYSTEM, USER
 
 CONTEXT_WEIGHT = 0.2
 CONTEXT_SHARE = 0.1
-SHORT = 128  # sequences up to here have little room for anything but facts and questions
+SHORT = 128  # up to this length there is little room for anything but facts and questions
 
 _SYSTEM_MESSAGES = ("You are a helpful assistant.", "Answer with the number only.")
 _SUFFIXES = ("", "", "", " Answer with the number only.", " Reply with just the number.")
 _BENCHMARK_SHARE = 0.5
-CHAIN_ASKED_SHARE = 0.5  # the other chains only distract
-MAX_MISSES = 4  # facts too long for what room is left, before the sequence counts as full
-FOLLOWING_WEIGHT = 0.3  # of an answer's tokens after its deciding ones
+CHAIN_ASKED_SHARE = 0.5  # the other chains are distractors
+MAX_MISSES = 4  # facts that did not fit, after which the sequence counts as full
+FOLLOWING_WEIGHT = 0.3  # weight of an answer's tokens after its deciding ones
 
 
 @dataclass(frozen=True)
 class Located:
-    """A text and its tokens; ends: of each, the character after its last."""
+    """A text and its tokens; ends: for each token, the index of the character after its last."""
 
     text: str
     tokens: list[int]
@@ -48,7 +48,7 @@ class Located:
 
 
 def joined(pieces: Sequence[Located]) -> tuple[Located, list[int]]:
-    """The pieces one after the other, and the characters with which they start."""
+    """The pieces concatenated, and the index of the first character of each."""
     starts = list(accumulate((len(piece.text) for piece in pieces), initial=0))[:-1]
     whole = Located(
         "".join(piece.text for piece in pieces),
@@ -62,9 +62,9 @@ def joined(pieces: Sequence[Located]) -> tuple[Located, list[int]]:
 class Sample:
     """One training sequence.
 
-    weights[i]: how much predicting token i counts.
-    answers[i]: the index in `kinds` of the answer token i belongs to, or -1.
-    hops[k]: look-ups that answer k needs.
+    weights[i]: loss weight of predicting token i.
+    answers[i]: index in `kinds` of the answer that token i belongs to, or -1.
+    hops[k]: number of look-ups that answer k needs.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -75,13 +75,13 @@ class Sample:
     looks: list[Look] = field(default_factory=list)
 
     def add_context(self, tokens: Sequence[int], rng: random.Random) -> None:
-        """Appends tokens of which few are scored, and those lightly."""
+        """Append context tokens, few of which are scored, with a low weight."""
         self.tokens += tokens
         self.weights += [CONTEXT_WEIGHT * (rng.random() < CONTEXT_SHARE) for _ in tokens]
         self.answers += [-1] * len(tokens)
 
     def add_answer(self, tokens: Sequence[int], kind: str, hops: int = 1) -> None:
-        """Appends an answer, its end token included, the first tokens fully scored."""
+        """Append an answer with its end token; its first tokens have full weight."""
         self.tokens += tokens
         num_following = max(0, len(tokens) - DECIDING_TOKENS)
         self.weights += [1.0] * (len(tokens) - num_following) + [FOLLOWING_WEIGHT] * num_following
@@ -92,11 +92,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Form:
-    """How a prompt is written.
+    """The form of a prompt.
 
     before: the text before the opening.
-    next_gap: what separates a later question from the answer before it.
-    ask: the text of a question.
+    next_gap: the separator between an answer and the next question.
+    ask: gives the text of a question.
     end: the token after an answer.
     """
 
@@ -114,7 +114,7 @@ def _wording(rng: random.Random, question: Question, is_varied: bool) -> str:
 
 
 def raw_form(rng: random.Random, is_varied: bool = True) -> Form:
-    """A prompt for plain completion; the answer follows a space and ends with <|endoftext|>."""
+    """A plain completion prompt; the answer follows a space and ends with <|endoftext|>."""
     gap = rng.choice(("\n", "\n", "\n\n", " ")) if is_varied else "\n"
     templates = ("Question: {} Answer:", "Q: {}\nA:", "Question: {}\nAnswer:", "{}\nAnswer:")
     template = rng.choice(templates) if is_varied else "Question: {}\nAnswer:"
@@ -129,7 +129,7 @@ def raw_form(rng: random.Random, is_varied: bool = True) -> Form:
 
 
 def chat_form(rng: random.Random, is_varied: bool = True) -> Form:
-    """A conversation as the chat template renders it: context and question in the user's turn."""
+    """A conversation in the chat template's format, with context and question in the user turn."""
     has_system = is_varied and rng.random() < 0.2
     system = f"{SYSTEM}{rng.choice(_SYSTEM_MESSAGES)}{END}" if has_system else ""
     gap = rng.choice(("\n", "\n", "\n\n", " ")) if is_varied else "\n"
@@ -160,7 +160,7 @@ def _turn(form: Form, question: Question) -> _Turn:
 
 @dataclass
 class _Plan:
-    """Facts to hide and turns to ask, and the tokens they take."""
+    """Facts to hide and questions to ask, and the number of tokens they take."""
 
     facts: list[Fact] = field(default_factory=list)
     turns: list[_Turn] = field(default_factory=list)
@@ -175,17 +175,17 @@ class SampleMaker:
         self.sentence_ends = frozenset(self.encode(".") + self.encode("\n"))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, nothing added."""
+        """Token IDs of `text`, without special tokens."""
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def located(self, text: str) -> Located:
-        """The tokens of `text`, nothing added, and where they end."""
+        """The tokens of `text`, without special tokens, and where each ends."""
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ends = [end for _, end in encoded["offset_mapping"]]
         return Located(text, list(encoded["input_ids"]), ends)
 
     def count(self, text: str) -> int:
-        """Tokens of `text`, nothing added."""
+        """Number of tokens of `text`, without special tokens."""
         return len(self.encode(text))
 
     def retrieval(
@@ -198,7 +198,7 @@ class SampleMaker:
     ) -> Sample:
         """Facts of `kinds` in filler and questions about them, at most `length` tokens.
 
-        is_varied: with many wordings, rather than the simplest form of question.
+        is_varied: use varied wordings instead of the simplest form of question.
         """
         form = FORMS[rng.choice(("raw", "raw", "chat"))](rng, is_varied)
         plan = self._plan(rng, form, length, kinds, max_questions)
@@ -209,7 +209,7 @@ class SampleMaker:
     def _plan(
         self, rng: random.Random, form: Form, length: int, kinds: Sequence[str], max_questions: int
     ) -> _Plan:
-        """Facts and questions, added while they fit in a random share of the sequence."""
+        """Facts and questions, added until a random share of the sequence is full."""
         keys, plan, singles = KeySource(rng), _Plan(), set[str]()
         room = length - 48 if length > SHORT else length - 8
         dense_room = room * rng.uniform(0.5 if length > 2 * SHORT else 0.9, 1.0)
@@ -284,7 +284,7 @@ class SampleMaker:
         return separator.join(_scatter(rng, statements, filler))
 
     def copying(self, rng: random.Random, length: int) -> Sample:
-        """Random tokens, twice; the second time is the answer."""
+        """Random tokens twice; the second copy is the answer."""
         half = rng.randint(4, length // 2)
         tokens = [rng.randrange(5, len(self._tokenizer)) for _ in range(half)]
         sample = Sample()
@@ -330,13 +330,13 @@ def _ask_some(rng: random.Random, form: Form, fact: Fact, max_turns: int) -> lis
 
 
 def _size(rng: random.Random, length: int) -> float:
-    """How large a fact is, 0 to 1: from the smallest to what fills most of the sequence."""
+    """Size of a fact from 0 to 1: from the smallest to one that fills most of the sequence."""
     most = min(1.0, length / 2048)
     return 0.05 * math.pow(most / 0.05, rng.random())
 
 
 def _interleave(rng: random.Random, facts: Sequence[Fact]) -> list[str]:
-    """All statements in random order, except that ordered facts' own stay in their order."""
+    """All statements in random order, except that statements of an ordered fact keep theirs."""
     order = [index for index, fact in enumerate(facts) for _ in fact.statements]
     rng.shuffle(order)
     waiting = []

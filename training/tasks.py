@@ -1,6 +1,6 @@
-"""Facts to hide in a text and the questions about them, in the formats of `evals/templates.py`.
+"""Facts to hide in a text and questions about them, in the formats of `evals/templates.py`.
 
-Knows text only: neither tokens nor where in a context a fact ends up.
+This module works on text only: it knows neither tokens nor where in a context a fact ends up.
 """
 
 import random
@@ -38,9 +38,9 @@ class Question:
 
     opening: the benchmark's text before the context.
     asked, lead: its question after the context, and the beginning of the answer.
-    wordings: the same question as a person would put it.
+    wordings: the same question as a person would ask it.
     answer: the exact text expected, without the space before it.
-    hops: look-ups that follow from each other before the answer is known.
+    hops: number of consecutive look-ups that lead to the answer.
     """
 
     kind: str
@@ -54,7 +54,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Fact:
-    """Sentences to hide, in this order unless `is_shuffled`, and what may be asked about them."""
+    """Sentences to hide, in this order unless `is_shuffled`, and the questions about them."""
 
     statements: tuple[str, ...]
     questions: tuple[Question, ...]
@@ -62,14 +62,14 @@ class Fact:
 
 
 class KeySource:
-    """Hands out keys that are distinct within one context."""
+    """Generates keys that are distinct within one context."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
         self._used: set[str] = set()
 
     def distinct(self, make: Callable[[random.Random], str]) -> str:
-        """What `make` gives, made again until it is new."""
+        """Call `make` until its result is new."""
         while (key := make(self._rng)) in self._used:
             pass
         self._used.add(key)
@@ -89,13 +89,13 @@ def variable(rng: random.Random) -> str:
 
 
 def random_number(rng: random.Random) -> str:
-    """Seven digits in half of the cases, else four to six; the first is not zero."""
+    """A number of seven digits in half of the cases, else four to six; no leading zero."""
     num_digits = 7 if rng.random() < 0.5 else rng.randint(4, 6)
     return str(rng.randint(10 ** (num_digits - 1), 10**num_digits - 1))
 
 
 def five_digits(rng: random.Random) -> str:
-    """Five digits, the first of which may be zero."""
+    """Five digits; the first may be zero."""
     return "".join(rng.choices(string.digits, k=5))
 
 
@@ -114,7 +114,7 @@ def make_needles(
     num_keys: int = 1,
     num_values: int = 1,
 ) -> Fact:
-    """`num_values` magic values of each of `num_keys` keys, all asked for in one question."""
+    """`num_values` magic values for each of `num_keys` keys, all asked for in one question."""
     is_number = kind in ("needle", "multivalue", "multiquery")
     noun = "number" if is_number else "uuid"
 
@@ -172,7 +172,7 @@ def make_json(kind: str, rng: random.Random, keys: KeySource, num_pairs: int) ->
 
 
 def make_passkey(rng: random.Random) -> Fact:
-    """The one pass key of a context."""
+    """The single pass key of a context."""
     number = five_digits(rng) if rng.random() < 0.6 else random_number(rng)
     wordings = (
         "What is the pass key?",
@@ -184,7 +184,7 @@ def make_passkey(rng: random.Random) -> Fact:
 
 
 def make_number_string(rng: random.Random) -> Fact:
-    """The one sequence of digits of a context."""
+    """The single sequence of digits of a context."""
     digits = digit_string(rng)
     question = _question("number_string", templates.NUMBER_STRING, digits)(
         ("What is the sequence of digits?",)
@@ -193,7 +193,7 @@ def make_number_string(rng: random.Random) -> Fact:
 
 
 def make_chain(kind: str, rng: random.Random, keys: KeySource, num_hops: int) -> Fact:
-    """Variables, the first assigned a number, each other one the one before; any may be asked."""
+    """A chain of variables: the first is a number, each other one the one before; any is asked."""
     names = [keys.distinct(variable) for _ in range(num_hops)]
     number = keys.distinct(five_digits)
     values = [number, *(f"VAR {name}" for name in names[:-1])]
@@ -222,7 +222,7 @@ def _question(
     hops: int = 1,
     **fields: str,
 ) -> Callable[[tuple[str, ...]], Question]:
-    """A question in the benchmark's form; call it with the plainer wordings."""
+    """A question in the benchmark's form; call the result with the plainer wordings."""
     return lambda wordings: Question(
         kind,
         template.opening.format(**fields),
@@ -235,7 +235,7 @@ def _question(
 
 
 def make_fact(kind: str, rng: random.Random, keys: KeySource, size: float = 1.0) -> Fact:
-    """A fact of one of `KINDS`; `size` (0 to 1) scales what may be long: objects, UUIDs, lists."""
+    """A fact of one of `KINDS`; `size` (0 to 1) scales objects, UUIDs and lists."""
     if kind in CHAINS:
         return make_chain(kind, rng, keys, int(kind[-1]))
     if kind not in _MAKERS:
@@ -248,7 +248,7 @@ def _needle(kind: str, rng: random.Random, keys: KeySource, size: float) -> Fact
 
 
 def _json(kind: str, rng: random.Random, keys: KeySource, size: float) -> Fact:
-    most = 27 if kind == "json_uuid" else 80  # what fills 2,048 tokens
+    most = 27 if kind == "json_uuid" else 80  # pairs that fill 2,048 tokens
     return make_json(kind, rng, keys, max(2, round(most * size)))
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer: byte-level BPE of 1,024 tokens, one token per digit, five special tokens.
+"""The tokenizer: byte-level BPE with 1,024 tokens, one token per digit, five special tokens.
 
 The chat template is here too, because training renders its conversations with the same tokens.
 """
@@ -45,12 +45,12 @@ def _corpus(seed: int, num_texts: int) -> Iterator[str]:
 
 
 def train_tokenizer(seed: int, num_texts: int = 20_000) -> PreTrainedTokenizerFast:
-    """A tokenizer trained on `num_texts` generated texts; every byte has a token of its own."""
+    """A tokenizer trained on `num_texts` generated texts; every byte has its own token."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
-            # Each letter of a variable's name is a token, with a space before it or without.
+            # Each letter of a variable's name is a token, with or without a space before it.
             pre_tokenizers.Split(Regex("VAR|(?<=[A-Z])[A-Z]|[A-Z](?=[A-Z])"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]

@@ -1,8 +1,8 @@
 """The training run: `python -m training.train`.
 
-Goes through the curriculum, logs to the run's folder, saves a checkpoint every few minutes and
-after every stage, and exports the model after every stage with retrieval. Started again, it goes on
-where the last checkpoint was saved: the data of step i depends on the seed and on i alone.
+It runs the curriculum, logs to the run's folder, saves a checkpoint every few minutes and after
+every stage, and exports the model after every stage with retrieval. When restarted it resumes from
+the last checkpoint: the data of step i depends only on the seed and on i.
 """
 
 import argparse
@@ -40,7 +40,7 @@ AVERAGE_DECAY = 0.95
 
 @dataclass
 class Progress:
-    """Where the run is; saved with every checkpoint."""
+    """Progress of the run, saved with every checkpoint."""
 
     stage_idx: int = 0
     stage_tokens: int = 0
@@ -50,14 +50,14 @@ class Progress:
     accuracy: dict[str, float] = field(default_factory=dict)
 
     def observe(self, name: str, value: float) -> None:
-        """Moves the average called `name` towards `value`."""
+        """Update the moving average called `name` with `value`."""
         old = self.accuracy.get(name, value)
         self.accuracy[name] = AVERAGE_DECAY * old + (1 - AVERAGE_DECAY) * value
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one batch gives: its loss, its answers' hits by kind, a gradient per parameter."""
+    """Result of one batch: its loss, its answers' hits by kind, a gradient per parameter."""
 
     loss: float
     hits: dict[str, list[float]]
@@ -67,8 +67,8 @@ class Result:
 class Trainer:
     """A model, its optimizer and its progress through the curriculum.
 
-    Batches of a step run side by side, one thread each: on a machine with other work, threads that
-    share every operation spend their time waiting for each other.
+    The batches of a step run in parallel, one thread each: on a busy machine, threads that share
+    every operation spend their time waiting for each other.
     """
 
     def __init__(self, seed: int, run_dir: Path, export_dir: Path) -> None:
@@ -90,7 +90,7 @@ class Trainer:
         self._load_checkpoint()
 
     def run(self, last_stage: str) -> None:
-        """Trains until the stage called `last_stage` is done."""
+        """Train until the stage called `last_stage` is done."""
         while self._progress.stage_idx < len(CURRICULUM):
             stage = CURRICULUM[self._progress.stage_idx]
             logger.info("stage %s from step %d", stage.name, self._progress.step)
@@ -226,7 +226,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
 
 
 def main() -> None:
-    """Command line."""
+    """Command-line entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/winnow-tiny"))

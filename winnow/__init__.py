@@ -1,4 +1,4 @@
-"""Winnow: long-context completions with the prompt pruned on the way. See README.md."""
+"""Winnow: long-context LLM completion with prompt pruning. See README.md."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = ["BatchJob", "Completion", "PruningSettings", "SamplingParams", "Winnow", "WinnowError"]
 
-# What loads torch and transformers is imported when it is used.
+# Imported on first use, since these modules load torch and transformers.
 _LAZY = {
     "BatchJob": "winnow.batch",
     "Completion": "winnow.completion",

@@ -1,4 +1,4 @@
-"""Many prompts in one process: prefilled one after the other, decoded together."""
+"""Batch generation in one process: prompts are prefilled one by one and decoded together."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +18,7 @@ from winnow.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class BatchJob:
-    """One prompt, with its own pruning and sampling; the answer ends before a `stop` string."""
+    """One prompt with its own pruning and sampling; the text ends before a `stop` string."""
 
     token_ids: Sequence[int]
     pruning: PruningSettings
@@ -28,10 +28,10 @@ class BatchJob:
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """A job's answer.
+    """The completion of a job.
 
-    job_idx: its place among the jobs.  prefill_s: of its own prompt alone.
-    seconds: from the beginning of its prefill to its last token, the others' work included.
+    job_idx: index of the job.  prefill_s: prefill time of its prompt.
+    seconds: from the start of its prefill to its last token, time spent on other jobs included.
     """
 
     job_idx: int
@@ -52,7 +52,7 @@ class _Running:
 
 
 class BatchRun:
-    """Keeps a decode engine that nobody else uses filled with jobs until all are answered."""
+    """Runs jobs on a decode engine, of which it must be the only user."""
 
     def __init__(self, engine: DecodeEngine, tokenizer: Tokenizer) -> None:
         self._engine = engine
@@ -60,9 +60,9 @@ class BatchRun:
         self._running: dict[str, _Running] = {}
 
     def run(self, jobs: Iterable[BatchJob]) -> Iterator[BatchResult]:
-        """Each job's answer when it is complete; jobs are asked for as places become free.
+        """Yield each result when it is complete; takes the next job when a batch slot is free.
 
-        Raises as `Winnow.generate` when it comes to a job that can never run.
+        Raises as `Winnow.generate` on reaching a job that can never run.
         """
         numbered = enumerate(jobs)
         waiting = next(numbered, None)
@@ -76,7 +76,7 @@ class BatchRun:
             self._release_all()
 
     def _admit(self, job_idx: int, job: BatchJob) -> bool:
-        """Prefills a job and lets it join the batch; False if there is no room for it now."""
+        """Prefill a job and add it to the batch; False if there is no room for it now."""
         model = self._engine.model
         require_prompt(model, job.token_ids)
         spec = generation_spec(str(job_idx), model, job.token_ids, job.pruning, job.sampling)
@@ -110,7 +110,7 @@ class BatchRun:
         return result
 
     def _take(self, output: StepOutput) -> Iterator[BatchResult]:
-        """Notes one job's token; its result if that was the last one."""
+        """Record a job's token; yield its result if the token is the last one."""
         running = self._running[output.request_id]
         stream = running.stream
         running.pieces.append(stream.take(output, running.text))
@@ -127,8 +127,8 @@ class BatchRun:
         )
 
     def _release_all(self) -> None:
-        """Gives back what jobs hold that were not answered to their end."""
+        """Release the reservations of unfinished jobs."""
         for running in self._running.values():
             self._engine.release(running.reservation)
         self._running.clear()
-        self._engine.step()  # frees the pages of what was released
+        self._engine.step()  # frees the released pages

@@ -1,7 +1,7 @@
-"""Every name that a setting may take, and the class it stands for, as `module:class`.
+"""Registry of methods and rules: each name that a setting may take, and its `module:class`.
 
-To add a method or a rule: write its file and add its line here. Nothing is imported before it is
-asked for, so that names can be checked without loading torch.
+To add a method or a rule: write its file and add its line here; docs/methods.md has the recipe.
+Modules are imported by `load` only, so that names can be checked without loading torch.
 """
 
 from importlib import import_module
@@ -31,6 +31,6 @@ RECOMPRESSIONS = {
 
 
 def load(path: str) -> Any:  # noqa: ANN401 - the caller's table says which class
-    """The class that an entry of a table names."""
+    """Import the class that a registry entry names."""
     module, _, name = path.partition(":")
     return getattr(import_module(module), name)

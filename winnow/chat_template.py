@@ -1,4 +1,4 @@
-"""A conversation as one text, by the model's chat template."""
+"""Rendering a conversation to text with the model's chat template."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -14,7 +14,7 @@ from winnow.marked_text import CLIENT, FINAL, MarkedText, joined, mark
 from winnow.template_environment import TemplateEnvironment, bounded_time
 
 Message = Mapping[str, Any]
-# What a template gets by these names is not a client's to choose.
+# Names that chat_template_kwargs may not set.
 RESERVED = frozenset(
     {
         *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
@@ -23,7 +23,7 @@ RESERVED = frozenset(
 )
 _MAX_REASON_CHARS = 300
 _DEFAULT = "default"
-# With messages like these a template shows what it reads, and what it writes around them.
+# Messages that probe which roles and content forms a template renders, and what it adds to them.
 _PROBE = "winnowprobe"
 _PROBED: Mapping[str, Sequence[str]] = {
     "user": ("user",),
@@ -34,11 +34,11 @@ _PROBED: Mapping[str, Sequence[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class ChatOptions:
-    """How a conversation becomes a prompt.
+    """How a conversation is rendered to a prompt.
 
-    add_generation_prompt: it ends where the assistant's answer begins; None: unless the final
-    message is continued.  continue_final_message: it ends where the last message's text does.
-    template_kwargs: the template's variables, as a client names them.
+    add_generation_prompt: end the prompt with the start of an assistant turn; None: unless
+    `continue_final_message`.  continue_final_message: end it with the last message's text.
+    template_kwargs: template variables of the request.
     """
 
     add_generation_prompt: bool | None = None
@@ -62,7 +62,7 @@ class ChatOptions:
 
 
 def require_template_kwargs(kwargs: Mapping[str, Any]) -> None:
-    """Raise InvalidSetting for a name that has a meaning of its own."""
+    """Raise InvalidSetting for a reserved name."""
     for name in kwargs:
         if name in RESERVED:
             raise InvalidSetting(
@@ -72,11 +72,11 @@ def require_template_kwargs(kwargs: Mapping[str, Any]) -> None:
 
 
 class ChatTemplate:
-    """A model's chat template; usable from any thread.
+    """A model's chat template. Thread-safe.
 
-    sources: Jinja, by name.  variables: the tokenizer's own, like bos_token.
-    kwargs: the operator's chat_template_kwargs, under a request's.
-    allow_special_tokens: what clients write counts as the template's own words.
+    sources: Jinja sources by name.  variables: the tokenizer's, such as bos_token.
+    kwargs: the operator's chat_template_kwargs; a request's override them.
+    allow_special_tokens: treat text that clients write as the template's own.
     """
 
     def __init__(
@@ -93,10 +93,10 @@ class ChatTemplate:
         self._client = 0 if allow_special_tokens else CLIENT
 
     def render(self, messages: Sequence[Message], options: ChatOptions) -> str:
-        """The conversation's text, marked where a client wrote it.
+        """Render a conversation; the text that a client wrote is marked.
 
-        messages: each with `role`, and `content` as a text or a list of parts.
-        Raises InvalidRequest if the template cannot be used, or refuses them.
+        messages: each with `role`, and `content` as a string or a list of parts.
+        Raises InvalidRequest if the template cannot be used, or refuses the messages.
         """
         marks = [self._client] * len(messages)
         if options.continue_final_message and messages:
@@ -109,10 +109,10 @@ class ChatTemplate:
         return _up_to_final(rendered) if options.continue_final_message else rendered
 
     def samples(self) -> Iterator[str]:
-        """Plain conversations as the template writes them, without the beginning of an answer."""
+        """Simple conversations as rendered by the template, without a generation prompt."""
         for roles in _PROBED.values():
             messages = [{"role": role, "content": _PROBE} for role in roles]
-            with contextlib.suppress(InvalidRequest):  # no such role, or in another order alone
+            with contextlib.suppress(InvalidRequest):  # no such role, or not in this order
                 yield self.render(messages, ChatOptions(add_generation_prompt=False))
 
     def _render(
@@ -126,7 +126,7 @@ class ChatTemplate:
                 return template.render(context, add_generation_prompt=begins_answer)
         except TemplateError as error:
             reason = error.message or type(error).__name__
-        except Exception as error:  # a template is a program, and may fail like one
+        except Exception as error:  # a template is a program and may fail with any error
             reason = f"{type(error).__name__}: {error}"
         reason = " ".join(reason.split())[:_MAX_REASON_CHARS]
         raise InvalidRequest(
@@ -144,7 +144,7 @@ class ChatTemplate:
             ) from error
 
     def _source(self) -> str:
-        """The one by the name of default, or the only one."""
+        """The template named "default", or the only one."""
         if len(self._sources) == 1:
             return next(iter(self._sources.values()))
         if _DEFAULT not in self._sources:
@@ -156,7 +156,7 @@ class ChatTemplate:
         return self._sources[_DEFAULT]
 
     def _message(self, message: Message, marks: int) -> Message:
-        """As the template reads it: what is null is left out, the role alone is not a client's."""
+        """The message as the template reads it, without null fields; all but the role is marked."""
         own = {name: value for name, value in message.items() if value is not None}
         role, content = own.pop("role"), own.pop("content")
         parts = [content] if isinstance(content, str) else [part["text"] for part in content]
@@ -172,7 +172,7 @@ class ChatTemplate:
 
     @cached_property
     def _roles_of_parts(self) -> frozenset[str]:
-        """The roles whose content the template reads as a list of parts, and not as a text."""
+        """The roles whose content the template reads as a list of parts, not as a string."""
         found: set[str] = set()
         for role in _PROBED:
             if not self._shows(role, found) and self._shows(role, found | {role}):
@@ -180,7 +180,7 @@ class ChatTemplate:
         return frozenset(found)
 
     def _shows(self, role: str, roles_of_parts: Set[str]) -> bool:
-        """Whether the text of such a message is in a conversation."""
+        """Whether the template renders the text of a message with this role."""
         messages = []
         for one in _PROBED[role]:
             text = _PROBE if one == role else "x"
@@ -188,7 +188,7 @@ class ChatTemplate:
             messages.append({"role": one, "content": content})
         try:
             return _PROBE in self._render(messages, begins_answer=True, kwargs={}).lower()
-        except InvalidRequest:  # it has no such role, or wants another order
+        except InvalidRequest:  # no such role, or another order of roles is required
             return False
 
 
@@ -197,7 +197,7 @@ def _as_parts(texts: Iterable[str]) -> list[dict[str, str]]:
 
 
 def _up_to_final(rendered: str) -> str:
-    """The text up to where the last message's own ends."""
+    """The text up to the end of the last message's own text."""
     marks = rendered.marks if isinstance(rendered, MarkedText) else b""
     end = max(marks.rfind(bytes([one])) for one in (FINAL, CLIENT | FINAL)) + 1
     if not end:

@@ -1,8 +1,8 @@
-"""Whether a checkpoint is what its configuration claims, found out before its weights are read.
+"""Checks that a checkpoint matches its configuration, before its weights are read.
 
-The network is built on torch's meta device, where tensors have shapes but no numbers, so this takes
-no memory and little time. transformers' own loader, which knows each family's renamed and fused
-tensors, is given the files' tables in place of the files.
+The network is built on torch's meta device, where tensors have shapes but no data, so the check
+takes little time and no memory. transformers' own loader, which knows each family's renamed and
+fused tensors, runs on the tensor tables of the files instead of their data.
 """
 
 import contextlib
@@ -19,6 +19,8 @@ from transformers.utils import logging as transformers_logging
 from winnow.dry_run import RECORDER, require_decoder, require_known_attention, require_plain_loop
 from winnow.errors import UnusableModel
 from winnow.folder_errors import as_unusable
+from winnow.gguf.header import read_header
+from winnow.gguf.weights import weights
 from winnow.model_files import ModelDescription, load_config
 from winnow.weight_files import StoredTensor, stored_tensors
 
@@ -27,10 +29,10 @@ _NAMES_SHOWN = 5
 
 
 def require_sound(description: ModelDescription) -> None:
-    """Raise UnusableModel unless the files hold this network, and Winnow can run its layers."""
-    with as_unusable(f"model folder {description.path} cannot be loaded"):
+    """Raise UnusableModel unless the files match the network and Winnow can run its layers."""
+    with as_unusable(f"model {description.path} cannot be loaded"):
         config = load_config(description.path)
-        stored = stored_tensors(description.path, getattr(config, "transformers_weights", None))
+        stored = _stored_tensors(description, config)
         _require_layers(description, stored)
         network = _empty_network(config)
         require_decoder(description, network)
@@ -40,8 +42,19 @@ def require_sound(description: ModelDescription) -> None:
         require_plain_loop(description, network)
 
 
+def _stored_tensors(description: ModelDescription, config: Any) -> Mapping[str, StoredTensor]:  # noqa: ANN401
+    path = description.path
+    if path.is_dir():
+        return stored_tensors(path, getattr(config, "transformers_weights", None))
+    found = weights(read_header(path), description.shape.dtype)
+    return {
+        name: StoredTensor(tensor.entry.file, tensor.shape, tensor.dtype)
+        for name, tensor in found.items()
+    }
+
+
 def _require_layers(description: ModelDescription, stored: Collection[str]) -> None:
-    """A configuration with a wrong number could otherwise ask for any number of layers."""
+    """Raise UnusableModel for more layers than tensors, before building such a network."""
     if description.shape.num_layers > len(stored):
         raise UnusableModel(
             f"{description.path} has {len(stored)} tensors, but config.json says that there are "
@@ -69,7 +82,7 @@ def _require_all_placed(
     network: Any,  # noqa: ANN401
     stored: Mapping[str, StoredTensor],
 ) -> None:
-    """Let transformers put the files' tensors into the network, as it would the real ones."""
+    """Run transformers' loader on meta tensors; raise UnusableModel if any tensor does not fit."""
     tensors = {k: torch.empty(t.shape, dtype=t.dtype, device=_META) for k, t in stored.items()}
     wanted = {name: tensor.dtype for name, tensor in network.state_dict().items()}
     loading = LoadStateDictConfig(
@@ -80,7 +93,7 @@ def _require_all_placed(
     with _no_progress_bar():
         found, _ = convert_and_load_state_dict_in_model(network, tensors, loading)
     missing = found.missing_keys - _tied_to_what_is_there(network, found.missing_keys)
-    network._adjust_missing_and_unexpected_keys(found)  # takes the declared leftovers out
+    network._adjust_missing_and_unexpected_keys(found)  # removes keys that may be ignored
     require_complete(
         description,
         missing,
@@ -106,10 +119,10 @@ def require_complete(
     not_converted: Collection[str] = (),
     whole_numbers: Collection[str] = (),
 ) -> None:
-    """Raise UnusableModel unless every parameter came from the files, and every tensor has a place.
+    """Raise UnusableModel unless every parameter is in the files and every tensor is used.
 
-    Excepted are parameters tied to one that is there, and tensors that transformers declares to be
-    leftovers: rotary frequencies of old checkpoints, layers that only speculate, and the like.
+    Exceptions: parameters tied to one that is present, and tensors that transformers declares
+    ignorable, such as rotary frequencies of old checkpoints or layers for speculative decoding.
     """
     defects = (
         ("parameters of the network that are in no file", missing),
@@ -124,7 +137,7 @@ def require_complete(
 
 
 def _tied_to_what_is_there(network: Any, missing: set[str]) -> set[str]:  # noqa: ANN401
-    """Names that share their parameter with one that is not missing."""
+    """Names tied to a parameter that is not missing."""
     groups: dict[str, set[str]] = {}
     for target, source in network.all_tied_weights_keys.items():
         groups.setdefault(source, {source}).add(target)
@@ -138,7 +151,7 @@ def _some(names: Collection[str]) -> str:
 
 @contextlib.contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Transformers shows one for each load, though this one takes no time."""
+    """Hide transformers' progress bar, since this load takes no time."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""Checks of values from outside: each raises InvalidSetting that names the value and the limit."""
+"""Validation of outside values; each check raises InvalidSetting with the value and the limit."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -28,7 +28,7 @@ def require_range(
 
 
 def require_type(name: str, value: object, declared: Any) -> None:  # noqa: ANN401 - a field's type
-    """Whole numbers are numbers too; true and false are neither."""
+    """Raise InvalidSetting for another type than declared; an int is a float, a bool is neither."""
     accepted = int | float if declared is float else declared
     is_bool = isinstance(value, bool)
     if is_bool != (declared is bool) or not isinstance(value, accepted):

@@ -1,4 +1,4 @@
-"""One answer: what the engines are asked for it, and what came of it."""
+"""One completion: the requests to the engines for it, and its result."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from winnow.tokens import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One answer, with what was done to its prompt."""
+    """A finished completion, with the prefill report of its prompt."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -26,7 +26,7 @@ class Completion:
 
 
 class CompletionStream:
-    """Iterates over pieces of text while they are generated; the fields fill up meanwhile."""
+    """Iterates over pieces of text as they are generated; the fields are updated on the way."""
 
     def __init__(self, report: PrefillReport, pieces: Iterator[str]) -> None:
         self.report = report
@@ -39,7 +39,7 @@ class CompletionStream:
         return self._pieces
 
     def take(self, output: StepOutput, text: TextStream) -> str:
-        """Notes what a decode step gave and returns the text that it completed."""
+        """Record the output of a decode step; returns the text that it completes."""
         if output.error is not None:
             raise output.error
         (token,) = output.tokens
@@ -57,7 +57,7 @@ def generation_spec(
     pruning: PruningSettings,
     sampling: SamplingParams,
 ) -> GenerationSpec:
-    """What decode has to know of one prompt that is pruned and sampled so."""
+    """The decode request for one prompt with these pruning and sampling settings."""
     num_tokens = len(token_ids)
     return GenerationSpec(
         request_id=request_id,
@@ -75,7 +75,7 @@ def prefill_into(
     token_ids: Sequence[int],
     pruning: PruningSettings,
 ) -> PrefillResult:
-    """Computes a prompt and writes what is kept of its KV into the reservation."""
+    """Prefill a prompt and write its kept KV into the reservation."""
     run = PrefillRun(model, token_ids, pruning)
     while not run.finished:
         layer = run.compute_layer()

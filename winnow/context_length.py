@@ -1,4 +1,4 @@
-"""How many positions a model has, and where its rotary tables begin to depend on the length."""
+"""A model's context length, and the length up to which its rotary tables are constant."""
 
 import math
 from collections.abc import Mapping
@@ -8,16 +8,16 @@ _MOST = 2**31 - 1  # positions are int32 in the cache
 
 
 def context_length(config: Any) -> int:  # noqa: ANN401 - each family has its own class
-    """Positions that the rotary tables of a configuration were scaled to reach.
+    """Context length of a configuration, RoPE scaling included.
 
     `max_position_embeddings` is the length before scaling in some configurations, and the scaled
     one in others:
 
     yarn              the original length times the factor, whatever is stated.
-    llama3, longrope  the stated length; where that is the original one, times the factor.
+    llama3, longrope  the stated length; times the factor if that is the original one.
     linear, dynamic   the stated length times the factor.
 
-    Where layers differ in their tables the stated length is the scaled one.
+    If layers differ in their rotary tables, the stated length is the scaled one.
     Raises ValueError if none is stated.
     """
     stated = positive_int(config, "max_position_embeddings")
@@ -34,9 +34,9 @@ def context_length(config: Any) -> int:  # noqa: ANN401 - each family has its ow
 
 
 def constant_length(config: Any) -> int:  # noqa: ANN401
-    """Positions up to which the rotary tables are the same for every sequence.
+    """Sequence length up to which the rotary tables do not depend on it.
 
-    Beyond it keys that were computed in prefill would not fit queries computed later.
+    Beyond it, keys computed in prefill would not match queries computed later.
     """
     rope = _rope(config)
     if rope.get("rope_type") == "dynamic":
@@ -51,7 +51,7 @@ def _rope(config: Any) -> Mapping[str, Any]:  # noqa: ANN401
 
 
 def positive_int(config: Any, name: str) -> int:  # noqa: ANN401
-    """A size that a configuration must have; raises ValueError if it is missing or no size."""
+    """A required positive integer of a configuration; raises ValueError if it is not one."""
     value = getattr(config, name, None)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} is {value!r}; it must be a whole number above 0")

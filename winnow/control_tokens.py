@@ -1,7 +1,7 @@
-"""Control tokens in a prompt: the template's are tokens, a client's are text.
+"""Encoding of chat prompts so that only the template, not a client, can write control tokens.
 
-Where a client's text would become a control token, alone or together with what the template writes
-beside it, it is encoded as any other characters would be; all else is encoded as ever.
+Where a client's text would become a control token, alone or joined with adjacent template text, it
+is encoded as ordinary characters. Everything else is encoded as usual.
 """
 
 import json
@@ -15,11 +15,11 @@ from tokenizers import Tokenizer as Backend
 from winnow.errors import InvalidRequest
 from winnow.marked_text import BREAK, CLIENT, FINAL, MarkedText, plain
 
-_MAX_TRIES = 8  # characters set free by a break may make another token
+_MAX_TRIES = 8  # breaking up one control token may form another
 
 
 class MarkedEncoder:
-    """Encodes marked text; usable from any thread.
+    """Encodes marked text. Thread-safe.
 
     control_ids: tokens that only the template may write.
     """
@@ -29,9 +29,9 @@ class MarkedEncoder:
         self.control_ids = frozenset(control_ids)
 
     def encode(self, text: MarkedText) -> list[int]:
-        """The text's tokens, none of them a control token that a client wrote any part of.
+        """Token ids of the text; no control token includes characters that a client wrote.
 
-        Raises InvalidRequest for one that the vocabulary cannot write in another way.
+        Raises InvalidRequest for a control token that cannot be encoded in another way.
         """
         backend = self._backend
         for _ in range(_MAX_TRIES):
@@ -49,19 +49,19 @@ class MarkedEncoder:
 
     @cached_property
     def _breaking(self) -> Backend:
-        """The tokenizer, but BREAK in a text keeps it from seeing a token there, and is no text."""
+        """The tokenizer, changed so that a BREAK in a text splits an added token and is dropped."""
         content = json.loads(self._backend.to_str())
         drops_break = {"type": "Replace", "pattern": {"String": BREAK}, "content": ""}
         own = content["normalizer"]
         normalizers = [drops_break] if own is None else [drops_break, own]
         content["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
         for token in content["added_tokens"]:
-            token["normalized"] = False  # seen before the normalizer drops BREAK, not after
+            token["normalized"] = False  # matched before the normalizer drops BREAK
         return Backend.from_str(json.dumps(content))
 
 
 def template_tokens(backend: Backend, added_ids: Iterable[int], text: str) -> frozenset[int]:
-    """Those of `added_ids` with which a template surrounds the messages of a rendered text."""
+    """The tokens among `added_ids` that the template wrote in a rendered text."""
     if not isinstance(text, MarkedText):
         return frozenset()
     encoding = backend.encode(text, add_special_tokens=False)
@@ -71,7 +71,7 @@ def template_tokens(backend: Backend, added_ids: Iterable[int], text: str) -> fr
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A token where it is in a text; is_clients: a client wrote some of it."""
+    """A token and its span in a text; is_clients: a client wrote part of it."""
 
     token_id: int
     start: int
@@ -80,7 +80,7 @@ class _Found:
 
 
 def _found(encoding: Encoding, text: MarkedText, ids: frozenset[int]) -> Iterator[_Found]:
-    """Where these tokens are, less the white space that a token may take with it."""
+    """The occurrences of these tokens, without the whitespace that a token may include."""
     characters = plain(text)
     for idx, token_id in enumerate(encoding.ids):
         if token_id in ids:
@@ -97,7 +97,7 @@ def _has_clients(marks: bytes) -> bool:
 
 
 def _broken(text: MarkedText, tokens: list[_Found]) -> MarkedText:
-    """The text with BREAK beside each of the client's characters within these tokens."""
+    """The text with BREAK next to each client character inside these tokens."""
     characters, marks = plain(text), text.marks
     pieces: list[tuple[str, bytes]] = []
     done = 0

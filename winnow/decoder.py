@@ -1,8 +1,8 @@
-"""A Hugging Face decoder seen layer by layer.
+"""A Hugging Face decoder that is run layer by layer.
 
-`DecoderModel` drives embed → rotary tables → layers → norm → LM head itself, so that a caller can
-stop, look and drop tokens between two layers. Attention goes through the `AttentionCall` that the
-caller gives with each layer (winnow/attention.py).
+`DecoderModel` runs embedding → rotary tables → layers → norm → LM head itself, so that a caller can
+pause and drop tokens between two layers. The caller passes an `AttentionCall` with each layer
+(winnow/attention/), which computes its attention.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ Rope = tuple[Tensor, Tensor]
 
 
 class TokenBlocks(nn.Module):
-    """Runs an MLP over blocks of tokens, so that its wide inner activations stay small."""
+    """Runs an MLP over blocks of tokens, to bound the memory of its inner activations."""
 
     def __init__(self, mlp: nn.Module, block_tokens: int) -> None:
         super().__init__()
@@ -34,14 +34,14 @@ class TokenBlocks(nn.Module):
         tokens, out = hidden.flatten(0, 1), output.flatten(0, 1)  # [B * T, hidden_size]
         for start in range(0, len(tokens), self.block_tokens):
             block = slice(start, start + self.block_tokens)
-            # [None] gives the strides for which linear layers take the plain matrix product; a
-            # slice of the three-dimensional tensor would take the batched one, twice as slow.
+            # With [None]'s strides, linear layers use the plain matrix product; a slice of the 3-D
+            # tensor would use the batched one, which takes twice as long.
             out[block] = self.mlp(tokens[block][None])[0]
         return output
 
 
 class DecoderModel:
-    """A loaded model. Stateless between calls; every tensor it takes and gives is on `device`."""
+    """A loaded model. Stateless between calls; its inputs and outputs are on `device`."""
 
     def __init__(self, model: Any, description: ModelDescription, device: torch.device) -> None:  # noqa: ANN401
         self._model = model
@@ -54,7 +54,7 @@ class DecoderModel:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory of the GPU that this process's tensors take; 0 on a CPU."""
+        """GPU memory allocated to this process's tensors; 0 on a CPU."""
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
 
     @property
@@ -80,13 +80,13 @@ class DecoderModel:
 
     @torch.inference_mode()
     def rope(self, positions: Tensor) -> Rope:
-        """The rotary tables of the given positions [B, T] int64."""
+        """Rotary tables for the positions [B, T] int64."""
         like = torch.empty(0, dtype=self.shape.dtype, device=self.device)
         return self._model.model.rotary_emb(like, positions)  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def layer(self, layer_idx: int, hidden: Tensor, rope: Rope, attention: AttentionCall) -> Tensor:
-        """One decoder layer with `attention` inside.  hidden: [B, T, hidden_size], as returned."""
+        """Run one decoder layer with `attention`.  hidden and the result: [B, T, hidden_size]."""
         output = self._model.model.layers[layer_idx](
             hidden, attention_mask=None, position_embeddings=rope, attention_call=attention
         )

@@ -1,4 +1,4 @@
-"""Pruning settings that suit a model: the model folder's own over defaults scaled with depth."""
+"""Default pruning settings: `winnow.json`, over the model family's, over the paper's scaled."""
 
 import json
 from dataclasses import fields, replace
@@ -12,55 +12,83 @@ from winnow.folder_errors import as_unusable
 from winnow.pruning_settings import PruningSettings
 
 SETTINGS_FILE = "winnow.json"
+# Settings measured for a family: its name, what its configuration has, settings, and their source.
+_FAMILIES_FILE = Path(__file__).parent / "families.json"
 _PAPER_LAYERS = 32  # the depth for which the paper's layer numbers were chosen
 
 
 def pruning_defaults(model_path: Path, num_layers: int) -> PruningSettings:
-    """The settings of `winnow.json` in the model folder, over those scaled to `num_layers`.
+    """Settings of `winnow.json` in the model folder, over the family's, over scaled ones.
 
-    Raises UnusableModel if the file is not what it should be.
+    Raises UnusableModel if the file is invalid.
     """
-    scaled = scaled_defaults(num_layers)
+    usual = override(scaled_defaults(num_layers), _family_settings(model_path))
     file = model_path / SETTINGS_FILE
     if not file.exists():
-        return scaled
+        return usual
     with as_unusable(f"{file} is not usable"):
         try:
-            settings = override(scaled, json.loads(file.read_text()))
+            settings = override(usual, json.loads(file.read_text()))
             settings.require_fits(num_layers)
         except InvalidSetting as error:
             raise UnusableModel(f"{file}: {error}") from error
         return settings
 
 
+def _family_settings(model_path: Path) -> dict[str, Any]:
+    """Those of the family that a folder's configuration is of; none for one that is not known."""
+    try:
+        config = json.loads((model_path / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}  # whoever loads the model says what is wrong with it
+    for family in json.loads(_FAMILIES_FILE.read_text()):
+        if isinstance(config, dict) and family["config"].items() <= config.items():
+            settings: dict[str, Any] = family["settings"]
+            return settings
+    return {}
+
+
 def scaled_defaults(num_layers: int) -> PruningSettings:
-    """The paper's settings, with layer numbers in proportion to the depth below 28 layers."""
+    """The paper's settings; below 28 layers, layer numbers are scaled with the depth.
+
+    Unlike the paper's, they select at five eighths of the depth at the latest: where the variance
+    never falls below the threshold, a prompt would be computed whole (docs/study.md).
+    """
+    latest = round(20 * num_layers / _PAPER_LAYERS)
     if num_layers >= 28:
-        return PruningSettings()
+        return PruningSettings(latest_layer=latest)
     observed = max(1, round(8 * num_layers / _PAPER_LAYERS))
     earliest = max(observed - 1, round(10 * num_layers / _PAPER_LAYERS))
+    min_layer = min(earliest, num_layers - 1)
     return PruningSettings(
         observed_layers=observed,
-        min_layer=min(earliest, num_layers - 1),
+        min_layer=min_layer,
+        latest_layer=max(min_layer, min(latest, num_layers - 1)),
         fixed_layer=min(round(15 * num_layers / _PAPER_LAYERS), num_layers - 1),
     )
 
 
 def override(settings: PruningSettings, changes: dict[str, Any]) -> PruningSettings:
-    """`settings` with `changes`; raises InvalidSetting for an unknown name or a bad value."""
+    """`settings` with `changes`; raises InvalidSetting for an unknown name or an invalid value.
+
+    A latest_layer that is not among the changes goes up with min_layer.
+    """
     known = {field.name for field in fields(PruningSettings)}
     for name in changes:
         if name not in known:
             raise InvalidSetting(
                 f"{name} is not a pruning setting; known are {', '.join(sorted(known))}", param=name
             )
+    earliest, latest = changes.get("min_layer"), settings.latest_layer
+    if latest is not None and isinstance(earliest, int) and earliest > latest:
+        changes = {"latest_layer": earliest} | changes
     return replace(settings, **changes)
 
 
 def parse_change(text: str, kind: str = "a pruning setting") -> tuple[str, Any]:
-    """`threshold=0.4` as a name and its value for `override`; values are written as in YAML.
+    """Parse `threshold=0.4` into a name and a value for `override`; values are YAML.
 
-    kind: what the name is of.  Raises InvalidSetting for what is not NAME=VALUE.
+    kind: what NAME is, for the error.  Raises InvalidSetting unless the text is NAME=VALUE.
     """
     name, equals, written = text.partition("=")
     if not equals:

@@ -1,7 +1,8 @@
-"""What a network asks of whoever runs its layers one by one, seen without its weights.
+"""Checks, without weights, that a network can be run layer by layer.
 
-The layers run once on torch's meta device, to see what attention they ask for. Then the network's
-own forward runs with all its parts replaced by random numbers, to see what it does between them.
+The layers run once on torch's meta device, to record the attention that they request. Then the
+network's own forward runs with its parts replaced by random outputs, to detect anything that it
+computes between them.
 """
 
 import logging
@@ -19,12 +20,12 @@ from winnow.model_files import ModelDescription
 
 logger = logging.getLogger(__name__)
 
-RECORDER = "winnow-recorder"  # the attention of networks that are looked at here
+RECORDER = "winnow-recorder"  # attention implementation of networks that are checked here
 
 _META = torch.device("meta")
 _PARTS = ("embed_tokens", "rotary_emb", "layers", "norm")
 _NUM_TOKENS = 4
-# What layers tell their attention besides queries, keys and values, and does not change it.
+# Options that layers pass to their attention without changing its result.
 _WITHOUT_EFFECT = {"scaling", "dropout", "position_ids", "use_cache", "cache_position"}
 _NEVER_FOR_LACK_OF_NUMBERS = (TypeError, AttributeError, KeyError)
 
@@ -44,7 +45,7 @@ def require_decoder(description: ModelDescription, network: Any) -> None:  # noq
 
 @dataclass(frozen=True, slots=True)
 class _Attention:
-    """What a layer asked of its attention.  query, key, value: [1, heads, tokens, head_dim]."""
+    """Arguments of an attention call.  query, key, value: [1, heads, tokens, head_dim]."""
 
     query: Tensor
     key: Tensor
@@ -79,10 +80,10 @@ def require_known_attention(description: ModelDescription, network: Any) -> None
 
 @torch.inference_mode()
 def _attention_of(network: Any, layer_idx: int) -> list[_Attention]:  # noqa: ANN401
-    """What a layer asks for; nothing where that cannot be seen without numbers."""
+    """The layer's attention calls; empty if they cannot be recorded on the meta device."""
     asked: list[_Attention] = []
     layer = network.model.layers[layer_idx]
-    layer.mlp = nn.Identity()  # experts are chosen by numbers
+    layer.mlp = nn.Identity()  # routing to experts needs data
     positions = torch.arange(_NUM_TOKENS, device=_META)[None]
     try:
         hidden = network.model.embed_tokens(positions)
@@ -94,7 +95,7 @@ def _attention_of(network: Any, layer_idx: int) -> list[_Attention]:  # noqa: AN
             raise UnusableModel(
                 f"family {family} cannot be run layer by layer: {first_line(error)}"
             ) from error
-    except Exception:  # what is wrong shows when the loaded model is run
+    except Exception:  # a real fault will show when the loaded model is run
         logger.debug("layer %d cannot run on the meta device", layer_idx, exc_info=True)
     return asked
 
@@ -116,7 +117,7 @@ def _require_shape(description: ModelDescription, family: str, attention: _Atten
 def _require_plain(
     description: ModelDescription, family: str, layer_idx: int, attention: _Attention
 ) -> None:
-    """Softmax of scaled products over the whole prompt, and nothing else."""
+    """Raise UnusableModel unless it is plain scaled dot-product attention to the whole prompt."""
     options = {k: v for k, v in attention.options.items() if v is not None}
     window = options.pop("sliding_window", description.max_positions)
     if window < description.max_positions:
@@ -133,7 +134,7 @@ def _require_plain(
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """Of one part of the network: what it was given, and the random numbers it answered with."""
+    """A call of one part of the network: its input, and its random output."""
 
     part: str
     given: Tensor
@@ -143,14 +144,14 @@ class _Call:
 def require_plain_loop(description: ModelDescription, network: Any) -> None:  # noqa: ANN401
     """Raise UnusableModel if the network computes anything between its parts.
 
-    description: for its sizes.  network: is of no use afterwards.
+    description: for its sizes.  network: unusable afterwards.
     """
     family = network.config.model_type
     calls = _replace_parts(description, network)
     try:
         with torch.inference_mode():
             logits = network(torch.arange(_NUM_TOKENS)[None], use_cache=False).logits
-    except Exception:  # what is wrong shows when the loaded model is run
+    except Exception:  # a real fault will show when the loaded model is run
         logger.debug("family %s cannot run without its weights", family, exc_info=True)
         return
     expected = ["embeddings", *(f"layer {i}" for i in range(description.shape.num_layers))]
@@ -167,7 +168,7 @@ def require_plain_loop(description: ModelDescription, network: Any) -> None:  # 
 
 
 def _replace_parts(description: ModelDescription, network: Any) -> list[_Call]:  # noqa: ANN401
-    """Lets every part answer with random numbers; the calls that they will get."""
+    """Replace each part's forward with a random output; returns the list that records calls."""
     calls: list[_Call] = []
     shape, body = description.shape, network.model
     random = torch.Generator().manual_seed(0)

@@ -1,39 +1,39 @@
-"""Every error a user of Winnow can meet, and what it becomes on HTTP and gRPC.
+"""All errors that users of Winnow can see, and their HTTP and gRPC status.
 
 WinnowError
-├── InvalidRequest          what was asked cannot be done; ask differently
+├── InvalidRequest          the request is invalid and must be changed
 │   ├── InvalidSetting      a parameter is out of its range, or settings contradict each other
 │   ├── UnknownParameter    a parameter that the API does not have
-│   ├── UnsupportedParameter  a parameter of OpenAI's API that Winnow does not carry out
+│   ├── UnsupportedParameter  a parameter of OpenAI's API that Winnow does not support
 │   ├── PromptTooLong       more prompt tokens than the model or the operator allows
 │   ├── BodyTooLarge        the HTTP body is over the limit
-│   ├── BodyTooSlow         the HTTP body did not come in its time
+│   ├── BodyTooSlow         the HTTP body did not arrive in time
 │   ├── BodyEncoded         the HTTP body is compressed
-│   ├── BodyNotJson         the HTTP body is not said to be JSON in UTF-8
+│   ├── BodyNotJson         the HTTP body is not declared as JSON in UTF-8
 │   ├── HeadersTooLarge     the HTTP request line and headers are over the limit
 │   └── UnknownModel        the service does not serve that model
 ├── InvalidKey              no API key, or one that does not exist (any more)
-├── Overloaded              no KV memory or queue place now; try again later
-│   └── Preempted           KV memory ran short in mid-generation; another worker can go on
-├── RateLimited             the API key has used up its minute
+├── Overloaded              no KV memory or queue slot is free; retry later
+│   └── Preempted           KV memory ran short during decode; another worker can continue
+├── RateLimited             the API key has used up its limit for this minute
 ├── NoDecodeWorker          no compatible decode worker is registered
-├── RegistryUnavailable     the registry of workers does not answer
-├── DeadlineExceeded        the request did not end in its time
-├── RequestCancelled        the client went away
-├── PrefillFailed           prefill could not compute or deliver the prompt
+├── RegistryUnavailable     the worker registry does not respond
+├── DeadlineExceeded        the request did not finish in time
+├── RequestCancelled        the client disconnected
+├── PrefillFailed           prefill could not compute or deliver the prompt's KV
 │   ├── PrefillLost         the prefill worker died, or there is none at the moment
-│   └── DeliveryFailed      the decode worker could not be reached, or took no KV
-├── TransferRefused         the KV that arrived is not what was announced
+│   └── DeliveryFailed      the decode worker could not be reached, or refused the KV
+├── TransferRefused         the received KV does not match what was announced
 │   ├── UnknownReservation  no admitted request has that id (any more)
-│   ├── TransferMismatch    other wire version, model or shape than the receiver's
-│   ├── TransferMalformed   frames that cannot be read, or that contradict the reservation
+│   ├── TransferMismatch    wire version, model or shape differs from the receiver's
+│   ├── TransferMalformed   frames that cannot be parsed, or that contradict the reservation
 │   ├── TransferDamaged     bad checksum, gap, overlap, duplicate, bad digest
-│   ├── TransferForged      the sender does not show the token of the attempt
+│   ├── TransferForged      the sender does not have the token of the attempt
 │   └── StaleAttempt        a newer attempt was seen, or the KV is already in place
-├── ModelMismatch           the worker holds another model than the one asked for
-├── LeaseExpired            the reservation's KV did not arrive in its time
-├── EngineFailed            the decode engine broke while it generated
-│   └── NotFinite           the model's own numbers are broken; no other worker does better
+├── ModelMismatch           the worker has another model than the requested one
+├── LeaseExpired            the reservation's KV did not arrive in time
+├── EngineFailed            the decode engine failed during generation
+│   └── NotFinite           the model produces NaN or inf; another worker would fail as well
 └── UnusableModel           a model folder that is missing, broken or unsupported (startup)
 """
 
@@ -42,7 +42,7 @@ from typing import ClassVar
 
 
 class WinnowError(Exception):
-    """Base of all; `param` names the field of the request that is at fault, if one is."""
+    """Base class; `param` names the invalid field of the request, if there is one."""
 
     code: ClassVar[str] = "internal_error"
 
@@ -52,7 +52,7 @@ class WinnowError(Exception):
         self.param = param
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickles with `param`, which Exception's own way leaves out."""
+        """Pickle with `param`, which Exception's default omits."""
         return (_rebuild, (type(self), self.message, self.param))
 
 
@@ -117,7 +117,7 @@ class InvalidKey(WinnowError):
 
 
 class RateLimited(WinnowError):
-    """retry_after_s: when the next request may be let in."""
+    """retry_after_s: seconds until a request may be admitted again."""
 
     code = "rate_limit_exceeded"
 
@@ -204,7 +204,7 @@ class UnusableModel(WinnowError):
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How an error leaves the service: HTTP status, gRPC code by name, OpenAI's `error.type`."""
+    """An error's HTTP status, gRPC status code name, and OpenAI `error.type`."""
 
     http: int
     grpc: str
@@ -241,12 +241,12 @@ _STATUS: dict[type[WinnowError], Status] = {
 
 
 def status_of(error: WinnowError) -> Status:
-    """The table's row for the error's class, or for its nearest base class."""
+    """The status of the error's class, or of its nearest base class that has one."""
     return next(_STATUS[cls] for cls in type(error).__mro__ if cls in _STATUS)
 
 
 def error_class(code: str) -> type[WinnowError]:
-    """The class whose `code` this is; WinnowError where none has it (a newer peer's error)."""
+    """The class with this `code`; WinnowError if there is none (an error of a newer peer)."""
     return _BY_CODE.get(code, WinnowError)
 
 

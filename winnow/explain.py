@@ -1,4 +1,4 @@
-"""What pruning did to one prompt, token by token and layer by layer."""
+"""Explains the pruning of one prompt: what each layer kept, and how it ranked the tokens."""
 
 import codecs
 import statistics
@@ -25,10 +25,10 @@ TIMED_ROUNDS = 3
 
 @dataclass(frozen=True, slots=True)
 class LayerScores:
-    """Ranks of the prompt's tokens at one layer, 1 for the best; 0 for those not ranked.
+    """Ranks of the prompt's tokens at one layer, 1 for the best; 0 for tokens not ranked.
 
-    The order is that of the window's attention, pooled (s of design.md); the window's own tokens
-    and tokens dropped before are not ranked.
+    Tokens are ranked by the pooled attention they receive from the window. Tokens of the window and
+    tokens dropped earlier are not ranked.
     """
 
     layer_idx: int
@@ -39,10 +39,10 @@ class LayerScores:
 class Explanation:
     """One prompt under one method.
 
-    pieces: the text of each token; joined they are the prompt. A token that ends within a character
-    is empty, the one that completes it has the whole.
-    last_layers: per token, the last layer that computed it (of pass one where there are two).
-    layer_scores: as far as the method looked, in order; empty for a prompt that is not cut.
+    pieces: the text of each token; joined they are the prompt. A token that ends inside a character
+    is empty; the token that completes it has the whole character.
+    last_layers: per token, the last layer that computed it (in pass one if there are two).
+    layer_scores: of the layers that computed every token, in order; none if all are in the window.
     prefill_s, full_prefill_s: seconds with and without pruning, medians of alternating rounds.
     """
 
@@ -59,7 +59,7 @@ class Explanation:
 
 
 def explain(winnow: Winnow, token_ids: Sequence[int], sampling: SamplingParams) -> Explanation:
-    """Runs a prompt with the pruning of `winnow` and without.
+    """Run a prompt with the pruning of `winnow` and without.
 
     Raises as `Winnow.generate`.
     """
@@ -85,7 +85,7 @@ def explain(winnow: Winnow, token_ids: Sequence[int], sampling: SamplingParams) 
 
 
 class _Observer:
-    """Notes, while a prompt is prefilled, who is where in the order and who is dropped when."""
+    """Records, during prefill, the rank of each token and the layer that drops it."""
 
     def __init__(self, settings: PruningSettings, num_tokens: int, num_layers: int) -> None:
         self._settings = settings
@@ -130,7 +130,7 @@ def _prefill(
 def _times(
     winnow: Winnow, token_ids: Sequence[int], settings: PruningSettings
 ) -> tuple[float, float]:
-    """Median seconds of prefill with `settings` and in full, taken in turns."""
+    """Median seconds of prefill with `settings` and without pruning, in alternating rounds."""
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(TIMED_ROUNDS):
         for is_full in (True, False):

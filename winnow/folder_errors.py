@@ -1,4 +1,4 @@
-"""What libraries raise about a model folder becomes UnusableModel, with the reason in one line."""
+"""Translation of library errors about a model folder to UnusableModel, with a one-line reason."""
 
 import logging
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def as_unusable(what: str) -> Iterator[None]:
-    """Whatever a library raises inside becomes UnusableModel: `what`, and the library's reason.
+    """Translate any library error raised inside to UnusableModel: `what`, and the reason.
 
-    All classes are caught, because what a folder holds can make a library raise any of them.
+    Every exception class is caught, since broken files can make a library raise any of them.
     """
     try:
         yield
@@ -25,9 +25,9 @@ def as_unusable(what: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, without the paragraphs of advice that may follow.
+    """The first line of an error, without the advice that may follow.
 
-    A line that only announces the next one brings it along; a bare word brings its error's class.
+    A line that ends with a colon includes the next line; a single word is prefixed with the class.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])

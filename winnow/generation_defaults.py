@@ -1,4 +1,4 @@
-"""What a model folder says about generating: its end tokens, and its defaults of sampling."""
+"""Generation defaults of a model folder: end tokens and sampling parameters."""
 
 import json
 import logging
@@ -9,30 +9,31 @@ from types import MappingProxyType
 from typing import Any
 
 from winnow.errors import InvalidSetting, UnusableModel
+from winnow.gguf.header import read_header
+from winnow.gguf.vocabulary import generation_config
 from winnow.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
 GENERATION_CONFIG = "generation_config.json"
-# Words of the setting `generation_config`; anything else is a folder.
+# Keywords of the setting `generation_config`; anything else is a folder.
 FROM_MODEL = "auto"
-NONE = ("none", "vllm")  # vLLM writes none with its own name
+NONE = ("none", "vllm")  # vLLM's name for none is "vllm"
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """What a request gets that does not say otherwise.
+    """Defaults for what a request leaves unset.
 
-    sampling: fields of SamplingParams.  max_new_tokens: of an answer, where the API itself has no
-    default.
+    sampling: fields of SamplingParams.  max_new_tokens: where the API itself has no default.
     """
 
     sampling: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     max_new_tokens: int | None = None
 
     def told(self) -> dict[str, Any]:
-        """Each value as a request gets it; `max_tokens` None is as many as fit."""
+        """The value of each parameter; `max_tokens` None means as many as fit."""
         sampling = SamplingParams(**self.sampling)
         return {name: getattr(sampling, name) for name in _SAMPLING} | {
             "max_tokens": self.max_new_tokens
@@ -40,13 +41,17 @@ class GenerationDefaults:
 
 
 def generation_defaults(setting: str, model_path: Path) -> GenerationDefaults:
-    """The defaults in generation_config.json, of the model's folder or of another one.
+    """The defaults in generation_config.json, of the model folder or of another one.
 
-    setting: `auto`, `none` (or `vllm`), or a folder.  `do_sample` does not count, as in vLLM.
-    Raises UnusableModel for a value that cannot be used, InvalidSetting for a folder without one.
+    A GGUF file has its own.
+
+    setting: `auto`, `none` (or `vllm`), or a folder.  `do_sample` is ignored, as in vLLM.
+    Raises UnusableModel for an invalid value, InvalidSetting for a folder without the file.
     """
     if setting in NONE:
         return GenerationDefaults()
+    if setting == FROM_MODEL and model_path.is_file():
+        return _checked(model_path, generation_config(read_header(model_path)))
     folder = model_path if setting == FROM_MODEL else Path(setting)
     file = folder / GENERATION_CONFIG
     if setting != FROM_MODEL and not file.is_file():
@@ -55,11 +60,14 @@ def generation_defaults(setting: str, model_path: Path) -> GenerationDefaults:
             f"with {GENERATION_CONFIG}",
             param="generation_config",
         )
-    content = _read_json(file)
+    return _checked(file, _read_json(file))
+
+
+def _checked(file: Path, content: Mapping[str, Any]) -> GenerationDefaults:
     given = {name: content[name] for name in _SAMPLING if content.get(name) is not None}
     for name, value in given.items():
         _require_number(file, name, value, whole=name == "top_k")
-    if given.get("top_k") == -1:  # vLLM's way to write that it is off
+    if given.get("top_k") == -1:  # "off" in vLLM
         given["top_k"] = 0
     try:
         SamplingParams(**given)
@@ -85,9 +93,9 @@ def _require_number(file: Path, name: str, value: object, *, whole: bool) -> Non
 
 
 def end_token_ids(path: Path, config_eos: object, vocab_size: int) -> frozenset[int]:
-    """The tokens that end an answer: those of configuration, generation config and tokenizer.
+    """EOS token ids, collected from config.json, generation_config.json and the tokenizer.
 
-    config_eos: eos_token_id of the configuration.  An id that the model does not have is left out.
+    config_eos: eos_token_id of config.json.  Ids outside the vocabulary are left out.
     Raises UnusableModel for a value that is neither an id nor a list of them.
     """
     generation = path / GENERATION_CONFIG
@@ -112,7 +120,7 @@ def _token_ids(file: Path, eos: object) -> list[int]:
 def _tokenizer_end_ids(path: Path) -> list[int]:
     """The id of the tokenizer's eos_token, if it has one.
 
-    The files are read as they are, for decode workers have no other use for a tokenizer.
+    Read from the files directly, since decode workers do not load a tokenizer.
     """
     settings = _read_json(path / "tokenizer_config.json")
     token = settings.get("eos_token") or _read_json(path / "special_tokens_map.json").get(
@@ -148,7 +156,7 @@ def _vocabulary_id(settings: Mapping[str, Any], file: Path, text: str) -> int | 
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """The object in a file of the folder; empty where there is no such file."""
+    """The JSON object in the file; empty if there is no such file."""
     if not file.is_file():
         return {}
     try:

@@ -1,7 +1,7 @@
-"""The KV cache of one prompt as it leaves prefill: ragged, with original positions.
+"""The KV cache of one prompt after prefill: ragged, with original positions.
 
-The kept entries of a layer may differ from KV head to KV head, so a layer is stored flat: the
-entries of head 0 in prompt order, then those of head 1, and so on.
+KV heads of a layer may keep different entries, so a layer is stored flat: the entries of head 0 in
+prompt order, then those of head 1, and so on.
 """
 
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The sizes of a decoder that its KV cache depends on; `dtype` is that of the cache."""
+    """Model dimensions that the KV cache depends on; `dtype` is the cache's."""
 
     num_layers: int
     num_heads: int
@@ -23,19 +23,19 @@ class ModelShape:
     dtype: torch.dtype
 
     def kv_bytes(self, num_entries: int) -> int:
-        """Bytes of keys and values of `num_entries` entries of one KV head."""
+        """Bytes of keys and values for `num_entries` entries of one KV head."""
         return 2 * num_entries * self.head_dim * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerKV:
-    """What one layer contributes to decoding.
+    """The kept KV of one layer.
 
     keys, values: [num_entries, head_dim], keys after RoPE at their original positions.
     positions: [num_entries] int32, ascending within a head.
     head_lengths: entries per KV head; sums to num_entries.
-    window_queries: [num_heads, window, head_dim], the last prompt tokens' queries after RoPE;
-    decode seeds its observation ring with them.
+    window_queries: [num_heads, window, head_dim], queries of the last prompt tokens after RoPE;
+    decode seeds its query ring with them.
     """
 
     layer_idx: int
@@ -51,11 +51,11 @@ class LayerKV:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and positions (what decode keeps; window queries not counted)."""
+        """Bytes of keys, values and positions; window queries are not counted."""
         return int(self.keys.nbytes + self.values.nbytes + self.positions.nbytes)
 
     def to(self, device: str) -> "LayerKV":
-        """The layer with its tensors on `device`; itself if they are there."""
+        """The layer with its tensors on `device`; tensors already there are not copied."""
         return replace(
             self,
             keys=self.keys.to(device),
@@ -65,7 +65,7 @@ class LayerKV:
         )
 
     def head_slices(self) -> list[slice]:
-        """Each KV head's rows in `keys`, `values` and `positions`."""
+        """The rows of each KV head in `keys`, `values` and `positions`."""
         ends = list(accumulate(self.head_lengths))
         return [slice(end - n, end) for end, n in zip(ends, self.head_lengths, strict=True)]
 
@@ -100,10 +100,10 @@ def pack_layer(
 
 @dataclass(frozen=True, slots=True)
 class SequenceState:
-    """Where a running sequence is, besides its KV and its last queries.
+    """State of a running sequence, besides its KV and its query window.
 
-    next_position: as in PrefillReport, of its next token.
-    recompressed_entries: of its whole request.  at_floor: its budget was lowered to decode_floor.
+    next_position: of its next token, as in PrefillReport.
+    recompressed_entries: of the whole request.  at_floor: the budget was lowered to decode_floor.
     """
 
     token_ids: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Winnow in one process: the same engines as the service, no server."""
+"""The library interface: the service's prefill and decode engines in one process, no server."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ DEFAULT_SAMPLING = SamplingParams(max_tokens=256, temperature=0)
 
 
 class Winnow:
-    """A model with its tokenizer and both engines."""
+    """A loaded model with its tokenizer and engines."""
 
     def __init__(
         self,
@@ -52,17 +52,17 @@ class Winnow:
         allow_special_tokens: bool = False,
         **pruning: Any,  # noqa: ANN401 - checked by defaults.override
     ) -> "Winnow":
-        """A model folder or hub model; `pruning` overrides the model's own PruningSettings.
+        """Load a model folder or hub model; `pruning` overrides the model's PruningSettings.
 
         max_model_len: see `describe_model`.
         max_batch_size: sequences that `generate_many` decodes together.
-        chat_template_kwargs, allow_special_tokens: as in Tokenizer.
+        chat_template_kwargs, allow_special_tokens: see Tokenizer.
 
-        Raises UnusableModel, or InvalidSetting for a setting that does not exist or cannot work.
+        Raises UnusableModel, or InvalidSetting for an unknown or invalid setting.
         """
         decoder = load_model(model, device=device, dtype=dtype, max_model_len=max_model_len)
         path = decoder.description.path
-        settings = defaults.pruning_defaults(path, decoder.shape.num_layers)
+        settings = defaults.pruning_defaults(decoder.description.folder, decoder.shape.num_layers)
         settings = defaults.override(settings, pruning)
         settings.require_fits(decoder.shape.num_layers)
         tokenizer = load_tokenizer(
@@ -80,10 +80,10 @@ class Winnow:
         sampling: SamplingParams = DEFAULT_SAMPLING,
         stop: tuple[str, ...] = (),
     ) -> Completion:
-        """The whole answer to a text or to token ids; greedy unless `sampling` says otherwise.
+        """Complete a prompt, given as text or token ids; greedy unless `sampling` says otherwise.
 
-        The generation config of the model says what the service's default is, not this one's.
-        The answer ends before the first of the `stop` strings.
+        The model's generation config sets the service's defaults, but not this method's.
+        The completion ends before the first of the `stop` strings.
         Raises InvalidRequest, PromptTooLong, or InvalidSetting if its KV can never fit.
         """
         stream = self.stream(prompt, sampling, stop)
@@ -92,18 +92,18 @@ class Winnow:
         return Completion(text, tuple(stream.token_ids), stream.finish_reason, stream.report)
 
     def generate_many(self, jobs: Iterable[BatchJob]) -> Iterator[BatchResult]:
-        """The answers to many prompts, in the order in which they are complete.
+        """Complete many prompts; results come in the order in which they finish.
 
-        Jobs are asked for as places become free, so they may be made meanwhile. Nothing else may
-        run until the iterator has come to its end or is closed.
-        Raises as `generate` when it comes to a job that can never run; see `require_fits`.
+        `jobs` is consumed lazily, as batch slots become free. Nothing else may run until the
+        iterator is exhausted or closed.
+        Raises as `generate` on reaching a job that can never run; see `require_fits`.
         """
         return BatchRun(self._engine, self.tokenizer).run(jobs)
 
     def require_fits(
         self, num_prompt_tokens: int, pruning: PruningSettings, sampling: SamplingParams
     ) -> None:
-        """Raise what a prompt of that length would be refused with."""
+        """Raise the error that a prompt of this length would be refused with."""
         token_ids = [0] * num_prompt_tokens
         require_prompt(self.model, token_ids)
         pruning.require_fits(self.model.shape.num_layers)
@@ -116,9 +116,9 @@ class Winnow:
         sampling: SamplingParams = DEFAULT_SAMPLING,
         stop: tuple[str, ...] = (),
     ) -> CompletionStream:
-        """The answer piece by piece; the prompt has been prefilled when this returns.
+        """Stream a completion; the prompt has been prefilled when this returns.
 
-        One stream at a time: iterate it to its end, or close it, before the next.
+        One stream at a time: exhaust or close it before starting the next.
         Raises as `generate`.
         """
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)

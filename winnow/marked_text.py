@@ -1,9 +1,9 @@
-"""Text that knows of each of its characters who wrote it, however a template puts it together.
+"""Strings that track, per character, whether a client or the chat template wrote it.
 
-A chat template makes one text of its own words and a client's. What is recognised in it as a
-control token must be the template's own, so each character keeps a mark of where it is from. Exact
-are slices, sums, joins, stripping and formatting; any other text that is made of marked ones is
-marked as a whole, so that no mark is ever lost.
+A chat template mixes its own text with a client's. Only the template's own text may become control
+tokens, so each character carries a mark of its origin. Slicing, concatenation, joining, stripping
+and formatting keep marks exactly; the result of any other operation on marked text is marked as a
+whole, so that no mark is lost.
 """
 
 import functools
@@ -12,14 +12,14 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, SupportsIndex, TypeAlias
 
-Value: TypeAlias = Any  # whatever a template computes with
+Value: TypeAlias = Any  # any value in a template
 
 CLIENT = 1  # a client wrote it
-FINAL = 2  # text of the last message
+FINAL = 2  # it is text of the last message
 _ALL = (CLIENT, FINAL, CLIENT | FINAL)
 
-# Noncharacters of Unicode, for use within a program: marks as they are written into a text while
-# it is formatted, and one that control_tokens.py uses. No marked text has them.
+# Unicode noncharacters, reserved for internal use: marks written into a text while it is formatted,
+# and BREAK, which control_tokens.py uses. No marked text contains them.
 BREAK = "\ufdd0"
 _OPEN = {mark: chr(0xFDD0 + mark) for mark in _ALL}
 _CLOSE = "\ufdd4"
@@ -29,13 +29,13 @@ _RUN = re.compile(rb"(.)\1*", re.DOTALL)
 
 
 class MarkedText(str):
-    """A text with a mark per character: a sum of CLIENT and FINAL, 0 for the template's own."""
+    """A string with a mark per character: a sum of CLIENT and FINAL, 0 for the template's own."""
 
     __slots__ = ("_marks",)
     _marks: bytes
 
     def __new__(cls, text: str, marks: bytes | None = None) -> "MarkedText":
-        """Without `marks` all of it is a client's."""
+        """Without `marks`, all of the text is marked CLIENT."""
         self = super().__new__(cls, text)
         self._marks = bytes([CLIENT]) * len(text) if marks is None else marks
         return self
@@ -65,7 +65,7 @@ class MarkedText(str):
         return self.rstrip(chars).lstrip(chars)
 
     def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
-        """Refused: the text that is made of the bytes again would have no marks."""
+        """Raise TypeError: text decoded from the bytes would have no marks."""
         raise TypeError("a template cannot take the bytes of a message's text")
 
 
@@ -75,7 +75,7 @@ def plain(text: str) -> str:
 
 
 def mark(value: Value, with_mark: int) -> Value:
-    """A copy of `value` in which every text is marked, keys of objects too."""
+    """A copy of `value` in which every string is marked, mapping keys included."""
     if isinstance(value, str):
         text = _INTERNAL.sub("\ufffd", value)
         return MarkedText(text, bytes([with_mark]) * len(text))
@@ -87,7 +87,7 @@ def mark(value: Value, with_mark: int) -> Value:
 
 
 def joined(parts: Iterable[str]) -> str:
-    """The parts one after the other, each character with its mark."""
+    """The concatenated parts, each character with its mark."""
     parts = list(parts)
     text = "".join(parts)
     if not any(isinstance(part, MarkedText) for part in parts):
@@ -100,7 +100,7 @@ def _marks_of(text: str) -> bytes:
 
 
 def carried(result: Value, sources: Value) -> Value:
-    """`result`, in which every text has all marks of the sources that it was made of."""
+    """`result`, with every unmarked string marked with all marks found in `sources`."""
     found = {one for text in _texts_in(sources) for one in _ALL if one in text.marks}
     marks = functools.reduce(operator.or_, found, 0)
     return _marked_with(result, marks) if marks else result
@@ -115,7 +115,7 @@ def _marked_with(result: Value, marks: int) -> Value:
 
 
 def _texts_in(value: Value) -> Iterator[MarkedText]:
-    """The marked texts in a value, keys among them."""
+    """The marked texts in a value, keys included."""
     if isinstance(value, MarkedText):
         yield value
     elif isinstance(value, Mapping):
@@ -126,10 +126,10 @@ def _texts_in(value: Value) -> Iterator[MarkedText]:
 
 
 def substituted(operation: Callable[..., Value], *values: Value) -> Value:
-    """What `operation` makes of the values; its text has the marks of what was put into it.
+    """Apply `operation`; the characters of the result keep the marks of the values they come from.
 
-    operation: takes the values with their marks written into the texts, and formats or joins them.
-    Keys must stay as they are, so where they are marked, all of the result is.
+    operation: formats or joins the values, which have their marks written into the text.
+    Keys cannot be rewritten, so if any key is marked, the whole result is.
     """
     values = _listed(values)
     if _has_marked_keys(values):
@@ -147,7 +147,7 @@ def substituted(operation: Callable[..., Value], *values: Value) -> Value:
 
 
 def _listed(value: Value) -> Value:
-    """The value with what can be gone through only once as a list."""
+    """The value with iterators replaced by lists."""
     if isinstance(value, tuple):
         return tuple(map(_listed, value))
     return list(value) if isinstance(value, Iterator) else value

@@ -1,7 +1,7 @@
-"""What a model folder holds, read without loading its weights.
+"""Description of a model folder, read without loading its weights.
 
-The gateway needs a model's sizes and fingerprint but not its gigabytes; workers check the same
-description before they load.
+The gateway needs only a model's dimensions and fingerprint; workers compute the same description
+before they load the weights.
 """
 
 import hashlib
@@ -17,29 +17,34 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig
 
+from winnow import weight_files
 from winnow.checks import require_range
 from winnow.context_length import constant_length, context_length, positive_int
 from winnow.errors import UnusableModel
 from winnow.folder_errors import as_unusable
 from winnow.generation_defaults import end_token_ids
+from winnow.gguf import header as gguf_header
+from winnow.gguf import vocabulary
+from winnow.gguf.config import configuration
+from winnow.gguf.header import SUFFIX, is_gguf, model_files, read_header
 from winnow.kv import ModelShape
-from winnow.weight_files import update_digest
 
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Methods whose weights transformers turns into ordinary ones while it loads them.
+# Quantization methods whose weights transformers dequantizes while loading.
 _QUANTIZATIONS = ("fp8",)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """A model as every process of the service must agree on it.
+    """What all processes of the service must agree on about a model.
 
-    fingerprint: hex digest over the configuration, the weight files, the cache's dtype, and
-    max_positions where that is not the configuration's own.
-    max_positions: tokens a sequence may have, prompt and answer together.
-    eos_token_ids: as configuration, generation config and tokenizer name them together.
+    path: the model's folder, or its GGUF file.
+    fingerprint: hex digest of the configuration, the weight files, the cache's dtype, and
+    max_positions if it is not the configuration's.
+    max_positions: the most tokens of a sequence, prompt and completion together.
+    eos_token_ids: of configuration, generation config and tokenizer together.
     """
 
     path: Path
@@ -49,20 +54,25 @@ class ModelDescription:
     max_positions: int
     eos_token_ids: frozenset[int]
 
+    @property
+    def folder(self) -> Path:
+        """Where winnow.json may stand."""
+        return self.path if self.path.is_dir() else self.path.parent
+
 
 def describe_model(
     model: str | Path, *, device: str = "cpu", dtype: str = "auto", max_model_len: int | None = None
 ) -> ModelDescription:
-    """The description of a model folder, or of a hub model (fetched if it is not cached).
+    """Describe a model folder, a GGUF file or a hub model (downloaded if it is not cached).
 
-    dtype: `auto` is the checkpoint's own; float16 becomes bfloat16 on a CPU, where it is slow.
-    max_model_len: in place of what the rotary tables allow; a longer one is logged as a warning.
+    dtype: `auto` is the checkpoint's own, but bfloat16 for float16 on a CPU, where that is slow.
+    max_model_len: overrides the context length; a warning is logged if it is longer.
     Raises UnusableModel with the reason.
     """
-    with as_unusable(f"model folder {model} cannot be read"):
+    with as_unusable(f"model {model} cannot be read"):
         path = _resolve(model)
         config = load_config(path).get_text_config()
-        with as_unusable(f"{path / 'config.json'}, of a {config.model_type}, is not usable"):
+        with as_unusable(f"{_config_file(path)}, of a {config.model_type}, is not usable"):
             shape = _shape(config, _cache_dtype(config, device, dtype))
             max_positions = _max_positions(path, config, max_model_len)
             vocab_size = positive_int(config, "vocab_size")
@@ -73,16 +83,18 @@ def describe_model(
             shape=shape,
             vocab_size=vocab_size,
             max_positions=max_positions,
-            eos_token_ids=end_token_ids(path, getattr(config, "eos_token_id", None), vocab_size),
+            eos_token_ids=_end_token_ids(path, config, vocab_size),
         )
 
 
 def _resolve(model: str | Path) -> Path:
     path = Path(model)
     if path.is_dir():
-        return path.resolve()
+        return _gguf_in(path.resolve()) or path.resolve()
+    if is_gguf(path):
+        return path.absolute()  # links of the hub's cache lead to files with other names
     if path.exists():
-        raise UnusableModel(f"model {model} is a file; a model is a folder")
+        raise UnusableModel(f"model {model} is a file; a model is a folder or a GGUF file")
     if len(path.parts) != 2 or str(model).startswith((".", "/", "~")):
         raise UnusableModel(f"model folder {model} does not exist")
     try:
@@ -95,8 +107,32 @@ def _resolve(model: str | Path) -> Path:
         ) from error
 
 
+def _gguf_in(folder: Path) -> Path | None:
+    """The one GGUF file of a folder with nothing else to load; of several parts, the first.
+
+    Raises UnusableModel if there are several models.
+    """
+    found = sorted(file for file in folder.glob(f"*{SUFFIX}") if "mmproj" not in file.name)
+    if not found or (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
+        return None
+    if {*found} <= {*model_files(found[0])}:
+        return found[0]
+    raise UnusableModel(
+        f"model folder {folder} has {len(found)} GGUF files; name one of them: "
+        f"{', '.join(file.name for file in found)}"
+    )
+
+
+def _config_file(path: Path) -> Path:
+    return path if path.is_file() else path / "config.json"
+
+
 def load_config(path: Path) -> Any:  # noqa: ANN401 - each family has its own class
-    """The configuration of a model folder; raises UnusableModel."""
+    """Load the configuration of a model folder or a GGUF file; raises UnusableModel."""
+    if path.is_file():
+        header = read_header(path)
+        with as_unusable(f"{path}, of architecture {header.architecture}, is not usable"):
+            return AutoConfig.for_model(**configuration(header))
     if not (path / "config.json").is_file():
         raise UnusableModel(f"model folder {path} has no config.json")
     with as_unusable(f"{path / 'config.json'} is not usable"):
@@ -106,7 +142,7 @@ def load_config(path: Path) -> Any:  # noqa: ANN401 - each family has its own cl
 
 
 def _require_known_quantization(path: Path, config: Any) -> None:  # noqa: ANN401
-    """Transformers ignores a method that it does not know, and fails late for most others."""
+    """Raise UnusableModel early: transformers ignores unknown methods, and fails late for most."""
     for part in (config, config.get_text_config()):
         quantization = getattr(part, "quantization_config", None)
         if quantization is None:
@@ -167,7 +203,7 @@ def _cache_dtype(config: Any, device: str, dtype: str) -> torch.dtype:  # noqa: 
 
 
 def _shape(config: Any, dtype: torch.dtype) -> ModelShape:  # noqa: ANN401
-    """Raises ValueError for sizes that are none, or do not go together."""
+    """The model's dimensions; raises ValueError if they are invalid or inconsistent."""
     num_heads = positive_int(config, "num_attention_heads")
     hidden_size = positive_int(config, "hidden_size")
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
@@ -183,11 +219,22 @@ def _shape(config: Any, dtype: torch.dtype) -> ModelShape:  # noqa: ANN401
     )
 
 
+def _end_token_ids(path: Path, config: Any, vocab_size: int) -> frozenset[int]:  # noqa: ANN401
+    if path.is_file():
+        return vocabulary.end_token_ids(read_header(path), vocab_size)
+    return end_token_ids(path, getattr(config, "eos_token_id", None), vocab_size)
+
+
 def _fingerprint(path: Path, config: Any, shape: ModelShape, max_positions: int) -> str:  # noqa: ANN401
-    """Two processes whose fingerprints differ exchange nothing."""
-    digest = hashlib.sha256(json.dumps(json.loads((path / "config.json").read_text())).encode())
+    """Digest of the model; processes with different fingerprints do not exchange KV."""
+    is_folder = path.is_dir()  # a GGUF file's configuration is one with its weights
+    content = json.loads((path / "config.json").read_text()) if is_folder else None
+    digest = hashlib.sha256(json.dumps(content).encode())
     digest.update(str(shape.dtype).encode())
-    update_digest(digest, path)
-    if max_positions != config.max_position_embeddings:  # as in config.json, which is in already
+    if is_folder:
+        weight_files.update_digest(digest, path)
+    else:
+        gguf_header.update_digest(digest, read_header(path))
+    if max_positions != config.max_position_embeddings:  # config.json's is in the digest already
         digest.update(str(max_positions).encode())
     return digest.hexdigest()[:32]

@@ -1,7 +1,7 @@
-"""A decoder loaded from a folder, and proven to run.
+"""Loading a decoder from a model folder.
 
-Whatever a folder holds, `load_model` gives a model that has answered a prompt, or one line that
-says why there is none.
+`load_model` returns a model that has completed a test prompt, or raises an error with a one-line
+reason.
 """
 
 import logging
@@ -17,12 +17,14 @@ from winnow.checkpoint import require_complete, require_sound
 from winnow.decoder import DecoderModel, TokenBlocks
 from winnow.errors import UnusableModel
 from winnow.folder_errors import as_unusable
-from winnow.model_files import ModelDescription, describe_model
+from winnow.gguf.header import read_header
+from winnow.gguf.weights import weights
+from winnow.model_files import ModelDescription, describe_model, load_config
 from winnow.proof import require_runs
 
 logger = logging.getLogger(__name__)
 
-# Families whose layer-by-layer run the tests hold equal to transformers' own; any other family is
+# Families whose layer-by-layer run the tests compare with transformers; any other family is
 # compared when it is loaded.
 VERIFIED_FAMILIES = frozenset({"llama", "qwen2", "qwen3", "mistral", "phi3"})
 MLP_BLOCK_TOKENS = 2048
@@ -36,7 +38,7 @@ def load_model(
     max_model_len: int | None = None,
     mlp_block_tokens: int = MLP_BLOCK_TOKENS,
 ) -> DecoderModel:
-    """A decoder from a folder (config, safetensors) or from the hub.
+    """Load a decoder from a folder (config, safetensors) or from the hub.
 
     dtype, max_model_len: see `describe_model`.
     Raises UnusableModel if it is missing, broken, or of a kind that cannot be pruned.
@@ -54,24 +56,38 @@ def load_model(
 
 
 def _load_network(description: ModelDescription, device: str) -> Any:  # noqa: ANN401
-    with as_unusable(f"model folder {description.path} cannot be loaded"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+    with as_unusable(f"model {description.path} cannot be loaded"):
+        load = _load_folder if description.path.is_dir() else _load_gguf
+        network, found = load(
             description.path,
             dtype=description.shape.dtype,
             attn_implementation=ATTENTION_NAME,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
             output_loading_info=True,
         )
-        network, found = loaded
         require_complete(description, found["missing_keys"], found["unexpected_keys"])
         return network.eval().requires_grad_(False).to(device)
 
 
+def _load_folder(path: Path, **options: Any) -> Any:  # noqa: ANN401
+    return AutoModelForCausalLM.from_pretrained(
+        path, local_files_only=True, use_safetensors=True, trust_remote_code=False, **options
+    )
+
+
+def _load_gguf(path: Path, *, dtype: torch.dtype, **options: Any) -> Any:  # noqa: ANN401
+    """Tensors are dequantized one by one, so that never more than a few are there twice."""
+    config = load_config(path)
+    with torch.device("meta"):
+        network_class: Any = type(AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
+    state = weights(read_header(path), dtype)
+    return network_class.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, **options
+    )
+
+
 @torch.inference_mode()
 def _require_same_as_transformers(decoder: DecoderModel, network: Any) -> None:  # noqa: ANN401
-    """Compare our layer loop with the model's own forward on a few tokens; refuse a difference."""
+    """Compare our layer loop with the model's own forward; raise UnusableModel if they differ."""
     family = network.config.model_type
     num_tokens = min(16, decoder.max_positions)
     token_ids = torch.arange(num_tokens, device=decoder.device).remainder(decoder.vocab_size)[None]

@@ -1,4 +1,4 @@
-"""One prompt and one decode step by the engines themselves: the proof that a loaded model runs."""
+"""Smoke test of a loaded model: the engines prefill one prompt and run one decode step."""
 
 import torch
 
@@ -17,17 +17,17 @@ _PAGES_PER_HEAD = 4
 
 
 def require_runs(model: DecoderModel) -> None:
-    """Raise UnusableModel unless the model answers a short prompt, pruned, with finite numbers."""
+    """Raise UnusableModel unless the model completes a short, pruned prompt with finite logits."""
     path = model.description.path
-    with as_unusable(f"model folder {path} was loaded, but cannot be run"):
+    with as_unusable(f"model {path} was loaded, but cannot be run"):
         try:
             _answer(model)
         except WinnowError as error:
-            raise UnusableModel(f"model folder {path} cannot be run: {error}") from error
+            raise UnusableModel(f"model {path} cannot be run: {error}") from error
 
 
 def _answer(model: DecoderModel) -> None:
-    """The first token comes from the prompt alone; the second one takes a decode step."""
+    """Generate two tokens: the first comes from prefill, the second from a decode step."""
     num_tokens = min(_PROMPT_TOKENS, model.max_positions - 1)
     token_ids = [idx % model.vocab_size for idx in range(num_tokens)]
     pruning = PruningSettings(

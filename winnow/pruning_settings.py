@@ -1,4 +1,4 @@
-"""How a prompt and its cache are pruned."""
+"""Settings of prompt pruning and KV cache compression."""
 
 from dataclasses import dataclass, fields
 
@@ -9,7 +9,7 @@ from winnow.errors import InvalidSetting
 
 @dataclass(frozen=True, slots=True)
 class Recompression:
-    """Decode's side of PruningSettings, which explains the fields; `method` is `recompression`."""
+    """The decode part of PruningSettings; see there. `method` is its `recompression`."""
 
     decode_budget: int | None = None
     decode_floor: int | None = None
@@ -31,35 +31,35 @@ class Recompression:
 
     @property
     def observes(self) -> bool:
-        """Whether entries may have to be scored, so that the last queries are kept."""
+        """Whether entries may be scored during decode, which needs the last queries."""
         return self.decode_budget is not None or self.decode_floor is not None
 
 
 @dataclass(frozen=True, slots=True)
 class PruningSettings:
-    """How prompt and cache are pruned. Defaults are the paper's for 28 to 48 layers.
+    """How prompt and KV cache are pruned. Defaults are the paper's for 28 to 48 layers.
 
-    method           one of winnow.methods.METHODS: which tokens go on, which KV is kept.
-    select_tokens    prompt tokens (window included) that go on above the selection layer.
-    window_size      last prompt tokens whose queries observe all others (w).
+    method           one of winnow.catalog.METHODS: which tokens continue, and which KV is kept.
+    select_tokens    prompt tokens (window included) that continue above the selection layer.
+    window_size      last prompt tokens, whose queries score all other tokens (w).
     kernel_size      pooling width over positions, odd (S).
     observed_layers  layers over which rank variance is taken (L_obs).
     min_layer        first layer at which ASL may select, counted from 0 (L_min).
     threshold        select when relative rank variance falls below it (tau).
-    latest_layer     select here at the latest; None: with a threshold never met, asl selects
-                     nothing, asl-2pass at the last layer.
+    latest_layer     select here at the latest; None: if the threshold is never met, asl does not
+                     select, asl-2pass selects at the last layer.
     fixed_layer      where fastkv and gemfilter select.
-    compression      snapkv: `kv_budget` entries per KV head; adakv: `kv_budget` on average, shared
-                     out over a layer's heads; top_p: the smallest set per KV head with attention
-                     mass `kv_top_p`; none: every computed entry is kept. For snapkv, fastkv, asl;
-                     the other methods have rules of their own.
+    compression      snapkv: `kv_budget` entries per KV head; adakv: `kv_budget` on average,
+                     distributed over a layer's heads; top_p: the smallest set per KV head with
+                     attention mass `kv_top_p`; none: every computed entry is kept. For snapkv,
+                     fastkv and asl; the other methods have their own rules.
     full_kv_below    fastkv and asl: layers up to the selection layer keep all their KV.
-    decode_budget    entries per KV head that decode keeps while it generates; None: all.
-    decode_floor     entries per KV head, down to which decode may cut when its memory is short;
-                     None: it never cuts below decode_budget.
-    recompress_interval  entries over decode_budget that may gather before decode cuts back.
-    recompression    how decode cuts back: snapkv, or rkv, which weighs redundant keys down.
-    redundancy_weight  rkv: weight of the attention against redundancy, 0 to 1 (lambda).
+    decode_budget    KV entries per head that decode keeps during generation; None: all.
+    decode_floor     KV entries per head that decode may compress to when memory is short;
+                     None: never below decode_budget.
+    recompress_interval  entries above decode_budget that trigger recompression.
+    recompression    rule for recompression: snapkv, or rkv, which penalizes redundant keys.
+    redundancy_weight  rkv: weight of attention against redundancy, 0 to 1 (lambda).
     """
 
     method: str = "asl"
@@ -93,7 +93,7 @@ class PruningSettings:
         require_range("fixed_layer", self.fixed_layer, 0, 1023)
         _require_above_window("select_tokens", self.select_tokens, self.window_size)
         _require_above_window("kv_budget", self.kv_budget, self.window_size)
-        _ = self.decode_side  # which checks its own
+        _ = self.decode_side  # validates its fields
         if self.min_layer < self.observed_layers - 1:
             raise InvalidSetting(
                 f"min_layer is {self.min_layer}; with observed_layers {self.observed_layers} "
@@ -109,18 +109,18 @@ class PruningSettings:
 
     @property
     def decode_side(self) -> Recompression:
-        """What decode has to know."""
+        """The settings that decode needs."""
         names = {field.name for field in fields(Recompression)} - {"method"}
         own = {name: getattr(self, name) for name in names}
         return Recompression(method=self.recompression, **own)
 
     def max_prompt_entries(self, num_prompt_tokens: int, num_kv_heads: int) -> int:
-        """KV entries per (layer, KV head) that a prompt can leave behind at most."""
+        """The most KV entries per (layer, KV head) that prefill can keep of a prompt."""
         method = load(METHODS[self.method])
         return int(method.max_entries(self, num_prompt_tokens, num_kv_heads))
 
     def require_fits(self, num_layers: int) -> None:
-        """Raise InvalidSetting for a layer that a model of `num_layers` does not have."""
+        """Raise InvalidSetting for a layer that a model with `num_layers` layers lacks."""
         load(METHODS[self.method]).require_fits(self, num_layers)
 
 

@@ -1,4 +1,4 @@
-"""What prefill did with one prompt."""
+"""PrefillReport: what prefill computed, selected and kept."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 class PrefillReport:
     """What prefill did with one prompt.
 
-    selection_layer: layer after which fewer tokens went on (the first, where there are several),
-    or None with `no_selection_reason` (`off`, `short_prompt`, `threshold_not_met`).
+    selection_layer: the (first) layer after which fewer tokens continued, or None with
+    `no_selection_reason` (`off`, `short_prompt`, `threshold_not_met`).
     num_selected_tokens: tokens that the last layer computed.
-    next_position: at which decoding goes on: num_prompt_tokens, or num_selected_tokens where the
-    selected tokens were computed again from position 0.
-    rho: (layer, relative rank variance) for each layer at which ASL looked.
-    computed_share: layer-tokens computed / (num_layers * num_prompt_tokens), up to 1; of a method
-    that computes twice the sum of both passes, up to 2.
+    next_position: position of the first decoded token: num_prompt_tokens, or num_selected_tokens
+    where the selected tokens were recomputed from position 0.
+    rho: (layer, relative rank variance) for each layer that ASL evaluated.
+    computed_share: layer-tokens computed / (num_layers * num_prompt_tokens), up to 1; for a method
+    with two passes the sum of both, up to 2.
     kv_bytes_full, kv_bytes_kept: keys and values of every token, and of the kept entries.
     layer_entries: kept KV entries per layer, summed over KV heads.
     """

@@ -1,7 +1,7 @@
-"""The next token as a pure function of logits, parameters, seed and position.
+"""Sampling: the next token as a pure function of logits, parameters, seed and position.
 
-One uniform number per (seed, position) picks the token by inverse transform, so that a sequence
-that moves to another worker goes on as it would have, whatever shares its batch.
+One uniform number per (seed, position) picks the token by inverse transform. So the result does not
+depend on the batch, and a sequence that migrates to another worker continues unchanged.
 """
 
 from collections.abc import Collection, Sequence
@@ -19,14 +19,14 @@ _MASK64 = (1 << 64) - 1
 
 @dataclass(slots=True)
 class TokenHistory:
-    """The tokens that penalties look at."""
+    """The tokens that penalties depend on."""
 
     prompt: tuple[int, ...] = ()
     generated: list[int] = field(default_factory=list)
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments.
+    """A pseudorandom number in [0, 1), a pure function of its arguments.
 
     Two rounds of SplitMix64's finalizer (Steele, Lea and Flood, OOPSLA 2014).
     """
@@ -49,10 +49,10 @@ def sample(
     seed: int,
     end_token_ids: Collection[int] = (),
 ) -> int:
-    """The token that follows at `position`.
+    """Sample the token at `position`.
 
     logits: [vocab_size] float32; not changed.
-    end_token_ids: not sampled before `params.min_tokens` tokens have been.
+    end_token_ids: not sampled before `params.min_tokens` tokens have been generated.
     Raises NotFinite if a logit is not finite.
     """
     if not bool(logits.isfinite().all()):
@@ -62,7 +62,7 @@ def sample(
         logits[list(end_token_ids)] = torch.finfo(logits.dtype).min
     if params.temperature == 0:
         return int(logits.argmax())
-    below_best = logits - logits.max()  # so that no temperature takes the best out of range
+    below_best = logits - logits.max()  # so that dividing by a tiny temperature cannot overflow
     probabilities = _filter((below_best / params.temperature).softmax(-1), params)
     cumulative = probabilities.cumsum(-1)
     target = cumulative[-1] * uniform(seed, position)
@@ -70,7 +70,7 @@ def sample(
 
 
 def _adjust(logits: Tensor, params: SamplingParams, history: TokenHistory) -> Tensor:
-    """Penalties, then biases, as vLLM and OpenAI apply them.  logits: float64, which change."""
+    """Apply penalties, then biases, like vLLM and OpenAI.  logits: float64, changed in place."""
     if params.repetition_penalty != 1:
         seen = torch.tensor(
             [*{*history.prompt, *history.generated}], dtype=torch.int64, device=logits.device
@@ -78,7 +78,7 @@ def _adjust(logits: Tensor, params: SamplingParams, history: TokenHistory) -> Te
         values = logits[seen]
         penalty = params.repetition_penalty
         scaled = torch.where(values > 0, values / penalty, values * penalty)
-        logits[seen] = scaled.clamp_max(torch.finfo(scaled.dtype).max)  # of a penalty near zero
+        logits[seen] = scaled.clamp_max(torch.finfo(scaled.dtype).max)  # penalty near zero
     if history.generated and (params.presence_penalty or params.frequency_penalty):
         generated = torch.tensor(history.generated, device=logits.device)
         tokens, counts = torch.unique(generated, return_counts=True)
@@ -89,7 +89,7 @@ def _adjust(logits: Tensor, params: SamplingParams, history: TokenHistory) -> Te
 
 
 def _filter(probabilities: Tensor, params: SamplingParams) -> Tensor:
-    """Zeroes what top-k, top-p (of what top-k left) and min-p exclude.  [vocab_size] float64."""
+    """Zero what min-p, top-k, and top-p (after top-k) exclude.  [vocab_size] float64."""
     if params.min_p > 0:
         least = probabilities.max() * params.min_p
         probabilities = probabilities.where(probabilities >= least, 0)
@@ -105,7 +105,7 @@ def _filter(probabilities: Tensor, params: SamplingParams) -> Tensor:
 
 
 def token_logprobs(logits: Tensor, token_id: int, num_logprobs: int) -> TokenLogprobs:
-    """Log-probabilities under the raw logits [vocab_size] of the token and of the likeliest."""
+    """Log-probabilities, under raw logits [vocab_size], of the token and of the likeliest ones."""
     logprobs = logits.log_softmax(-1)
     values, indices = logprobs.topk(min(num_logprobs, len(logprobs)))
     top: Sequence[tuple[int, float]] = list(zip(indices.tolist(), values.tolist(), strict=True))

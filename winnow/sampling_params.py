@@ -1,4 +1,4 @@
-"""How the tokens of an answer are chosen, and when it stops."""
+"""Sampling parameters and stop conditions of a request."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,13 +14,13 @@ MAX_STOP_TOKEN_IDS = 128
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen from the logits, and when to stop.
+    """How the next token is sampled, and when to stop.
 
-    temperature 0 is greedy; top_k 0 and top_p 1 switch those filters off; num_logprobs None gives
-    no log-probabilities, 0 the chosen token's only, k the k likeliest tokens' too.
-    stop_token_ids: tokens that end the answer besides the model's end tokens.
-    min_tokens: neither those nor end tokens are sampled before so many tokens have been, and no
-    stop string ends the answer.
+    temperature 0 is greedy; top_k 0 and top_p 1 disable those filters; num_logprobs None gives no
+    log-probabilities, 0 only the sampled token's, k also those of the k likeliest tokens.
+    stop_token_ids: tokens that end the completion besides the model's EOS tokens.
+    min_tokens: before this many tokens no stop token or EOS is sampled, and stop strings are
+    ignored.
     """
 
     max_tokens: int = 16
@@ -58,9 +58,15 @@ class SamplingParams:
 
     @property
     def needs_prompt(self) -> bool:
-        """True if sampling looks at the prompt's token ids."""
+        """Whether sampling needs the prompt's token ids."""
         return self.repetition_penalty != 1.0
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """True if each token is the one that the model itself gives the highest logit."""
+        shaped = self.presence_penalty or self.frequency_penalty or self.logit_bias
+        return self.temperature == 0 and self.repetition_penalty == 1 and not shaped
+
     def ends(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
-        """The tokens that end an answer of a model with these end tokens."""
+        """The tokens that end a completion, given the model's EOS tokens."""
         return self.stop_token_ids if self.ignore_eos else self.stop_token_ids | eos_token_ids

@@ -1,6 +1,7 @@
-"""From the attention of the last prompt tokens (the observation window) to scores and ranks.
+"""Token scores and ranks from the attention of the last prompt tokens (the observation window).
 
-Symbols as in SnapKV (arXiv 2404.14469) and ASL (arXiv 2601.07667): window w, N tokens, n = N - w.
+The formulas are in docs/architecture.md, with the symbols of SnapKV (arXiv 2404.14469) and ASL
+(arXiv 2601.07667): window w, N tokens, n = N - w.
 """
 
 import torch
@@ -17,9 +18,9 @@ def observed_attention(
 
     window_queries: [num_heads, w, head_dim], of the last w tokens, after RoPE.
     keys: [num_kv_heads, N, head_dim], after RoPE.
-    row_weights: [w] float32 that the rows count with; None: each counts 1.
-    Returns [num_heads, N] float32; each head's row sums to that of the weights, w without. Held at
-    a time: one KV head's [group, w, N].
+    row_weights: [w] float32, weight of each row; None: 1.
+    Returns [num_heads, N] float32; each head sums to the sum of the weights (w without weights).
+    Peak memory: [group, w, N] of one KV head.
     """
     num_heads, window, head_dim = window_queries.shape
     num_kv_heads, num_tokens, _ = keys.shape
@@ -41,8 +42,8 @@ def accumulated_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tens
     """Attention that each token receives from itself and all tokens after it.
 
     queries: [num_heads, N, head_dim] and keys: [num_kv_heads, N, head_dim], after RoPE.
-    Returns [num_heads, N] float32; each head's row sums to N. Held at a time: one KV head's
-    [group, _QUERY_BLOCK, N].
+    Returns [num_heads, N] float32; each head sums to N.
+    Peak memory: [group, _QUERY_BLOCK, N] of one KV head.
     """
     num_heads, num_tokens, _ = queries.shape
     mass = torch.zeros(num_heads, num_tokens, dtype=torch.float32, device=keys.device)
@@ -54,7 +55,7 @@ def accumulated_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tens
 
 
 def pooled_scores(mass: Tensor, window_size: int, kernel_size: int) -> Tensor:
-    """The prompt's scores before the window, smoothed over neighbours (P of the formulas).
+    """Scores of the tokens before the window, average-pooled over neighbours (P in the papers).
 
     mass: [num_heads, N] from `observed_attention`.  Returns [num_heads, n].
     """
@@ -63,12 +64,12 @@ def pooled_scores(mass: Tensor, window_size: int, kernel_size: int) -> Tensor:
 
 
 def sum_head_groups(scores: Tensor, num_kv_heads: int) -> Tensor:
-    """Scores per KV head: [num_heads, n] summed over each head's group, [num_kv_heads, n]."""
+    """Sum scores [num_heads, n] over each KV head's group: [num_kv_heads, n]."""
     return scores.view(num_kv_heads, -1, scores.shape[-1]).sum(1)
 
 
 def descending_order(scores: Tensor) -> Tensor:
-    """Indices by falling score along the last dimension, ties to the earlier token."""
+    """Indices by descending score along the last dimension; ties go to the earlier token."""
     return scores.argsort(dim=-1, descending=True, stable=True)
 
 
@@ -80,6 +81,6 @@ def ranks_from_order(order: Tensor) -> Tensor:
 
 
 def with_window(best: Tensor, num_tokens: int, window_size: int) -> Tensor:
-    """Token indices `best` and those of the window, ascending: [len(best) + window_size]."""
+    """The token indices `best` and the window's, ascending: [len(best) + window_size]."""
     window = torch.arange(num_tokens - window_size, num_tokens, device=best.device)
     return torch.cat([best.sort().values, window])

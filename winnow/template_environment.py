@@ -1,11 +1,12 @@
-"""The Jinja in which chat templates run: transformers' words, marked text, bounds.
+"""The Jinja environment of chat templates: transformers' extensions, marked text, resource limits.
 
-A template is a program of whoever published the model. It sees data alone (Jinja's sandbox), and
-may neither run for ever nor fill the memory.
+A template is untrusted code from the model's publisher. It runs in Jinja's sandbox, with limits on
+time and on output size.
 """
 
 import functools
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from jinja2 import TemplateError, TemplateRuntimeError, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import do_format
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -27,15 +29,18 @@ from winnow.marked_text import Value, carried, joined, substituted
 MAX_SECONDS = 10.0
 MAX_CHARS = 64 << 20
 _MAX_POWER = 64
-_SUBSTITUTING = ("format", "format_map", "join")  # methods of a text, and filters
-# Filters that give back one of the values they get.
+_SUBSTITUTING = ("format", "format_map", "join")  # string methods and filters
+# Filters that return one of their inputs.
 _PICKING = frozenset({"attr", "d", "default", "first", "last", "max", "min", "random"})
+_NUMBER = re.compile(r"\d+", re.ASCII)
+# What may have a width: `%5d`, `{:>5}`, and with the width among the arguments `%*d`, `{:{}}`.
+_FIELD = re.compile(r"%[-+ #0-9.*]+|\{[^{}]*[{}]")
 _deadline_s: ContextVar[float] = ContextVar("_deadline_s")
 
 
 @contextmanager
 def bounded_time() -> Iterator[None]:
-    """A template that runs in this block ends in TemplateError after MAX_SECONDS."""
+    """Abort a template that runs in this block with TemplateError after MAX_SECONDS."""
     token = _deadline_s.set(time.monotonic() + MAX_SECONDS)
     try:
         yield
@@ -53,6 +58,22 @@ def _require_room(num_chars: int) -> None:
         raise TemplateRuntimeError(f"it makes a text of more than {MAX_CHARS:,} characters")
 
 
+def _require_small(*arguments: Value) -> None:
+    """Refuse widths and counts that make a text too long."""
+    _require_room(max((one for one in arguments if isinstance(one, int)), default=0))
+
+
+def _require_small_fields(form: str, *arguments: Value) -> None:
+    """As _require_small, for the widths in a format string and those it takes from arguments.
+
+    form: for `%` or for str.format.
+    """
+    for field in _FIELD.findall(form):
+        _require_small(*map(int, _NUMBER.findall(field)))
+        if field.endswith(("{", "*")):
+            _require_small(*arguments)
+
+
 def _concatenated(parts: Iterable[str]) -> str:
     _require_time()
     parts = list(parts)
@@ -61,13 +82,13 @@ def _concatenated(parts: Iterable[str]) -> str:
 
 
 def _as_text(value: Value) -> str:
-    """As str(), with the marks of what is inside a list or an object."""
+    """Like str(), but with the marks of the strings inside a list or mapping."""
     return value if isinstance(value, str) else str(carried(str(value), [value]))
 
 
 class _Generator(CodeGenerator):
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        """`a ~ b`, which Jinja would join as plain text."""
+        """Compile `a ~ b`, which Jinja would concatenate as plain text."""
         self.write("environment.concat(map(environment.finalize, (")
         for one in node.nodes:
             self.visit(one, frame)
@@ -76,7 +97,7 @@ class _Generator(CodeGenerator):
 
 
 class _Generation(Extension):
-    """`{% generation %}`, with which training marks the assistant's words: its contents alone."""
+    """`{% generation %}`, which marks the assistant's text for training: renders its contents."""
 
     tags = frozenset({"generation"})  # type: ignore[assignment]  # Jinja's own is a set
 
@@ -87,7 +108,7 @@ class _Generation(Extension):
 
 
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
-    """What every operation makes of marked text has its marks; see winnow/marked_text.py."""
+    """Keeps the marks of marked text through every operation; see winnow/marked_text.py."""
 
     code_generator_class = _Generator
     concat = staticmethod(_concatenated)
@@ -121,6 +142,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         if operator == "+" and isinstance(left, str) and isinstance(right, str):
             return _concatenated((left, right))
         if operator == "%" and isinstance(left, str):
+            _require_small_fields(left, *(right if isinstance(right, tuple) else (right,)))
             return substituted(_modulo, left, right)
         if operator == "*":
             _require_room(_times(left, right))
@@ -130,26 +152,29 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Context, __obj: Value, *args: Value, **kwargs: Value) -> Value:
-        """Parameters have names, as in Jinja, that no argument of a template has."""
+        """Call an object; as in Jinja, parameters have names that no template argument has."""
         _require_time()
-        method: Value = getattr(__obj, "__wrapped__", __obj)  # Jinja wraps `format` of a text
+        method: Value = getattr(__obj, "__wrapped__", __obj)  # Jinja wraps str.format
         text = getattr(method, "__self__", None)
         if not isinstance(text, str):
             return super().call(__context, __obj, *args, **kwargs)
         name: str = method.__name__
         if name in _SUBSTITUTING:
+            if name != "join":
+                _require_small_fields(text, *args, *kwargs.values())
 
             def on(text: str, args: Value, kwargs: Value) -> Value:
                 called = __self.getattr(text, name)
                 return super(TemplateEnvironment, __self).call(__context, called, *args, **kwargs)
 
             return substituted(on, text, args, kwargs)
+        _require_small(*args, *kwargs.values())
         result = super().call(__context, __obj, *args, **kwargs)
         return carried(result, [text, args, kwargs])
 
 
 def _times(left: Value, right: Value) -> int:
-    """Length of what `left * right` repeats; 0 where nothing is repeated."""
+    """Length of `left * right` if it repeats a sequence, else 0."""
     lengths = [len(one) for one in (left, right) if isinstance(one, str | list | tuple)]
     numbers = [one for one in (left, right) if isinstance(one, int)]
     return lengths[0] * numbers[0] if lengths and numbers else 0
@@ -160,11 +185,12 @@ def _modulo(left: str, right: Value) -> Value:
 
 
 def _carrying(function: Callable[..., Value]) -> Callable[..., Value]:
-    """A filter whose text has all marks of what it was made of."""
+    """Wrap a filter so that its result has all marks of its inputs."""
 
     @functools.wraps(function)
     def filtered(*args: Value, **kwargs: Value) -> Value:
         _require_time()
+        _require_small(*args[1:], *kwargs.values())
         result = function(*args, **kwargs)
         return carried(result, [args, kwargs]) if isinstance(result, str) else result
 
@@ -172,17 +198,19 @@ def _carrying(function: Callable[..., Value]) -> Callable[..., Value]:
 
 
 def _substituting(function: Callable[..., Value]) -> Callable[..., Value]:
-    """A filter that formats or joins texts."""
+    """Wrap a filter that formats or joins strings."""
 
     @functools.wraps(function)
     def filtered(*args: Value, **kwargs: Value) -> Value:
+        if args and isinstance(args[0], str) and function is do_format:
+            _require_small_fields(args[0], *args[1:], *kwargs.values())
         return substituted(lambda args, kwargs: function(*args, **kwargs), args, kwargs)
 
     return filtered
 
 
 class _Namespace(Namespace):
-    """Jinja's, without names that lead into Python's own objects."""
+    """Jinja's namespace, without names that reach Python internals."""
 
     def __init__(self, /, *args: Value, **kwargs: Value) -> None:
         for name in dict(*args, **kwargs):
@@ -194,7 +222,7 @@ class _Namespace(Namespace):
         super().__setitem__(name, value)
 
     def __repr__(self) -> str:
-        """Without what it holds, for that would be text without marks."""
+        """Without the contents, which would become text without marks."""
         return "<Namespace>"
 
 
@@ -208,7 +236,7 @@ def _strftime_now(form: str) -> Value:
 
 
 def _new_dict(*pairs: Value, **named: Value) -> dict[Value, Value]:
-    """In place of Python's class, whose methods a template has no use for."""
+    """Replaces the class `dict`, so that a template cannot reach its methods."""
     return dict(*pairs, **named)
 
 
@@ -223,7 +251,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As transformers has it: Jinja's own would escape for HTML."""
+    """Like transformers' `tojson`; Jinja's own would escape HTML."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

@@ -1,6 +1,6 @@
-"""The text of an answer while its tokens are generated.
+"""Incremental detokenization and stop strings.
 
-It never shows half a character and ends at a stop string, wherever token boundaries fall.
+Streamed text never has a partial character and ends at a stop string, at any token boundary.
 """
 
 import codecs
@@ -10,7 +10,7 @@ from winnow.tokenizer import Tokenizer
 
 
 class IncrementalDetokenizer:
-    """Token ids to text as they come; an incomplete character waits for its other bytes."""
+    """Converts token ids to text one by one; an incomplete character is held back."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -18,28 +18,28 @@ class IncrementalDetokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token_id: int) -> str:
-        """The characters that this token completes; a control token that is skipped gives none.
+        """The characters that this token completes; none for a skipped control token.
 
-        Bytes that can never become UTF-8 give U+FFFD as soon as that is certain.
+        Invalid UTF-8 becomes U+FFFD as soon as it is known to be invalid.
         """
         if self.skips(token_id):
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     def skips(self, token_id: int) -> bool:
-        """Whether it is a control token that the text does not show."""
+        """Whether the token is a control token that is left out of the text."""
         return self._skips and self._tokenizer.is_special(token_id)
 
 
 class StopMatcher:
     """Cuts text at the stop string that is complete first, however the text is split.
 
-    A text may be hidden: of a control token that the answer does not show. A stop string is looked
-    for in what is shown, and in the text with what is hidden. Of several that end at the same
-    character the one that begins first cuts.
+    Text of skipped control tokens is hidden. Stop strings are matched both against the shown text
+    and against shown and hidden text together. If several end at the same character, the one that
+    starts first wins.
 
-    include_stop: the stop string itself is still shown.
-    matched: the stop string that was met; None as long as there is none.
+    include_stop: keep the stop string itself in the text.
+    matched: the stop string that was found; None so far.
     """
 
     def __init__(self, stop: Sequence[str], *, include_stop: bool = False) -> None:
@@ -50,9 +50,9 @@ class StopMatcher:
         self.matched: str | None = None
 
     def feed(self, text: str, *, hidden: bool = False, may_stop: bool = True) -> str:
-        """What is certainly before any stop string; the rest is held back, or dropped at a stop.
+        """The text that is certainly before any stop string; the rest is held back, or dropped.
 
-        may_stop: whether stop strings that this text completes count.
+        may_stop: whether a stop string that this text completes counts.
         """
         if self.matched is not None:
             return ""
@@ -66,11 +66,11 @@ class StopMatcher:
         return self._take(start) + (self.matched if self._include_stop else "")
 
     def finish(self) -> str:
-        """What is still held back, when no more text will come."""
+        """The text still held back, once no more will come."""
         return "" if self.matched is not None else self._take(len(self._held))
 
     def _take(self, end: int) -> str:
-        """What is shown of the held text before `end`, which is held no more."""
+        """Remove the held text before `end`; returns the part of it that is shown."""
         hidden = self._hidden[:end]
         taken = self._held[:end]
         self._held, self._hidden = self._held[end:], self._hidden[end:]
@@ -79,14 +79,14 @@ class StopMatcher:
         return taken
 
     def _views(self) -> Iterator[tuple[str, Sequence[int]]]:
-        """The texts in which stop strings are looked for, and where their characters are held."""
+        """The texts to search for stop strings, with the index of each character in `_held`."""
         yield self._held, range(len(self._held))
         if any(self._hidden):
             shown = [idx for idx, hides in enumerate(self._hidden) if not hides]
             yield "".join(self._held[idx] for idx in shown), shown
 
     def _first_match(self, num_held: int) -> tuple[int, str] | None:
-        """Where the stop string begins that is complete first, after `num_held` characters."""
+        """Start of the stop string that is complete first, ending after `num_held` characters."""
         matches = []
         for view, places in self._views():
             num_old = sum(place < num_held for place in places)
@@ -97,7 +97,7 @@ class StopMatcher:
         return min(matches)[1:] if matches else None
 
     def _possible_start(self) -> int:
-        """Where the longest end of the held text begins that may become a stop string."""
+        """Start of the longest suffix of the held text that may become a stop string."""
         longest = max((len(stop) for stop in self._stop), default=1) - 1
         starts = [len(self._held)]
         for view, places in self._views():
@@ -109,11 +109,11 @@ class StopMatcher:
 
 
 class TextStream:
-    """The text of one answer while its tokens are generated.
+    """The text of one completion while its tokens are generated.
 
-    stop: strings before which the text ends, or with which under include_stop_str_in_output;
-    none ends it before more than `min_tokens` tokens have come.
-    skip_special_tokens: control tokens are no part of the text, but can be part of a stop string.
+    stop: strings that end the text, included in it only with include_stop_str_in_output; ignored
+    for the first `min_tokens` tokens.
+    skip_special_tokens: leave control tokens out of the text; they can be part of a stop string.
     """
 
     def __init__(
@@ -136,18 +136,18 @@ class TextStream:
 
     @property
     def stopped(self) -> bool:
-        """True once a stop string was met; what comes after it is not part of the answer."""
+        """Whether a stop string was found; any later text is not part of the completion."""
         return self._matcher.matched is not None
 
     @property
     def stop_string(self) -> str | None:
-        """The stop string that was met, if one was."""
+        """The stop string that was found, if any."""
         return self._matcher.matched
 
     def feed(self, token_id: int, *, is_end: bool = False) -> str:
         """The text that is certain after this token; may be empty.
 
-        is_end: the answer ends with this token, which is no part of its text then.
+        is_end: the token ends the completion; its text needs include_stop_str_in_output.
         """
         self._num_tokens += 1
         if is_end and not self._shows_end:
@@ -159,5 +159,5 @@ class TextStream:
         return self._matcher.feed(self._detokenizer.feed(token_id), may_stop=may_stop)
 
     def finish(self) -> str:
-        """The rest of the text when no more tokens come; an incomplete character is left out."""
+        """The rest of the text after the last token; an incomplete character is left out."""
         return self._matcher.finish()

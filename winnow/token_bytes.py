@@ -1,4 +1,4 @@
-"""The bytes that each token of a vocabulary stands for, whatever way the vocabulary writes them."""
+"""Conversion of vocabulary tokens to the bytes they stand for."""
 
 import json
 import re
@@ -8,15 +8,15 @@ from tokenizers import Tokenizer as Backend
 
 from winnow.errors import UnusableModel
 
-_METASPACE = "▁"  # SentencePiece's mark for a space
+_METASPACE = "▁"  # SentencePiece's space
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def byte_reader(backend: Backend) -> Callable[[str], bytes]:
-    """A function from a token as the vocabulary writes it to its bytes.
+    """A function from a vocabulary token to its bytes.
 
-    Byte-level vocabularies (GPT-2's way) write each byte as a printable character; SentencePiece's
-    write text, with ▁ for a space and <0x41> for a byte.  Raises UnusableModel for any other kind.
+    Byte-level vocabularies (as in GPT-2) write each byte as a printable character; SentencePiece
+    writes text, with ▁ for a space and <0x41> for a byte.  Raises UnusableModel for any other kind.
     """
     kinds = _decoder_kinds(backend)
     if "ByteLevel" in kinds:
@@ -37,7 +37,7 @@ def _decoder_kinds(backend: Backend) -> set[str]:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's map: printable Latin-1 stands for itself, the other bytes for 256, 257, ..."""
+    """GPT-2's map: printable Latin-1 is itself, characters 256, 257, ... are the other bytes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = sorted(set(range(256)) - set(printable))
     alphabet = {chr(byte): byte for byte in printable}

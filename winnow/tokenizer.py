@@ -1,4 +1,4 @@
-"""Text to token ids and back."""
+"""The tokenizer: text and conversations to token ids, and back."""
 
 import codecs
 import json
@@ -14,18 +14,20 @@ from winnow.chat_template import ChatOptions, ChatTemplate, Message
 from winnow.control_tokens import MarkedEncoder, template_tokens
 from winnow.errors import InvalidRequest, UnusableModel
 from winnow.folder_errors import as_unusable
+from winnow.gguf.header import read_header
+from winnow.gguf.tokenizer import gguf_tokenizer
 from winnow.marked_text import MarkedText
 from winnow.token_bytes import byte_reader
 
 _PLAIN_CHAT = ChatOptions()
-_BACKEND = "TokenizersBackend"  # what transformers calls a tokenizer without code of its own
+_BACKEND = "TokenizersBackend"  # transformers' class for tokenizers without their own code
 
 
 class Tokenizer:
-    """A model's vocabulary and chat template. Stateless between calls, usable from any thread.
+    """A model's vocabulary and chat template. Stateless between calls, thread-safe.
 
-    chat_template_kwargs: variables of the template, under those of a conversation's own.
-    allow_special_tokens: control tokens may be written in a conversation's messages.
+    chat_template_kwargs: default template variables; a conversation's override them.
+    allow_special_tokens: allow control tokens in the messages of a conversation.
     """
 
     def __init__(
@@ -49,9 +51,9 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; with the tokens that the model wants around a prompt, if any.
+        """Token ids of a text, with the special tokens that the model adds to a prompt, if any.
 
-        A control token's text is that token, unless a conversation's messages have it.
+        The text of a control token becomes that token, unless it is in a conversation's messages.
         """
         if isinstance(text, MarkedText):
             return self._marked_encoder.encode(text)
@@ -59,15 +61,14 @@ class Tokenizer:
         return encoding.ids  # type: ignore[no-any-return]
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
-        """The text of token ids; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
+        """The text of token ids; invalid UTF-8 becomes U+FFFD, unknown ids are left out."""
         ids = (i for i in token_ids if not (skip_special_tokens and self.is_special(i)))
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
 
     def offsets(self, token_ids: Sequence[int], text: str | None = None) -> list[int]:
-        """Where each token begins: in `text`, whose tokens they are, or in what `decode` gives.
+        """Start of each token in `text`, which was encoded to `token_ids`, or in `decode`'s result.
 
-        A token that is not in the text, as one that the model wants before a prompt, begins where
-        the one before it ends.
+        A token that is not in the text, such as BOS, starts where the previous one ends.
         """
         spans = None if text is None else self._spans(token_ids, text)
         if spans is None:
@@ -78,7 +79,7 @@ class Tokenizer:
         return [start if end > start else ends[idx] for idx, (start, end) in enumerate(spans)]
 
     def _spans(self, token_ids: Sequence[int], text: str) -> list[tuple[int, int]] | None:
-        """Start and end of each token in the text; None if it is not split in this way."""
+        """Start and end of each token in the text; None if the text encodes to other tokens."""
         for add_special_tokens in (True, False):
             encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
             if encoding.ids == list(token_ids):
@@ -86,7 +87,7 @@ class Tokenizer:
         return None
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token, which may be part of a character; empty for an unknown id."""
+        """The bytes of one token, possibly a partial character; empty for an unknown id."""
         if token_id not in self._bytes:
             self._bytes[token_id] = self._find_bytes(token_id)
         return self._bytes[token_id]
@@ -98,9 +99,9 @@ class Tokenizer:
         return b"" if token is None else self._read_bytes(token)
 
     def require_fits(self, vocab_size: int) -> None:
-        """Raise UnusableModel if ordinary text has tokens that a model of `vocab_size` lacks.
+        """Raise UnusableModel if the base vocabulary exceeds the model's `vocab_size`.
 
-        Tokens that were added to the vocabulary may lie beyond it; nobody has to use them.
+        Added tokens may exceed it, since ordinary text does not use them.
         """
         vocabulary = self._backend.get_vocab(with_added_tokens=False)
         highest = max(set(vocabulary.values()) - self._added.keys(), default=-1)
@@ -111,14 +112,14 @@ class Tokenizer:
             )
 
     def is_special(self, token_id: int) -> bool:
-        """True for special tokens, which are no part of an answer's text."""
+        """Whether the token is special; a completion's text leaves those out by default."""
         return token_id in self._special
 
     @cached_property
     def _marked_encoder(self) -> MarkedEncoder:
-        """Control tokens are the special ones, the end token, and what a template parts turns with.
+        """Control tokens are special tokens, EOS, and added tokens with which templates mark turns.
 
-        Others that were added to the vocabulary, like <think>, are words that a message may have.
+        Other added tokens, like <think>, may appear in a message.
         """
         further = getattr(self._tokenizer, "chat_control_tokens", None) or ()
         named = {self._tokenizer.eos_token, *further}
@@ -131,7 +132,7 @@ class Tokenizer:
 
     @property
     def control_token_ids(self) -> frozenset[int]:
-        """The tokens that a conversation's messages cannot write."""
+        """The tokens that the messages of a conversation cannot produce."""
         return self._marked_encoder.control_ids
 
     def render_chat(
@@ -141,9 +142,9 @@ class Tokenizer:
         return self.encode(self.chat_text(messages, options), add_special_tokens=False)
 
     def chat_text(self, messages: Sequence[Message], options: ChatOptions = _PLAIN_CHAT) -> str:
-        """A conversation by the chat template, for `encode` without further special tokens.
+        """Render a conversation with the chat template; `encode` it without special tokens.
 
-        messages: each with `role`, and `content` as a text or a list of parts of text.
+        messages: each with `role`, and `content` as a string or a list of text parts.
         Raises InvalidRequest if the model has no chat template, or its template refuses them.
         """
         if self._chat_template is None:
@@ -176,13 +177,12 @@ def load_tokenizer(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     allow_special_tokens: bool = False,
 ) -> Tokenizer:
-    """The tokenizer of a model folder, with the options of Tokenizer.
+    """Load the tokenizer of a model folder or a GGUF file, with the options of Tokenizer.
 
-    Raises UnusableModel if there is none that works, InvalidSetting for kwargs that cannot be.
+    Raises UnusableModel if there is no usable one, InvalidSetting for reserved kwargs.
     """
-    with as_unusable(f"model folder {path} has no usable tokenizer"):
-        loader = PreTrainedTokenizerFast if _is_self_contained(Path(path)) else AutoTokenizer
-        tokenizer = loader.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    with as_unusable(f"model {path} has no usable tokenizer"):
+        tokenizer = _from_files(Path(path))
         if not hasattr(tokenizer, "backend_tokenizer"):
             raise UnusableModel(f"model folder {path} has no tokenizer.json")
         return Tokenizer(
@@ -192,10 +192,17 @@ def load_tokenizer(
         )
 
 
-def _is_self_contained(folder: Path) -> bool:
-    """True if tokenizer.json is all there is to the tokenizer, by the folder's own word.
+def _from_files(path: Path) -> Any:  # noqa: ANN401
+    if path.is_file():
+        return gguf_tokenizer(read_header(path))
+    loader = PreTrainedTokenizerFast if _is_self_contained(path) else AutoTokenizer
+    return loader.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
-    AutoTokenizer goes by the model's type in spite of that, and splits text as that model does.
+
+def _is_self_contained(folder: Path) -> bool:
+    """Whether the folder declares that tokenizer.json alone defines the tokenizer.
+
+    AutoTokenizer would ignore that, and split text according to the model type.
     """
     config = folder / "tokenizer_config.json"
     return config.exists() and json.loads(config.read_text()).get("tokenizer_class") == _BACKEND

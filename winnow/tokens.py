@@ -1,4 +1,4 @@
-"""Generated tokens, and the log-probabilities of tokens."""
+"""Generated tokens and log-probabilities."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,13 +6,13 @@ from enum import StrEnum
 
 
 class FinishReason(StrEnum):
-    STOP = "stop"  # an end token, one of `stop_token_ids`, or a stop string
+    STOP = "stop"  # an EOS token, one of `stop_token_ids`, or a stop string
     LENGTH = "length"  # max_tokens, or the model's last position
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural-log probabilities under the raw logits: the chosen token's and the top ones'."""
+    """Natural-log probabilities under the raw logits, of the chosen token and the top ones."""
 
     logprob: float
     top: tuple[tuple[int, float], ...]
@@ -20,10 +20,10 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """As TokenLogprobs, of every token of a prompt but the first, which nothing predicts.
+    """Log-probabilities of every token of a prompt but the first, which has no prediction.
 
     logprobs: [num_tokens - 1], each token's.  top_ids, top_logprobs: [num_tokens - 1][k].
-    Plain lists, since they cross processes and are long.
+    Plain lists, since they are long and are sent between processes.
     """
 
     logprobs: list[float]
@@ -31,7 +31,7 @@ class PromptLogprobs:
     top_logprobs: list[list[float]]
 
     def of_each(self) -> Iterator[TokenLogprobs | None]:
-        """Each token's, from the first on, which has none."""
+        """The TokenLogprobs of each token in order; None for the first."""
         yield None
         for logprob, ids, values in zip(
             self.logprobs, self.top_ids, self.top_logprobs, strict=True

@@ -1,4 +1,4 @@
-"""The safetensors files of a model folder, without the numbers in them."""
+"""The safetensors files of a model folder: their tensor tables and digests."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor as a file's table announces it."""
+    """A tensor as listed in a file's table."""
 
     file: Path
     shape: tuple[int, ...]
@@ -44,9 +44,9 @@ class StoredTensor:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The folder's safetensors files, by name.
+    """The folder's safetensors files, sorted by name.
 
-    Raises UnusableModel if there are none, or if an index names other ones.
+    Raises UnusableModel if there are none, or if an index names other files.
     """
     files = sorted(file for file in path.glob("*.safetensors") if not file.is_dir())
     if not files:
@@ -62,10 +62,10 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def stored_tensors(path: Path, name: str | None = None) -> dict[str, StoredTensor]:
-    """The tensors that transformers loads from a model folder, by the name they have in the files.
+    """The tensors that transformers loads from a model folder, by their name in the files.
 
-    name: of the weights or their index, where the configuration names one.
-    Raises UnusableModel for files that are missing or broken, or a tensor that is in two of them.
+    name: file name of the weights or their index, if the configuration has one.
+    Raises UnusableModel for missing or broken files, or a tensor that is in two of them.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in _loaded_files(path, name):
@@ -82,7 +82,7 @@ def stored_tensors(path: Path, name: str | None = None) -> dict[str, StoredTenso
 
 
 def _loaded_files(path: Path, name: str | None) -> list[Path]:
-    """One file with all weights; else the shards of the index."""
+    """The one file with all weights, or the shards of the index."""
     known = weight_files(path)
     for candidate in [path / name] if name else [path / _WEIGHTS, path / _INDEX]:
         if candidate.suffix == ".json" and candidate.is_file():
@@ -112,7 +112,7 @@ def _dtype(tensor: str, name: str) -> torch.dtype:
 
 
 def _require_known(index: Path, names: set[str]) -> None:
-    """Transformers reads whatever file an index of shards names, in whatever format."""
+    """Raise UnusableModel if the index names other files, which transformers would read."""
     named = set(_weight_map(index).values())
     if named - names:
         others = ", ".join(sorted(map(repr, named - names)))
@@ -129,9 +129,9 @@ def _weight_map(index: Path) -> Mapping[str, Any]:
 
 
 def update_digest(digest: "hashlib._Hash", path: Path) -> None:
-    """Adds names, tables and samples of the weights: their first and last megabyte.
+    """Add the weights' file names, tables and samples (first and last megabyte) to the digest.
 
-    Raises UnusableModel for a file that is no safetensors file, or is cut short.
+    Raises UnusableModel for a file that is not a safetensors file or is truncated.
     """
     for file in weight_files(path):
         digest.update(file.name.encode())
@@ -152,7 +152,7 @@ def _weight_sample(file: Path) -> bytes:
 
 
 def _require_whole(file: Path, table: bytes, num_bytes: int) -> None:
-    """Raise UnusableModel unless `num_bytes` hold exactly the tensors that `table` announces."""
+    """Raise UnusableModel unless the tensors listed in `table` take exactly `num_bytes`."""
     try:
         tensors = {k: v for k, v in json.loads(table).items() if k != "__metadata__"}
         announced = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)

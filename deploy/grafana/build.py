@@ -1,7 +1,7 @@
-"""Writes the Grafana dashboards beside it: `make docs`.
+"""Writes the Grafana dashboards next to this file: `make docs`.
 
-A panel is a title, a sentence, a unit and its queries; Grafana's JSON is laid out from these. In a
-query `@` stands for the labels that the variables pick, and `rate` covers $__rate_interval.
+Grafana's JSON is generated from panels: a title, a sentence, a unit and queries. In a query `@`
+stands for the label filters of the dashboard's variables; `rate` covers $__rate_interval.
 """
 
 import json
@@ -20,10 +20,7 @@ _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 @dataclass(frozen=True)
 class Panel:
-    """queries: by legend. limits: where values turn orange and red.
-
-    floor: below it values are red.
-    """
+    """One panel: `queries` by legend; values turn orange and red at `limits`, red below `floor`."""
 
     title: str
     meaning: str
@@ -43,7 +40,7 @@ class Dashboard:
 
 
 def quantiles(metric: str, by: str = "") -> dict[str, str]:
-    """Median, 90th and 99th percentile of a histogram, for each value of the label `by`."""
+    """Median, 90th and 99th percentiles of a histogram, for each value of the label `by`."""
     prefix, group = (f"{{{{{by}}}}} ", f"le,{by}") if by else ("", "le")
     return {
         f"{prefix}p{100 * q:.0f}": f"histogram_quantile({q}, "
@@ -60,6 +57,12 @@ def rate(metric: str, by: str = "") -> str:
 def mean(metric: str, by: str = "") -> str:
     """Mean of a histogram's observations."""
     return f"{rate(metric + '_sum', by)} / {rate(metric + '_count', by)}"
+
+
+def agreed(checked: str) -> str:
+    """Of what was checked in six hours the share that agreed, for each task."""
+    increase = "sum by (task) (increase(winnow_quality_{}{{@}}[6h]))"
+    return f"{increase.format(f'{checked}_agreed_total')} / {increase.format(f'{checked}_total')}"
 
 
 SERVICE = Dashboard(
@@ -301,6 +304,50 @@ KV = Dashboard(
                 "Sequences cut back to their decode_budget",
                 RATE,
                 {"{{instance}}": rate("winnow_recompressions_total", "instance")},
+            ),
+        ],
+        "Quality in use": [
+            Panel(
+                "First tokens as unpruned",
+                "Of checked answers in six hours those whose likeliest first token is the unpruned "
+                "model's, by task; nothing without quality_sample",
+                SHARE,
+                {"{{task}}": agreed("first_tokens")},
+            ),
+            Panel(
+                "Tokens as unpruned",
+                "Of checked greedy answers in six hours: tokens that the unpruned model gives as "
+                "well, mean over answers",
+                SHARE,
+                {
+                    "{{task}}": "sum by (task) (increase("
+                    "winnow_quality_tokens_agreed_ratio_sum{@}[6h])) / sum by (task) "
+                    "(increase(winnow_quality_tokens_agreed_ratio_count{@}[6h]))"
+                },
+            ),
+            Panel(
+                "Answers as unpruned",
+                "Of checked greedy answers in six hours those that are the unpruned model's, token "
+                "for token",
+                SHARE,
+                {"{{task}}": agreed("answers")},
+            ),
+            Panel(
+                "Divergence of the first token",
+                "KL divergence, unpruned from pruned, in nats, at least; over six hours",
+                COUNT,
+                {
+                    f"{{{{task}}}} p{100 * q:.0f}": f"histogram_quantile({q}, sum by (le, task) "
+                    "(increase(winnow_quality_first_kl_nats_bucket{@}[6h])))"
+                    for q in (0.5, 0.9)
+                },
+            ),
+            Panel(
+                "Checks",
+                "Sampled answers, by what became of the check",
+                RATE,
+                {"{{outcome}}": rate("winnow_quality_checks_total", "outcome")},
+                stacked=True,
             ),
         ],
         "Transfer": [

@@ -1,4 +1,4 @@
-"""What a run found, as PNG files beside its records."""
+"""Plots of a run's results, as PNG files next to its records."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -7,27 +7,25 @@ from typing import TYPE_CHECKING
 
 from evals.records import Record
 from evals.summary import Summary
-from winnow.errors import InvalidSetting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def require_matplotlib() -> None:
-    """Raise InvalidSetting if pictures cannot be drawn here."""
-    if find_spec("matplotlib") is None:
-        raise InvalidSetting(
-            "matplotlib is missing, which draws the pictures: pip install 'winnow-serve[eval]'"
-        )
+def can_draw() -> bool:
+    """Whether matplotlib is installed; it is in the extra `eval`."""
+    return find_spec("matplotlib") is not None
 
 
 def draw_pictures(
     folder: Path, records: Sequence[Record], summary: Summary, thresholds: Mapping[str, float]
 ) -> list[Path]:
-    """Writes each picture for which there is data; their paths.
+    """Write each picture for which there is data; returns the paths. Without matplotlib: none.
 
-    thresholds: ASL's, by method as it was asked for, where they are known.
+    thresholds: ASL's, by method as requested, where known.
     """
+    if not can_draw():
+        return []
     import matplotlib as mpl  # noqa: PLC0415 - an extra
 
     from evals.pictures import style  # noqa: PLC0415 - needs matplotlib

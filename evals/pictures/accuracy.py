@@ -1,4 +1,4 @@
-"""Mean accuracy against what it cost."""
+"""Plots of mean accuracy against budget and against prefill compute."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ _MIN_POINT = 4.0
 
 
 def against_budget(summary: Summary) -> Figure | None:
-    """A line per method over the budgets, a panel per length."""
+    """Plot accuracy over budget: a line per method, a panel per length."""
     if not any(row.budget is not None for row in summary.overall):
         return None
     lengths, looks = _lengths(summary), _looks(summary)
@@ -45,7 +45,7 @@ def against_budget(summary: Summary) -> Figure | None:
 
 
 def against_prefill(summary: Summary) -> Figure | None:
-    """A point per method and budget over the share of layer-tokens that prefill computed."""
+    """Plot accuracy over the share of layer-tokens computed: a point per method and budget."""
     if not summary.overall:
         return None
     lengths, looks = _lengths(summary), _looks(summary)

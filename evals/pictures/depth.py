@@ -1,4 +1,4 @@
-"""Needle in a haystack: accuracy over the needle's depth and the prompt's length."""
+"""Heat maps of needle-in-a-haystack accuracy over needle depth and prompt length."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from evals.variants import in_lines
 
 
 def heat_maps(records: Sequence[Record]) -> dict[str, Figure]:
-    """A map per task with depths, method and budget, by the name of its file."""
+    """A heat map per task with depths, method and budget, by file name (without suffix)."""
     groups: dict[tuple[str, str, int | None], list[Record]] = {}
     for record in records:
         if record.depth is not None:

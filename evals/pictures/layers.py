@@ -1,4 +1,4 @@
-"""Where ASL selected, and what it looked at."""
+"""Plots of ASL's selection layers and of the rank variance it observed."""
 
 import statistics
 from collections import defaultdict
@@ -17,7 +17,7 @@ _NEVER = "never"
 
 
 def selection_layers(records: Sequence[Record]) -> Figure | None:
-    """Per task the share of samples that each layer selected, a panel per method.
+    """Plot the share of samples selected at each layer: a row per task, a panel per method.
 
     Only methods that choose the layer per prompt are shown.
     """
@@ -35,11 +35,11 @@ def selection_layers(records: Sequence[Record]) -> Figure | None:
 
 
 def rho_by_layer(records: Sequence[Record], thresholds: Mapping[str, float]) -> Figure | None:
-    """Mean relative rank variance by layer, a line per task, a panel per method.
+    """Plot mean relative rank variance by layer: a line per task, a panel per method.
 
-    The later a task selects, the lighter its line.
-    A layer's mean is over the samples that had not selected before it; where these are less than a
-    quarter the line ends.
+    Tasks that select later have lighter lines.
+    A layer's mean is over the samples that had not selected before it; the line ends where these
+    are less than a quarter.
     """
     by_method = _adaptive(records)
     if not by_method:
@@ -77,7 +77,7 @@ def rho_by_layer(records: Sequence[Record], thresholds: Mapping[str, float]) -> 
 
 
 def _adaptive(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Records by method, of the methods that looked at ρ; short prompts are left out."""
+    """Records with ρ, by method; short prompts have none and are left out."""
     by_method: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         if record.rho:
@@ -86,7 +86,7 @@ def _adaptive(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def _tasks_by_depth(records: Sequence[Record]) -> list[str]:
-    """Tasks, the one with the lowest mean selection layer first."""
+    """Tasks in ascending order of mean selection layer."""
     layers: dict[str, list[float]] = defaultdict(list)
     for record in records:
         if record.rho:
@@ -95,7 +95,7 @@ def _tasks_by_depth(records: Sequence[Record]) -> list[str]:
 
 
 def _place(record: Record) -> float:
-    """The selection layer; a sample without one counts as one layer after the last looked at."""
+    """The selection layer; without one, the layer after the last one evaluated."""
     if record.selection_layer is not None:
         return record.selection_layer
     return record.rho[-1][0] + 1
@@ -109,7 +109,7 @@ def _layers(by_method: Mapping[str, Sequence[Record]]) -> range:
 def _layer_shares(
     panel: Axes, records: Sequence[Record], tasks: Sequence[str], layers: range
 ) -> None:
-    """A row per task: a dot per layer, its area the share of samples; a bar at the mean."""
+    """Draw a row per task: a dot per layer, its area the share of samples; a bar at the mean."""
     panel.set_yticks(range(len(tasks)), tasks)
     panel.set_ylim(len(tasks) - 0.4, -0.6)
     ends = [*map(str, layers), _NEVER]
@@ -146,7 +146,7 @@ def _layer_shares(
 
 
 def _mean_rho(records: Sequence[Record]) -> dict[int, float]:
-    """Means of the layers that at least a quarter of the samples reached."""
+    """Mean ρ of each layer that at least a quarter of the samples reached."""
     by_layer: dict[int, list[float]] = defaultdict(list)
     for record in records:
         for layer_idx, rho in record.rho:
@@ -159,7 +159,7 @@ def _mean_rho(records: Sequence[Record]) -> dict[int, float]:
 
 
 def _setting(records: Sequence[Record]) -> str:
-    """`1,024, 2,048 tokens; budget 128, 256`: what the records were asked for."""
+    """Lengths and budgets of the records, as in `1,024, 2,048 tokens; budget 128, 256`."""
     lengths = ", ".join(f"{length:,}" for length in sorted({r.length for r in records}))
     budgets = ", ".join(f"{b:,}" for b in sorted({r.budget for r in records if r.budget}))
     return f"{lengths} tokens; budget {budgets}"

@@ -1,4 +1,4 @@
-"""The look that all pictures share: light, colour-blind-safe, the legend beside the data."""
+"""The common style of all plots: light, colour-blind-safe, with the legend next to the axes."""
 
 from collections.abc import Iterable, Sequence
 from itertools import cycle
@@ -9,13 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, less the yellow that vanishes on white; black is for what is unpruned.
+# Okabe and Ito's palette without yellow, which is hard to see on white; black is for `full`.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6A93", "#8C564B")
 UNPRUNED_COLOR = "#222222"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 MUTED = "#666666"
 
-# Holds while a picture is drawn (matplotlib.rc_context).
+# Applied while a picture is drawn (matplotlib.rc_context).
 LOOK: Any = {
     "figure.facecolor": "white",
     "figure.dpi": 150,
@@ -40,14 +40,14 @@ LOOK: Any = {
 def panels(
     count: int, width: float, height: float, *, beside: float = 0
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels of that size, and room `beside` them for a legend; in inches."""
+    """A figure with `count` panels, and room `beside` them for a legend; sizes in inches."""
     figure = Figure(figsize=(width * count + beside, height), layout="constrained")
     axes = figure.subplots(1, count, squeeze=False, sharey=True)
     return figure, list(axes[0])
 
 
 def add_legend(figure: Figure, axes: Sequence[Axes], title: str) -> None:
-    """One legend for all panels, right of them."""
+    """Add one legend for all panels, to their right."""
     shown: dict[str, Any] = {}
     for panel in axes:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
@@ -64,8 +64,8 @@ def add_legend(figure: Figure, axes: Sequence[Axes], title: str) -> None:
 
 
 def in_order(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a marker for each name; colours go from dark to light as the names do."""
-    light = 0.86  # the map's last colours vanish on white
+    """A colour and a marker for each name; colours go from dark to light in the names' order."""
+    light = 0.86  # the map's last colours are hard to see on white
     steps = [light * idx / max(1, len(names) - 1) for idx in range(len(names))]
     colors = [to_hex(colormaps["viridis"](step)) for step in steps]
     return dict(zip(names, zip(colors, cycle(MARKERS), strict=False), strict=True))
@@ -77,5 +77,5 @@ def looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def file_part(text: str) -> str:
-    """`asl:threshold=0.4` as a part of a file's name."""
+    """`text`, such as `asl:threshold=0.4`, as part of a file name."""
     return "".join(char if char.isalnum() or char in "-_." else "-" for char in text)

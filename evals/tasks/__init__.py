@@ -1,6 +1,6 @@
-"""Every task, in one place. To add one: write its class beside the others, add it to `make_tasks`.
+"""All evaluation tasks. To add one: write its class next to the others, add it to `make_tasks`.
 
-Where a benchmark's haystack or documents are someone else's text, generated text stands in and the
+Where a benchmark uses third-party text as haystack or documents, generated text replaces it and the
 task's name says so (`_prose`, `_facts`); the originals can be read from a folder
 (evals/datasets.py).
 """
@@ -19,9 +19,9 @@ __all__ = ["make_tasks"]
 
 
 def make_tasks(num_depths: int, data_dir: Path | None) -> list[Task]:
-    """All tasks; RULER's and InfiniteBench's own datasets from `data_dir` if one is given.
+    """All tasks; with RULER's and InfiniteBench's original datasets if `data_dir` is given.
 
-    num_depths: places of the needle in `niah`.
+    num_depths: number of needle depths in `niah`.
     """
     niah = DepthTask(num_depths)
     if data_dir is not None:

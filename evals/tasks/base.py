@@ -1,4 +1,4 @@
-"""What every task gives: examples, each a prompt of about the length asked for and its answers."""
+"""The interface of tasks: examples with a prompt of about the requested length, and answers."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from typing import Protocol
 
 from evals.templates import Template
 
-# Tokens of a text in the model's own tokenizer, without special ones.
+# Number of tokens of a text in the model's tokenizer, without special tokens.
 CountTokens = Callable[[str], int]
 # (answer text, references) -> score, 0 to 1.
 Metric = Callable[[str, Sequence[str]], float]
@@ -15,9 +15,9 @@ Metric = Callable[[str, Sequence[str]], float]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One prompt, in four parts, and what is right.
+    """One prompt, in four parts, and its correct answers.
 
-    depth: where in the context the needle stands, 0 (first) to 1; None where that is not the point.
+    depth: of the needle in the context, 0 (first) to 1; None if the task does not vary it.
     """
 
     task: str
@@ -31,11 +31,11 @@ class Example:
     depth: float | None = None
 
     def prompt(self) -> str:
-        """For plain completion: the benchmark's whole text, the answer's beginning included."""
+        """For text completion: the benchmark's whole text, with the beginning of the answer."""
         return f"{self.opening}{self.context}{self.question}{self.lead}"
 
     def user_message(self) -> str:
-        """For a chat: without the answer's beginning, which is not the user's to write."""
+        """For chat: without the beginning of the answer, which is not part of the user's turn."""
         return f"{self.opening}{self.context}{self.question}"
 
 
@@ -55,18 +55,18 @@ class Task(Protocol):
     def metric(self) -> Metric: ...
 
     def example(self, index: int, seed: int, length: int, count: CountTokens) -> Example:
-        """Example `index`: a pure function of task, seed, length, index and tokenizer.
+        """Make example `index`: a pure function of task, seed, length, index and tokenizer.
 
-        Its prompt has at most `length` tokens, as `count` counts them.
-        Raises InvalidSetting if the length holds no example of this task.
+        Its prompt has at most `length` tokens, as counted by `count`.
+        Raises InvalidSetting if no example of this task fits the length.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A template, what fills its fields, and what is right.
+    """A template, the values of its fields, and the correct answers.
 
-    preface: what the prompt has before the template's opening.
+    preface: text before the template's opening.
     """
 
     template: Template
@@ -76,7 +76,7 @@ class Question:
     preface: str = ""
 
     def around(self, task: Task, index: int, context: str) -> Example:
-        """The question about a context."""
+        """The example that asks this question about a context."""
         return Example(
             task=task.name,
             index=index,
@@ -91,5 +91,5 @@ class Question:
 
 
 def rng_of(task: str, index: int, seed: int, length: int) -> random.Random:
-    """The source of everything random in one example."""
+    """The random generator of one example."""
     return random.Random(f"{task}-{seed}-{length}-{index}")

@@ -1,4 +1,4 @@
-"""RULER's aggregation tasks: words that occur most often."""
+"""RULER's aggregation tasks: find the words that occur most often."""
 
 import math
 import string
@@ -17,7 +17,7 @@ _NUM_COMMON = 10
 
 @dataclass(frozen=True, slots=True)
 class _Repeats:
-    """How often the words of a numbered list stand in it."""
+    """How often common and uncommon words occur in a numbered list."""
 
     common: int
     uncommon: int
@@ -25,7 +25,7 @@ class _Repeats:
 
 @dataclass(frozen=True, slots=True)
 class _Size:
-    """Repeats of the list that is asked about, and of the worked example's, of `num_words`."""
+    """Repeats in the list that is asked about, and in the worked example's list of `num_words`."""
 
     asked: _Repeats
     worked: _Repeats
@@ -34,14 +34,14 @@ class _Size:
 
 _SHORT = _Size(_Repeats(6, 1), _Repeats(3, 1), 20)
 _LONG = _Size(_Repeats(30, 3), _Repeats(10, 3), 40)
-_LONG_TOKENS = 4096  # the benchmark's size is the long one from here on
+_LONG_TOKENS = 4096  # from this length on, the benchmark uses the long size
 
 
 @dataclass(frozen=True, slots=True)
 class CommonWordsTask:
-    """Ten words of a numbered list stand there more often than the others (cwe).
+    """Ten words of a numbered list occur in it more often than the others (cwe).
 
-    The prompt begins with an answered question about a short list, as the benchmark's does.
+    The prompt begins with an answered question about a short list, as in the benchmark.
     """
 
     name: str = "cwe"
@@ -52,14 +52,14 @@ class CommonWordsTask:
     def example(self, index: int, seed: int, length: int, count: CountTokens) -> Example:
         if length >= _LONG_TOKENS:
             make = self._maker(index, seed, length, _LONG)
-            # Where a word takes many tokens, the long size may not fit yet.
+            # If words take many tokens, the long size may not fit yet.
             if count(make(_NUM_COMMON).prompt()) <= length:
                 return most_that_fit(make, length, count, fewest=_NUM_COMMON)
         make = self._maker(index, seed, length, _SHORT)
         return most_that_fit(make, length, count, fewest=_NUM_COMMON)
 
     def _maker(self, index: int, seed: int, length: int, size: _Size) -> Callable[[int], Example]:
-        """Gives the example of so many other words."""
+        """A function that makes the example with a given number of uncommon words."""
         rng = rng_of(self.name, index, seed, length)
         preface = self._worked_example(rng, index, size)
         words = Supply(_words(rng))
@@ -82,7 +82,7 @@ class CommonWordsTask:
 
 
 def _words(rng: Random) -> Iterator[str]:
-    """Distinct words without end, real ones first."""
+    """Endless distinct words, real ones first."""
     known = sorted({*ADJECTIVES, *NOUNS, *VERBS})
     rng.shuffle(known)
     yield from known
@@ -94,7 +94,7 @@ def _words(rng: Random) -> Iterator[str]:
 
 
 def _numbered_list(words: list[str], repeats: _Repeats, order: float) -> str:
-    """All words, the common ones first among `words`, repeated and shuffled by the seed `order`."""
+    """The words, repeated and shuffled with seed `order`; `words` starts with the common ones."""
     listed = words[:_NUM_COMMON] * repeats.common + words[_NUM_COMMON:] * repeats.uncommon
     Random(order).shuffle(listed)
     return _numbered(listed)
@@ -106,7 +106,7 @@ def _numbered(words: list[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class FrequentWordsTask:
-    """Coded words whose frequencies follow a zeta law; dots are the most frequent (fwe)."""
+    """Coded words with zeta-distributed frequencies; dots are the most frequent (fwe)."""
 
     name: str = "fwe"
     group: str = "ruler"
@@ -125,7 +125,7 @@ class FrequentWordsTask:
             Random(order).shuffle(listed)
             return question.around(self, index, " ".join(listed))
 
-        return most_that_fit(make, length, count, fewest=34)  # fewer words leave ranks tied
+        return most_that_fit(make, length, count, fewest=34)  # with fewer words, ranks are tied
 
 
 def _coded_words(rng: Random, num_words: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Prompts of a given length: as many pieces of context as fit, statements hidden among them."""
+"""Fills prompts to a given length: as many context pieces as fit, with statements among them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -7,12 +7,12 @@ from itertools import islice
 from evals.tasks.base import CountTokens, Example
 from winnow.errors import InvalidSetting
 
-_FIRST_STEP = 8  # pieces that tell what one costs
+_FIRST_STEP = 8  # pieces added first, to estimate the tokens of one
 
 
 @dataclass(frozen=True, slots=True)
 class _Tried:
-    """An example of so many pieces, and the tokens of its prompt."""
+    """An example with `num_pieces` pieces, and the tokens of its prompt."""
 
     example: Example
     num_pieces: int
@@ -22,11 +22,11 @@ class _Tried:
 def most_that_fit(
     make: Callable[[int], Example], length: int, count: CountTokens, fewest: int = 0
 ) -> Example:
-    """The example of the most pieces whose prompt has at most `length` tokens.
+    """The example with the most pieces whose prompt has at most `length` tokens.
 
-    make: the example of that many pieces, `fewest` or more; prompts grow with the pieces.
-    Whole prompts are counted, since pieces may count differently once they are joined.
-    Raises InvalidSetting if even the fewest are too long.
+    make: makes the example with a number of pieces, at least `fewest`; prompts grow with it.
+    Whole prompts are counted, since joined pieces may have another number of tokens.
+    Raises InvalidSetting if even `fewest` pieces are too long.
     """
 
     def attempt(num_pieces: int) -> _Tried:
@@ -51,7 +51,7 @@ def most_that_fit(
 
 
 def _next_guess(length: int, first: _Tried, fits: _Tried, over: _Tried | None) -> int:
-    """More pieces than fit so far: where a line through what was tried reaches `length`."""
+    """A larger number of pieces than fit so far, by linear interpolation to `length`."""
     other = over or first
     if other is fits:
         return first.num_pieces + _FIRST_STEP
@@ -62,7 +62,7 @@ def _next_guess(length: int, first: _Tried, fits: _Tried, over: _Tried | None) -
 
 @dataclass
 class Supply:
-    """Pieces that are made one after the other, each once."""
+    """Pieces from an iterator, cached so that each is made once."""
 
     pieces: Iterator[str]
     _made: list[str] = field(default_factory=list)
@@ -73,9 +73,9 @@ class Supply:
 
 
 def hide(statements: Sequence[str], depths: Sequence[float], filler: Sequence[str]) -> list[str]:
-    """`statements`, in their order, among the filler.
+    """The filler with `statements` inserted, in their order.
 
-    depths: of each statement, the share of the filler before it, 0 to 1, ascending.
+    depths: for each statement, the share of the filler before it, 0 to 1, ascending.
     """
     pieces: list[str] = []
     start = 0

@@ -23,7 +23,7 @@ def passkey(rng: Random) -> str:
 
 
 def digit_string(rng: Random) -> str:
-    """Ten digits: five random ones, then five times one of them is doubled where it stands."""
+    """Ten digits: five random ones, then five times a digit is duplicated in place."""
     digits = rng.choices(string.digits, k=5)
     for _ in range(5):
         place = rng.randrange(len(digits))
@@ -33,7 +33,7 @@ def digit_string(rng: Random) -> str:
 
 @dataclass(frozen=True, slots=True)
 class HiddenNumberTask:
-    """A number said twice in one place in noise."""
+    """Find a number that is stated twice at one place in noise."""
 
     name: str
     template: Template
@@ -59,7 +59,7 @@ class HiddenNumberTask:
 
 @dataclass(frozen=True, slots=True)
 class KeyValueTask:
-    """A JSON object from UUIDs to UUIDs, as large as fits, and one of its keys."""
+    """Find the value of a key in a JSON object of UUIDs that is as large as fits."""
 
     name: str = "kv_retrieval"
     group: str = "infinitebench"
@@ -89,7 +89,7 @@ def _pair(key: str, value: str) -> str:
     return f'"{key}": "{value}"'
 
 
-# What may be asked about a list, by the name that the question gives it.
+# What a question may ask about a list, by its name in the question.
 STATISTICS: dict[str, Callable[[list[int]], float]] = {
     "largest": max,
     "second largest": lambda numbers: sorted(set(numbers))[-2],
@@ -103,14 +103,14 @@ STATISTICS: dict[str, Callable[[list[int]], float]] = {
 
 @dataclass(frozen=True, slots=True)
 class MathFindTask:
-    """A list of integers, and which is the largest, the second smallest, the median, and so on.
+    """Find the largest, second smallest, median or similar of a list of integers.
 
-    As in the benchmark they go from 0 to 99, but one end, drawn anew, lies up to 20 further in.
+    The range is 0 to 99, as in the benchmark, but one end is moved inwards by up to 20 at random.
     """
 
     name: str = "math_find"
     group: str = "infinitebench"
-    max_new_tokens: int = 6  # the benchmark's 3 cut a median such as 49.5 short
+    max_new_tokens: int = 6  # the benchmark's 3 would truncate a median such as 49.5
     metric: Metric = first_number
 
     def example(self, index: int, seed: int, length: int, count: CountTokens) -> Example:
@@ -128,7 +128,7 @@ class MathFindTask:
 
 
 def _range(rng: Random, what: str) -> tuple[int, int]:
-    """The least and the greatest integer; the end that is asked for cannot be guessed."""
+    """The smallest and the largest integer; the end that is asked for cannot be guessed."""
     margin = rng.randint(0, 20)
     is_upper = "largest" in what or (what == "median" and rng.random() < 0.5)
     return (0, _MAX_NUMBER - margin) if is_upper else (margin, _MAX_NUMBER)

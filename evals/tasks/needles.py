@@ -1,4 +1,4 @@
-"""RULER's needles (arXiv 2404.06654, table 2) and the needle-in-a-haystack grid of depths."""
+"""RULER's needle tasks (arXiv 2404.06654, table 2) and needle-in-a-haystack by depth."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,9 +32,9 @@ def uuid(rng: Random) -> str:
 
 @dataclass(frozen=True, slots=True)
 class NeedleTask:
-    """Values of keys, hidden in a haystack.
+    """Find the values of keys that are hidden in a haystack.
 
-    haystack: noise, prose, or needles (more of the same, of other keys).
+    haystack: noise, prose, or needles (the same statements with other keys).
     num_keys: keys hidden, of which num_asked are asked for; each has num_values values.
     """
 
@@ -55,7 +55,7 @@ class NeedleTask:
     def at(
         self, index: int, seed: int, length: int, count: CountTokens, depth: float | None
     ) -> Example:
-        """An example whose needles stand at `depth`, 0 to 1; anywhere if None."""
+        """An example with its needles at `depth`, 0 to 1; at random depths if None."""
         rng = rng_of(self.name, index, seed, length)
         needles = self._needles(rng)
         statements = [self._statement(key, v) for key, values in needles.items() for v in values]
@@ -107,15 +107,15 @@ class NeedleTask:
 
 
 def listed(items: list[str]) -> str:
-    """`a`, or `a, b, and c` as RULER lists its keys."""
+    """`a`, or `a, b, and c`, as RULER lists its keys."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])}, and {items[-1]}"
 
 
 @dataclass(frozen=True, slots=True)
 class DepthTask:
-    """One needle in prose whose place goes from the first to the last sentence (NIAH).
+    """One needle in prose, at depths from the first to the last sentence (NIAH).
 
-    Example i stands at depth i mod num_depths.
+    Example i uses depth i mod num_depths.
     """
 
     num_depths: int

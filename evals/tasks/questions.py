@@ -1,4 +1,4 @@
-"""Questions over documents of generated facts, in place of SQuAD and HotpotQA (RULER's qa)."""
+"""Questions about documents of generated facts, in place of SQuAD and HotpotQA (RULER's qa)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _MAX_SENTENCES = 3
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """Someone about whom a document tells."""
+    """The subject of a document."""
 
     name: str
     city: str
@@ -26,7 +26,7 @@ class Person:
 
 @dataclass(frozen=True, slots=True)
 class FactsTask:
-    """One document a person; the question needs one of their facts, or two joined by a name."""
+    """One document per person; the question needs one fact (1 hop) or two linked by a name (2)."""
 
     name: str
     num_hops: int
@@ -61,7 +61,7 @@ class FactsTask:
 
 
 def _people(rng: Random) -> Iterator[Person]:
-    """People without end, each working for the next, no two names or cities alike."""
+    """Endless people, each working for the next; names and cities are distinct."""
     used: set[str] = set()
 
     def name() -> str:
@@ -77,7 +77,7 @@ def _people(rng: Random) -> Iterator[Person]:
 
 
 def _disordered(rng: Random, people: Iterator[Person]) -> Iterator[Person]:
-    """`people`, those near each other in random order."""
+    """`people`, shuffled in groups of 16."""
     while True:
         some = list(islice(people, 16))
         rng.shuffle(some)

@@ -1,4 +1,4 @@
-"""Variables assigned from each other: RULER's tracking, and chains to follow to their value."""
+"""Tasks on chains of variable assignments: RULER's variable tracking, and following a chain."""
 
 import string
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ WORKED_EXAMPLE_TOKENS = 500
 
 
 def variables(rng: Random, num_names: int, num_letters: int = 5) -> list[str]:
-    """Distinct names of capital letters."""
+    """Distinct names made of capital letters."""
     names: dict[str, None] = {}
     while len(names) < num_names:
         names["".join(rng.choices(string.ascii_uppercase, k=num_letters))] = None
@@ -29,24 +29,24 @@ def value(rng: Random) -> str:
 
 
 def chain(names: list[str], number: str) -> list[str]:
-    """Assignments in order: the first a number, each other one the name before."""
+    """Assignments in order: the first to a number, each other one to the previous name."""
     values = [number, *(f"VAR {name}" for name in names[:-1])]
     return [f"VAR {name} = {value}" for name, value in zip(names, values, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
 class TrackingTask:
-    """All variables of one chain of four hops, in noise (vt).
+    """Find all variables of one chain of four hops, in noise (vt).
 
-    has_worked_example: the prompt begins with an answered question about a short text, as the
-    benchmark's does.
+    has_worked_example: the prompt begins with an answered question about a short text, as in the
+    benchmark.
     """
 
     name: str = "vt"
     has_worked_example: bool = True
     group: str = "ruler"
     num_hops: int = 4
-    max_new_tokens: int = 48  # the benchmark's 30 cut names off where each letter is a token
+    max_new_tokens: int = 48  # the benchmark's 30 would truncate if each letter is a token
     metric: Metric = string_match_all
 
     def example(self, index: int, seed: int, length: int, count: CountTokens) -> Example:
@@ -83,7 +83,7 @@ class TrackingTask:
 
 @dataclass(frozen=True, slots=True)
 class ChainTask:
-    """The value of the last variable of one of several chains, links in order or shuffled."""
+    """Find the value of the last variable of one of several chains, in order or shuffled."""
 
     num_hops: int
     is_shuffled: bool
@@ -112,7 +112,7 @@ class ChainTask:
         return most_that_fit(make, length, count)
 
     def _mixed(self, rng: Random, chains: list[list[str]]) -> list[str]:
-        """All links in one random order, in which each chain keeps its own unless shuffled."""
+        """All links, randomly interleaved; each chain's own order is kept unless shuffled."""
         if self.is_shuffled:
             for links in chains:
                 rng.shuffle(links)

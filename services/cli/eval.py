@@ -1,4 +1,4 @@
-"""`winnow eval`: flags into a plan, and the model or the service that it asks."""
+"""`winnow eval`: turns flags into a plan, and opens the model or service to evaluate."""
 
 import argparse
 import os
@@ -10,10 +10,10 @@ from rich.console import Console
 
 from evals import plan as plans
 from evals.model import Model
-from evals.pictures import require_matplotlib
 from evals.tasks import make_tasks
 from evals.variants import make_variants, parse_methods
 from services.common.settings import Settings
+from winnow.catalog import METHODS
 from winnow.errors import InvalidSetting
 
 _METHODS = "full,snapkv,fastkv,gemfilter,asl"
@@ -21,14 +21,14 @@ _TASKS = "ruler,infinitebench,niah"
 
 
 def add_eval_flags(parser: argparse.ArgumentParser) -> None:
-    """What is asked and of whom; the model's own flags are settings."""
+    """Flags for what to evaluate and how; the model's own flags are settings."""
     asked = parser.add_argument_group("What is asked")
     asked.add_argument(
         "--methods",
         metavar="LIST",
         default=_METHODS,
-        help="methods with options, like full,fastkv:fixed_layer=5,asl:threshold=0.4 "
-        f"(default: {_METHODS})",
+        help="methods with options, like full,fastkv:fixed_layer=5,asl:threshold=0.4; known are "
+        f"{', '.join(METHODS)} (default: {_METHODS})",
     )
     asked.add_argument(
         "--tasks",
@@ -79,8 +79,7 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_eval(args: argparse.Namespace, settings: Settings) -> None:
-    """Raises WinnowError, before anything is written, for what cannot be done as asked."""
-    require_matplotlib()
+    """Run the evaluation.  Raises WinnowError for an invalid request before anything is written."""
     plan = _plan(args)
     if args.batch_size < 1:
         raise InvalidSetting(f"--batch-size is {args.batch_size}; it must be at least 1")

@@ -1,4 +1,4 @@
-"""The command: a prompt in, a page out."""
+"""`winnow explain`: writes an HTML page about one prompt."""
 
 import argparse
 import os
@@ -15,9 +15,9 @@ from winnow.sampling_params import SamplingParams
 
 
 def run_explain(args: argparse.Namespace, settings: Settings) -> None:
-    """Writes the page to --output, all of it or nothing.
+    """Write the page to --output, atomically.
 
-    Raises WinnowError for a model, a prompt or a place that cannot be used.
+    Raises WinnowError if the model, prompt or output path cannot be used.
     """
     prompt = read_prompt(args)
     _require_folder(args.output)

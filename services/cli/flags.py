@@ -1,4 +1,4 @@
-"""Command-line flags made from the fields of `Settings`, so that each is described once."""
+"""Command-line flags generated from the fields of `Settings`, so that each is described once."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -76,6 +76,7 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
         "request_timeout_s",
         "sse_keepalive_s",
     ),
+    "Quality in use": ("quality_sample", "quality_tasks"),
     "Prefill workers": ("max_waiting_prefills", "prefill_attempts"),
     "Decode workers": _WORKER["Decode workers"],
     "Processes": (
@@ -87,7 +88,7 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
         *_WORKER["Process"][2:],
     ),
 }
-# redis_url is read from WINNOW_REDIS_URL or a file only: command lines are seen by others.
+# redis_url comes only from WINNOW_REDIS_URL or a file: other users can see command lines.
 
 _KINDS = {"pruning": "a pruning setting", "chat_template_kwargs": "a template's variable"}
 _METAVARS = {
@@ -97,6 +98,7 @@ _METAVARS = {
     "host": "ADDRESS",
     "_file": "FILE",
     "_origins": "ORIGINS",
+    "_tasks": "NAMES",
     "_dir": "DIR",
     "model": "MODEL",
     "generation_config": "SOURCE",
@@ -111,7 +113,7 @@ _WORDS = (
 def add_settings_flags(
     parser: argparse.ArgumentParser, groups: Mapping[str, Sequence[str]]
 ) -> None:
-    """One flag per setting; a flag that is not given leaves no trace in the result."""
+    """Add one flag per setting; flags that are not given are absent from the parsed arguments."""
     for title, names in groups.items():
         group = parser.add_argument_group(title)
         for name in names:
@@ -150,9 +152,9 @@ def _metavar(name: str) -> str:
 
 
 def settings_from_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given on the command line, for `load_settings`.
+    """The settings given on the command line, for `load_settings`.
 
-    Raises InvalidSetting for what should be NAME=VALUE and is not.
+    Raises InvalidSetting if a NAME=VALUE flag is malformed.
     """
     given = {name: value for name, value in vars(args).items() if name in Settings.model_fields}
     flags = {name: None if value == "null" else value for name, value in given.items()}

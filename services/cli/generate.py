@@ -1,4 +1,4 @@
-"""`winnow generate`: one prompt answered in this process, by the same engines as the service."""
+"""`winnow generate`: answers one prompt in this process, with the same engines as the service."""
 
 import argparse
 import sys
@@ -14,9 +14,9 @@ from winnow.sampling_params import SamplingParams
 
 
 def generate(args: argparse.Namespace, settings: Settings) -> None:
-    """Writes the answer to standard output while it is generated, what was done to standard error.
+    """Stream the answer to standard output, then a summary to standard error.
 
-    Raises WinnowError for a model or a prompt that cannot be used.
+    Raises WinnowError if the model or the prompt cannot be used.
     """
     prompt = read_prompt(args)
     winnow = load_winnow(settings)
@@ -27,10 +27,12 @@ def generate(args: argparse.Namespace, settings: Settings) -> None:
         sys.stdout.flush()
     sys.stdout.write("\n")
     sys.stderr.write(f"winnow: {_summary(stream)}\n")
+    if stream.report.rho and stream.report.selection_layer is None:
+        sys.stderr.write(f"winnow: {_unpruned(stream, winnow.pruning.threshold)}\n")
 
 
 def load_winnow(settings: Settings) -> Winnow:
-    """The model and the engines that a command of one process works with."""
+    """Load the model and engines for a command that runs in a single process."""
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     return Winnow.load(
@@ -46,7 +48,7 @@ def load_winnow(settings: Settings) -> Winnow:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """The text of --prompt or --prompt-file, less the file's last line break.
+    """The text of --prompt or --prompt-file, without the file's last line break.
 
     Raises InvalidRequest if it cannot be read.
     """
@@ -67,7 +69,7 @@ def _read(file: str) -> bytes:
 
 
 def token_ids_of(winnow: Winnow, prompt: str, *, chat: bool) -> list[int]:
-    """A prompt's token ids, as it is or as the user's turn of a chat."""
+    """Token IDs of a prompt, as plain text or as the user message of a chat."""
     if chat:
         return winnow.tokenizer.render_chat([{"role": "user", "content": prompt}])
     return winnow.tokenizer.encode(prompt)
@@ -83,7 +85,7 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
 
 
 def _summary(stream: CompletionStream) -> str:
-    """What was done to the prompt, in one line."""
+    """One line about what was done to the prompt."""
     report = stream.report
     where = (
         f"no layer selected ({report.no_selection_reason})"
@@ -94,4 +96,14 @@ def _summary(stream: CompletionStream) -> str:
         f"{report.num_prompt_tokens:,} prompt tokens, {where}, "
         f"{report.num_selected_tokens:,} went on; KV {report.kv_bytes_kept / 2**20:.1f} of "
         f"{report.kv_bytes_full / 2**20:.1f} MiB; {len(stream.token_ids):,} tokens generated"
+    )
+
+
+def _unpruned(stream: CompletionStream, threshold: float) -> str:
+    """Why a prompt that was long enough was computed whole, and what to do."""
+    layer_idx, least = min(stream.report.rho, key=lambda one: one[1])
+    return (
+        f"the prompt was computed whole: relative rank variance came down to {least:.2g} (layer "
+        f"{layer_idx}), not below the threshold, {threshold:g}; `winnow calibrate` finds settings "
+        "for the model, latest_layer a layer that selects in any case"
     )

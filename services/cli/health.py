@@ -1,4 +1,4 @@
-"""`winnow health` and `winnow drain`: what containers ask of a process before and at its end."""
+"""`winnow health` and `winnow drain`: probes and pre-stop hook for containers."""
 
 import grpc
 import httpx
@@ -14,13 +14,13 @@ TIMEOUT_S = 4.0
 
 
 class Unhealthy(WinnowError):
-    """What was asked does not answer, or says that it does not serve."""
+    """The target does not answer, or answers that it is not serving."""
 
 
 def drain(address: str, timeout_s: float, settings: Settings) -> int:
-    """Lets a decode worker move or finish what runs, and admit nothing more; how many are left.
+    """Drain a decode worker: its requests move or finish, and it admits no more.
 
-    Raises Unhealthy if it does not answer.
+    Returns how many are left.  Raises Unhealthy if it does not answer.
     """
     with open_channel(address, PeerTls.load(settings)) as channel:
         stub = DecodeStub(channel)
@@ -32,9 +32,9 @@ def drain(address: str, timeout_s: float, settings: Settings) -> int:
 
 
 def check(target: str, settings: Settings, service: str = "") -> None:
-    """Asks a gateway's URL, like http://host:8000/ready, or a decode worker's host:port.
+    """Check a gateway's URL, like http://host:8000/ready, or a decode worker's host:port.
 
-    service: of a decode worker, as in gRPC's health protocol. Raises Unhealthy.
+    service: a decode worker's service, as in gRPC's health protocol.  Raises Unhealthy.
     """
     if target.startswith(("http://", "https://")):
         _check_http(target, settings)

@@ -1,4 +1,4 @@
-"""The `winnow` command."""
+"""The `winnow` command-line interface."""
 
 import argparse
 import asyncio
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from services.common.settings import Settings
 
 EXIT_REFUSED = 2
-# Read by the Hugging Face libraries when they are imported. A bar has no place in a log, and a
-# model would not load where the log finds no room for it.
+# Read by the Hugging Face libraries at import. Progress bars do not belong in logs, and loading a
+# model fails if its bar cannot be written (disk full).
 _NO_PROGRESS_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
 
 _SETTINGS_HELP = (
@@ -34,10 +34,9 @@ _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code.
+    """Run a command; returns its exit code: 0, or 2 if it was refused.
 
-    It is 0, or 2 for what cannot be done as asked. From here on Ctrl-C is answered, so what takes
-    long to import is imported within.
+    Ctrl-C is handled from here on, so slow imports happen inside the commands.
     """
     for name, value in SHORT_WAITS.items():
         os.environ.setdefault(name, value)
@@ -67,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(_add_command(commands, "generate", "answer one prompt in this process"))
     _add_explain(_add_command(commands, "explain", "show on a page what was kept of one prompt"))
     _add_eval(_add_command(commands, "eval", "measure how well pruned prompts are answered"))
+    _add_calibrate(_add_command(commands, "calibrate", "find pruning settings for a model"))
     health = commands.add_parser("health", help="ask whether a gateway or a worker serves")
     health.add_argument("target", help="http://HOST:PORT/ready, or a decode worker's HOST:PORT")
     health.add_argument("--service", default="", help="of a decode worker (default: all)")
@@ -165,6 +165,17 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_eval, config=None, farewell=farewell)
 
 
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    from services.cli import flags  # noqa: PLC0415 - loads pydantic
+    from services.cli.calibrate import add_calibrate_flags  # noqa: PLC0415 - loads tasks
+
+    add_calibrate_flags(parser)
+    model = ("model", "device", "dtype", "max_model_len", "pruning")
+    flags.add_settings_flags(parser, {"Model": model, "Memory": ("num_threads", "kv_memory_bytes")})
+    farewell = "stopped; the same command goes on in {0.folder}"
+    parser.set_defaults(run=_calibrate, config=None, farewell=farewell)
+
+
 def _settings(args: argparse.Namespace) -> "Settings":
     from services.cli import flags  # noqa: PLC0415 - loads pydantic
     from services.common.settings import load_settings  # noqa: PLC0415 - loads pydantic
@@ -236,6 +247,12 @@ def _eval(args: argparse.Namespace) -> None:
     run_eval(args, _settings(args))
 
 
+def _calibrate(args: argparse.Namespace) -> None:
+    from services.cli.calibrate import run_calibrate  # noqa: PLC0415 - loads tasks
+
+    run_calibrate(args, _settings(args))
+
+
 def _ready_message(settings: "Settings") -> str:
     url = f"{settings.scheme}://{settings.host}:{settings.port}"
     grpc = f", gRPC on {settings.host}:{settings.grpc_port}" if settings.grpc_port else ""
@@ -250,9 +267,9 @@ def _ready_message(settings: "Settings") -> str:
 
 
 class _ProgressLine:
-    """What happens now, on one line that is written over; on its own lines without a terminal.
+    """Shows the current step on one line that is overwritten; on separate lines without a terminal.
 
-    It is left out where it cannot be written: a full disk must not keep a service from starting.
+    Write errors are ignored: a full disk must not keep a service from starting.
     """
 
     def __init__(self) -> None:
@@ -275,7 +292,3 @@ class _ProgressLine:
     def _write(self, text: str, stream: TextIO) -> None:
         with contextlib.suppress(OSError):
             print(text, end="", file=stream, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

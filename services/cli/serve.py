@@ -1,7 +1,7 @@
-"""The life of `winnow serve`: check, start, say when it is ready, drain, stop everything.
+"""The lifecycle of `winnow serve`: check, start, report readiness, drain, stop everything.
 
-Without RAY_ADDRESS it starts a Ray of its own on this machine and ends it with itself; with it,
-the application runs on that cluster and is taken off it at the end.
+Without RAY_ADDRESS it starts its own Ray on this machine and stops it at the end. With RAY_ADDRESS
+the application runs on that cluster and is deleted from it at the end.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -29,31 +28,31 @@ from winnow.errors import InvalidSetting, UnusableModel, WinnowError
 RAY_ADDRESS = "RAY_ADDRESS"
 
 _POLL_S = 0.25
-_FAILED_TO_START = "failed to start"  # in Serve's message of a deployment
+_FAILED_TO_START = "failed to start"  # in Serve's message about a deployment
 _START_TIMEOUT_S = 600.0
-_OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum, nearly: no tensor goes through it
+_OBJECT_STORE_BYTES = 80 << 20  # just above Ray's minimum: no tensor goes through it
 
-# Read by Ray and Serve when they are imported, and by every process that they start.
+# Read by Ray and Serve at import, and by every process they start.
 _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # half the time and CPU per hop
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_COLOR_PREFIX": "0",
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",  # 5, thrice, is not enough on a busy machine
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # at the default 0.1 it is never idle
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",  # default: 5, three times; too short under load
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # at the default of 0.1 it is never idle
 }
 
-# With any of these an operator says who may reach Ray.
+# If any of these is set, the operator controls access to Ray.
 _RAY_ACCESS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 Progress = Callable[[str], None]
 
 
 def run_service(settings: Settings, progress: Progress, ready: Callable[[Settings], None]) -> None:
-    """Serves until SIGINT or SIGTERM, then drains and stops. A second signal cuts that short.
+    """Serve until SIGINT or SIGTERM, then drain and stop. A second signal cuts the drain short.
 
-    `progress` is told what happens while things start, `ready` is called when requests are served.
+    `progress` gets each step of startup and shutdown; `ready` is called once requests are served.
     Raises UnusableModel or InvalidSetting if it cannot start; nothing is left running then.
     """
     settings = with_ports(settings)
@@ -72,10 +71,10 @@ def run_service(settings: Settings, progress: Progress, ready: Callable[[Setting
 
 
 def with_ports(settings: Settings) -> Settings:
-    """`settings` with any free port in place of 0; raises InvalidSetting if one is taken."""
+    """`settings` with free ports in place of 0.  Raises InvalidSetting if a port is taken."""
     ports: dict[str, int] = {}
     hosts = {"port": settings.host, "grpc_port": settings.host, "admin_port": settings.decode_host}
-    with contextlib.ExitStack() as held:  # so that no two of them are the same
+    with contextlib.ExitStack() as held:  # held open, so that no two of them are the same
         for name, host in hosts.items():
             wanted = getattr(settings, name)
             if wanted is not None:
@@ -108,7 +107,7 @@ def _check(settings: Settings) -> None:
 
 @contextlib.contextmanager
 def _ray(settings: Settings, progress: Progress, signals: StopSignals) -> Iterator[None]:
-    """This process as a driver of RAY_ADDRESS's cluster, or of one that lives as long as it.
+    """Connect this process as a driver to RAY_ADDRESS's cluster, or to its own temporary one.
 
     The model is checked meanwhile, because loading torch takes as long as starting Ray.
     """
@@ -116,49 +115,36 @@ def _ray(settings: Settings, progress: Progress, signals: StopSignals) -> Iterat
     is_own = not os.environ.get(RAY_ADDRESS)
     for name, value in (_RAY_ENVIRONMENT | (_own_access() if is_own else {})).items():
         os.environ.setdefault(name, value)
-    import ray  # noqa: PLC0415 - reads its environment when it is imported
+    import ray  # noqa: PLC0415 - reads its environment at import
 
     own = _own_cluster(settings) if is_own else {}
     try:
-        with _import_folder() as folder:
+        # Workers import first from the folder in which Ray is started. It is an empty one: a folder
+        # `winnow` in the current one would shadow the module of that name.
+        with tempfile.TemporaryDirectory(prefix="winnow-") as empty:
             with ThreadPoolExecutor(1) as thread:
                 checked = thread.submit(_check, settings)
-                with contextlib.chdir(folder):
+                with contextlib.chdir(empty):
                     ray.init(logging_level=logging.ERROR, log_to_driver=True, **own)
-                signals.listen()  # Ray put a handler of its own there
+                signals.listen()  # Ray has installed its own handler
                 checked.result()
             signals.check()
             yield
-    except SystemExit as error:  # Ray's own answer to a SIGTERM while it starts
+    except SystemExit as error:  # how Ray handles a SIGTERM while it starts
         raise KeyboardInterrupt from error
     except ConnectionError as error:
         raise InvalidSetting(f"RAY_ADDRESS cannot be reached: {error}") from error
     finally:
-        signals.ignore()  # a shutdown cut short would leave processes
+        signals.ignore()  # an interrupted shutdown would leave processes behind
         progress("stopping Ray")
         ray.shutdown()
 
 
-@contextlib.contextmanager
-def _import_folder() -> Iterator[Path]:
-    """Where to stand when Ray is started: it has every worker import from there before all else.
-
-    Elsewhere than in Winnow's own folder (which need not be installed) that is an empty one, lest
-    what lies about there, like a folder `winnow`, be taken for the module of that name.
-    """
-    own = Path(__file__).resolve().parents[2]
-    if Path.cwd() == own:
-        yield own
-        return
-    with tempfile.TemporaryDirectory(prefix="winnow-") as empty:
-        yield Path(empty)
-
-
 def _own_access() -> dict[str, str]:
-    """A token without which Ray's ports, some of them on every address, run nothing for a caller.
+    """Token that Ray requires of every caller: some of its ports listen on all addresses.
 
-    It lives as long as the cluster, in the environment of Ray's processes; Ray's own way would
-    leave it in a file that others on the machine can read.
+    It is valid as long as the cluster and passed in the environment of Ray's processes; Ray's own
+    way would store it in a file that other users of the machine can read.
     """
     if any(name in os.environ for name in _RAY_ACCESS):
         return {}
@@ -166,7 +152,7 @@ def _own_access() -> dict[str, str]:
 
 
 def _own_cluster(settings: Settings) -> dict[str, Any]:
-    """Room for every replica, even where that is more than the machine's cores."""
+    """Ray options with CPUs for every replica, even if that exceeds the machine's cores."""
     wanted = (
         settings.prefill_replicas * settings.prefill_num_cpus
         + settings.decode_workers * settings.decode_num_cpus
@@ -182,8 +168,8 @@ def _own_cluster(settings: Settings) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _application(settings: Settings, progress: Progress, signals: StopSignals) -> Iterator[None]:
-    """The application deployed and every replica up; drained and deleted at the end."""
-    from ray import serve  # noqa: PLC0415 - reads its environment when it is imported
+    """Deploy the application and wait for every replica; drain and delete it at the end."""
+    from ray import serve  # noqa: PLC0415 - reads its environment at import
 
     from services.app import build_app  # noqa: PLC0415
 
@@ -203,17 +189,17 @@ def _application(settings: Settings, progress: Progress, signals: StopSignals) -
         running = True
         yield
     finally:
-        if running or not own:  # nothing is drained that never served; Ray's end ends it all
+        if running or not own:  # if it never served there is nothing to drain; Ray's end stops all
             progress("draining")
             serve.delete(APP_NAME)
             _remove_registry(settings)
 
 
 def _let_serve_speak() -> None:
-    """Ends the silence of Serve's controller.
+    """Restore the log level of Serve's controller, which is silent during startup.
 
-    It logs what a replica's constructor raises with the tracebacks of three processes, where
-    `_wait_until_running` has one line for it.
+    It logs a replica's constructor error with the tracebacks of three processes, where
+    `_wait_until_running` reports it in one line.
     """
     from ray.serve.context import _get_global_client  # noqa: PLC0415 - as for serve
     from ray.serve.schema import LoggingConfig  # noqa: PLC0415
@@ -223,11 +209,11 @@ def _let_serve_speak() -> None:
 
 
 def _send_clients_elsewhere(settings: Settings, progress: Progress) -> None:
-    """Every gateway announces its end; returns `drain_notice_s` later.
+    """Have every gateway announce its shutdown; returns after `drain_notice_s`.
 
-    On SIGTERM alone, with which one of several is stopped: at a terminal nobody would wait.
+    Only on SIGTERM, which stops one of several instances: after Ctrl-C the wait would be useless.
     """
-    from ray import serve  # noqa: PLC0415 - reads its environment when it is imported
+    from ray import serve  # noqa: PLC0415 - reads its environment at import
 
     if not settings.drain_notice_s:
         return
@@ -249,8 +235,8 @@ def _remove_registry(settings: Settings) -> None:
 
 
 def _wait_until_running(progress: Progress, signals: StopSignals) -> None:
-    """Raises as soon as a replica cannot start, with the reason in one line."""
-    from ray import serve  # noqa: PLC0415 - reads its environment when it is imported
+    """Wait until all replicas run.  Raises as soon as one cannot start, with a one-line reason."""
+    from ray import serve  # noqa: PLC0415 - reads its environment at import
 
     deadline_s = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline_s:
@@ -275,9 +261,9 @@ def _states(deployments: dict[str, Any]) -> str:
 
 
 def _raise_failure(name: str, message: str) -> None:
-    """Raise what a replica's constructor raised, read off the traceback in Serve's message.
+    """Raise the error of a replica's constructor, parsed from the traceback in Serve's message.
 
-    At the first failure: what Serve would try again fails again, later.
+    At the first failure: Serve's retries would only fail again, later.
     """
     for line in message.splitlines():
         for cls in (UnusableModel, InvalidSetting, WinnowError):
@@ -290,7 +276,7 @@ def _raise_failure(name: str, message: str) -> None:
 
 
 def _wait_until_served(settings: Settings, progress: Progress, signals: StopSignals) -> None:
-    """Every part has found the others: the gateway says that it is ready."""
+    """Wait until the gateway is ready, which means that all parts have found each other."""
     from services.common.tls import own_verification  # noqa: PLC0415 - loads gRPC
 
     progress("waiting until the gateway is ready")

@@ -1,4 +1,4 @@
-"""What SIGINT and SIGTERM do to a command: they end it, whatever it is doing just then."""
+"""SIGINT and SIGTERM handling: a signal ends a command whatever it is doing."""
 
 import contextlib
 import os
@@ -16,15 +16,15 @@ _STOP = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """While it is entered, SIGINT raises KeyboardInterrupt in the main thread.
+    """Context in which SIGINT raises KeyboardInterrupt in the main thread.
 
-    That may get lost (in a library's bare `except`, in a finaliser) or come late (threads that load
-    weights are waited for): the process then ends by itself after some seconds, and at once at a
-    second SIGINT.  farewell: what it says to that.
+    KeyboardInterrupt may get lost (in a library's bare `except`, in a finalizer) or take long
+    (threads that load weights are joined): the process then exits by itself after _GRACE_S seconds,
+    and at once at a second SIGINT.  farewell: the message it prints then.
 
-    It listens even where a script started the command in the background: shells make such a
-    command ignore SIGINT, and Python leaves it at that. In any other thread than the main one it
-    does nothing: signals do not come there.
+    It handles SIGINT even if a script started the command in the background: shells make such a
+    command ignore SIGINT, and Python leaves it ignored. Outside the main thread, where signals do
+    not arrive, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -51,10 +51,10 @@ class Interrupts:
             os.close(self._told)
 
     def end_process(self) -> NoReturn:
-        """Says farewell and is gone, without a wait for what other threads do.
+        """Print the farewell and exit at once, without joining other threads.
 
-        Nor by way of sys.exit: Python dies of SIGINT instead where KeyboardInterrupt has passed
-        through an exec() of its own, as in the making of a dataclass.
+        Not through sys.exit: Python dies of SIGINT instead if KeyboardInterrupt has passed through
+        one of its own exec() calls, as when it creates a dataclass.
         """
         with contextlib.suppress(OSError):
             os.write(_STDERR, f"winnow: {self.farewell}\n".encode())
@@ -68,17 +68,17 @@ class Interrupts:
         raise KeyboardInterrupt
 
     def _watch(self) -> None:
-        interrupted = os.read(self._watched, 1)  # nothing, if it was left before
+        interrupted = os.read(self._watched, 1)  # empty if the context was left first
         if interrupted and not select.select([self._watched], [], [], _GRACE_S)[0]:
             self.end_process()
         os.close(self._watched)
 
 
 class StopSignals:
-    """While it is entered, SIGINT and SIGTERM are noted, for a service that drains before it ends.
+    """Context in which SIGINT and SIGTERM are recorded, for a service that drains before it ends.
 
-    Nothing is raised where a signal happens to come: in the middle of an import that can leave
-    Python's import lock taken for ever.  number: the last that came.
+    Nothing is raised where a signal arrives: in the middle of an import that can leave Python's
+    import lock held for ever.  number: the last signal that arrived.
     """
 
     number: int | None = None
@@ -104,19 +104,19 @@ class StopSignals:
         _handle(self._note)
 
     def raise_next(self) -> None:
-        """From now on a signal raises KeyboardInterrupt wherever it comes."""
+        """From now on a signal raises KeyboardInterrupt wherever it arrives."""
         _handle(signal.default_int_handler)
 
     def ignore(self) -> None:
-        """From now on."""
+        """Ignore signals from now on."""
         _handle(signal.SIG_IGN)
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Until a signal has come or the time has passed."""
+        """Block until a signal has arrived or the timeout has passed."""
         select.select([self._arrived], [], [], timeout_s)
 
     def check(self, wait_s: float = 0) -> None:
-        """Raises KeyboardInterrupt if a signal has come, or does within that time."""
+        """Raise KeyboardInterrupt if a signal has arrived, or arrives within `wait_s`."""
         self.wait(wait_s)
         if self.number is not None:
             raise KeyboardInterrupt

@@ -1,8 +1,8 @@
-"""Prefill and decode on the same cores: who gives way can see that a prompt is computed.
+"""Cores shared by prefill and decode: decode sees when prefill is computing, and yields to it.
 
-Nobody waits for a lock. A prefill worker holds a named pipe open for writing while it computes;
-decode workers, which hold its other end, can ask whether anybody writes. What a killed process
-held, the kernel closes.
+There is no lock. A prefill worker holds a named pipe (FIFO) open for writing while it computes;
+decode workers hold its read end and poll whether there is a writer. The kernel closes the pipe of
+a killed process.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from services.common.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a folder of the user's own lies in it
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - only the parent of a folder private to the user
 
 
 class SharedCores:
-    """The cores that this process may run on, with whatever workers of its user run there too."""
+    """The cores this process may run on, shared with other workers of the same user."""
 
     def __init__(self, folder: Path) -> None:
-        """folder: this user's, made if need be.  Raises OSError if it cannot be used."""
+        """folder: private to the user, created if missing.  Raises OSError if it cannot be used."""
         folder.mkdir(mode=0o700, exist_ok=True)
         _require_own(folder, stat.S_ISDIR)
         cores = sum(1 << core for core in os.sched_getaffinity(0))
@@ -34,16 +34,16 @@ class SharedCores:
         _require_own(pipe, stat.S_ISFIFO)
         self._reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
         self._poll = select.poll()
-        self._poll.register(self._reader, 0)  # that nobody writes is reported without being asked
-        os.close(self._open_writer())  # but only once somebody has written
+        self._poll.register(self._reader, 0)  # POLLHUP, for no writer, needs no request
+        os.close(self._open_writer())  # but it is reported only after a first writer
 
     def _open_writer(self) -> int:
-        """Of the same pipe, whatever has become of its name."""
+        """Open the same pipe for writing, even if its path has been removed or replaced."""
         return os.open(f"/proc/self/fd/{self._reader}", os.O_WRONLY | os.O_NONBLOCK)
 
     @contextlib.contextmanager
     def prefilling(self) -> Iterator[None]:
-        """Lets decode workers see that a prompt is computed on these cores."""
+        """Show decode workers that a prompt is being computed on these cores."""
         writer = self._open_writer()
         try:
             yield
@@ -52,7 +52,7 @@ class SharedCores:
 
     @property
     def prefill_runs(self) -> bool:
-        """Whether any prefill worker computes a prompt on these cores."""
+        """Whether any prefill worker is computing a prompt on these cores."""
         return not self._poll.poll(0)
 
     def close(self) -> None:
@@ -60,7 +60,7 @@ class SharedCores:
 
 
 def open_shared_cores(settings: Settings) -> SharedCores | None:
-    """None for workers on a GPU, and where prefill and decode are to compete."""
+    """None for workers on a GPU, with `decode_share` 1, or if the folder cannot be used."""
     if settings.device != "cpu" or settings.decode_share == 1:
         return None
     folder = settings.cores_dir or _SHARED_MEMORY / f"winnow-{os.getuid()}"
@@ -72,7 +72,7 @@ def open_shared_cores(settings: Settings) -> SharedCores | None:
 
 
 def _require_own(path: Path, is_kind: Callable[[int], bool]) -> None:
-    """Raise PermissionError for what somebody else has put there."""
+    """Raise PermissionError if `path` is another user's, or not of the expected kind."""
     found = path.lstat()
     if found.st_uid != os.getuid() or not is_kind(found.st_mode):
         raise PermissionError(f"{path} is not this user's, or not of its kind")

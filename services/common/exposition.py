@@ -1,6 +1,6 @@
-"""A process's /metrics: served on a port of its own, and announced in the registry.
+"""A process's /metrics endpoint: served on its own port and announced in the registry.
 
-Prometheus finds the ports through the gateway's /metrics/targets.
+Prometheus discovers the ports through the gateway's /metrics/targets.
 """
 
 import asyncio
@@ -14,12 +14,12 @@ from services.common.registry import MetricsTarget, Record, Registry
 
 
 def new_worker_id() -> str:
-    """An id of this process that no other has, here or elsewhere."""
+    """A globally unique ID for this process."""
     return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 class Exposition:
-    """Start it once, stop it."""
+    """Serves and announces a process's metrics; `start` it once, then `stop` it."""
 
     def __init__(self, metrics: Metrics, model_name: str, registry: Registry) -> None:
         self._metrics = metrics
@@ -29,7 +29,7 @@ class Exposition:
         self._heartbeat: Heartbeat | None = None
 
     async def start(self, host: str, port: int, advertised_host: str, lease_s: float) -> int:
-        """The port that is served; 0 asks for any.  Raises InvalidSetting if it is taken."""
+        """Serve on `port` (0: any free one); returns the port.  Raises InvalidSetting if taken."""
         self._server = start_metrics_server(self._metrics.registry, port, host, share_port=True)
         target = MetricsTarget(
             new_worker_id(),
@@ -43,7 +43,7 @@ class Exposition:
         return self._server.port
 
     async def stop(self) -> None:
-        """Takes the announcement back and closes the port."""
+        """Remove the announcement and close the port."""
         if self._heartbeat is not None:
             await self._heartbeat.stop()
         if self._server is not None:

@@ -1,4 +1,4 @@
-"""Keeps a process's records in the registry alive, and takes them out at the end."""
+"""Heartbeat: keeps a process's records in the registry, and removes them at the end."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ BEATS_PER_LEASE = 3
 
 
 class Heartbeat:
-    """Puts `records()` every third of the lease; a registry that is away is tried again.
+    """Puts `records()` three times per lease; retries if the registry is unavailable.
 
     records: all with the same worker_id.
     """
@@ -30,18 +30,18 @@ class Heartbeat:
         self._stopping = False
 
     async def start(self) -> None:
-        """Registers the process once, then goes on in a task."""
+        """Register the process once, then continue in a task."""
         await self._beat()
         self._task = asyncio.create_task(self._run())
 
     def hurry(self) -> None:
-        """Something changed that others should know now."""
+        """Send the next heartbeat now, because the records changed."""
         self._hurry.set()
 
     async def stop(self) -> None:
-        """Takes the records out; where the registry is away, their lease does that."""
+        """Remove the records; if the registry is unavailable, they expire with their lease."""
         if self._task is not None:
-            # Not cancelled: a Redis client in the middle of a command may swallow that.
+            # Not cancelled: redis-py may swallow a cancellation in the middle of a command.
             self._stopping = True
             self._hurry.set()
             await self._task

@@ -1,4 +1,4 @@
-"""What the gateway asks of a prefill worker, and what that answers."""
+"""Messages between the gateway and prefill workers: a job and its outcome."""
 
 from dataclasses import dataclass
 
@@ -10,15 +10,17 @@ from winnow.wire import Ticket
 
 @dataclass(frozen=True, slots=True)
 class PrefillJob:
-    """One attempt at one prompt's prefill: what the gateway hands to a prefill worker.
+    """One attempt to prefill one prompt, sent by the gateway to a prefill worker.
 
-    attempt counts from 1; decode refuses frames of an attempt older than one it has seen.
-    deadline_s is seconds from the moment the job is received.
-    trace_context is the W3C traceparent of the request; empty where it is not traced.
-    admitted: an earlier prefill of the request was let in, so this one is not refused for others
-    that wait.
-    kv_address, ticket: None where nothing is generated, so that nobody wants the KV.
-    num_prompt_logprobs: as in SamplingParams, of the prompt's own tokens; needs method `full`.
+    attempt: from 1; decode refuses frames of an attempt older than one it has seen.
+    deadline_s: seconds from the moment the job is received.
+    trace_context: W3C traceparent of the request; empty if it is not traced.
+    admitted: an earlier prefill of the request was accepted, so a full queue does not refuse this.
+    kv_address, ticket: None if nothing is generated, so that no KV is sent.
+    num_prompt_logprobs: as in SamplingParams, for the prompt's tokens; needs method `full`.
+    scored_from: index of the first token after which log-probabilities are wanted.
+    gives_way: it runs only while no other prompt waits or is computed, and ends with Overloaded
+    when one arrives; no metric counts it.
     """
 
     request_id: str
@@ -31,14 +33,16 @@ class PrefillJob:
     trace_context: str = ""
     admitted: bool = False
     num_prompt_logprobs: int | None = None
+    scored_from: int = 0
+    gives_way: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillTimings:
-    """Seconds of one prefill in the service.
+    """Timings of one prefill in the service, in seconds.
 
-    queue_s: waited for the engine. compute_s: forward passes. transfer_s: first frame sent to
-    receipt. exposed_transfer_s: from the end of compute to the receipt, what overlap did not hide.
+    queue_s: waiting for the engine. compute_s: forward passes. transfer_s: first frame sent until
+    receipt. exposed_transfer_s: end of compute until receipt, not hidden by overlap.
     wire_bytes: bytes of all frames.
     """
 
@@ -51,7 +55,7 @@ class PrefillTimings:
 
 @dataclass(frozen=True, slots=True)
 class PrefillOutcome:
-    """What a prefill worker answers when an attempt's KV is in place, or was not wanted."""
+    """A prefill worker's response once an attempt's KV is in place, or was not requested."""
 
     report: PrefillReport
     timings: PrefillTimings

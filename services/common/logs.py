@@ -1,6 +1,6 @@
-"""Log lines of every process: text for people or one JSON object per line, to standard error.
+"""Logging for every process: text or one JSON object per line, to standard error.
 
-Whoever logs about a request passes `extra={"request_id": ...}`; both formats show it.
+Log calls about a request pass `extra={"request_id": ...}`; both formats show it.
 """
 
 import json
@@ -17,8 +17,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 class TextFormatter(logging.Formatter):
     """`12:00:00.123 INFO services.prefill.worker [request id] message`
 
-    What others have written into a message cannot begin a line of its own: control characters are
-    escaped, and the lines of a traceback indented.
+    Untrusted text in a message cannot forge a log line: control characters are escaped, and the
+    lines of a traceback indented.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -33,7 +33,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One object per line: time (ISO 8601, UTC), level, logger, message, request_id if there is."""
+    """One object per line: time (ISO 8601, UTC), level, logger, message, request_id if present."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -58,7 +58,7 @@ def _whole_message(formatter: logging.Formatter, record: logging.LogRecord) -> s
 
 
 def configure_logging(level: str, log_format: str) -> None:
-    """Send Winnow's own loggers, and others' warnings, to standard error.
+    """Send Winnow's logs, and warnings of other libraries, to standard error.
 
     level: debug, info, warning or error. log_format: text or json.
     """

@@ -1,4 +1,4 @@
-"""Winnow's dataclasses as messages of proto/winnow/v1/decode.proto, and back."""
+"""Conversion of Winnow's dataclasses to and from messages of proto/winnow/v1/decode.proto."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, fields
@@ -32,7 +32,7 @@ _FINISH_REASONS = {number: reason for reason, number in _FINISH.items()}
 
 
 def sampling_to_proto(params: SamplingParams) -> pb.SamplingParams:
-    """The message's fields are those of the dataclass."""
+    """The message has the same fields as the dataclass."""
     given = {field.name: getattr(params, field.name) for field in fields(params)}
     return pb.SamplingParams(**given | {"stop_token_ids": sorted(params.stop_token_ids)})
 
@@ -46,7 +46,7 @@ def sampling_from_proto(message: pb.SamplingParams) -> SamplingParams:
 
 
 def recompression_to_proto(settings: Recompression) -> pb.Recompression:
-    """The message's fields are those of the dataclass."""
+    """The message has the same fields as the dataclass."""
     return pb.Recompression(**asdict(settings))
 
 
@@ -57,7 +57,7 @@ def recompression_from_proto(message: pb.Recompression) -> Recompression:
 
 
 def _given(message: Message, cls: type[SamplingParams | Recompression]) -> dict[str, Any]:
-    """What `message` has for the fields of `cls`; unset ones that may be None are left out."""
+    """Values in `message` for the fields of `cls`; unset fields that may be None are left out."""
     return {
         field.name: getattr(message, field.name)
         for field in fields(cls)
@@ -66,7 +66,7 @@ def _given(message: Message, cls: type[SamplingParams | Recompression]) -> dict[
 
 
 def tokens_to_proto(tokens: Iterable[Token], recompressed_entries: int) -> pb.Tokens:
-    """What one engine step gave a request."""
+    """The tokens one engine step generated for a request."""
     return pb.Tokens(
         tokens=[_token_to_proto(token) for token in tokens],
         recompressed_entries=recompressed_entries,

@@ -1,7 +1,7 @@
-"""The one door to prometheus_client: the base of what each kind of process measures.
+"""The only module that imports prometheus_client: the base class of each process's metrics.
 
-A process makes one subclass of `Metrics` at its start; each has a registry of its own, so that
-several can live in one process (tests do that). Every sample carries the labels `model` and `role`.
+A process creates one subclass of `Metrics` at startup. Each has its own registry, so that several
+can live in one process (as in tests). Every sample carries the labels `model` and `role`.
 """
 
 import threading
@@ -42,7 +42,7 @@ RATIO_BUCKETS = tuple(i / 20 for i in range(1, 21))
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A metric as Prometheus shows it; labels: those besides COMMON_LABELS."""
+    """A metric as Prometheus shows it; `labels` are those besides COMMON_LABELS."""
 
     name: str
     kind: str
@@ -51,10 +51,12 @@ class Described:
 
     @property
     def unit(self) -> str:
-        """Of its values, from the name's end."""
+        """Unit of the values, from the end of the name."""
         name = self.name.removesuffix("_total")
-        units = {"seconds": "seconds", "bytes": "bytes", "ratio": "0 to 1", "tokens": "tokens"}
-        return units.get(name.rsplit("_", 1)[-1], "")
+        unit = name.rsplit("_", 1)[-1]
+        if unit == "ratio":
+            return "0 to 1"
+        return unit if unit in ("seconds", "bytes", "tokens", "nats") else ""
 
 
 class _Registry(CollectorRegistry):
@@ -73,7 +75,7 @@ class _Registry(CollectorRegistry):
 
 
 class Metrics:
-    """One process's metrics, in a registry of their own; `described` lists them."""
+    """One process's metrics in their own registry; `described` lists them."""
 
     role: ClassVar[str]
 
@@ -91,7 +93,7 @@ class Metrics:
     def _counter(
         self, name: str, meaning: str, label: str | None = None, values: Iterable[str] = ()
     ) -> Counter:
-        """A counter; with a label every known value of it shows from the start, as 0."""
+        """A counter; with a label, every known value is exposed from the start, as 0."""
         labels = self._describe(f"{name}_total", "counter", meaning, (label,) if label else ())
         counter = Counter(name, meaning, labels, registry=self.registry)
         for value in values:
@@ -117,13 +119,13 @@ class Metrics:
 
 
 def render(registry: CollectorRegistry) -> bytes:
-    """The metrics as Prometheus's text, of type CONTENT_TYPE."""
+    """The metrics in Prometheus's text format, of type CONTENT_TYPE."""
     return generate_latest(registry)
 
 
 @dataclass(frozen=True, slots=True)
 class MetricsServer:
-    """Serves one registry's /metrics from a thread of its own."""
+    """Serves one registry's /metrics from its own thread."""
 
     port: int
     _server: WSGIServer
@@ -138,10 +140,10 @@ class MetricsServer:
 def start_metrics_server(
     registry: CollectorRegistry, port: int, host: str = "127.0.0.1", *, share_port: bool = False
 ) -> MetricsServer:
-    """A server of /metrics; port 0 is any free one.  Raises InvalidSetting if it is taken.
+    """Start a server of /metrics; port 0 picks a free one.  Raises InvalidSetting if it is taken.
 
-    share_port: another process that shares it too may have it already, as where a replica takes
-    another one's place.
+    share_port: the port may be shared with another process that allows it too, as when a replica
+    is replaced.
     """
     server_class = _SharingServer if share_port else _Server
     app = make_wsgi_app(registry)
@@ -165,7 +167,7 @@ class _SharingServer(_Server):
 
 
 class _SilentHandler(WSGIRequestHandler):
-    timeout = 30  # a client that says nothing keeps a thread this long, not for ever
+    timeout = 30  # seconds that a silent client can hold a thread
 
     def log_message(self, *values: object) -> None:
-        """Scrapes are no news."""
+        """Do not log scrapes."""

@@ -1,4 +1,4 @@
-"""The registry that the settings name: Redis, or an actor of Ray's."""
+"""Opens the registry that the settings select: Redis, or a Ray actor."""
 
 from services.common.redis_access import require_redis
 from services.common.redis_registry import RedisRegistry
@@ -7,9 +7,9 @@ from services.common.settings import Settings
 
 
 def open_registry(settings: Settings) -> Registry:
-    """The registry that the settings name.
+    """The registry that the settings select.
 
-    Raises InvalidSetting if that is a Redis that does not let this process in, or Ray's, and this
+    Raises InvalidSetting if Redis refuses this process, or if the registry is Ray's and this
     process is not part of a Ray cluster.
     """
     if settings.redis_url is not None:

@@ -1,8 +1,8 @@
-"""A peer's certificate names it: the authority's signature alone lets nobody in.
+"""Interceptors that check the DNS name in a peer's certificate, not only the CA's signature.
 
-gRPC checks a server's name for its clients, but not the clients' for a server. It shows a
-certificate's names to behaviours alone, so each is asked for once per call, before its first
-message is looked at.
+gRPC checks a server's name for its clients, but not the clients' names for a server. Only a method
+handler can see a certificate's names, so they are checked once per call, before the first message
+is read.
 """
 
 import inspect
@@ -23,7 +23,7 @@ _KINDS = {
 
 
 class PeerGuard(grpc.ServerInterceptor):  # type: ignore[misc]  # gRPC has no types here
-    """Of a sync server: refuses whoever's certificate has not `name` as a DNS name."""
+    """For a sync server: refuses a peer whose certificate does not have `name` as a DNS name."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -45,7 +45,7 @@ class PeerGuard(grpc.ServerInterceptor):  # type: ignore[misc]  # gRPC has no ty
 
 
 class AioPeerGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """As `PeerGuard`, of an asyncio server."""
+    """`PeerGuard` for an asyncio server."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -79,7 +79,7 @@ class AioPeerGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 def _around(
     handler: grpc.RpcMethodHandler | None, guard: Callable[[_Behaviour], _Behaviour]
 ) -> grpc.RpcMethodHandler | None:
-    """The handler with its behaviour guarded; None, a method that there is not, stays that."""
+    """The handler with its behaviour guarded; None (no such method) stays None."""
     if handler is None:
         return None
     kind, make = _KINDS[handler.request_streaming, handler.response_streaming]

@@ -1,18 +1,18 @@
-"""A free TCP port for a process that starts later."""
+"""Finds a free TCP port for a process that starts later."""
 
 import random
 import socket
 
 from winnow.errors import InvalidSetting
 
-# Below Linux' ephemeral ports (32768 and up), above those of Ray's workers (10002 to 19999): no
-# connection and no server that asks for any port is given one of these in the meantime.
+# Below Linux's ephemeral ports (32768 and up), above those of Ray's workers (10002 to 19999): no
+# other connection or server that asks for any free port is given one of these in the meantime.
 _CANDIDATES = range(20_000, 32_768)
 _MAX_TRIES = 100
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on.  Raises InvalidSetting if there is none, or no such host."""
+    """A port with no listener.  Raises InvalidSetting if there is none, or the host is invalid."""
     error = OSError("every one that was tried is taken")
     for port in random.sample(_CANDIDATES, _MAX_TRIES):
         try:
@@ -24,16 +24,16 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def listening(host: str, port: int, *, share: bool = False) -> socket.socket:
-    """A socket that listens on the port.  Raises OSError if that cannot be.
+    """A socket listening on the port.  Raises OSError if it cannot.
 
-    share: other processes that share it too may listen there already.
+    share: the port may be shared with other processes that allow it too.
     """
     probe = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(share))
         probe.bind((host, port))
-        probe.listen(1)  # bound but not listening does not collide with a listener everywhere
+        probe.listen(1)  # without listen, bind alone does not collide with every listener
     except OSError:
         probe.close()
         raise

@@ -1,4 +1,4 @@
-"""The registry of workers as a small Ray actor, for a service without Redis."""
+"""The registry of workers in a small Ray actor, for a service without Redis."""
 
 import asyncio
 from collections.abc import Callable
@@ -16,7 +16,7 @@ _EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 - compared, not bound
 
 
 class _RecordsActor:
-    """Holds the records. A restarted actor starts empty; heartbeats fill it again."""
+    """Holds the records. A restarted actor starts empty; heartbeats refill it."""
 
     def __init__(self) -> None:
         self._records = LeasedRecords()
@@ -35,7 +35,7 @@ class _RecordsActor:
 
 
 class RayRegistry:
-    """Reaches the actor from any process of the Ray cluster, and starts it where it is missing."""
+    """Calls the actor from any process of the Ray cluster, and starts it if it is missing."""
 
     def __init__(self, namespace: str) -> None:
         self._name = actor_name(namespace)
@@ -55,9 +55,9 @@ class RayRegistry:
         return list(await self._call(lambda actor: actor.targets.remote()))
 
     async def close(self) -> None:
-        """Nothing to drop: the actor lives on for the others."""
+        """Nothing to close: the actor lives on for other processes."""
 
-    async def _call(self, method: Callable[[Any], Any]) -> Any:  # noqa: ANN401 - what the actor gives
+    async def _call(self, method: Callable[[Any], Any]) -> Any:  # noqa: ANN401 - the actor's result
         try:
             if self._lost:
                 self._actor = await asyncio.to_thread(_find_or_start, self._name)
@@ -88,7 +88,7 @@ def actor_name(namespace: str) -> str:
 
 
 def open_ray_registry(namespace: str) -> RayRegistry:
-    """The cluster's registry; raises InvalidSetting in a process outside of any Ray cluster."""
+    """The cluster's registry.  Raises InvalidSetting in a process outside any Ray cluster."""
     if not ray.is_initialized():
         raise InvalidSetting(
             "a worker outside of Ray needs a registry in Redis: set WINNOW_REDIS_URL",
@@ -98,14 +98,14 @@ def open_ray_registry(namespace: str) -> RayRegistry:
 
 
 def remove_ray_registry(namespace: str) -> None:
-    """Stop the actor; a registry that was never started is fine."""
+    """Stop the actor, if it was ever started."""
     names = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
     if actor_name(namespace) in names:
         ray.kill(ray.get_actor(actor_name(namespace), namespace=_RAY_NAMESPACE))
 
 
 def reachable_host(host: str) -> str:
-    """Where other machines of the cluster reach a process that listens on `host`."""
+    """The address at which other machines of the cluster reach a process listening on `host`."""
     if host != _EVERY_ADDRESS:
         return host
     return str(ray.util.get_node_ip_address())

@@ -1,4 +1,4 @@
-"""How processes get into Redis: password, TLS, and what is said where they do not."""
+"""Access to Redis: connection options, password and TLS, and errors that name the cause."""
 
 import logging
 import ssl
@@ -29,15 +29,15 @@ def malformed_url() -> InvalidSetting:
 
 
 def redis_options(ca_file: Path | None, timeout_s: float) -> dict[str, Any]:
-    """Of every connection to Redis."""
+    """Options for every connection to Redis."""
     trust = {} if ca_file is None else {"ssl_ca_certs": str(ca_file)}
     return {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, **trust}
 
 
 def open_redis_pool(settings: Settings, timeout_s: float) -> RedisPool | None:
-    """Connections to the registry's Redis for another use; None without Redis.
+    """A connection pool to the registry's Redis for another use; None without Redis.
 
-    Its owner closes it.  Raises InvalidSetting for a malformed URL.
+    The caller closes it.  Raises InvalidSetting for a malformed URL.
     """
     if settings.redis_url is None:
         return None
@@ -49,9 +49,9 @@ def open_redis_pool(settings: Settings, timeout_s: float) -> RedisPool | None:
 
 
 def require_redis(settings: Settings) -> None:
-    """Raises InvalidSetting if Redis answers, but not to this process: that needs a person.
+    """Raises InvalidSetting if Redis answers but refuses this process: the settings are wrong.
 
-    One that does not answer is fine, it may come back; so is a service without Redis.
+    A Redis that does not answer is only logged, since it may come back.  No-op without Redis.
     """
     if settings.redis_url is None:
         return
@@ -82,7 +82,7 @@ def require_redis(settings: Settings) -> None:
 
 
 def _require_certificates(ca_file: Path | None) -> None:
-    """Else redis-py would take a file that is no use for a Redis that is away."""
+    """Check the file here: redis-py would not report a bad one while Redis is unavailable."""
     try:
         ssl.create_default_context(cafile=ca_file)
     except OSError as error:
@@ -93,7 +93,7 @@ def _require_certificates(ca_file: Path | None) -> None:
 
 
 def _untrusted(error: RedisError) -> ssl.SSLCertVerificationError | None:
-    """What redis-py tells by the error's cause alone."""
+    """The certificate error that redis-py shows only as a cause of `error`, if there is one."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
         cause = cause.__cause__ or cause.__context__

@@ -1,4 +1,4 @@
-"""The registry in Redis."""
+"""The registry of workers in Redis."""
 
 import logging
 from pathlib import Path
@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 2.0
 _SCAN_BATCH = 1000
-# RuntimeError is uvloop's word for writing to a connection that the other end has just reset.
+# uvloop raises RuntimeError on a write to a connection that the peer has just reset.
 _BROKEN = (RedisError, RuntimeError)
 
 
 class RedisRegistry:
-    """One key per record, `<namespace>:<kind>:<worker_id>`, which Redis expires with the lease."""
+    """One key per record, `<namespace>:<kind>:<worker_id>`, which expires with the lease."""
 
     def __init__(self, url: str, namespace: str, ca_file: Path | None = None) -> None:
         try:

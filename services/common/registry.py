@@ -1,7 +1,7 @@
-"""Who decodes where, and who serves metrics: records of live processes, each under a lease.
+"""Records of live processes (decode workers, metrics endpoints), each under a lease.
 
-A process puts its records again before the lease ends; a record whose lease ran out is gone. With
-`redis_url` set the records live in Redis, otherwise in a small Ray actor.
+A process puts its records again before the lease ends; a record whose lease has expired is gone.
+With `redis_url` set the records live in Redis, otherwise in a small Ray actor.
 """
 
 import dataclasses
@@ -11,18 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
-# What decode workers of this release carry out, and older ones would ignore.
+# Features of this release's decode workers that older workers would ignore.
 MIN_TOKENS = "min_tokens"
 FEATURES = (MIN_TOKENS,)
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerRecord:
-    """What a decode worker says of itself.
+    """A decode worker's description of itself.
 
-    address, kv_address: host:port of Decode and of KvTransfer. model_name is for people; models
-    are compared by fingerprint. running: sequences in the batch and requests that wait for KV.
-    features: of FEATURES, and of what newer releases know.
+    address, kv_address: host:port of Decode and of KvTransfer. model_name is informational; models
+    are compared by fingerprint. running: sequences in the batch plus requests waiting for KV.
+    features: from FEATURES, or unknown ones of newer releases.
     """
 
     worker_id: str
@@ -42,7 +42,7 @@ class WorkerRecord:
 
 @dataclass(frozen=True, slots=True)
 class MetricsTarget:
-    """Where a process of any role serves /metrics. address: host:port."""
+    """Where a process of any role serves /metrics.  address: host:port."""
 
     worker_id: str
     address: str
@@ -62,7 +62,7 @@ def record_to_json(record: Record) -> str:
 
 
 def record_from_json(cls: type[RecordT], text: str | bytes) -> RecordT:
-    """Reads what `record_to_json` wrote, here or in a newer version that knows more fields.
+    """Parse the output of `record_to_json`, also of a newer version with more fields.
 
     Raises ValueError for anything else.
     """
@@ -79,26 +79,26 @@ def _frozen(value: Any) -> Any:  # noqa: ANN401 - what JSON can hold
 
 
 class Registry(Protocol):
-    """Every method raises RegistryUnavailable when the registry does not answer."""
+    """Every method raises RegistryUnavailable if the registry does not answer."""
 
     async def put(self, record: Record, lease_s: float) -> None:
         """Store or renew a record for the next `lease_s` seconds."""
 
     async def remove(self, worker_id: str) -> None:
-        """Forget all records of a process; one that is not there is fine."""
+        """Remove all records of a process; no-op if there are none."""
 
     async def workers(self) -> list[WorkerRecord]:
-        """Decode workers whose lease has not run out, by worker_id."""
+        """Decode workers whose lease has not expired, sorted by worker_id."""
 
     async def targets(self) -> list[MetricsTarget]:
-        """Processes with metrics whose lease has not run out, by worker_id."""
+        """Metrics endpoints whose lease has not expired, sorted by worker_id."""
 
     async def close(self) -> None:
-        """Drop the connection; the records stay."""
+        """Close the connection; the records stay."""
 
 
 class LeasedRecords:
-    """Records in this process's memory, forgotten when their lease ends."""
+    """Records in this process's memory, removed when their lease expires."""
 
     def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._clock_s = clock_s
@@ -112,7 +112,7 @@ class LeasedRecords:
             self._leases.pop((kind, worker_id), None)
 
     def live(self, cls: type[RecordT]) -> list[RecordT]:
-        """Records of one class, by worker_id."""
+        """Live records of one class, sorted by worker_id."""
         now = self._clock_s()
         self._leases = {k: lease for k, lease in self._leases.items() if lease[0] > now}
         records = [self._leases[key][1] for key in sorted(self._leases)]

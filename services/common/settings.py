@@ -1,7 +1,8 @@
-"""What an operator can set, read once at the start of a process and passed down.
+"""All settings of Winnow's processes, read once at startup and passed down.
 
-`Settings` is plain data. `load_settings` reads it: command-line flags over `WINNOW_*` variables
-over a YAML file over the defaults. Whatever is unknown or out of range is refused in one line.
+`Settings` is plain data. `load_settings` reads it: command-line flags override `WINNOW_*`
+variables, which override a YAML file, which overrides the defaults. Unknown or invalid ones are
+refused with a one-line error.
 """
 
 import os
@@ -25,15 +26,17 @@ from pydantic import (
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode
 from pydantic_settings.exceptions import SettingsError
 
+from winnow.catalog import METHODS
 from winnow.errors import InvalidSetting
 from winnow.generation_defaults import FROM_MODEL, NONE
+from winnow.gguf.header import SUFFIX
 from winnow.pruning_settings import PruningSettings
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "models" / "winnow-tiny"
 ENV_PREFIX = "WINNOW_"
 CONFIG_VARIABLE = "WINNOW_CONFIG"
 
-MAPS = ("pruning", "chat_template_kwargs")  # whose entries add up, wherever they are set
+MAPS = ("pruning", "chat_template_kwargs")  # their entries from all sources are merged
 
 _TLS_FILES = ("tls_cert_file", "tls_key_file")
 _PEER_FILES = ("peer_cert_file", "peer_key_file", "peer_ca_file")
@@ -43,24 +46,28 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 KnownPort = Annotated[int, Field(ge=1, le=65535)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
+TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 
 class Settings(BaseModel):
-    """All settings of all of Winnow's processes; each uses the ones it needs."""
+    """The settings of all of Winnow's processes; each process uses those it needs."""
 
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
         protected_namespaces=(),
-        hide_input_in_errors=True,  # it may have a password, and a traceback would show it
+        hide_input_in_errors=True,  # the input may hold a password, which a traceback would show
     )
 
     # What is served
     model: str = Field(
-        str(EMBEDDED_MODEL), description="model folder or hub id (default: the embedded model)"
+        str(EMBEDDED_MODEL),
+        description="model folder, GGUF file or hub id (default: the embedded model)",
     )
     model_name: str | None = Field(
-        None, min_length=1, description="name under which it is served (default: the folder's name)"
+        None,
+        min_length=1,
+        description="name under which it is served (default: the folder's or file's)",
     )
     device: str = Field("cpu", description="torch device of the workers: cpu, cuda, cuda:1")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -73,7 +80,8 @@ class Settings(BaseModel):
     )
     pruning: dict[str, Any] = Field(
         default_factory=dict,
-        description="pruning settings over the model's own, as in a request's `winnow` object",
+        description="pruning settings over the model's own, as in a request's `winnow` object; "
+        f"method is one of {', '.join(METHODS)}",
     )
     generation_config: str = Field(
         "auto",
@@ -193,6 +201,18 @@ class Settings(BaseModel):
         "open; 0 or null is never",
     )
 
+    # Quality in use
+    quality_sample: Annotated[float, Field(ge=0, le=1)] = Field(
+        0,
+        description="share of pruned requests that gateways compute unpruned too, in idle time, "
+        "for the metrics winnow_quality_*",
+    )
+    quality_tasks: Annotated[tuple[TaskName, ...], NoDecode] = Field(
+        (),
+        description="names that requests' winnow.task may give those metrics, with commas between "
+        "them; any other one is counted as `other` (default: none)",
+    )
+
     # Memory and queues
     kv_memory_bytes: ByteSize = Field(
         ByteSize(1 << 30), gt=0, description="KV pool of a decode worker, like 1GiB"
@@ -277,39 +297,39 @@ class Settings(BaseModel):
     @field_validator("model")
     @classmethod
     def _absolute_folder(cls, model: str) -> str:
-        """Workers have other working directories, so a folder's path is made absolute here."""
+        """Make a folder's path absolute, because workers have other working directories."""
         if not model:
             raise ValueError("it names no model")
         try:
-            return str(Path(model).resolve()) if Path(model).is_dir() else model
-        except OSError:  # too long a name; `describe_model` says so
+            return str(Path(model).absolute()) if Path(model).exists() else model
+        except OSError:  # the name is too long; `describe_model` reports it
             return model
 
     @field_validator("generation_config")
     @classmethod
     def _absolute_generation_config(cls, source: str) -> str:
-        """As for the model's folder."""
+        """Make a folder's path absolute, as for `model`."""
         is_folder = source not in (FROM_MODEL, *NONE) and Path(source).is_dir()
         return str(Path(source).resolve()) if is_folder else source
 
     @field_validator("api_keys_file", "redis_ca_file", "cores_dir", *_TLS_FILES, *_PEER_FILES)
     @classmethod
     def _absolute_file(cls, path: Path | None) -> Path | None:
-        """As for the model's folder."""
+        """Make the path absolute, as for `model`."""
         return None if path is None else path.resolve()
 
-    @field_validator("cors_allowed_origins", mode="before")
+    @field_validator("cors_allowed_origins", "quality_tasks", mode="before")
     @classmethod
-    def _split_origins(cls, origins: object) -> object:
-        """Variables and flags are one text."""
-        if isinstance(origins, str):
-            return tuple(origin for part in origins.split(",") if (origin := part.strip()))
-        return tuple(origins) if isinstance(origins, list) else origins
+    def _split_list(cls, listed: object) -> object:
+        """Split the single string that variables and flags give."""
+        if isinstance(listed, str):
+            return tuple(one for part in listed.split(",") if (one := part.strip()))
+        return tuple(listed) if isinstance(listed, list) else listed
 
     @field_validator("cors_allowed_origins")
     @classmethod
     def _exact_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
-        """As browsers write them, since they are compared as texts."""
+        """Require origins in the form that browsers send, since they are compared as strings."""
         for origin in origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ValueError(f"{origin!r} is neither * nor like https://app.example.com:8443")
@@ -335,7 +355,7 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _encrypted_redis(self) -> Self:
-        """An authority is named by whoever wants TLS; with redis:// there would be none."""
+        """Refuse a CA file without TLS: a redis:// URL would ignore it."""
         url = self.redis_url.get_secret_value() if self.redis_url else ""
         if self.redis_ca_file is not None and not url.startswith("rediss://"):
             raise ValueError("redis_ca_file is set, but redis_url does not begin with rediss://")
@@ -344,11 +364,11 @@ class Settings(BaseModel):
     @property
     def served_name(self) -> str:
         """The model's name in the API."""
-        return self.model_name or Path(self.model).name
+        return self.model_name or Path(self.model).name.removesuffix(SUFFIX)
 
     @property
     def scheme(self) -> str:
-        """Of the REST API's URLs."""
+        """URL scheme of the REST API."""
         return "http" if self.tls_cert_file is None else "https"
 
     @property
@@ -359,7 +379,7 @@ class Settings(BaseModel):
 
     @property
     def prefill_crowds_decode(self) -> bool:
-        """Whether prefill workers leave decode less than half of a machine's cores."""
+        """Whether prefill workers leave decode less than half of this machine's cores."""
         threads = self.prefill_replicas * self.threads_per_worker(self.prefill_replicas)
         return 2 * threads > len(os.sched_getaffinity(0))
 
@@ -369,13 +389,13 @@ class Settings(BaseModel):
 
 
 class _Environment(BaseSettings, Settings):  # type: ignore[misc]  # both configure pydantic
-    """The fields of `Settings` as pydantic-settings looks for them among the variables."""
+    """The fields of `Settings`, for pydantic-settings to read from environment variables."""
 
 
 def load_settings(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> Settings:
     """The settings of this process; `config` is the YAML file (default: $WINNOW_CONFIG).
 
-    Raises InvalidSetting, in one line, for what is unknown, malformed or out of range.
+    Raises InvalidSetting, with a one-line message, for anything unknown, malformed or out of range.
     """
     _refuse_unknown_variables()
     if config is None and os.environ.get(CONFIG_VARIABLE):
@@ -412,7 +432,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InvalidSetting(f"settings file {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        # Not the error's own text, nor the error as a cause: it quotes the line, password and all.
+        # Neither the error's text nor the error as a cause: it quotes the line, passwords included.
         raise InvalidSetting(f"settings file {path} is not YAML{_where(error)}") from None
     if content is None:
         return {}
@@ -422,7 +442,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _where(error: Exception) -> str:
-    """Place and defect, where PyYAML knows them."""
+    """Line, column and problem, if PyYAML reports them."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return ""
     mark = error.problem_mark
@@ -430,7 +450,7 @@ def _where(error: Exception) -> str:
 
 
 def _one_line(error: ValidationError) -> InvalidSetting:
-    """The first defect, by name, with the value that has it."""
+    """The first validation error, with the setting's name and value."""
     first = error.errors(include_url=False, include_context=False)[0]
     if not first["loc"]:
         return InvalidSetting(first["msg"].removeprefix("Value error, "))

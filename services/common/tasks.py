@@ -1,4 +1,4 @@
-"""Tasks that have to end."""
+"""Helpers that end asyncio tasks and check them for cancellation."""
 
 import asyncio
 from typing import Any
@@ -7,10 +7,10 @@ _AGAIN_S = 1.0
 
 
 async def end(*tasks: asyncio.Task[Any]) -> None:
-    """Cancels tasks, and returns when all have ended, however they did.
+    """Cancel tasks, and return when all have ended, in whatever way.
 
-    More than once where it must: asyncio.wait_for loses a cancel that comes as its inner future
-    gets done (Python before 3.12), and so does all that uses it, as redis-py does.
+    Cancels repeatedly: asyncio.wait_for loses a cancellation that arrives as its inner future
+    completes (Python before 3.12), and so does everything that uses it, such as redis-py.
     """
     pending = set(tasks)
     while pending:
@@ -22,15 +22,12 @@ async def end(*tasks: asyncio.Task[Any]) -> None:
 
 
 def note_error(task: asyncio.Task[Any]) -> None:
-    """A done callback: the task's error, if it has one, does not count as forgotten."""
+    """Done callback: retrieve the task's exception, so that asyncio does not log it as lost."""
     if not task.cancelled():
         task.exception()
 
 
 def is_cancelled() -> bool:
-    """Whether the task that runs was asked to end.
-
-    If not, a CancelledError in it is somebody else's.
-    """
+    """Whether the current task was asked to end; if not, a CancelledError in it is not its own."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

@@ -1,4 +1,4 @@
-"""Certificates: TLS for clients of the gateway, mutual TLS between Winnow's own processes."""
+"""TLS for the gateway's public APIs, and mutual TLS between Winnow's own processes."""
 
 import ssl
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from winnow.errors import InvalidSetting
 
 
 class _Server(Protocol):
-    """What grpc's two kinds of servers have in common."""
+    """The interface that sync and asyncio gRPC servers share."""
 
     def add_insecure_port(self, address: str) -> int: ...
 
@@ -23,9 +23,9 @@ class _Server(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PeerTls:
-    """What one process shows the others, and the authority that theirs must be signed by.
+    """One process's certificate for mutual TLS, and the CA that must have signed its peers'.
 
-    name: in every peer's certificate as a DNS name; their addresses need not be.
+    name: a DNS name in every peer's certificate; the peers' addresses need not be in it.
     """
 
     certificate: bytes
@@ -35,7 +35,7 @@ class PeerTls:
 
     @classmethod
     def load(cls, settings: Settings) -> "PeerTls | None":
-        """None where peers speak plain text; raises InvalidSetting for a file that is no use."""
+        """None if peers use plain text.  Raises InvalidSetting for a file that cannot be used."""
         if settings.peer_cert_file is None:
             return None
         assert settings.peer_key_file is not None and settings.peer_ca_file is not None
@@ -48,7 +48,7 @@ class PeerTls:
         )
 
     def server_credentials(self) -> grpc.ServerCredentials:
-        """Lets in only who shows a certificate of the authority; PeerGuard asks for its name."""
+        """Accepts only peers with a certificate from the CA; PeerGuard checks its name."""
         return grpc.ssl_server_credentials(
             [(self.key, self.certificate)], self.authority, require_client_auth=True
         )
@@ -61,7 +61,7 @@ class PeerTls:
 
 
 def open_channel(address: str, peers: PeerTls | None) -> grpc.Channel:
-    """To another of Winnow's processes."""
+    """A channel to another Winnow process."""
     if peers is None:
         return grpc.insecure_channel(address, options=channel_options())
     credentials = peers.channel_credentials()
@@ -69,7 +69,7 @@ def open_channel(address: str, peers: PeerTls | None) -> grpc.Channel:
 
 
 def open_aio_channel(address: str, peers: PeerTls | None) -> grpc.aio.Channel:
-    """As `open_channel`, for asyncio."""
+    """`open_channel` for asyncio."""
     if peers is None:
         return grpc.aio.insecure_channel(address, options=channel_options())
     credentials = peers.channel_credentials()
@@ -85,7 +85,7 @@ def bind(
     what: str,
     param: str,
 ) -> int:
-    """The port that `server` listens on; 0 asks for any.  Raises InvalidSetting if it is taken."""
+    """Bind to `port` (0: any free one); returns the port.  Raises InvalidSetting if it is taken."""
     address = f"{host}:{port}"
     try:
         if credentials is None:
@@ -100,9 +100,9 @@ def bind(
 
 
 def public_credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    """Of the gateway's gRPC API; None for plain text.
+    """Credentials of the gateway's gRPC API; None for plain text.
 
-    Raises InvalidSetting unless certificate and key belong together.
+    Raises InvalidSetting unless certificate and key match.
     """
     if settings.tls_cert_file is None or settings.tls_key_file is None:
         return None
@@ -115,12 +115,12 @@ def public_credentials(settings: Settings) -> grpc.ServerCredentials | None:
 
 
 def own_verification(settings: Settings) -> ssl.SSLContext | bool:
-    """Httpx's `verify` for asking this service itself; True where it speaks plain text."""
+    """The `verify` argument of httpx for requests to this service; True if it uses plain text."""
     return True if settings.tls_cert_file is None else trusting(settings.tls_cert_file)
 
 
 def trusting(certificate: Path) -> ssl.SSLContext:
-    """For asking this service itself, whatever names its certificate has."""
+    """SSL context for requests to this service itself; host names are not checked."""
     context = ssl.create_default_context(cafile=str(certificate))
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN

@@ -1,7 +1,8 @@
-"""The one door to OpenTelemetry: one trace per request, over gateway, prefill, transfer and decode.
+"""The only module that imports OpenTelemetry: one trace per request, over all processes.
 
-Contexts cross processes as W3C `traceparent` strings: in HTTP headers, in gRPC metadata, in the
-prefill job. Where no collector is set spans cost next to nothing and contexts are empty strings.
+A trace covers gateway, prefill, transfer and decode. Contexts cross processes as W3C `traceparent`
+strings: in HTTP headers, gRPC metadata and the prefill job. Without a collector spans cost almost
+nothing and contexts are empty strings.
 """
 
 import time
@@ -39,16 +40,16 @@ Attribute = str | int | float | bool
 
 
 class _Tracing:
-    """This process's tracer; one of our own, for a global one would get FastAPI's spans too."""
+    """This process's tracer; not the global one, which would also receive FastAPI's spans."""
 
     tracer: trace.Tracer = trace.NoOpTracer()
 
 
 def configure_tracing(endpoint: str | None, sample_ratio: float, role: str) -> None:
-    """Sends this process's spans to a collector; once per process, None sends none.
+    """Export this process's spans to a collector; call it once per process, None disables it.
 
-    endpoint: of OTLP over HTTP, like http://collector:4318. sample_ratio: of the requests that come
-    without a trace of their own.
+    endpoint: OTLP over HTTP, like http://collector:4318. sample_ratio: the share traced of requests
+    that do not bring a trace.
     """
     if endpoint is None:
         return
@@ -70,10 +71,10 @@ def start_span(
     is_server: bool = False,
     start_s: float | None = None,
 ) -> Span:
-    """A span that the caller ends.
+    """Start a span that the caller must end.
 
-    parent: a traceparent; without one the span begins a trace. is_server: for a call that came from
-    another process. start_s: time.monotonic() of its beginning, if that was earlier.
+    parent: a traceparent; if empty, the span starts a trace. is_server: the call came from another
+    process. start_s: time.monotonic() of its beginning, if that was earlier.
     """
     return _Tracing.tracer.start_span(
         name,
@@ -87,7 +88,7 @@ def start_span(
 def span(
     name: str, parent: str, *, is_server: bool = False, **attributes: Attribute
 ) -> Iterator[Span]:
-    """A span around a block; what the block raises is its error."""
+    """Context manager for a span; an exception from the block becomes the span's error."""
     started = start_span(name, parent, is_server=is_server)
     started.set_attributes(attributes)
     try:
@@ -99,26 +100,26 @@ def span(
 
 
 def end_span(span: Span, error: BaseException | None = None) -> None:
-    """Ends a span, with an error if there was one."""
+    """End a span, with an error if there was one."""
     if error is not None:
         span.set_status(Status(StatusCode.ERROR, f"{type(error).__name__}: {error}"))
     span.end()
 
 
 def context_of(span: Span) -> str:
-    """The traceparent under which spans elsewhere become this one's children; empty if none is."""
+    """The traceparent that makes other spans children of this one; empty if there is none."""
     carrier: dict[str, str] = {}
     _PROPAGATOR.inject(carrier, trace.set_span_in_context(span))
     return carrier.get(TRACEPARENT, "")
 
 
 def metadata_of(context: str) -> tuple[tuple[str, str], ...]:
-    """GRPC metadata that carries a context."""
+    """Metadata of a gRPC call that carries a trace context."""
     return ((TRACEPARENT, context),) if context else ()
 
 
 def context_in(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
-    """The context in gRPC metadata or HTTP headers; empty if there is none."""
+    """The trace context in gRPC metadata or HTTP headers; empty if there is none."""
     for key, value in metadata or ():
         if key == TRACEPARENT:
             return value.decode("latin-1") if isinstance(value, bytes) else value

@@ -1,4 +1,4 @@
-"""One admitted request, between its Generate call on the event loop and Push calls on threads.
+"""One admitted request: shared by its Generate call (event loop) and Push calls (threads).
 
 waiting ── begin_attempt ──▶ receiving ── arrive ──▶ running ──▶ closed
 ▲                            │                       └─ given_away ─▲
@@ -27,23 +27,23 @@ from winnow.wire import Expected, Grant, Trailer
 
 logger = logging.getLogger(__name__)
 
-_STEP_TIMEOUT_S = 10.0  # a step of a large batch, and what it recompresses
+_STEP_TIMEOUT_S = 10.0  # enough for a step of a large batch, with its recompressions
 
 
 @dataclass(frozen=True, slots=True)
 class KVArrived:
-    """All KV of an attempt is in place; steps follow."""
+    """All KV of an attempt is in place; decode steps follow."""
 
     attempt: int
     report: PrefillReport
 
 
 class Move(Enum):
-    """Stages of a request's way to another worker."""
+    """Stages of migrating a request to another worker."""
 
-    DUE = auto()  # the worker drains
-    BEGUN = auto()  # no more tokens from here
-    OVER = auto()  # it has left, or got lost on the way
+    DUE = auto()  # the worker drains; the request should move
+    BEGUN = auto()  # this worker generates no more tokens for it
+    OVER = auto()  # the request has left, or was lost in transfer
 
 
 Event = KVArrived | StepOutput | WinnowError | Move
@@ -52,14 +52,14 @@ Event = KVArrived | StepOutput | WinnowError | Move
 class ActiveRequest:
     """Holds a reservation until it is closed; only the newest attempt may write into it.
 
-    `events` is read by the Generate call. It is bounded by what was asked for: one event per
-    generated token and sequence at most.
+    `events` is read by the Generate call. Its size is bounded by the request: at most one event per
+    generated token and sequence.
     """
 
     def __init__(self, engine: DecodeEngine, spec: GenerationSpec, grant: Grant) -> None:
         self.spec = spec
         self.grant = grant
-        self.report: PrefillReport  # once all KV is in place
+        self.report: PrefillReport  # set once all KV is in place
         self.reservation = engine.reserve(spec)
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self._engine = engine
@@ -72,7 +72,7 @@ class ActiveRequest:
         self._last_sign_s = time.monotonic()
 
     def begin_attempt(self, attempt: int, cancel_transfer: Callable[[], object]) -> None:
-        """Lets an attempt write; what older ones wrote is dropped, and their transfer cancelled.
+        """Let an attempt write; drop what older ones wrote, and cancel their transfer.
 
         Raises StaleAttempt unless the attempt is the newest, UnknownReservation after `close`.
         """
@@ -89,7 +89,7 @@ class ActiveRequest:
             superseded()
 
     def expected(self, fingerprint: str, shape: ModelShape, *, running: bool = False) -> Expected:
-        """What a transfer for it may contain: prefill's KV, or that of a running sequence."""
+        """What a transfer may contain: prefill's KV, or with `running` a running sequence's."""
         spec = self.reservation.spec
         return Expected(
             grant=self.grant,
@@ -102,7 +102,7 @@ class ActiveRequest:
         )
 
     def write_layer(self, attempt: int, layer: LayerKV, sequence_idx: int = 0) -> None:
-        """Copies a layer into the reservation's pages; raises as `begin_attempt` does."""
+        """Copy a layer into the reservation's pages.  Raises as `begin_attempt` does."""
         with self._lock:
             self._require_newest(attempt)
             with self._failure_told():
@@ -110,7 +110,7 @@ class ActiveRequest:
             self._last_sign_s = time.monotonic()
 
     def arrive(self, attempt: int, trailer: Trailer) -> None:
-        """Everything is written: the request joins the batch; raises as `begin_attempt` does."""
+        """Add the request, now fully written, to the batch.  Raises as `begin_attempt` does."""
         self._note_arrival(attempt, trailer.report)
         position = trailer.report.next_position
         with self._failure_told():
@@ -123,16 +123,16 @@ class ActiveRequest:
         states: Mapping[int, SequenceState],
         final_hidden: Tensor,
     ) -> None:
-        """As `arrive`, for a request that ran at another worker; states: as DecodeEngine.resume."""
+        """`arrive` for a request that ran on another worker; states: as in DecodeEngine.resume."""
         self._note_arrival(attempt, report)
         with self._failure_told():
             self._engine.resume(self.reservation, states, final_hidden)
 
     @contextlib.contextmanager
     def _failure_told(self) -> Iterator[None]:
-        """What breaks here (out of memory, a broken GPU) breaks the engine.
+        """Treat an error in the block (out of memory, a broken GPU) as an engine failure.
 
-        Whoever reads the tokens learns it at once, instead of waiting for KV until the lease ends.
+        It is posted to the Generate call at once, which would otherwise wait until the lease ends.
         """
         try:
             yield
@@ -150,18 +150,18 @@ class ActiveRequest:
             self.report = report
             self._arrived = True
             self._cancel_transfer = None
-        self.post(KVArrived(attempt, report))  # before any step can post
+        self.post(KVArrived(attempt, report))  # before any step can post its output
 
     def should_move(self) -> None:
-        """Says so to whoever reads the tokens, if there are any to come."""
+        """Ask the reader of `events` to move the request, if all its KV is in place."""
         if self._arrived:
             self.post(Move.DUE)
 
     @contextlib.contextmanager
     def given_away(self) -> Iterator[list[Sequence]]:
-        """Its sequences, which do no more steps here; their pages are freed in the end.
+        """Take its sequences out of the batch to send them away; frees their pages at the end.
 
-        Raises UnknownReservation if none runs, EngineFailed if the engine does not let go.
+        Raises UnknownReservation if none runs, EngineFailed if the engine does not release them.
         """
         nothing = UnknownReservation(f"no sequence of request {self.spec.request_id} runs")
         if not self._arrived:
@@ -176,7 +176,7 @@ class ActiveRequest:
                 self.post(Move.OVER)
 
     def drop_attempt(self, attempt: int) -> None:
-        """A transfer failed; its pages are free for the next attempt. No-op for an older one."""
+        """After a failed transfer, free its pages for the next attempt. No-op for an older one."""
         with self._lock:
             if attempt == self._attempt and not self._arrived and not self._closed:
                 self._cancel_transfer = None
@@ -185,17 +185,17 @@ class ActiveRequest:
 
     @property
     def last_sign_s(self) -> float:
-        """When KV last arrived; time.monotonic()."""
+        """When KV last arrived, as time.monotonic()."""
         return self._last_sign_s
 
     def lease_left_s(self, lease_s: float) -> float:
-        """Seconds until the request has seen no KV for `lease_s`; endless once all has arrived."""
+        """Seconds until no KV has arrived for `lease_s`; infinite once all KV is in place."""
         if self._arrived:
             return float("inf")
         return self._last_sign_s + lease_s - time.monotonic()
 
     def close(self) -> None:
-        """Frees everything, wherever the request is; waits at most for one layer's copy."""
+        """Free everything, in any state; waits at most for the copy of one layer."""
         with self._lock:
             self._closed = True
             cancel, self._cancel_transfer = self._cancel_transfer, None
@@ -204,7 +204,7 @@ class ActiveRequest:
             cancel()
 
     def post(self, event: Event) -> None:
-        """Hands an event to the Generate call, from any thread."""
+        """Send an event to the Generate call, from any thread."""
         self._loop.call_soon_threadsafe(self.events.put_nowait, event)
 
     def _require_open(self) -> None:

@@ -1,4 +1,4 @@
-"""Which requests a decode worker has let in, and whether it lets in more."""
+"""Admission control of a decode worker: its active requests, and whether it accepts more."""
 
 import asyncio
 import contextlib
@@ -17,17 +17,17 @@ from winnow.errors import (
 )
 from winnow.wire import Grant
 
-_OWED_S = 2.0  # gateways ask four times a second
-_ROOM_TIMEOUT_S = 2.0  # some steps of the engine
+_OWED_S = 2.0  # gateways retry four times a second
+_ROOM_TIMEOUT_S = 2.0  # a few engine steps
 
 
 class Admission:
-    """The active requests by id. Belongs to the event loop; `find` is for any thread."""
+    """The active requests by ID. Used on the event loop only, except `find` (any thread)."""
 
     def __init__(self, engine: DecodeEngine) -> None:
         self.draining = False
         self._engine = engine
-        self._owed_until_s = 0.0  # to a request that is assured its memory, and did not get it
+        self._owed_until_s = 0.0  # until then a refused `assured` request is next to get memory
         self._requests: dict[str, ActiveRequest] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -36,10 +36,10 @@ class Admission:
         return len(self._requests)
 
     async def admit(self, spec: GenerationSpec, grant: Grant) -> ActiveRequest:
-        """Reserves what the request needs; running sequences that may shrink do so first.
+        """Reserve memory for a request; if it is short, sequences that may shrink do so first.
 
         Raises NoDecodeWorker while draining, Overloaded without memory or places now, and
-        InvalidSetting for what can never fit or an id that is in use.
+        InvalidSetting for a request that can never fit or an ID that is in use.
         """
         self._require_turn(spec)
         try:
@@ -51,13 +51,13 @@ class Admission:
         return self._admit(spec, grant)
 
     def _require_turn(self, spec: GenerationSpec) -> None:
-        """A preempted request gets the memory that comes free before those that are new."""
+        """Raises Overloaded for a new request while a preempted one waits for memory."""
         is_new = not (spec.assured or spec.moved or spec.replayed)
         if is_new and time.monotonic() < self._owed_until_s:
             raise Overloaded("a request that was given up for want of KV memory waits for it")
 
     def _note_refusal(self, spec: GenerationSpec) -> None:
-        """Whoever is owed memory asks again and again; who stops asking is owed no more."""
+        """Keep memory for an assured request while it retries; this lapses when it stops."""
         if spec.assured:
             self._owed_until_s = time.monotonic() + _OWED_S
 
@@ -73,7 +73,7 @@ class Admission:
         return request
 
     async def _others_shrank(self, spec: GenerationSpec) -> bool:
-        """Whether memory was made for the request, as far as there was any to make."""
+        """Whether sequences have shrunk for the request, as far as they can."""
         loop, made = asyncio.get_running_loop(), asyncio.Event()
         if not self._engine.request_room(spec, lambda: loop.call_soon_threadsafe(made.set)):
             return False
@@ -90,31 +90,31 @@ class Admission:
         return request
 
     def remove(self, request: ActiveRequest) -> None:
-        """Forgets a request and frees all it holds."""
+        """Remove a request and free all it holds."""
         del self._requests[request.spec.request_id]
         request.close()
         if not self._requests:
             self._idle.set()
 
     def send_away(self) -> None:
-        """Asks that every running request move to another worker."""
+        """Ask every running request to move to another worker."""
         for request in self._requests.values():
             request.should_move()
 
     def deliver(self, outputs: list[StepOutput]) -> None:
-        """Hands each request what a step gave it; a request that has left gets nothing."""
+        """Give each request its output of a step; output of requests that have left is dropped."""
         for output in outputs:
             request = self._requests.get(output.request_id)
             if request is not None:
                 request.events.put_nowait(output)
 
     def fail_all(self, error: WinnowError) -> None:
-        """Ends every active request with `error`."""
+        """End every active request with `error`."""
         for request in self._requests.values():
             request.events.put_nowait(error)
 
     async def wait_until_idle(self, timeout_s: float) -> int:
-        """Requests left when none is, or when the time has passed."""
+        """Wait until no request is left or the time has passed; returns how many are left."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()

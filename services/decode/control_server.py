@@ -16,9 +16,9 @@ DECODE_SERVICE = "winnow.v1.Decode"
 
 
 class ControlServer:
-    """Health answers SERVING for the server and for Decode until `announce_draining`.
+    """Health is SERVING for the server and for Decode until `announce_draining`.
 
-    For the health service itself until the end: a worker that drains is alive, though not ready.
+    For the health service itself it is SERVING to the end: a draining worker is live but not ready.
     """
 
     def __init__(self, servicer: GenerateServicer, peers: PeerTls | None) -> None:
@@ -32,7 +32,7 @@ class ControlServer:
         reflection.enable_server_reflection(names, self._server)
 
     async def start(self, host: str, port: int) -> int:
-        """The port that is served; 0 asks for any.  Raises InvalidSetting if it is taken."""
+        """Serve on `port` (0: any free one); returns the port.  Raises InvalidSetting if taken."""
         bound = bind(
             self._server, host, port, self._credentials, what="decode", param="decode_port"
         )
@@ -46,5 +46,5 @@ class ControlServer:
             await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def stop(self) -> None:
-        """Cancels the calls that are still open, and returns when they have ended."""
+        """Cancel open calls, and return when they have ended."""
         await self._server.stop(grace=None)

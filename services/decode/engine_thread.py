@@ -1,4 +1,4 @@
-"""The thread that owns the model: it steps while there is work and sleeps while there is none."""
+"""The decode engine's thread: owns the model, steps while there is work, sleeps otherwise."""
 
 import asyncio
 import logging
@@ -14,20 +14,20 @@ from winnow.errors import EngineFailed, WinnowError
 
 logger = logging.getLogger(__name__)
 
-_IDLE_WAIT_S = 0.1  # how long a stop can take at most
-# After a failed step its requests leave. Where so much fails in a row, it is not the requests: a
-# GPU that failed once fails ever after, and memory that others took may stay away.
+_IDLE_WAIT_S = 0.1  # the longest delay of a stop
+# The requests of a failed step are dropped. After this many failures in a row the cause is not the
+# requests: a GPU that failed once keeps failing, and memory that others took may stay unavailable.
 _MAX_FAILURES = 10
 _FAILURE_PAUSE_S = 0.1
 _LOOK_S = 0.02  # how soon it notices that prefill has ended
 
 
 class EngineThread:
-    """Runs the engine's steps and posts each step's outputs to the event loop, all in one call.
+    """Runs engine steps, and posts each step's outputs to the event loop in a single call.
 
-    deliver and fail_all run on the event loop. The thread ends after `stop`, or when step after
-    step has failed. So has a device that takes no KV: no step would ever come, so once anything
-    has failed, an idle engine tries the device.
+    deliver and fail_all run on the event loop. The thread ends after `stop`, or after
+    _MAX_FAILURES failures in a row. A device that cannot take KV never gets to a step, so after
+    any failure an idle engine probes the device.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class EngineThread:
         cores: SharedCores | None = None,
         num_cores: float = 1.0,
     ) -> None:
-        """cores: those on which it gives way to prefill, down to `num_cores` of them on average."""
+        """cores: shared with prefill, during which it uses `num_cores` of them on average."""
         self._engine = engine
         self._cores = cores
         self._num_cores = num_cores
@@ -62,11 +62,11 @@ class EngineThread:
         return self._thread.is_alive()
 
     async def wait_until_ended(self) -> None:
-        """Returns when the thread will do no more steps."""
+        """Return when the thread will do no more steps."""
         await self._ended.wait()
 
     async def stop(self) -> None:
-        """Returns when the thread has ended, after the step it is in."""
+        """Stop the thread after its current step, and wait until it has ended."""
         self._stopping.set()
         await self._ended.wait()
         self._thread.join()
@@ -89,11 +89,11 @@ class EngineThread:
             self._loop.call_soon_threadsafe(self._end)
 
     def _give_way(self, started_s: float, cpu_s: float) -> None:
-        """Rests while a prompt is computed on the same cores, as long as the step's CPU time asks.
+        """Sleep while prefill runs on the same cores, so that decode uses `num_cores` on average.
 
-        Left to the operating system each would get half of the cores, and decode would spend its
-        half on steps of the few sequences whose prompts are ready, of which each takes nearly as
-        long as a step of many.
+        The operating system would give each half of the cores, and decode would spend its half on
+        steps of the few sequences whose prompts are ready; each such step takes nearly as long as
+        a step of many.
         """
         end_s = started_s + cpu_s / self._num_cores
         while self._cores is not None and self._cores.prefill_runs and not self._stopping.is_set():
@@ -110,11 +110,11 @@ class EngineThread:
         self._ended.set()
 
     def _step(self, step: Callable[[], list[StepOutput]]) -> None:
-        """Does a step; where all of it fails, its requests have failed."""
+        """Run a step; if it raises, all requests fail."""
         started = time.perf_counter()
         try:
             outputs = step()
-        except Exception as error:  # the thread outlives a broken step; its requests do not
+        except Exception as error:  # a failed step ends its requests, not the thread
             logger.exception("a decode step failed")
             failure = EngineFailed(f"a decode step failed: {error}")
             self._loop.call_soon_threadsafe(self._fail_all, failure)
@@ -125,7 +125,7 @@ class EngineThread:
             self._loop.call_soon_threadsafe(self._deliver, outputs)
 
     def _probe(self) -> None:
-        """That it works proves nothing, for a step needs more; that it fails does."""
+        """Count a failed probe; a successful one proves nothing, since a step needs more."""
         try:
             self._engine.pool.probe()
         except RuntimeError:

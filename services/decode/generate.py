@@ -1,4 +1,4 @@
-"""The Decode service: admits a prompt, streams its tokens, tells what the worker holds."""
+"""The Decode service: admits requests, streams their tokens, reports the worker's status."""
 
 import asyncio
 import contextlib
@@ -25,15 +25,15 @@ from winnow.wire import WIRE_VERSIONS, Grant
 
 logger = logging.getLogger(__name__)
 
-# Drain answers this much before the caller's deadline, so that the answer still arrives.
+# Drain answers this long before the caller's deadline, so that the answer still arrives.
 _ANSWER_MARGIN_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerIdentity:
-    """Who the worker is. kv_address: host:port of KvTransfer; lease_s: seconds without any KV.
+    """The worker's identity. kv_address: host:port of KvTransfer; lease_s: seconds without any KV.
 
-    sign_of_life_s: a request whose KV arrives, or that waits for memory, says so this often.
+    sign_of_life_s: interval of keepalive events while a request receives KV or waits for memory.
     """
 
     worker_id: str
@@ -43,7 +43,7 @@ class WorkerIdentity:
 
 
 class GenerateServicer(DecodeServicer):
-    """Serves Decode; `drain` is the worker's, `open_transfers` tells how many pushes are open."""
+    """Serves Decode.  drain: drains the worker; open_transfers: the number of open pushes."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class GenerateServicer(DecodeServicer):
         self._default_drain_s = default_drain_s
 
     async def Generate(self, request: pb.GenerateRequest, context: ServicerContext) -> None:
-        """Ends with OK after the last token, or with one typed error; frees all in any case."""
+        """Ends with OK after the last token, or with one typed error; always frees everything."""
         parent = context_in(context.invocation_metadata())
         try:
             with span("decode", parent, is_server=True, prompt=request.request_id) as own:
@@ -118,7 +118,7 @@ class GenerateServicer(DecodeServicer):
     async def _next_before_lease_ends(
         self, request: ActiveRequest, context: ServicerContext
     ) -> Event:
-        """The request's first event; raises LeaseExpired when its KV stays away."""
+        """The request's first event.  Raises LeaseExpired if no KV arrives within the lease."""
         lease_s, seen_s = self._identity.lease_s, request.last_sign_s
         while (left_s := request.lease_left_s(lease_s)) > 0:
             with contextlib.suppress(TimeoutError):
@@ -136,7 +136,7 @@ class GenerateServicer(DecodeServicer):
     async def Status(
         self, request: pb.StatusRequest, context: ServicerContext
     ) -> pb.StatusResponse:
-        """What the worker holds at the moment."""
+        """What the worker currently holds."""
         stats = self._engine.stats()
         return pb.StatusResponse(
             worker_id=self._identity.worker_id,
@@ -155,7 +155,7 @@ class GenerateServicer(DecodeServicer):
         )
 
     async def Drain(self, request: pb.DrainRequest, context: ServicerContext) -> pb.DrainResponse:
-        """Answers when nothing runs any more, or just before the call's deadline."""
+        """Answers when no request is left, or just before the call's deadline."""
         left_s = context.time_remaining()
         timeout_s = self._default_drain_s if left_s is None else max(0, left_s - _ANSWER_MARGIN_S)
         return pb.DrainResponse(remaining_requests=await self._drain(timeout_s))
@@ -164,7 +164,7 @@ class GenerateServicer(DecodeServicer):
 async def _stream_tokens(
     request: ActiveRequest, context: ServicerContext, sign_of_life_s: float
 ) -> None:
-    """Writes every step's tokens until the last sequence has ended; raises the engine's error."""
+    """Write each step's tokens until the last sequence has ended; raises the engine's error."""
     while True:
         try:
             async with asyncio.timeout(sign_of_life_s):
@@ -181,7 +181,7 @@ async def _stream_tokens(
 
 
 def _event_to_proto(event: Event) -> pb.GenerateEvent:
-    """Raises the event if it is, or carries, an error."""
+    """Raises the event if it is, or contains, an error."""
     match event:
         case WinnowError():
             raise event

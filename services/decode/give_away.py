@@ -1,4 +1,4 @@
-"""Fetch: a running request leaves for another worker, with its KV, last queries and tokens."""
+"""Fetch: sends a running request's KV, last queries and tokens to another worker."""
 
 import logging
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class KvGiver:
-    """Serves Fetch of KvTransfer."""
+    """Serves KvTransfer.Fetch."""
 
     def __init__(
         self, admission: Admission, metrics: DecodeMetrics, fingerprint: str, pool: KVPool
@@ -32,7 +32,7 @@ class KvGiver:
         self._pool = pool
 
     def fetch(self, body: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        """The frames of all its sequences; the request has left with the last one."""
+        """Frames of all the request's sequences; after the last frame the request has left."""
         try:
             asked = _parse(body)
             request = self._admission.find(asked.request_id)

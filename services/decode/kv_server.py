@@ -1,7 +1,7 @@
-"""KvTransfer, on a sync gRPC server of its own with a thread per transfer.
+"""The KvTransfer service on its own sync gRPC server, with a thread per transfer.
 
-Generic handlers without (de)serializers pass each frame's bytes as they are; protobuf classes or
-asyncio would cost a third of the throughput (benchmarks/transfer.py).
+Generic handlers without (de)serializers pass each frame as bytes; protobuf classes or asyncio would
+cost a third of the throughput (benchmarks/transfer.py).
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +18,10 @@ MAX_WAITING_TRANSFERS = 64
 
 
 class KvServer:
-    """Serves Push and Fetch, MAX_OPEN_TRANSFERS at once.
+    """Serves Push and Fetch, at most MAX_OPEN_TRANSFERS at once.
 
-    Further ones wait without their frames being read, so that their senders wait too; those over
-    MAX_WAITING_TRANSFERS are refused with RESOURCE_EXHAUSTED.
+    Up to MAX_WAITING_TRANSFERS more wait with their frames unread, which makes their senders wait
+    too; further ones are refused with RESOURCE_EXHAUSTED.
     """
 
     def __init__(self, receiver: KvReceiver, giver: KvGiver, peers: PeerTls | None) -> None:
@@ -40,7 +40,7 @@ class KvServer:
         )
 
     def start(self, host: str, port: int) -> int:
-        """The port that is served; 0 asks for any.  Raises InvalidSetting if it is taken."""
+        """Serve on `port` (0: any free one); returns the port.  Raises InvalidSetting if taken."""
         bound = bind(
             self._server, host, port, self._credentials, what="KV transfers", param="kv_port"
         )
@@ -48,6 +48,6 @@ class KvServer:
         return bound
 
     def stop(self) -> None:
-        """Breaks off open transfers and returns when every thread has ended."""
+        """Abort open transfers and return when every thread has ended."""
         self._server.stop(grace=None).wait()
         self._threads.shutdown()

@@ -1,4 +1,4 @@
-"""`winnow decode`: one decode worker as a process of its own."""
+"""`winnow decode`: one decode worker as its own process."""
 
 import asyncio
 import logging
@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 async def run_decode(settings: Settings) -> None:
-    """Serves until SIGTERM or SIGINT, then drains and stops. A second signal cuts the drain short.
+    """Serve until SIGTERM or SIGINT, then drain and stop. A second signal cuts the drain short.
 
-    Raises UnusableModel or InvalidSetting if the worker cannot start, EngineFailed if it can serve
-    no more.
+    Raises UnusableModel or InvalidSetting if the worker cannot start, EngineFailed if it can no
+    longer serve.
     """
     worker = DecodeWorker(settings)
     signals: asyncio.Queue[int] = asyncio.Queue()
@@ -34,8 +34,9 @@ async def run_decode(settings: Settings) -> None:
 
 
 def _take_signal(number: int, worker: DecodeWorker, signals: "asyncio.Queue[int]") -> None:
-    """A worker without an address drains nothing, and the thread that loads its model is not to be
-    waited for.
+    """Queue the signal; exit at once if the worker has no address yet.
+
+    It has nothing to drain then, and the thread that loads its model must not be joined.
     """
     if not worker.address:
         logger.info("stopped while it started")

@@ -1,4 +1,4 @@
-"""What a decode worker holds and does."""
+"""Prometheus metrics of a decode worker."""
 
 from dataclasses import fields
 
@@ -11,7 +11,7 @@ PREEMPTIONS = tuple(field.name for field in fields(PreemptionStats))
 
 
 class DecodeMetrics(Metrics):
-    """Of one decode worker. Gauges read the engine when they are scraped, so none is ever stale."""
+    """Metrics of one decode worker. Gauges read the engine at scrape time, so they are current."""
 
     role = "decode"
 

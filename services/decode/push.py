@@ -1,4 +1,4 @@
-"""Push: takes prefill's KV off the wire."""
+"""KvTransfer.Push: receives prefill's KV into a request's reservation."""
 
 import contextlib
 import logging
@@ -20,12 +20,12 @@ from winnow.wire import ReceiveBuffer, Trailer, TransferDecoder, read_header
 
 logger = logging.getLogger(__name__)
 
-MAX_OPEN_TRANSFERS = 32  # one per prefill worker that computes for this worker
+MAX_OPEN_TRANSFERS = 32  # one per prefill worker that computes prompts for this worker
 FIRST_FRAME_TIMEOUT_S = 10.0
 
 
 class KvReceiver:
-    """Serves Push of KvTransfer; MAX_OPEN_TRANSFERS at most, each with a receive buffer."""
+    """Serves KvTransfer.Push, at most MAX_OPEN_TRANSFERS at once, each with a receive buffer."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class KvReceiver:
         return MAX_OPEN_TRANSFERS - len(self._buffers)
 
     def push(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-        """The receipt, serialized, once all was received, checked and written."""
+        """The serialized receipt, after everything was received, checked and written."""
         try:
             parent = context_in(context.invocation_metadata())
             with span("kv.receive", parent, is_server=True), self._lent_buffer() as buffer:
@@ -75,7 +75,7 @@ class KvReceiver:
             request.begin_attempt(header.attempt, context.cancel)
             try:
                 _take_frames(frames, decoder, request, header.attempt)
-            except BaseException:  # a refusal, or grpc's own way to say that the sender has gone
+            except BaseException:  # a refusal, or grpc's exception when the sender has gone
                 request.drop_attempt(header.attempt)
                 raise
         self._metrics.received_bytes.inc(decoder.payload_bytes)
@@ -96,7 +96,7 @@ def _refusal_logged(request_id: str | None = None) -> Iterator[None]:
 def _take_frames(
     frames: Iterator[bytes], decoder: TransferDecoder, request: ActiveRequest, attempt: int
 ) -> None:
-    """Writes the layers into the reservation; the request starts only after the last check."""
+    """Write the layers into the reservation; start the request only after the last check."""
     trailer = None
     for frame in frames:
         event = decoder.feed(frame)
@@ -110,7 +110,7 @@ def _take_frames(
 
 
 def _first_frame(frames: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-    """A sender that opens a call and says nothing must not keep a thread."""
+    """The first frame; a sender that sends none in time is cancelled, which frees its thread."""
     watchdog = threading.Timer(FIRST_FRAME_TIMEOUT_S, context.cancel)
     watchdog.start()
     try:

@@ -1,7 +1,7 @@
-"""A decode worker hosted by Ray Serve, which places it and starts it again when it dies.
+"""A decode worker hosted by Ray Serve, which places it and restarts it when it dies.
 
-Requests do not come through Serve: gateway and prefill reach the worker's own gRPC ports, which
-they find in the registry.
+Requests do not pass through Serve: gateway and prefill call the worker's own gRPC ports, which they
+find in the registry.
 """
 
 from contextlib import AsyncExitStack
@@ -29,16 +29,16 @@ class Decode:
         self._started.push_async_callback(self._worker.drain, settings.drain_timeout_s)
 
     async def check_health(self) -> None:
-        """Serve asks every few seconds, and replaces the replica when this raises."""
+        """Called by Serve every few seconds, which replaces the replica if this raises."""
         await self._worker.check()
 
     async def __del__(self) -> None:
-        """Serve awaits this when the replica is to go, also after a start that failed."""
+        """Awaited by Serve when it removes the replica, also after a failed start."""
         await self._started.aclose()
 
 
 def _reachable(settings: Settings) -> Settings:
-    """Settings under which other machines find this one, if they are meant to."""
+    """Settings with an advertised host that other machines can reach, if none is set."""
     if settings.decode_advertised_host is not None:
         return settings
     host = reachable_host(settings.decode_host)

@@ -1,4 +1,4 @@
-"""What a Generate call asks for, checked, as the engine's GenerationSpec."""
+"""Conversion of a Generate request to the engine's GenerationSpec, with validation."""
 
 import re
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 
 def spec_from_request(request: pb.GenerateRequest, vocab_size: int) -> GenerationSpec:
-    """Raises InvalidSetting, naming the field, for whatever is out of range."""
+    """Raises InvalidSetting, naming the field, for any value out of range."""
     if not _REQUEST_ID.fullmatch(request.request_id):
         raise InvalidSetting(
             "request_id must be 1 to 128 characters of [A-Za-z0-9_.-]", param="request_id"
@@ -42,11 +42,11 @@ def spec_from_request(request: pb.GenerateRequest, vocab_size: int) -> Generatio
 def _recompression(request: pb.GenerateRequest) -> Recompression:
     if request.HasField("recompression"):
         return recompression_from_proto(request.recompression)
-    return Recompression()  # no decode_budget, no decode_floor: nothing is cut
+    return Recompression()  # no decode_budget, no decode_floor: KV is never cut
 
 
 def _require_prompt(request: pb.GenerateRequest, sampling: SamplingParams) -> None:
-    """A penalty that looks at the prompt needs all of it; what nobody reads is not sent."""
+    """Require all prompt tokens if a penalty reads them, otherwise none."""
     needed = request.num_prompt_tokens if sampling.needs_prompt else 0
     got = len(request.prompt_token_ids)
     if got != needed:
@@ -56,7 +56,7 @@ def _require_prompt(request: pb.GenerateRequest, sampling: SamplingParams) -> No
 
 
 def _require_replayed(request: pb.GenerateRequest, vocab_size: int) -> None:
-    """Nothing, or what each sequence has generated: at most `max_tokens`."""
+    """Require none, or each sequence's generated tokens: at most `max_tokens` of them."""
     if request.replayed and len(request.replayed) != request.num_sequences:
         raise InvalidSetting(
             f"replayed has {len(request.replayed)} sequences; the request has "

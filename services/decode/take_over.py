@@ -1,4 +1,4 @@
-"""The other end of a Fetch: a request that runs at another worker goes on here."""
+"""The receiving side of Fetch: takes over a request that runs on another worker."""
 
 import logging
 from collections.abc import Iterable
@@ -26,13 +26,13 @@ from winnow.wire import Header, ReceiveBuffer, Trailer, TransferDecoder
 
 logger = logging.getLogger(__name__)
 
-MAX_FETCHES = 4  # at once; further ones wait, and run on where they are meanwhile
-FETCH_TIMEOUT_S = 120.0  # the gateway gives up earlier on one in which nothing arrives
+MAX_FETCHES = 4  # at once; requests of waiting ones keep running on their old worker
+FETCH_TIMEOUT_S = 120.0  # the gateway gives up earlier if nothing arrives
 _ATTEMPT = 1
 
 
 class Fetcher:
-    """Fetches requests in threads of its own."""
+    """Fetches requests in its own threads."""
 
     def __init__(self, model: DecoderModel, metrics: DecodeMetrics, peers: PeerTls | None) -> None:
         self._model = model
@@ -41,13 +41,13 @@ class Fetcher:
         self._threads = ThreadPoolExecutor(MAX_FETCHES, "winnow-fetch")
 
     def begin(self, request: ActiveRequest, origin: pb.Origin) -> None:
-        """Returns at once; the request then runs, or gets a DeliveryFailed."""
+        """Start a fetch and return; the request will run, or receive a DeliveryFailed."""
         if not request.grant.allows_fetch:
             raise TransferMismatch(f"wire version {request.grant.wire_version} has no Fetch")
         self._threads.submit(self._run, request, origin)
 
     def stop(self) -> None:
-        """Returns when every thread has ended; requests that are closed end theirs."""
+        """Return when every thread has ended; closing a request ends its fetch."""
         self._threads.shutdown(cancel_futures=True)
 
     def _run(self, request: ActiveRequest, origin: pb.Origin) -> None:
@@ -56,7 +56,7 @@ class Fetcher:
         except WinnowError as error:
             failure = f"KV could not be fetched from {origin.kv_address}: {error.message}"
             request.post(DeliveryFailed(failure))
-        except Exception as error:  # nobody waits for the thread
+        except Exception as error:  # otherwise lost: the thread's future is not awaited
             logger.exception("a fetch broke", extra={"request_id": request.spec.request_id})
             request.post(DeliveryFailed(f"a fetch broke: {error}"))
 
@@ -108,7 +108,7 @@ class Fetcher:
 
 
 class _Arrivals:
-    """The sequences of a Fetch as they arrive."""
+    """The sequences of one Fetch as they arrive."""
 
     report: PrefillReport
 
@@ -118,7 +118,7 @@ class _Arrivals:
         self.sequence_idx = -1
         self._num_sequences = num_sequences
         self._vocab_size = model.vocab_size
-        self._left: int | None = None  # after the one that arrives
+        self._left: int | None = None  # sequences to follow the current one
 
     def begin(self, header: Header) -> None:
         idx, left = header.sequence_idx, header.sequences_left
@@ -139,10 +139,10 @@ class _Arrivals:
             )
         self.states[self.sequence_idx] = trailer.state
         self.report = trailer.report
-        if not trailer.state.token_ids:  # nobody else looks at it
+        if not trailer.state.token_ids:  # with generated tokens it is not used
             self.final_hidden = trailer.final_hidden
 
     def require_complete(self, *, between_transfers: bool) -> None:
-        """Raise TransferDamaged unless all sequences arrived whole."""
+        """Raise TransferDamaged unless all sequences arrived completely."""
         if self._left != 0 or not between_transfers:
             raise TransferDamaged(f"the fetch ended after {len(self.states)} whole sequences")

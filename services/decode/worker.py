@@ -1,4 +1,4 @@
-"""A decode worker: model, engine thread, gRPC servers and heartbeat, started and stopped as one."""
+"""A decode worker: model, engine thread, gRPC servers and heartbeat, with one start and stop."""
 
 import asyncio
 import logging
@@ -40,19 +40,19 @@ _T = TypeVar("_T")
 
 
 class DecodeWorker:
-    """Start it once, drain it, stop it; after `stop` nothing of it is left in the process."""
+    """Start it once, drain it, stop it; `stop` ends all its threads, servers and tasks."""
 
     def __init__(self, settings: Settings) -> None:
         self.worker_id = new_worker_id()
         self.metrics = DecodeMetrics(settings.served_name)
-        self.address = ""  # host:port as announced, of Decode and of KvTransfer, once started
+        self.address = ""  # advertised host:port of Decode, once started
         self.kv_address = ""
         self.metrics_port = 0
         self._settings = settings
         self._started = AsyncExitStack()
 
     async def start(self) -> None:
-        """Returns when requests are served and the worker is registered.
+        """Return when requests are served and the worker is registered.
 
         Raises UnusableModel or InvalidSetting; nothing is left running then.
         """
@@ -62,9 +62,9 @@ class DecodeWorker:
         logger.info("decode worker %s serves on %s", self.worker_id, self.address)
 
     async def drain(self, timeout_s: float) -> int:
-        """Admits nothing more, sends away what runs, and waits for what cannot move.
+        """Admit nothing more, migrate running requests, and wait for those that cannot move.
 
-        Returns the requests left when it ended or gave up.
+        Returns the number of requests left when it ended or timed out.
         """
         self.admission.draining = True
         self.metrics.draining.set(1)
@@ -74,15 +74,15 @@ class DecodeWorker:
         return await self.admission.wait_until_idle(timeout_s)
 
     async def stop(self) -> None:
-        """Ends what still runs and gives back every thread, socket and page."""
+        """End what still runs and release every thread, socket and page."""
         await self._started.aclose()
 
     async def wait_until_broken(self) -> None:
-        """Returns when the worker can serve no more."""
+        """Return when the worker can no longer serve."""
         await self._engine_thread.wait_until_ended()
 
     async def check(self) -> None:
-        """Raises RuntimeError if the worker can serve no more."""
+        """Raise RuntimeError if the worker can no longer serve."""
         if not self._engine_thread.alive:
             raise RuntimeError("the decode engine's thread has ended")
 
@@ -140,7 +140,7 @@ class DecodeWorker:
         await self._heartbeat.start()
 
     def _start_data_plane(self, started: AsyncExitStack, peers: PeerTls | None) -> KvReceiver:
-        """KvTransfer: takes prefill's KV, and gives running requests away."""
+        """Start KvTransfer, which receives prefill's KV and sends running requests away."""
         settings, model = self._settings, self.engine.model
         receiver = KvReceiver(self.admission, self.metrics, model.fingerprint, model.shape)
         giver = KvGiver(self.admission, self.metrics, model.fingerprint, self.engine.pool)
@@ -173,7 +173,7 @@ class DecodeWorker:
         return engine
 
     def _observe(self, engine: DecodeEngine) -> None:
-        """Gauges read the engine when they are scraped, so they are never stale."""
+        """Let gauges read the engine at scrape time, so that they are never stale."""
         metrics = self.metrics
         metrics.pages_total.set_function(lambda: engine.stats().pool.pages_total)
         metrics.pages_used.set_function(lambda: engine.stats().pool.pages_used)
@@ -213,7 +213,7 @@ class DecodeWorker:
 
 
 def _advertised_host(settings: Settings) -> str:
-    """The host that others reach this worker at."""
+    """The host at which other processes reach this worker."""
     if settings.decode_advertised_host is not None:
         return settings.decode_advertised_host
     if settings.decode_host in _EVERY_ADDRESS:
@@ -222,6 +222,6 @@ def _advertised_host(settings: Settings) -> str:
 
 
 async def _in_thread(blocking: Callable[[], _T]) -> _T:
-    """Runs `blocking` in a thread that is gone afterwards (asyncio's own ones would linger)."""
+    """Run `blocking` in a temporary thread (asyncio's own executor threads would linger)."""
     with ThreadPoolExecutor(1) as thread:
         return await asyncio.get_running_loop().run_in_executor(thread, blocking)

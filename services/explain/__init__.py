@@ -1,1 +1,1 @@
-"""`winnow explain`: one self-contained page that shows what pruning did to one prompt."""
+"""`winnow explain`: a self-contained page that shows what pruning did to one prompt."""

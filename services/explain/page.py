@@ -1,4 +1,4 @@
-"""An explanation as an HTML page: no network, no script from elsewhere."""
+"""Renders an explanation as a self-contained HTML page without external resources."""
 
 import json
 import math
@@ -9,13 +9,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from winnow.explain import Explanation
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 220, 44, 28  # of the charts, in SVG units
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 220, 44, 28  # chart sizes in SVG units
 _NUM_LEVELS = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A layer's KV entries, `kept` of `full` over all KV heads, and its place in the chart."""
+    """A layer's KV entries, `kept` of `full` over all KV heads, and its bar in the chart."""
 
     layer_idx: int
     kept: int
@@ -29,7 +29,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """ρ at a layer, and its place in the chart."""
+    """ρ at a layer, and its point in the chart."""
 
     layer_idx: int
     rho: float
@@ -38,7 +38,7 @@ class Point:
 
 
 def render(explanation: Explanation, model: str) -> str:
-    """The whole page."""
+    """The page as HTML."""
     loader = PackageLoader("services.explain", ".")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     environment.filters["thousands"] = lambda number: f"{number:,}"
@@ -65,12 +65,12 @@ def render(explanation: Explanation, model: str) -> str:
 
 
 def _readable(text: str) -> str:
-    """NUL, which HTML drops, as what stands for any unreadable character."""
+    """Text with NUL, which HTML drops, replaced by the replacement character."""
     return text.replace("\0", "\ufffd")
 
 
 def _why_not(explanation: Explanation) -> str:
-    """Why no layer was selected, in words."""
+    """Why no layer was selected, as text."""
     settings, num_tokens = explanation.settings, explanation.report.num_prompt_tokens
     return {
         None: "",
@@ -104,7 +104,7 @@ def _bars(explanation: Explanation) -> list[Bar]:
 
 
 def _rho_top(explanation: Explanation) -> float:
-    """The chart's highest value: a round one above every ρ."""
+    """The top of the chart's scale: a round value above every ρ."""
     highest = max((rho for _, rho in explanation.report.rho if math.isfinite(rho)), default=1)
     return math.ceil(max(highest, explanation.settings.threshold, 1) * 5) / 5
 
@@ -124,9 +124,9 @@ def _points(explanation: Explanation) -> list[Point]:
 
 
 def _data(explanation: Explanation) -> str:
-    """What the page's script needs, as JSON that cannot end the script element it stands in.
+    """Data for the page's script, as JSON that cannot close its script element.
 
-    levels: per layer one character a token, - for none, 0 to 9 by halves of the ranking.
+    levels: per layer one character per token: - for unranked, 0 to 9 by halvings of the rank.
     """
     data: dict[str, Any] = {
         "pieces": explanation.pieces,

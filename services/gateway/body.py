@@ -1,4 +1,4 @@
-"""Bodies as JSON gives them: what asks for nothing is forgiven, what is wrong is named."""
+"""Base class of request bodies: strict types, empty unknown fields ignored, named errors."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar, get_args
@@ -12,17 +12,17 @@ _SHOWN_CHARS = 60
 
 
 def _asks_for_nothing(value: object) -> bool:
-    """Null, and what is empty: clients send fields that they do not use."""
+    """Whether a value is null or empty: clients send fields that they do not use."""
     return value is None or value in ("", [], {})
 
 
 def _allow_nothing(schema: dict[str, Any]) -> None:
-    """Tells of the fields that are not known what may come in them all the same."""
+    """Describe in the schema which values unknown fields may have."""
     schema["additionalProperties"] = {"enum": [None, "", [], {}]}
 
 
 class Body(BaseModel):
-    """What every object in a body has: fields of their very types, and no unknown ones."""
+    """Base of every object in a request body: strict types, no unknown fields."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, json_schema_extra=_allow_nothing
@@ -31,7 +31,7 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nothing(cls, body: object) -> object:
-        """Leaves out what asks for nothing: unknown fields, and null where there is no null."""
+        """Drop unknown fields without a value, and null where null is not allowed."""
         if not isinstance(body, Mapping):
             return body
         return {name: value for name, value in body.items() if not cls._is_nothing(name, value)}
@@ -51,13 +51,13 @@ BodyT = TypeVar("BodyT", bound=Body)
 def validate(cls: type[BodyT], body: Mapping[str, Any]) -> BodyT:
     """The body as `cls`.
 
-    Raises UnknownParameter, or InvalidRequest for one that is missing, or InvalidSetting for one
-    of the wrong type; each names the parameter.
+    Raises UnknownParameter, InvalidRequest for a missing parameter, or InvalidSetting for one of
+    the wrong type; each names the parameter.
     """
     try:
         return cls.model_validate(body)
     except ValidationError as error:
-        # Of the types that a value may have, the one that fits it best has the innermost error.
+        # For a union type, the alternative that fits best has the error with the longest path.
         errors = error.errors(include_url=False, include_context=False)
         first = max(errors, key=lambda one: len(one["loc"]))
         raise _named(body, first["type"], first["loc"], first["msg"], first["input"]) from error
@@ -77,7 +77,7 @@ def _named(
 
 
 def _path(body: object, loc: tuple[int | str, ...], *, missing: bool) -> str:
-    """`winnow.kv_budget`, `messages[1].content`: pydantic's path, less its names of union types."""
+    """Pydantic's path, as `winnow.kv_budget` or `messages[1].content`, without union members."""
     path = ""
     for idx, part in enumerate(loc):
         if isinstance(part, int) and isinstance(body, list):

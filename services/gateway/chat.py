@@ -1,4 +1,4 @@
-"""Chat messages as the chat template reads them: role, text, and what else a template may show."""
+"""Chat messages of a request, converted to what the chat template reads."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,28 +10,28 @@ from winnow.chat_template import ChatOptions
 from winnow.errors import InvalidRequest, InvalidSetting, UnknownParameter, UnsupportedParameter
 
 ROLES = ("system", "developer", "user", "assistant")
-# What only an assistant's message may have.
+# Fields that only an assistant's message may have.
 _ASSISTANTS_OWN = ("refusal", "reasoning_content", "reasoning")
-# Under which names templates look for an assistant's reasoning.
+# The names under which templates look for an assistant's reasoning.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 class TextPart(Body):
     type: str = Field(json_schema_extra={"enum": ["text"]})
     text: str | None = None
-    cache_control: Any = None  # for other services' caches
+    cache_control: Any = None  # ignored; other services use it
 
     @model_validator(mode="before")
     @classmethod
     def _other_type_alone(cls, body: object) -> object:
-        """Of a part that is no text its type, so that it can be said which it is."""
+        """Keep only the type of a part that is not text, so that the error can name it."""
         if not isinstance(body, Mapping) or body.get("type") in (None, "text"):
             return body
         return {"type": body["type"]}
 
 
 class ChatMessage(Body):
-    """Only an assistant's may have no content; of others it is said which has none."""
+    """Only an assistant's message may have no content; the error for others names the message."""
 
     role: str = Field(json_schema_extra={"enum": list(ROLES)})
     content: str | list[TextPart] | None = None
@@ -43,7 +43,7 @@ class ChatMessage(Body):
 
 
 class ChatParameters(Body):
-    """How a conversation becomes a prompt; as in vLLM."""
+    """Options for rendering a conversation as a prompt, as in vLLM."""
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -51,10 +51,10 @@ class ChatParameters(Body):
 
 
 def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Each message as `ChatTemplate.render` takes it; developer is another system.
+    """Each message as `ChatTemplate.render` expects it; role developer becomes system.
 
-    Raises InvalidRequest or InvalidSetting that names the message, UnsupportedParameter for
-    content that is no text.
+    Raises InvalidRequest or InvalidSetting, naming the message; UnsupportedParameter for content
+    that is not text.
     """
     if not messages:
         raise InvalidRequest("messages is empty; it must have at least 1", param="messages")
@@ -62,7 +62,7 @@ def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
 
 
 def chat_options(request: ChatParameters) -> ChatOptions:
-    """Raises InvalidRequest for options that contradict each other, InvalidSetting for a name."""
+    """Raises InvalidRequest for contradictory options, InvalidSetting for a bad name."""
     return ChatOptions(
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=bool(request.continue_final_message),
@@ -97,7 +97,7 @@ def _require_no_assistants_own(message: ChatMessage, name: str) -> None:
 
 
 def _content(message: ChatMessage, name: str) -> str | list[dict[str, str]]:
-    """An assistant that said nothing else has refused, or called a tool: it has said nothing."""
+    """The content; of an assistant without any, its refusal, or nothing if it called a tool."""
     if isinstance(message.content, list):
         return [{"type": "text", "text": _text(part, name)} for part in message.content]
     if message.content is None and message.role != "assistant":

@@ -1,4 +1,4 @@
-"""Errors as a client is told them, over whatever protocol."""
+"""The gateway's errors as clients see them, independent of the protocol."""
 
 import logging
 
@@ -17,7 +17,7 @@ from winnow.errors import (
 
 logger = logging.getLogger(__name__)
 
-_OWN_FAILURE = 500  # in HTTP's numbers
+_OWN_FAILURE = 500  # as an HTTP status
 
 _TOLD: dict[type[Exception], str] = {
     NoDecodeWorker: "no decode worker can serve the request now",
@@ -33,7 +33,7 @@ _TOLD: dict[type[Exception], str] = {
 
 
 def as_winnow_error(error: Exception) -> WinnowError:
-    """The error itself, or one that hides an unexpected exception, which is logged."""
+    """The error itself, or a generic one for an unexpected exception, which is logged."""
     if isinstance(error, WinnowError):
         return error
     logger.error("unexpected error", exc_info=error)
@@ -41,9 +41,9 @@ def as_winnow_error(error: Exception) -> WinnowError:
 
 
 def public_error(error: Exception) -> WinnowError:
-    """The error as a client is told it: of the service's own failures the kind alone.
+    """The error to send to a client: internal failures show only their kind.
 
-    What befell inside, with addresses and other programs' words, is in the log of the request.
+    Details, such as addresses and other programs' messages, are in the request's log.
     """
     typed = as_winnow_error(error)
     if status_of(typed).http < _OWN_FAILURE:

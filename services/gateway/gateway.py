@@ -1,4 +1,4 @@
-"""The gateway without its protocols: what REST and gRPC share."""
+"""The gateway independent of protocols: the part that REST and gRPC share."""
 
 import asyncio
 import logging
@@ -14,6 +14,7 @@ from services.gateway.access.access import Access
 from services.gateway.access.keys import ApiKey
 from services.gateway.access.request_limits import RequestLimits
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.quality.checks import QualityChecks
 from services.gateway.request.outcomes import Outcomes
 from services.gateway.request.prefiller import Prefiller
 from services.gateway.request.request import GenerationRequest
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Whether a request could be served now."""
+    """Whether a request could be served now, and why not."""
 
     decode_workers: int
     prefill: bool
@@ -46,9 +47,9 @@ class Readiness:
 class Gateway:
     """Routes requests to decode and prefill; holds a tokenizer but no weights.
 
-    ending: it will be stopped soon. It serves as before, but says that it is not ready.
+    ending: shutdown is near; requests are still served, but readiness is false.
 
-    Make it where its event loop runs. Raises UnusableModel or InvalidSetting.
+    Create it on its event loop.  Raises UnusableModel or InvalidSetting.
     """
 
     def __init__(self, settings: Settings, registry: Registry, prefiller: Prefiller) -> None:
@@ -56,11 +57,11 @@ class Gateway:
         self.ending = False
         self.model = ServedModel.load(settings)
         self.limits = RequestLimits(settings, self.model)
-        self.metrics = GatewayMetrics(settings.served_name)
+        self.metrics = GatewayMetrics(settings.served_name, settings.quality_tasks)
         self.access = Access(settings)
         description = self.model.description
         self._registry = registry
-        # Workers that live come back into an emptied registry with their next heartbeat.
+        # Live workers return to an emptied registry with their next heartbeat.
         self._router = Router(
             registry, description.fingerprint, PeerTls.load(settings), refill_s=settings.lease_s
         )
@@ -73,21 +74,32 @@ class Gateway:
             self.metrics,
             silence_s=settings.lease_s,
         )
+        self._checks = QualityChecks(settings, prefiller, self.model, self.metrics)
 
     @asynccontextmanager
     async def open(
         self, request: GenerationRequest, key: ApiKey | None = None, trace_context: str = ""
     ) -> AsyncIterator[RunningRequest]:
-        """The request with KV memory reserved for all its prompts; leaving frees everything.
+        """Context manager: reserve KV memory for all prompts; free everything on exit.
 
-        key: whose tokens it uses; a request that is not admitted uses none.
-        trace_context: the traceparent that the client sent, if any.
+        key: charged for the tokens; a request that is not admitted is not charged.
+        trace_context: the client's traceparent, or empty.
 
         Raises RateLimited, Overloaded or NoDecodeWorker if not all prompts can be admitted,
-        DeadlineExceeded if the block takes longer than a request may.
+        DeadlineExceeded if the block exceeds the request timeout.
         """
-        timeout_s = self.settings.request_timeout_s
         await self.access.require_tokens(key, request.most_tokens)
+        with self._checks.giving_way():
+            async with self._run(self._checks.sampled(request), trace_context) as running:
+                await self.access.charge_tokens(key, request.most_tokens)
+                yield running
+            self._checks.add(running)
+
+    @asynccontextmanager
+    async def _run(
+        self, request: GenerationRequest, trace_context: str
+    ) -> AsyncIterator[RunningRequest]:
+        timeout_s = self.settings.request_timeout_s
         with span(
             "completion",
             trace_context,
@@ -99,7 +111,6 @@ class Gateway:
             runs = prompt_runs(request, self._service, timeout_s, context_of(request_span))
             running = RunningRequest(request, runs, self.model, self.metrics)
             async with self._admitted(running, timeout_s):
-                await self.access.charge_tokens(key, request.most_tokens)
                 yield running
 
     @asynccontextmanager
@@ -114,7 +125,7 @@ class Gateway:
                     yield
 
     async def readiness(self) -> Readiness:
-        """Looks at the registry and at prefill now."""
+        """Query the registry and prefill now."""
         try:
             workers = await self._router.candidates()
         except RegistryUnavailable as error:
@@ -125,11 +136,12 @@ class Gateway:
         return Readiness(len(workers), await self._prefiller.ready(), self.ending)
 
     async def targets(self) -> list[MetricsTarget]:
-        """Where the service's processes serve /metrics.  Raises RegistryUnavailable."""
+        """Metrics endpoints of all of the service's processes.  Raises RegistryUnavailable."""
         return await self._registry.targets()
 
     async def close(self) -> None:
-        """Close the connections to decode workers, and to where limits are counted."""
+        """Drop quality checks; close the connections to decode workers and to the rate limits."""
+        await self._checks.close()
         await self.access.close()
         await self._router.close()
 
@@ -146,7 +158,7 @@ async def _deadline(timeout_s: float) -> AsyncIterator[None]:
 
 
 async def _admit_all(runs: Sequence[Run]) -> None:
-    """Admits the runs side by side; raises the first error after all have ended."""
+    """Admit the runs concurrently; raises the first error after all have finished."""
     results = await asyncio.gather(*(run.admit() for run in runs), return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):

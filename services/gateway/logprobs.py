@@ -1,4 +1,4 @@
-"""Log-probabilities of generated tokens in the two forms of OpenAI's API."""
+"""Log-probabilities of tokens in the completion and chat formats of OpenAI's API."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,9 +9,9 @@ from winnow.tokens import Token
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """The token's text; `bytes:\\xe2\\x82` for a part of a character, as OpenAI writes it.
+    """The token's text; `bytes:\\xe2\\x82` for part of a character, as in OpenAI's API.
 
-    An id that the model has but the vocabulary does not is `token_id:` and the number.
+    An ID that the model has but the vocabulary does not becomes `token_id:` and the number.
     """
     raw = tokenizer.token_bytes(token_id)
     if not raw:
@@ -25,8 +25,8 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
 class CompletionLogprobs:
     """`logprobs` of one choice of a text completion: parallel lists, offsets in characters.
 
-    echo: the text that the choice begins with. prompt_offsets: where the prompt's own tokens begin
-    in it, if they are listed.
+    echo: the text at the beginning of the choice. prompt_offsets: where each prompt token begins in
+    it, if prompt tokens are listed.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class CompletionLogprobs:
         self._offset = len(echo)
 
     def take(self, prompt: Sequence[Token], tokens: Iterable[Token]) -> dict[str, list[Any]]:
-        """The lists for the prompt's own tokens, of which the first has none, and the next ones."""
+        """Lists for the prompt's tokens (the first has no log-probability) and the next tokens."""
         lists: dict[str, list[Any]] = {
             "tokens": [],
             "token_logprobs": [],
@@ -68,7 +68,7 @@ class CompletionLogprobs:
         lists["text_offset"].append(offset)
 
     def _top(self, top: Iterable[tuple[int, float]]) -> dict[str, float]:
-        """The likelier one counts where two tokens have the same text."""
+        """Log-probabilities by text; of two tokens with the same text the likelier one counts."""
         by_text: dict[str, float] = {}
         for token_id, logprob in top:
             by_text.setdefault(token_text(self._tokenizer, token_id), logprob)
@@ -76,7 +76,7 @@ class CompletionLogprobs:
 
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[Token]) -> dict[str, Any]:
-    """`logprobs` of a chat choice: an object per token, with its bytes."""
+    """`logprobs` of a chat choice: one object per token, with its bytes."""
     content = []
     for token in tokens:
         assert token.logprobs is not None

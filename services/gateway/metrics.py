@@ -1,22 +1,37 @@
-"""What clients see of the service."""
+"""Prometheus metrics of the gateway: requests, tokens and latencies as clients see them."""
 
-from services.common.metrics import COUNT_BUCKETS, REQUEST_BUCKETS_S, TOKEN_BUCKETS_S, Metrics
+from collections.abc import Iterable
+
+from services.common.metrics import (
+    COUNT_BUCKETS,
+    RATIO_BUCKETS,
+    REQUEST_BUCKETS_S,
+    TOKEN_BUCKETS_S,
+    Metrics,
+)
 from services.gateway.request.states import ADMISSION, PREFILL, WORKER_LOST
 from winnow.errors import ERROR_CODES
 
+OTHER_TASK = "other"  # a request's task that is not one of the operator's
+CHECK_OUTCOMES = ("done", "dropped", "failed")
+KL_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 FINISH_REASONS = ("stop", "length", "error", "cancelled")
 
 
 class GatewayMetrics(Metrics):
-    """Of one gateway. A request with several prompts counts once per prompt."""
+    """Metrics of one gateway. A request with several prompts counts once per prompt.
+
+    tasks: label values of the quality checks.
+    """
 
     role = "gateway"
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, tasks: Iterable[str] = ()) -> None:
         super().__init__(model)
         self._count_requests()
         self._count_tokens()
         self._time_requests()
+        self._count_checks({*tasks, OTHER_TASK})
         self.decode_workers = self._gauge(
             "winnow_decode_workers", "Live decode workers that requests can be routed to"
         )
@@ -95,3 +110,45 @@ class GatewayMetrics(Metrics):
         self.request_seconds = self._histogram(
             "winnow_request_seconds", "From a prompt's arrival to its end", REQUEST_BUCKETS_S
         )
+
+    def _count_checks(self, tasks: set[str]) -> None:
+        """Of answers to pruned prompts, against the unpruned model: services/gateway/quality."""
+        self.quality_checks = self._counter(
+            "winnow_quality_checks",
+            "Answers to pruned prompts picked for a check, by what became of it",
+            "outcome",
+            CHECK_OUTCOMES,
+        )
+        self.quality_first_tokens = self._counter(
+            "winnow_quality_first_tokens", "First tokens of checked answers", "task", tasks
+        )
+        self.quality_first_tokens_agreed = self._counter(
+            "winnow_quality_first_tokens_agreed",
+            "Checked answers whose likeliest first token is the unpruned model's likeliest",
+            "task",
+            tasks,
+        )
+        self.quality_answers = self._counter(
+            "winnow_quality_answers", "Checked greedy answers", "task", tasks
+        )
+        self.quality_answers_agreed = self._counter(
+            "winnow_quality_answers_agreed",
+            "Checked greedy answers that are the unpruned model's, token for token",
+            "task",
+            tasks,
+        )
+        self.quality_tokens_agreed = self._histogram(
+            "winnow_quality_tokens_agreed_ratio",
+            "Tokens of a checked greedy answer that the unpruned model gives as well, of all",
+            RATIO_BUCKETS,
+            ("task",),
+        )
+        self.quality_first_kl = self._histogram(
+            "winnow_quality_first_kl_nats",
+            "KL divergence of a checked answer's first token, unpruned from pruned, at least",
+            KL_BUCKETS,
+            ("task",),
+        )
+        for task in tasks:
+            self.quality_tokens_agreed.labels(task)
+            self.quality_first_kl.labels(task)

@@ -1,4 +1,4 @@
-"""The model as the gateway knows it: name, sizes, vocabulary, settings, but no weights."""
+"""The served model without its weights: name, sizes, tokenizer and default settings."""
 
 import logging
 import time
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """pruning, generation: what a request gets that asks for nothing else. created_s: Unix time."""
+    """pruning, generation: the defaults of requests. created_s: Unix time."""
 
     name: str
     description: ModelDescription
@@ -35,7 +35,7 @@ class ServedModel:
             max_model_len=settings.max_model_len,
         )
         num_layers = description.shape.num_layers
-        pruning = defaults.pruning_defaults(description.path, num_layers)
+        pruning = defaults.pruning_defaults(description.folder, num_layers)
         pruning = defaults.override(pruning, settings.pruning)
         pruning.require_fits(num_layers)
         generation = generation_defaults(settings.generation_config, description.path)

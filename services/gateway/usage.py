@@ -1,4 +1,4 @@
-"""What a request used and what was done to its prompts."""
+"""Usage of a request: token counts, and what was done to its prompts."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -6,27 +6,42 @@ from typing import Any
 
 from services.common.jobs import PrefillTimings
 from winnow.report import PrefillReport
+from winnow.tokens import FinishReason, TokenLogprobs
 
 _UNTOLD = PrefillTimings(0.0, 0.0, 0.0, 0.0, 0)
 
 
 @dataclass(slots=True)
 class RunStats:
-    """What became of a prompt so far.
+    """Statistics of one prompt's run so far.
 
-    attempts: prefills. migrations: times that another decode worker had to compute it anew.
-    moves: times that another one fetched it.
-    ttft_s: from its arrival to its first token. timings: None if the prefill worker delivered the
-    KV but did not tell.
+    attempts: prefills. migrations: times another decode worker got its KV from a new prefill.
+    moves: times another one fetched its KV.
+    ttft_s, last_token_s, seconds: arrival until the first token, the last one, and the end.
+    timings: None if the prefill worker delivered the KV but did not report.
+    first_logprobs: of the first token, if requested.
     """
 
     attempts: int = 0
     migrations: int = 0
     moves: int = 0
     ttft_s: float | None = None
+    last_token_s: float | None = None
+    seconds: float | None = None
     report: PrefillReport | None = None
     timings: PrefillTimings | None = None
     recompressed_entries: int = 0
+    first_logprobs: TokenLogprobs | None = None
+
+    @property
+    def pruned(self) -> bool:
+        """Whether anything of the prompt was left out, in prefill or in decode."""
+        report = self.report
+        return report is not None and (
+            report.num_selected_tokens < report.num_prompt_tokens
+            or report.kv_bytes_kept < report.kv_bytes_full
+            or self.recompressed_entries > 0
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,27 +64,47 @@ class WinnowUsage:
 
 
 @dataclass(frozen=True, slots=True)
+class Verification:
+    """The answer to the whole prompt, and whether the one to the pruned prompt is the same.
+
+    first_token_kl: as winnow.agreement.kl_lower_bound.  ttft_s, completion_tokens: the whole
+    prompt's, which the request's own figures leave out.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    text_agrees: bool
+    first_token_agrees: bool
+    first_token_kl: float
+    completion_tokens: int
+    ttft_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class RequestUsage:
-    """prompts: one entry per prompt, in order. completion_tokens: of all choices."""
+    """prompts: one entry per prompt, in order. completion_tokens: over all choices."""
 
     prompt_tokens: int
     completion_tokens: int
     prompts: tuple[WinnowUsage, ...]
+    verify: Verification | None = None
 
     def winnow(self) -> WinnowUsage:
-        """All prompts summed up."""
+        """Usage of all prompts together."""
         return _sum_up(self.prompts)
 
     def to_json(self) -> dict[str, Any]:
-        """OpenAI's `usage`; `winnow` in it sums up, and lists several prompts."""
+        """OpenAI's `usage`, with `winnow` for all prompts together and, if several, for each."""
         winnow = asdict(self.winnow())
+        if self.verify is not None:
+            winnow["verify"] = asdict(self.verify)
         if len(self.prompts) > 1:
             winnow["prompts"] = [asdict(prompt) for prompt in self.prompts]
         return {**token_counts(self.prompt_tokens, self.completion_tokens), "winnow": winnow}
 
 
 def token_counts(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """OpenAI's part of `usage`."""
+    """The standard OpenAI fields of `usage`."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -78,7 +113,7 @@ def token_counts(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 
 def winnow_usage(stats: RunStats) -> WinnowUsage:
-    """What was done to one prompt whose run has finished."""
+    """Usage of one prompt whose run has finished."""
     report, timings = stats.report, stats.timings or _UNTOLD
     assert report is not None
     return WinnowUsage(
@@ -99,7 +134,7 @@ def winnow_usage(stats: RunStats) -> WinnowUsage:
 
 
 def _sum_up(prompts: Sequence[WinnowUsage]) -> WinnowUsage:
-    """Counts added, times of the slowest; what only one prompt can have is left out of several."""
+    """Sums of counts and maxima of times; fields that only a single prompt can have are empty."""
     if len(prompts) == 1:
         return prompts[0]
     full_bytes = sum(prompt.kv_bytes_full for prompt in prompts)

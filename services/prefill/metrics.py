@@ -1,4 +1,4 @@
-"""What a prefill worker does, and what its pruning saves."""
+"""Prometheus metrics of a prefill worker and its pruning."""
 
 from services.common.jobs import PrefillOutcome, PrefillTimings
 from services.common.metrics import (
@@ -20,7 +20,7 @@ _METHOD = ("method",)
 
 
 class PrefillMetrics(Metrics):
-    """Of one prefill worker."""
+    """Metrics of one prefill worker."""
 
     role = "prefill"
 
@@ -122,12 +122,12 @@ class PrefillMetrics(Metrics):
                 histogram.labels(method)
 
     def observe_engine(self, timings: PrefillTimings) -> None:
-        """Count one prompt that was computed, for nobody to keep its KV."""
+        """Record one computed prompt whose KV is not kept."""
         self.queue_seconds.observe(timings.queue_s)
         self.compute_seconds.observe(timings.compute_s)
 
     def observe(self, outcome: PrefillOutcome, method: str, shape: ModelShape) -> None:
-        """Count one prompt whose KV is in place."""
+        """Record one prompt whose KV is in place."""
         timings, report = outcome.timings, outcome.report
         self.observe_engine(timings)
         self.transfer_seconds.observe(timings.transfer_s)

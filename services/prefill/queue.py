@@ -1,7 +1,7 @@
-"""Prompts wait here, first come first served, for the one thread that runs the model.
+"""The prefill queue: prompts wait, first come first served, for the thread that runs the model.
 
-The thread computes a prompt layer by layer and hands each layer to a `Push`; when the last layer
-is computed it turns to the next prompt, while the push ends on its own.
+The thread computes a prompt layer by layer and hands each layer to a `Push`. After the last layer
+it starts the next prompt, while the push completes on its own.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class PrefillQueue:
         peers: PeerTls | None = None,
         cores: SharedCores | None = None,
     ) -> None:
-        """cores: those that decode workers give way on while a layer is computed."""
+        """cores: those on which decode workers yield while a layer is computed."""
         self._model = model
         self._metrics = metrics
         self._max_waiting = max_waiting
@@ -61,6 +61,7 @@ class PrefillQueue:
         self._cores = cores
         self._changed = threading.Condition()
         self._waiting: deque[Work] = deque()
+        self._current: Work | None = None
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="prefill-engine", daemon=True)
         metrics.waiting.set_function(lambda: len(self._waiting))
@@ -75,7 +76,7 @@ class PrefillQueue:
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """Fails what waits or runs, and returns when the thread is gone."""
+        """Fail all waiting and running jobs, and return when the thread has ended."""
         with self._changed:
             self._stopping = True
             left = list(self._waiting)
@@ -89,46 +90,54 @@ class PrefillQueue:
             self._cores.close()
 
     def submit(self, job: PrefillJob) -> "Future[PrefillOutcome]":
-        """The job's outcome, once its KV is in place; cancelling it stops the work.
+        """The job's outcome, once its KV is in place; cancelling the future stops the work.
 
-        Raises Overloaded if too many prompts wait already, unless the job's request was admitted
-        before; PrefillFailed after `stop`.
+        Raises Overloaded if too many prompts are waiting, unless the job's request was admitted
+        before, and for a job that gives way if there is any other; PrefillFailed after `stop`.
         """
         work = Work(job)
         with self._changed:
             if self._stopping:
                 raise _stopped()
-            if len(self._waiting) >= self._max_waiting and not job.admitted:
-                raise Overloaded(
-                    f"{len(self._waiting)} prompts wait for prefill; "
-                    f"the limit is {self._max_waiting}"
-                )
+            self._require_room(job)
             self._waiting.append(work)
             self._changed.notify_all()
         work.outcome.add_done_callback(lambda _: self._forget(work))
         return work.outcome
+
+    def _require_room(self, job: PrefillJob) -> None:
+        computes = self._current is not None and not self._current.outcome.done()
+        if job.gives_way and (self._waiting or computes):
+            raise _given_way()
+        num_waiting = sum(not work.job.gives_way for work in self._waiting)
+        if num_waiting >= self._max_waiting and not job.admitted:
+            raise Overloaded(
+                f"{num_waiting} prompts wait for prefill; the limit is {self._max_waiting}"
+            )
 
     def _count_waiting_tokens(self) -> int:
         with self._changed:
             return sum(len(work.job.token_ids) for work in self._waiting)
 
     def _forget(self, work: Work) -> None:
-        """A job cancelled while it waits leaves its place to others."""
+        """Remove a job that was cancelled while waiting, to free its place."""
         with self._changed, contextlib.suppress(ValueError):
             self._waiting.remove(work)
 
     def _run(self) -> None:
-        torch.set_num_threads(self._num_threads)  # some of torch's backends count per thread
+        torch.set_num_threads(self._num_threads)  # some torch backends have a per-thread setting
         while (work := self._next()) is not None:
             self._prefill(work)
 
     def _next(self) -> Work | None:
         with self._changed:
+            self._current = None
             self._changed.wait_for(lambda: self._stopping or bool(self._waiting))
-            return None if self._stopping else self._waiting.popleft()
+            self._current = None if self._stopping else self._waiting.popleft()
+            return self._current
 
     def _prefill(self, work: Work) -> None:
-        """Runs one prompt; whatever goes wrong becomes that prompt's outcome."""
+        """Run one prompt; any error becomes that prompt's outcome."""
         work.started_s = time.monotonic()
         try:
             self._compute(work)
@@ -139,9 +148,10 @@ class PrefillQueue:
             self._fail(work, PrefillFailed(f"prefill broke: {error!r}"))
 
     def _compute(self, work: Work) -> None:
-        """Runs the prompt; its KV is pushed meanwhile, and the push's end left to `_deliver`."""
+        """Run the prompt and push its KV meanwhile; `_deliver` handles the end of the push."""
         if work.remaining_s <= 0:
             raise DeadlineExceeded(f"the prompt waited {work.job.deadline_s:g} s for prefill")
+        self._require_wanted(work)
         context = work.job.trace_context
         start_span("prefill.queue", context, start_s=work.received_s).end()
         push = self._open_push(work)
@@ -181,7 +191,7 @@ class PrefillQueue:
         run = PrefillRun(self._model, job.token_ids, job.pruning)
         while not run.finished:
             started_s = time.monotonic()
-            with self._computing():
+            with self._computing(job):
                 layer = run.compute_layer()
             self._metrics.layer_seconds.observe(time.monotonic() - started_s)
             compute.add_event("layer", {} if layer is None else {"layer": layer.layer_idx})
@@ -190,16 +200,23 @@ class PrefillQueue:
                 self._hand_over(work, push, layer)
         work.result = run.result(keep_hidden=job.num_prompt_logprobs is not None)
 
-    def _computing(self) -> AbstractContextManager[None]:
-        """Decode workers on the same cores see it."""
-        return self._cores.prefilling() if self._cores else contextlib.nullcontext()
+    def _computing(self, job: PrefillJob) -> AbstractContextManager[None]:
+        """Let decode workers on the same cores see that prefill is computing.
+
+        Not for a job that gives way.
+        """
+        if self._cores is None or job.gives_way:
+            return contextlib.nullcontext()
+        return self._cores.prefilling()
 
     def _require_wanted(self, work: Work) -> None:
-        """Raises where the job was cancelled, or the worker stops."""
+        """Raise if the job was cancelled or has to give way, or the worker is stopping."""
         if work.outcome.cancelled():
             raise _cancelled()
         if self._stopping:
             raise _stopped()
+        if work.job.gives_way and self._waiting:
+            raise _given_way()
 
     def _hand_over(self, work: Work, push: Push, layer: LayerKV) -> None:
         before_s = time.monotonic()
@@ -207,14 +224,19 @@ class PrefillQueue:
         work.blocked_s += time.monotonic() - before_s
 
     def _score(self, work: Work) -> None:
-        """The prompt's log-probabilities, if they are wanted; then its hidden states are let go."""
-        num_top, result = work.job.num_prompt_logprobs, work.result
-        if num_top is None or result is None or result.hidden is None:
+        """Compute the prompt's log-probabilities, if requested, and free its hidden states."""
+        job, result = work.job, work.result
+        if job.num_prompt_logprobs is None or result is None or result.hidden is None:
             return
         work.result = replace(result, hidden=None)
-        run = PromptLogprobsRun(self._model, result.hidden, work.job.token_ids, num_top)
+        run = PromptLogprobsRun(
+            self._model,
+            result.hidden[job.scored_from :],
+            job.token_ids[job.scored_from :],
+            job.num_prompt_logprobs,
+        )
         while not run.finished:
-            with self._computing():
+            with self._computing(job):
                 run.compute_block()
             self._require_wanted(work)
         work.logprobs = run.result()
@@ -232,7 +254,7 @@ class PrefillQueue:
         return TransferEncoder(header)
 
     def _deliver(self, work: Work, end: Delivered | WinnowError) -> None:
-        """Runs once when the push is over, in whichever thread ended it."""
+        """Called once when the push has ended, on the thread that ended it."""
         self._metrics.transfers_in_flight.dec()
         if work.transfer_span is not None:
             end_span(work.transfer_span, end if isinstance(end, WinnowError) else None)
@@ -242,7 +264,7 @@ class PrefillQueue:
         self._settle(work, end)
 
     def _settle(self, work: Work, end: Delivered | None) -> None:
-        """The job's outcome; end: None where nothing had to be delivered."""
+        """Set the job's outcome; `end` is None if there was nothing to deliver."""
         assert work.result is not None
         timings = PrefillTimings(
             queue_s=work.started_s - work.received_s,
@@ -252,14 +274,16 @@ class PrefillQueue:
             wire_bytes=end.wire_bytes if end else 0,
         )
         outcome = PrefillOutcome(work.result.report, timings, work.logprobs)
-        if end is None:
-            self._metrics.observe_engine(timings)
-        else:
+        if end is not None:
             self._metrics.observe(outcome, work.job.pruning.method, self._model.shape)
+        elif not work.job.gives_way:
+            self._metrics.observe_engine(timings)
         work.settle(outcome)
 
     def _fail(self, work: Work, error: WinnowError) -> None:
-        if not work.failed:  # the engine thread and the push may both report the end
+        if not (
+            work.failed or work.job.gives_way
+        ):  # the engine thread and the push may both report the end
             self._metrics.failures.labels(error.code).inc()
         work.failed = True
         work.settle(error)
@@ -267,6 +291,10 @@ class PrefillQueue:
 
 def _cancelled() -> RequestCancelled:
     return RequestCancelled("the prefill was cancelled")
+
+
+def _given_way() -> Overloaded:
+    return Overloaded("the prefill worker has other prompts to compute")
 
 
 def _stopped() -> PrefillFailed:

@@ -1,6 +1,6 @@
 """Pushes one attempt's KV to its decode worker while the next layers are computed.
 
-The engine thread hands layers over and goes on; gRPC's own thread encodes and sends them. At most
+The engine thread hands layers over and continues; gRPC's own thread encodes and sends them. At most
 `LAYERS_AHEAD` layers wait, so a slow network slows the engine down instead of filling its memory.
 """
 
@@ -39,7 +39,7 @@ _PASSED_ON = (TransferRefused, ModelMismatch, DeadlineExceeded)
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """The decode worker holds all KV. at_s: time.monotonic() of the receipt."""
+    """The decode worker has all KV. at_s: time.monotonic() of the receipt."""
 
     transfer_s: float
     at_s: float
@@ -47,7 +47,7 @@ class Delivered:
 
 
 class Push:
-    """One transfer. `on_end` is called once, from any thread, with its outcome."""
+    """One transfer. `on_end` is called once with its outcome, on any thread."""
 
     def __init__(
         self,
@@ -67,16 +67,17 @@ class Push:
         self._waiting: deque[LayerKV | PrefillResult] = deque()
         self._error: WinnowError | None = None
         self._ended = False
-        self._num_layers = 0  # handed over
-        self._complete = False  # all has been handed over
+        self._num_layers = 0  # handed over so far
+        self._complete = False  # everything has been handed over
         self._wire_bytes = 0
-        self._moved_s = 0.0  # when a frame has left last
+        self._moved_s = 0.0  # when the last frame was taken
         self._call: grpc.Future | None = None
 
     def open(self, channels: Channels, timeout_s: float) -> None:
-        """Starts the call, which ends within `timeout_s`; the header is sent at once."""
+        """Start the call, which ends within `timeout_s`; the header is sent at once."""
         self._started_s = time.monotonic()
-        push = channels.borrow(self._kv_address).stream_unary(
+        channel = channels.borrow(self._kv_address)
+        push = channel.stream_unary(
             _PUSH_METHOD,
             request_serializer=None,  # frames are bytes already
             response_deserializer=pb.PushReceipt.FromString,
@@ -84,12 +85,12 @@ class Push:
         self._call = push.future(
             self._frames(), timeout=timeout_s, metadata=metadata_of(self._trace_context)
         )
-        self._call.add_done_callback(lambda call: self._finish(call, channels))
+        self._call.add_done_callback(lambda call: self._finish(call, channels, channel))
 
     def send(self, layer: LayerKV) -> None:
-        """Hands a layer over; waits while LAYERS_AHEAD others do.
+        """Hand over a layer; blocks while LAYERS_AHEAD others are waiting.
 
-        Raises what ended the transfer, or DeliveryFailed if the worker takes nothing for long.
+        Raises the error that ended the transfer, or DeliveryFailed after `stall_timeout_s`.
         """
         with self._changed:
             has_room = self._changed.wait_for(
@@ -107,10 +108,10 @@ class Push:
         raise self._stalled()
 
     def finish(self, result: PrefillResult) -> None:
-        """Hands over what comes last and returns; `on_end` tells when it has arrived.
+        """Hand over the last item and return; `on_end` is called when it has arrived.
 
-        That is soon, or the transfer ends: gRPC's keepalive cannot see to it, for its pings wait
-        behind frames that nobody takes.
+        A thread aborts the transfer if it stalls. gRPC's keepalive cannot detect that, because its
+        pings wait behind frames that the worker does not read.
         """
         with self._changed:
             self._waiting.append(result)
@@ -129,7 +130,7 @@ class Push:
         self.abort(self._stalled())  # no-op after its end
 
     def abort(self, error: WinnowError) -> None:
-        """Ends the transfer with `error`, unless it has ended."""
+        """End the transfer with `error`, unless it has ended."""
         with self._changed:
             if self._ended:
                 return
@@ -144,7 +145,7 @@ class Push:
         )
 
     def _frames(self) -> Iterator[bytes]:
-        """What gRPC sends; it asks for the next frame when the last one has left."""
+        """The frames to send; gRPC asks for the next one when the last one has left."""
         for frame in self._encoded():
             self._wire_bytes += len(frame)
             self._moved_s = time.monotonic()
@@ -173,17 +174,17 @@ class Push:
             self._waiting.clear()
             self._changed.notify_all()
 
-    def _finish(self, call: grpc.Future, channels: Channels) -> None:
-        """Runs in gRPC's thread when the call is over, however it ended."""
+    def _finish(self, call: grpc.Future, channels: Channels, channel: grpc.Channel) -> None:
+        """Called on gRPC's thread when the call has ended, in whatever way."""
         now = time.monotonic()
         error = self._error or self._failure(call)
         self._error = error
         self._end()
-        channels.give_back(self._kv_address, lost=isinstance(error, DeliveryFailed))
+        channels.give_back(channel, lost=isinstance(error, DeliveryFailed))
         self._on_end(error or Delivered(now - self._started_s, now, self._wire_bytes))
 
     def _failure(self, call: grpc.Future) -> WinnowError | None:
-        """Why the call is no success; None if it is.  Our own `abort` leaves its error itself."""
+        """The call's error; None if it succeeded.  `abort` has set its own error before."""
         address = self._kv_address
         if call.cancelled():
             return PrefillFailed(f"the transfer to decode worker {address} was cut off")

@@ -1,4 +1,4 @@
-"""A job on its way through a prefill worker."""
+"""State of one job in a prefill worker."""
 
 import contextlib
 import time
@@ -14,9 +14,9 @@ from winnow.tokens import PromptLogprobs
 
 @dataclass(eq=False, slots=True)
 class Work:
-    """A job on its way; cancelling `outcome` cancels it. Times are those of time.monotonic().
+    """A job in progress; cancelling `outcome` cancels it. Times are those of time.monotonic().
 
-    blocked_s: seconds in which the engine waited for the network to take a layer.
+    blocked_s: seconds the engine waited for the network to take a layer.
     """
 
     job: PrefillJob
@@ -35,7 +35,7 @@ class Work:
         return self.received_s + self.job.deadline_s - time.monotonic()
 
     def settle(self, outcome: PrefillOutcome | WinnowError) -> None:
-        """The first outcome counts; a cancelled job takes none."""
+        """Set the outcome; only the first one counts, and a cancelled job takes none."""
         with contextlib.suppress(InvalidStateError):
             if isinstance(outcome, WinnowError):
                 self.outcome.set_exception(outcome)

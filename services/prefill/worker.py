@@ -1,4 +1,4 @@
-"""A prefill worker as Ray Serve hosts it: a queue, an engine thread, pushes to decode."""
+"""A prefill worker hosted by Ray Serve: a queue, an engine thread, pushes to decode."""
 
 import asyncio
 from contextlib import AsyncExitStack
@@ -55,9 +55,9 @@ class Prefill:
         )
 
     async def prefill(self, job: PrefillJob) -> PrefillOutcome:
-        """Computes the job's KV and pushes it; cancelling the call stops at the next layer.
+        """Compute the job's KV and push it; cancelling the call stops it at the next layer.
 
-        Raises WinnowError, as services.gateway.request.prefiller.Prefiller says.
+        Raises WinnowError, as described in services.gateway.request.prefiller.Prefiller.
         """
         return await asyncio.wrap_future(self._queue.submit(job))
 
@@ -66,13 +66,13 @@ class Prefill:
         return self._queue.alive
 
     async def check_health(self) -> None:
-        """Serve asks every few seconds, and replaces the replica when this raises."""
+        """Called by Serve every few seconds, which replaces the replica if this raises."""
         if not self._queue.alive:
             raise RuntimeError("the prefill engine's thread has ended")
 
     async def __del__(self) -> None:
-        """Serve awaits this when the replica is to go, after the calls it was given have ended.
+        """Awaited by Serve when it removes the replica, after its calls have ended.
 
-        Also after a start that failed.
+        Also awaited after a failed start.
         """
         await self._started.aclose()

@@ -4,7 +4,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import psutil
 import yaml
 
 from services.common.ports import free_port
-from tests.e2e.winnow_process import ROOT, environment
+from tests.e2e.winnow_process import MODULE, ROOT, environment
 
 COMPOSE = ROOT / "deploy" / "compose.yaml"
 DOCKERFILE = ROOT / "deploy" / "Dockerfile.winnow"
@@ -49,8 +48,8 @@ class Stack:
     def _read_entrypoint(self) -> list[str]:
         (entrypoint,) = re.findall(r"^ENTRYPOINT (.*)$", DOCKERFILE.read_text(), re.M)
         program, *arguments = json.loads(entrypoint)
-        assert program == "python"
-        return [sys.executable, *arguments]
+        assert program == "winnow"
+        return [*MODULE, *arguments]
 
     def start_redis(self) -> None:
         command = [*self._services["redis"]["command"], "--port", str(self.ports["redis"])]
@@ -118,12 +117,12 @@ class Stack:
     def healthy(self, name: str) -> bool:
         """What Compose would find when it runs the service's own check."""
         _, program, *arguments = self._services[name]["healthcheck"]["test"]
-        assert program == "python"
+        assert program == "winnow"
         *arguments, target = arguments
         variable = "WINNOW_PORT" if name.startswith("gateway") else "WINNOW_DECODE_PORT"
         asked = str(self._services[name]["environment"][variable])
         target = target.replace(asked, str(self.ports[f"{name} {variable}"]))
-        command = [sys.executable, *arguments, target]
+        command = [*MODULE, *arguments, target]
         done = subprocess.run(command, env=environment(), cwd="/tmp", timeout=60, check=False)
         return done.returncode == 0
 

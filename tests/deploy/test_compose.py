@@ -15,7 +15,7 @@ import pytest
 from services.common.ports import free_port
 from tests.deploy.prometheus import Prometheus
 from tests.deploy.stack import DOCKERFILE, OURS, Stack
-from tests.e2e.winnow_process import ROOT, environment
+from tests.e2e.winnow_process import ROOT, winnow
 
 
 def test_every_service_is_checked_restarted_and_confined(services: dict[str, Any]) -> None:
@@ -89,9 +89,6 @@ def prometheus_roles(prometheus: Prometheus) -> list[str]:
 @pytest.mark.e2e
 def test_a_service_that_is_away_is_unhealthy() -> None:
     for target in (f"127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}/ready"):
-        command = [sys.executable, "-m", "services.cli.main", "health", target]
-        done = subprocess.run(
-            command, env=environment(), cwd="/tmp", capture_output=True, text=True, check=False
-        )
+        done = winnow("health", target)
         assert done.returncode == 2
         assert f"{target} does not answer" in done.stderr

@@ -34,7 +34,8 @@ def service(
     flags = [flag for change in pruning for flag in ("--pruning", change)]
     arguments = ["--model", str(tiny_models["qwen2"]), *FREE_PORTS, *flags]
     serve = WinnowServe(
-        tmp_path_factory.mktemp("serve"), [*arguments, "--kv-memory-bytes", "64MiB"]
+        tmp_path_factory.mktemp("serve"),
+        [*arguments, "--kv-memory-bytes", "64MiB", "--quality-sample", "1"],
     )
     try:
         serve.wait_until_ready()
@@ -55,6 +56,7 @@ def prometheus(
             until_s = time.monotonic() + LOAD_S
             for done in [threads.submit(_ask_until, service.url, until_s, i) for i in range(3)]:
                 done.result()
+        _wait_for_checks(prometheus)
         yield prometheus
     finally:
         prometheus.stop()
@@ -64,14 +66,23 @@ def _ask_until(url: str, until_s: float, number: int) -> None:
     """Long and short prompts, each method's own path, an answer long enough to be cut back."""
     settings = [
         {"threshold": 1e6},
-        {"threshold": 0.0},
+        {"threshold": 0.0, "latest_layer": None},
         {"method": "snapkv", "decode_budget": 48, "recompress_interval": 8},
     ]
     with httpx.Client(base_url=url, timeout=60) as http:
         while time.monotonic() < until_s:
             body = {"model": "qwen2", "prompt": PROMPT, "max_tokens": 60, "ignore_eos": True}
+            body["temperature"] = 0
             answer = http.post("/v1/completions", json=body | {"winnow": settings[number]})
             assert answer.is_success, answer.text
+
+
+def _wait_for_checks(prometheus: Prometheus) -> None:
+    """They come when the load is over."""
+    until_s = time.monotonic() + 30
+    while prometheus.query('sum(winnow_quality_checks_total{outcome="done"})')[0] < 3:
+        assert time.monotonic() < until_s, "no answer is checked"
+        time.sleep(0.2)
 
 
 def _evaluable(expression: str) -> str:

@@ -66,7 +66,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         (lose_a_tensor, f"in no file: 1 ({DOWN_PROJ})"),
         (break_the_tokenizer, "has no usable tokenizer"),
         (become_another_family, "family granite computes something"),
-        (lose_a_number, "cannot start: model folder"),
+        (lose_a_number, "cannot start: model "),
     ],
 )
 def test_serve_says_why_it_cannot_in_its_last_line(

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from services.common.ports import free_port
+from tests.e2e import two_nodes
 from tests.e2e.winnow_process import WinnowServe, environment, winnow
 from tests.load import NUM_CLIENTS, load
 from winnow.local import Winnow
@@ -57,8 +58,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     with (
         log.open("w") as stderr,
         subprocess.Popen(
-            [sys.executable, "-m", "tests.e2e.two_nodes", str(port)],
-            env=environment(**ACCESS),
+            [sys.executable, two_nodes.__file__, str(port)],
+            env=environment(PYTHONPATH="", **ACCESS),  # an application says where it imports from
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,

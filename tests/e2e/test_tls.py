@@ -125,7 +125,7 @@ def test_process_lists_and_logs_have_no_secrets(secured: Secured, guarded: Guard
     (token,) = {t for p in processes if (t := p.environ().get("RAY_AUTH_TOKEN"))}
     shown = "\n".join(part for process in processes for part in process.cmdline())
     log = secured.process.stderr.read_text()
-    assert "services.cli.main" in shown and "serves on" in log
+    assert "winnow_serve" in shown and "serves on" in log
     for secret in (PASSWORD, KEY, token):
         assert secret not in shown and secret not in log
 

@@ -12,7 +12,7 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 STOP_TIMEOUT_S = 60
-MODULE = (sys.executable, "-m", "services.cli.main")
+MODULE = (sys.executable, "-m", "winnow_serve")
 SCRIPT = (str(Path(sys.executable).with_name("winnow")),)  # of an installed Winnow
 FREE_PORTS = ("--port", "0", "--grpc-port", "0", "--admin-port", "0")
 

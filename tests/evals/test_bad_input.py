@@ -1,6 +1,5 @@
 """What cannot be done as asked: one clear line, exit code 2, nothing written."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -85,12 +84,3 @@ def test_a_chat_with_a_model_that_has_no_template(
     assert main(["eval", "--chat", "--model", str(model), "-o", str(run)]) == 2
     assert "the model has no chat template" in capsys.readouterr().err
     assert not run.exists()
-
-
-def test_no_matplotlib_is_said_before_anything_else(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    assert main(["eval", "--tasks", "unknown", "-o", str(tmp_path / "run")]) == 2
-    assert "matplotlib is missing, which draws the pictures" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()

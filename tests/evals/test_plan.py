@@ -61,4 +61,4 @@ def test_a_place_comes_before_the_next_sample_of_any() -> None:
         (0, 1024, "vt"),
         (0, 1024, "passkey"),
     ]
-    assert len(places) * len(plan.variants) == plan.num_instances == 2 * 2 * 2 * 3
+    assert len(places) * len(plan.variants) == len(plan.keys()) == 2 * 2 * 2 * 3

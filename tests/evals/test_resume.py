@@ -27,7 +27,7 @@ NUM_ANSWERS = 3 * 2 * 16
 def start(model: Path, folder: Path, *more: str) -> "subprocess.Popen[bytes]":
     command = [*ASKED, *more, "--model", str(model), "-o", str(folder)]
     return subprocess.Popen(
-        [sys.executable, "-m", "services.cli.main", *command],
+        [sys.executable, "-m", "winnow_serve", *command],
         cwd=ROOT,
         env=environment(HF_HUB_OFFLINE="1"),
         stdout=subprocess.DEVNULL,

@@ -1,6 +1,7 @@
 """Whole runs of `winnow eval` on tiny random checkpoints."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,24 @@ def test_the_summary_and_the_pictures_lie_beside_the_records(
     pictures = {path.name for path in folder.glob("*.png")}
     assert pictures >= {"accuracy_vs_budget.png", "selection_layer.png", "rho.png"}
     assert "niah_asl-threshold-0.9_64.png" in pictures
+
+
+def test_without_matplotlib_all_but_the_pictures_is_there_and_they_can_follow(
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few = ("--methods", "asl", "--tasks", "niah", "--samples", "1", "--length", "768")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+        records = run(tiny_models["llama"], tmp_path / "run", *few)
+    assert "matplotlib is missing: pip install 'winnow-serve[eval]'" in capsys.readouterr().out
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert list(tmp_path.rglob("*.png")) == []
+    assert run(tiny_models["llama"], tmp_path / "run", *few) == records
+    assert "no pictures" not in capsys.readouterr().out
+    assert list(tmp_path.rglob("*.png")) != []
 
 
 def summary_order(summary: dict[str, Any]) -> Any:

@@ -192,12 +192,33 @@ FAILURES = {
     "{{ namespace(__class__=1) }}": "no name like '__class__'",
     "{{ range(10000000) | list }}": "Range too big",
     "{{ 'x' * 100000000 }}": "a text of more than 67,108,864 characters",
+    "{{ '%80000000d' % 1 }}": "a text of more than 67,108,864 characters",
+    "{{ '%*d' % (80000000000, 1) }}": "a text of more than 67,108,864 characters",
+    "{{ '{:>80000000000}'.format('x') }}": "a text of more than 67,108,864 characters",
+    "{{ '{:{}}'.format('x', 80000000000) }}": "a text of more than 67,108,864 characters",
+    "{{ '%80000000000s' | format('x') }}": "a text of more than 67,108,864 characters",
+    "{{ 'x'.ljust(80000000000) }}": "a text of more than 67,108,864 characters",
+    "{{ 'x' | center(80000000000) }}": "a text of more than 67,108,864 characters",
+    "{{ 'x' | indent(width=80000000000, first=true) }}": "a text of more than 67,108,864",
     "{% set ns = namespace(x='x') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}"
     "{% endfor %}": "a text of more than",
     "{{ 10 ** 100000 }}": "a power over 64",
     "{{ messages[0].content.encode() }}": "cannot take the bytes",
     "{% include 'other' %}": "no loader",
 }
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    {
+        "{{ '%d at 5551234567' % 80000000000 }}": "80000000000 at 5551234567",
+        "{{ '{} of {:>3}'.format(80000000000, 7) }}": "80000000000 of   7",
+        "{{ 80000000000 | string }}": "80000000000",
+        "{{ ['80000000000'] | join('%80000000000d') }}": "80000000000",
+    }.items(),
+)
+def test_large_numbers_that_are_no_widths_are_text(source: str, text: str) -> None:
+    assert rendered(source, QUESTION) == text
 
 
 @pytest.mark.parametrize(("source", "reason"), FAILURES.items())

@@ -1,9 +1,11 @@
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import winnow
 from winnow.defaults import override, parse_change, pruning_defaults, scaled_defaults
 from winnow.errors import InvalidSetting, UnusableModel
 from winnow.pruning_settings import PruningSettings
@@ -14,7 +16,48 @@ def test_defaults_fit_every_depth(num_layers: int) -> None:
     settings = scaled_defaults(num_layers)
     settings.require_fits(num_layers)
     if num_layers >= 28:
-        assert settings == PruningSettings()
+        assert replace(settings, latest_layer=None) == PruningSettings()
+
+
+@pytest.mark.parametrize(("num_layers", "latest"), [(1, 0), (4, 2), (12, 8), (30, 19), (48, 30)])
+def test_some_layer_selects_by_default(num_layers: int, latest: int) -> None:
+    assert scaled_defaults(num_layers).latest_layer == latest
+
+
+FAMILIES = json.loads((Path(winnow.__file__).parent / "families.json").read_text())
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family["name"])
+def test_a_family_has_settings_of_its_own(family: dict[str, Any], tmp_path: Path) -> None:
+    config = family["config"] | {"rope_scaling": {"type": "x"}, "eos_token_id": [1, 2]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    num_layers = family["config"]["num_hidden_layers"]
+    settings = pruning_defaults(tmp_path, num_layers)
+    settings.require_fits(num_layers)
+    assert family["settings"].items() <= asdict(settings).items()
+    assert (Path(winnow.__file__).parents[1] / family["source"]).is_file()
+    (tmp_path / "winnow.json").write_text('{"kernel_size": 5}')
+    assert pruning_defaults(tmp_path, num_layers).kernel_size == 5
+
+
+def test_a_model_of_another_size_has_the_scaled_settings(tmp_path: Path) -> None:
+    config = FAMILIES[0]["config"] | {"hidden_size": 960}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert pruning_defaults(tmp_path, 30) == scaled_defaults(30)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"model_type": ["llama"]}'])
+def test_a_configuration_that_is_none_has_the_scaled_settings(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert pruning_defaults(tmp_path, 30) == scaled_defaults(30)
+
+
+def test_the_latest_layer_goes_up_with_the_first_unless_it_is_named() -> None:
+    settings = scaled_defaults(30)
+    assert override(settings, {"min_layer": 25}).latest_layer == 25
+    assert override(settings, {"min_layer": 12}).latest_layer == 19
+    with pytest.raises(InvalidSetting, match="latest_layer is 20; it must be at least min_layer"):
+        override(settings, {"min_layer": 25, "latest_layer": 20})
 
 
 def test_the_model_folder_comes_before_the_scaled_defaults(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a layer's attention is computed with: within a prompt, and over pages while decoding."""
+"""Attention implementations: within a prompt (prefill), and over KV pages (decode)."""
 
 from winnow.attention.calls import ATTENTION_NAME, AttentionCall
 from winnow.attention.decode import DecodeBackend, PagedKV, StepAttention, StepPlan

@@ -1,8 +1,8 @@
-"""How a layer's attention reaches us: one function registered with transformers.
+"""The hook through which transformers' layers call Winnow's attention.
 
-transformers hands every layer's queries, keys and values (after RoPE, keys not repeated for grouped
-queries) to the function named "winnow"; that function passes them on to the `AttentionCall` that
-whoever drives the layer put into the call.
+transformers passes each layer's queries, keys and values (after RoPE, keys not repeated for grouped
+queries) to the function registered as "winnow". It forwards them to the `AttentionCall` that the
+caller passed to the layer.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def _dispatch(
     *,
     scaling: float,
     attention_call: AttentionCall,
-    **_: Any,  # noqa: ANN401 - transformers adds options that do not concern inference
+    **_: Any,  # noqa: ANN401 - transformers adds options that are irrelevant to inference
 ) -> tuple[Tensor, None]:
     assert attention_mask is None, "the AttentionCall masks"
     assert isinstance(module.layer_idx, int)

@@ -1,7 +1,7 @@
-"""Attention of one new token per row over paged keys and values.
+"""Decode attention: one new token per row attends to paged keys and values.
 
-How pages are read is a backend's affair: `GatherBackend` copies and masks them, on any device. A
-kernel that reads them in place is another backend.
+A DecodeBackend reads the pages: `GatherBackend` copies and masks them, on any device. A kernel that
+reads them in place would be another backend.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
-    """Where one decode step writes and reads, for a batch of B rows.
+    """Where one decode step writes and reads KV, for a batch of B rows.
 
-    slots: [L, B, H_kv] entry that each head's new token goes to.
+    slots: [L, B, H_kv] slot that each head's new entry is written to.
     pages: [L, B, H_kv, P] pages of each head, the new token's included.
     lengths: [L, B, H_kv] entries of each head, the new token's included.
     """
@@ -26,7 +26,7 @@ class StepPlan:
 
 
 class PagedKV(Protocol):
-    """The pool, as far as attention knows it."""
+    """The interface of the KV pool that attention uses."""
 
     page_size: int
     device: torch.device
@@ -35,10 +35,10 @@ class PagedKV(Protocol):
         """Entries per head of the given rows: [len(rows), L, H_kv] int64."""
 
     def plan_step(self, rows: list[int], positions: Tensor) -> StepPlan:
-        """Makes room for one more entry in every head of the rows and says where it goes."""
+        """Make room for one more entry in every head of the rows; returns where it goes."""
 
     def append(self, layer_idx: int, plan: StepPlan, keys: Tensor, values: Tensor) -> None:
-        """Writes the step's new entries of a layer.  keys, values: [B, H_kv, D]."""
+        """Write the step's new entries of a layer.  keys, values: [B, H_kv, D]."""
 
     def gather(self, layer_idx: int, plan: StepPlan) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer for the step: each [B, H_kv, P * page_size, D]."""
@@ -48,24 +48,24 @@ Plan = TypeVar("Plan")
 
 
 class DecodeBackend(Protocol, Generic[Plan]):
-    """One way to read pages. `Plan` is whatever it prepares once per step for all layers."""
+    """A way to read pages. `Plan` is what it prepares once per step for all layers."""
 
     def plan(self, rows: list[int], positions: Tensor) -> Plan:
-        """Makes room for a new token of each row.  positions: [B]."""
+        """Make room for a new token of each row.  positions: [B]."""
 
     def append(self, layer_idx: int, plan: Plan, keys: Tensor, values: Tensor) -> None:
-        """Writes the new tokens' entries of a layer.  keys, values: [B, H_kv, D]."""
+        """Write the new tokens' entries of a layer.  keys, values: [B, H_kv, D]."""
 
     def attend(self, layer_idx: int, plan: Plan, query: Tensor, scaling: float) -> Tensor:
-        """Attention over all entries of each head.  query: [B, H, 1, D], as returned."""
+        """Attend to all entries of each head.  query and the result: [B, H, 1, D]."""
 
 
 class StepAttention(Generic[Plan]):
     """An AttentionCall for one decode step of B rows; appends the new entries, then attends.
 
-    positions: [B], of the new tokens; room for them is made at once.
+    positions: [B], of the new tokens; the constructor makes room for them.
     After the forward pass: `queries` holds each layer's [B, num_heads, head_dim], `scaling` the
-    logits' factor.
+    factor of the attention logits.
     """
 
     scaling: float

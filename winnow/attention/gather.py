@@ -1,6 +1,6 @@
-"""Pages copied into padded tensors and masked: works on every device, best on a CPU.
+"""GatherBackend: copies pages into padded tensors and masks them; any device, best on a CPU.
 
-Rows of like length share a tensor, so that a long row does not make the others' padding as long.
+Rows of similar length share a tensor, so that short rows are not padded to the longest one.
 """
 
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from winnow.attention.decode import PagedKV, StepPlan
 
-_SHORT_PAGES = 32  # up to here, padding costs less than calls of their own for shorter rows
+_SHORT_PAGES = 32  # up to here, padding costs less than separate calls for shorter rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowGroup:
-    """Rows of like length: their places in the batch [b] int64, and how they are read.
+    """Rows of similar length: their indices in the batch [b] int64, and the plan to read them.
 
-    visible: [L, b, H_kv, P * page_size] bool, False behind a head's last entry.
+    visible: [L, b, H_kv, P * page_size] bool, False after a head's last entry.
     """
 
     rows: Tensor
@@ -27,7 +27,7 @@ class RowGroup:
 
 
 class GatherBackend:
-    """A DecodeBackend; its plan is the rows in groups."""
+    """A DecodeBackend whose plan is a list of row groups."""
 
     def __init__(self, pool: PagedKV) -> None:
         self._pool = pool
@@ -57,7 +57,7 @@ class GatherBackend:
     def _attend(self, layer_idx: int, group: RowGroup, query: Tensor, scaling: float) -> Tensor:
         keys, values = self._pool.gather(layer_idx, group.step)
         num_rows, num_kv_heads, _, head_dim = keys.shape
-        # The queries that share a KV head become its query rows: [B, H_kv, group, D].
+        # The queries of a group become rows of its KV head's query: [B, H_kv, group, D].
         grouped = query.reshape(num_rows, num_kv_heads, -1, head_dim)
         visible = group.visible[layer_idx][:, :, None]  # [B, H_kv, 1, T]
         output = F.scaled_dot_product_attention(
@@ -66,9 +66,9 @@ class GatherBackend:
         return output.reshape(num_rows, -1, 1, head_dim)
 
     def _of_like_length(self, rows: list[int]) -> list[Tensor]:
-        """Indices of rows in groups, within which lengths differ by less than a factor of two.
+        """Row indices, grouped so that lengths in a group differ by less than a factor of two.
 
-        A row is as long as its longest head, and all short ones are alike.
+        A row's length is that of its longest head; all rows up to _SHORT_PAGES are one group.
         """
         pool = self._pool
         groups: dict[int, list[int]] = {}

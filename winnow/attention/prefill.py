@@ -1,15 +1,15 @@
-"""Attention within one prompt."""
+"""Prefill attention: causal attention within one prompt."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
 class PrefillAttention:
-    """Causal attention within one prompt that keeps what scoring and the KV cache need.
+    """An AttentionCall for one prompt that keeps what scoring and the KV cache need.
 
     After the layer ran: `keys`, `values` [num_kv_heads, num_tokens, head_dim], `queries`
     [num_heads, min(num_queries, num_tokens), head_dim] of the last tokens (`num_queries` None: of
-    all), and `scaling` of the logits.
+    all), and `scaling` of the attention logits.
     """
 
     keys: Tensor
@@ -23,17 +23,25 @@ class PrefillAttention:
     def __call__(
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
+        self.observe(query, key, value, scaling)
+        return causal_attention(query, key, value, scaling)
+
+    def observe(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        """Keeps what is wanted of a layer; of `query` the last tokens' at least."""
         self.keys, self.values, self.scaling = key[0], value[0], scaling
         last = slice(None) if self._num_queries is None else slice(-self._num_queries, None)
         self.queries = query[0, :, last].contiguous()
-        return causal_attention(query, key, value, scaling)
+
+    def looks_at_most_at(self, num_queries: int) -> bool:
+        """Whether the last `num_queries` tokens' queries are all that is wanted."""
+        return self._num_queries is not None and self._num_queries <= num_queries
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Attention of each token to itself and those before it, by PyTorch's fused kernel.
+    """Causal self-attention, by PyTorch's fused kernel.
 
     query: [B, H, T, D].  key, value: [B, H_kv, T, D].  Returns [B, H, T, D].
-    The kernel works in blocks of queries and keys, so nothing of size T x T is ever held.
+    The kernel works in blocks of queries and keys, so no T x T matrix is held.
     """
     return F.scaled_dot_product_attention(
         query,

@@ -1,7 +1,7 @@
-"""Which KV entries of a layer survive. One rule, one file.
+"""KV compression rules: which KV entries of a layer are kept. One file per rule.
 
 To add a rule: write its file (a subclass of CompressionRule or RecompressionRule in base.py), and
-add its line to winnow/catalog.py.
+add its line to winnow/catalog.py; docs/methods.md has the recipe.
 """
 
 from winnow.catalog import COMPRESSIONS, RECOMPRESSIONS, load

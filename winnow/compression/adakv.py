@@ -1,16 +1,16 @@
-"""A layer's budget shared out over its KV heads by their scores (AdaKV, arXiv 2407.11550)."""
+"""AdaKV (arXiv 2407.11550): a layer's budget is distributed over its KV heads by their scores."""
 
 from torch import Tensor
 
 from winnow.compression.base import BudgetRule
 from winnow.scoring import descending_order, pooled_scores, sum_head_groups, with_window
 
-# The safeguard alpha is 1 / 5: that share of the budget each head has for certain.
+# The safeguard alpha is 1 / 5: every head gets at least this share of the budget.
 _ALPHA_PARTS = 5
 
 
 class AdaKVRule(BudgetRule):
-    """`kv_budget` entries per head on average, more where a head has more of the best ones."""
+    """Keeps `kv_budget` entries per head on average, more in heads with more of the best ones."""
 
     def max_entries(self, num_tokens: int, num_kv_heads: int) -> int:
         if self.keeps_all(num_tokens):
@@ -27,7 +27,7 @@ class AdaKVRule(BudgetRule):
 def keep_shared(
     mass: Tensor, num_kv_heads: int, window_size: int, kernel_size: int, kv_budget: int
 ) -> list[Tensor]:
-    """Per KV head, as many of its best entries as it was given, and the window, ascending.
+    """Per KV head, the best entries within its share of the budget, and the window, ascending.
 
     mass: [num_heads, num_tokens] observed attention, num_tokens > kv_budget > window_size.
     Returns num_kv_heads tensors int64 of different lengths that sum to num_kv_heads * kv_budget.
@@ -42,17 +42,17 @@ def keep_shared(
 
 
 def most_entries(num_tokens: int, num_kv_heads: int, window_size: int, kv_budget: int) -> int:
-    """Entries that one head keeps at most: those it gets if it has all of the layer's best."""
+    """The most entries that one head keeps: if all of the layer's best are its own."""
     budget = kv_budget - window_size
     fifths = (_ALPHA_PARTS - 1) * min(num_kv_heads * budget, num_tokens - window_size) + budget
     return window_size - -fifths // _ALPHA_PARTS
 
 
 def _head_budgets(scores: Tensor, budget: int) -> list[int]:
-    """(1 - alpha) B_i + alpha B: B_i of the best entries of the layer are head i's, B is `budget`.
+    """(1 - alpha) B_i + alpha B, where head i has B_i of the layer's best entries; B is `budget`.
 
-    scores: [num_kv_heads, n], budget < n.  What rounding down leaves goes to the heads that lost
-    most by it, so that the sum is num_kv_heads * budget.
+    scores: [num_kv_heads, n], budget < n.  Entries lost to rounding down go to the heads that lost
+    most, so that the sum is num_kv_heads * budget.
     """
     num_kv_heads, num_entries = scores.shape
     total = num_kv_heads * budget

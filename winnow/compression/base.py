@@ -1,4 +1,4 @@
-"""Rules that say which KV entries of a layer survive, after prefill and while decoding."""
+"""Base classes of the rules that choose which KV entries are kept, after prefill and in decode."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -10,23 +10,23 @@ from winnow.pruning_settings import PruningSettings, Recompression
 
 
 class CompressionRule(ABC):
-    """Which entries of a prompt's layer survive prefill, by one prompt's settings."""
+    """Which entries of a layer are kept after prefill, by the settings of one prompt."""
 
-    follows_budget: ClassVar[bool] = False  # whether `kv_budget` says how many entries survive
+    follows_budget: ClassVar[bool] = False  # whether `kv_budget` sets the number of entries kept
 
     def __init__(self, settings: PruningSettings) -> None:
         self.settings = settings
 
     @abstractmethod
     def keeps_all(self, num_tokens: int) -> bool:
-        """Whether a layer of `num_tokens` tokens stays whole, so that no scores are needed."""
+        """Whether all entries of a layer of `num_tokens` tokens are kept, which needs no scores."""
 
     @abstractmethod
     def max_entries(self, num_tokens: int, num_kv_heads: int) -> int:
-        """KV entries that one KV head of a layer of `num_tokens` tokens can keep at most."""
+        """The most entries that one KV head of a layer of `num_tokens` tokens can keep."""
 
     def keep(self, mass: Tensor, num_kv_heads: int) -> list[Tensor]:
-        """Per KV head, the ascending indices of the entries that survive.
+        """Per KV head, the ascending indices of the entries to keep.
 
         mass: [num_heads, num_tokens] from `winnow.scoring.observed_attention`.
         Returns num_kv_heads tensors int64, which may differ in length.
@@ -38,11 +38,11 @@ class CompressionRule(ABC):
 
     @abstractmethod
     def keep_some(self, mass: Tensor, num_kv_heads: int) -> list[Tensor]:
-        """As `keep`, of a layer that does not stay whole."""
+        """As `keep`, for a layer that is not kept whole."""
 
 
 class KeepAll(CompressionRule):
-    """Every entry survives."""
+    """Keeps every entry."""
 
     def keeps_all(self, num_tokens: int) -> bool:
         return True
@@ -55,13 +55,13 @@ class KeepAll(CompressionRule):
 
 
 class BudgetRule(CompressionRule):
-    """`kv_budget` entries per KV head survive, or so many on average over a layer's heads."""
+    """Keeps `kv_budget` entries per KV head, or on average over the KV heads of a layer."""
 
     follows_budget = True
 
     @property
     def kv_budget(self) -> int:
-        """The setting, of a layer that does not stay whole."""
+        """The setting, for a layer that is not kept whole."""
         assert self.settings.kv_budget is not None
         return self.settings.kv_budget
 
@@ -74,14 +74,14 @@ class BudgetRule(CompressionRule):
 
 
 class RecompressionRule(ABC):
-    """Which entries of a KV head survive a cut while decoding, by one request's settings."""
+    """Which entries of a KV head recompression keeps in decode, by the settings of one request."""
 
     def __init__(self, settings: Recompression) -> None:
         self.settings = settings
 
     @abstractmethod
     def keep(self, keys: Tensor, queries: Tensor, scaling: float, num_kept: int) -> Tensor:
-        """The ascending indices of the `num_kept` entries that survive, the window's among them.
+        """The ascending indices of the `num_kept` entries to keep, the window's included.
 
         keys: [num_entries, head_dim] of one KV head, num_entries > num_kept > w.
         queries: [group, w, head_dim] of the last w tokens.  Returns [num_kept] int64.

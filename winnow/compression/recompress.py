@@ -1,4 +1,4 @@
-"""The cache cut while decoding, by what the last generated tokens' queries attend to."""
+"""Recompression of one layer during decode, scored by the queries of the last tokens."""
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ from winnow.kv import LayerKV
 def recompress_layer(
     layer: LayerKV, scaling: float, rule: RecompressionRule, budget: int
 ) -> LayerKV:
-    """The layer with every head that is longer cut to the `budget` entries that `rule` keeps.
+    """The layer with each KV head reduced to the `budget` entries that `rule` keeps.
 
-    `layer.window_queries` are the last w tokens' queries; those tokens' entries, the last w of each
-    head, always stay. Shorter heads stay as they are.
+    `layer.window_queries` are the queries of the last w tokens, whose entries (the last w of each
+    head) are always kept. Heads within the budget are unchanged.
     """
 
     def kept_of_head(keys: Tensor, queries: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Entries that are attended to and unlike each other (R-KV, arXiv 2505.24133)."""
+"""R-KV (arXiv 2505.24133): keeps entries that are attended to and not redundant."""
 
 import torch
 import torch.nn.functional as F
@@ -7,12 +7,12 @@ from torch import Tensor
 from winnow.compression.base import RecompressionRule
 from winnow.scoring import descending_order, with_window
 
-_SIMILAR = 0.5  # T of the authors' code; the paper leaves it open, and beta, which is 1 there
+_SIMILAR = 0.5  # T in the authors' code; the paper gives neither it nor beta, which is 1 there
 _BLOCK_SIZE = 1024
 
 
 class RKVRecompression(RecompressionRule):
-    """Weighs attention against redundancy by `redundancy_weight`."""
+    """Trades attention against redundancy by `redundancy_weight`."""
 
     def keep(self, keys: Tensor, queries: Tensor, scaling: float, num_kept: int) -> Tensor:
         return keep_diverse(
@@ -33,8 +33,8 @@ def keep_diverse(
     kv_budget: int,
     redundancy_weight: float,
 ) -> Tensor:
-    """Of one KV head, the `kv_budget - w` entries of highest lambda I - (1 - lambda) R, and the
-    window, ascending.
+    """The `kv_budget - w` entries of one KV head with the highest lambda I - (1 - lambda) R, and
+    the window, ascending.
 
     keys: [num_entries, head_dim], num_entries > kv_budget > w.
     window_queries: [group, w, head_dim], of the tokens of the last w entries.
@@ -49,8 +49,8 @@ def keep_diverse(
 
 
 def importance(keys: Tensor, window_queries: Tensor, scaling: float, kernel_size: int) -> Tensor:
-    """Attention from the window (I): the group's largest logits, softmax over the n candidates,
-    the maximum over `kernel_size` neighbours, the mean over the window.
+    """Importance I: the maximum logits over the group, softmax over the n candidates, max-pooling
+    over `kernel_size` neighbours, mean over the window.
 
     keys: [n, head_dim].  window_queries: [group, w, head_dim].  Returns [n] float32.
     """
@@ -60,11 +60,11 @@ def importance(keys: Tensor, window_queries: Tensor, scaling: float, kernel_size
 
 
 def redundancy(keys: Tensor) -> Tensor:
-    """Softmax over the mean cosine similarity of each key to the others (R).
+    """Redundancy R: softmax over the mean cosine similarity of each key to the others.
 
-    For each key, its similarity to the latest one that is like it counts as 0 in the mean of that
-    latest one, so of a set of similar keys the last is not redundant.
-    keys: [n, head_dim].  Returns [n] float32. Held at a time: [_BLOCK_SIZE, n].
+    The similarity of a key to the latest key similar to it counts as 0 in the mean of that latest
+    one, so the last of a set of similar keys is not redundant.
+    keys: [n, head_dim].  Returns [n] float32.  Peak memory: [_BLOCK_SIZE, n].
     """
     directions = F.normalize(keys.float(), dim=-1)
     columns = torch.arange(len(keys), device=keys.device)

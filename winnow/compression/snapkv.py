@@ -1,4 +1,4 @@
-"""The same number of entries in each KV head, those the window attends to (arXiv 2404.14469)."""
+"""SnapKV (arXiv 2404.14469): each KV head keeps the entries that the window attends to most."""
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from winnow.scoring import (
 
 
 class SnapKVRule(BudgetRule):
-    """Of each head the `kv_budget - window_size` best entries and the window."""
+    """Keeps the `kv_budget - window_size` best entries of each head, and the window."""
 
     def keep_some(self, mass: Tensor, num_kv_heads: int) -> list[Tensor]:
         settings = self.settings
@@ -23,7 +23,7 @@ class SnapKVRule(BudgetRule):
 
 
 class SnapKVRecompression(RecompressionRule):
-    """The same, with the last generated tokens as the window."""
+    """As SnapKVRule, with the last tokens of the sequence as the window."""
 
     def keep(self, keys: Tensor, queries: Tensor, scaling: float, num_kept: int) -> Tensor:
         mass = observed_attention(queries, keys[None], scaling)

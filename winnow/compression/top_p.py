@@ -1,6 +1,6 @@
-"""As many entries in each KV head as its attention mass needs, so head lengths differ.
+"""Top-p: each KV head keeps the fewest entries that reach an attention mass; head lengths differ.
 
-The rule is nucleus sampling's (arXiv 1904.09751) on the window's mean attention.
+The rule is that of nucleus sampling (arXiv 1904.09751), on the window's mean attention.
 """
 
 import torch
@@ -11,7 +11,7 @@ from winnow.scoring import descending_order
 
 
 class TopPRule(CompressionRule):
-    """Of each head the smallest set with attention mass `kv_top_p`."""
+    """Keeps the smallest set of entries per head with attention mass `kv_top_p`."""
 
     def keeps_all(self, num_tokens: int) -> bool:
         return num_tokens <= self.settings.window_size or self.settings.kv_top_p >= 1
@@ -26,8 +26,8 @@ class TopPRule(CompressionRule):
 def keep_mass(mass: Tensor, num_kv_heads: int, window_size: int, kv_top_p: float) -> list[Tensor]:
     """Per KV head, the smallest set whose mean attention reaches `kv_top_p`, ascending.
 
-    The mean is over the head group and the window's rows, over all columns, not pooled; token 0
-    and the window always stay.
+    The mean is over the head group and the window's rows, for all columns, without pooling. Token 0
+    and the window are always kept.
     mass: [num_heads, num_tokens] observed attention.
     """
     num_heads, num_tokens = mass.shape

@@ -1,6 +1,6 @@
-"""The running batch: sequences join when their KV is in place, decode together, and leave.
+"""The decode engine: continuous batching of sequences whose prompt KV is in the pool.
 
-`step` belongs to one thread; every other method may be called from any thread.
+One thread calls `step` and `step_first`; every other method may be called from any thread.
 """
 
 import logging
@@ -32,7 +32,7 @@ Outcome = Token | WinnowError
 class DecodeEngine:
     """Continuous batching over one model and one pool of pages.
 
-    swap_bytes: host memory for sequences that wait for pages.
+    swap_bytes: host memory for sequences that are swapped out.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class DecodeEngine:
         self._num_failures = 0
         self._failing = threading.Lock()
 
-    # From any thread
+    # Called from any thread
 
     @property
     def recompression_stats(self) -> RecompressionStats:
@@ -73,24 +73,24 @@ class DecodeEngine:
         return self.scheduler.stats()
 
     def reserve(self, spec: GenerationSpec) -> Reservation:
-        """Promises memory and places for a request.
+        """Reserve KV memory and batch slots for a request.
 
         Raises InvalidSetting if the request can never run here, Overloaded if it cannot now.
         """
         return self.scheduler.reserve(spec)
 
     def request_room(self, spec: GenerationSpec, done: Callable[[], object]) -> bool:
-        """Has running sequences shrink until `reserve` finds pages for `spec`; False if none can.
+        """Ask running sequences to free pages for `spec`; False if no sequence can shrink.
 
-        `done` is called from the engine's thread when they have, or can no further.
+        `done` is called from the engine's thread once there is room, or no more can be freed.
         """
         return self.scheduler.request_room(spec, done)
 
     def start(self, reservation: Reservation, final_hidden: Tensor, next_position: int) -> None:
-        """Lets a request whose layers are all written join the batch.
+        """Add a request whose layers are all written to the batch.
 
-        final_hidden: [hidden_size], the last prompt token's.  next_position: at which decoding
-        goes on, from the prefill's report.
+        final_hidden: [hidden_size], of the last prompt token.  next_position: position of the first
+        new token, from the prefill report.
         """
         hidden = final_hidden.to(device=self.model.device, dtype=self.model.shape.dtype)
         self.scheduler.join(reservation, lambda: reservation.begin(hidden, next_position))
@@ -101,10 +101,10 @@ class DecodeEngine:
         states: Mapping[int, SequenceState],
         final_hidden: Tensor,
     ) -> None:
-        """Lets a request join that ran at another worker, and whose layers are all written.
+        """Add a migrated request, whose layers are all written, to the batch.
 
-        states: of its sequences that have not ended, by sequence_idx.  final_hidden: as in
-        `start`; it only matters to a sequence without a token.
+        states: of its unfinished sequences, by sequence_idx.  final_hidden: as in `start`; used
+        only for a sequence without a token.
         """
         hidden = final_hidden.to(device=self.model.device, dtype=self.model.shape.dtype)
         self.scheduler.join(reservation, lambda: reservation.resume(states, hidden))
@@ -112,16 +112,16 @@ class DecodeEngine:
     def taken_out(
         self, reservation: Reservation, timeout_s: float
     ) -> AbstractContextManager[list[Sequence]]:
-        """The request's sequences, out of the batch and between two steps; freed in the end.
+        """Take the request's sequences out of the batch between two steps; freed on exit.
 
-        Empty if none runs (any more).  Raises EngineFailed if the step takes longer than that.
+        Empty if none is running.  Raises EngineFailed if the current step exceeds `timeout_s`.
         """
         return self.scheduler.taken_out(reservation, timeout_s)
 
     def release(self, reservation: Reservation) -> None:
-        """Ends a request wherever it is and frees its pages, at the latest before the next step.
+        """End a request in any state and free its pages, at the latest before the next step.
 
-        A device that fails at that is noted; what was promised to the request is free all the same.
+        A device failure here is counted; the request's reservation is freed regardless.
         """
         try:
             self.scheduler.release(reservation)
@@ -131,30 +131,30 @@ class DecodeEngine:
 
     @property
     def num_failures(self) -> int:
-        """Failed steps, and KV that could not be put in place, since a forward pass succeeded."""
+        """Failed steps and failed KV writes since the last successful forward pass."""
         return self._num_failures
 
     def note_failure(self) -> None:
-        """Something failed that may be the device's fault."""
+        """Count a failure that the device may have caused."""
         with self._failing:
             self._num_failures += 1
 
     def wait_for_work(self, timeout_s: float) -> bool:
-        """Blocks until there is something for `step` to do; False if the time passed first."""
+        """Block until there is work for `step`; False on timeout."""
         return self.scheduler.wait_for_work(timeout_s)
 
     def wait_for_news(self, timeout_s: float) -> bool:
-        """Blocks until `step` can do more than go on with who runs; False if the time passed."""
+        """Block until `step` has more to do than continue the running batch; False on timeout."""
         return self.scheduler.wait_for_news(timeout_s)
 
-    # From the engine's thread
+    # Called from the engine's thread
 
     def step(self) -> list[StepOutput]:
-        """One token for every running sequence; what each request got."""
+        """Generate one token for every running sequence; returns one output per request."""
         return self._step(self.scheduler.schedule())
 
     def step_first(self) -> list[StepOutput]:
-        """As `step`, but only sequences without a token get one, which takes no layer."""
+        """As `step`, but only for sequences without a token yet, which need no layer computed."""
         return self._step(self.scheduler.schedule_first())
 
     def _step(self, schedule: Schedule) -> list[StepOutput]:
@@ -174,20 +174,20 @@ class DecodeEngine:
         return self._emit({**result.tokens, **schedule.preempted})
 
     def _recompress(self, result: StepResult) -> None:
-        if result.queries is None:  # a first token takes no layer: it works where the rest fails
+        if result.queries is None:  # no layer was computed, so the device is not proven to work
             return
         self._recompressor.observe(result.queries)
         with self._failing:
             self._num_failures = 0
 
     def _failed(self, batch: list[Sequence], error: RuntimeError) -> StepResult:
-        """Out of memory, a broken kernel: nobody's KV is sure now."""
+        """Fail the whole batch: after a device error no sequence's KV can be trusted."""
         logger.error("the forward pass failed with %d sequences", len(batch), exc_info=error)
         self.note_failure()
         return StepResult(dict.fromkeys(batch, EngineFailed(f"the forward pass failed: {error}")))
 
     def _emit(self, outcomes: Mapping[Sequence, Outcome]) -> list[StepOutput]:
-        """Each request's output; sequences that ended leave the batch and free their pages."""
+        """Each request's output; finished sequences leave the batch and free their pages."""
         by_request: dict[Reservation, dict[Sequence, Outcome]] = {}
         for seq, outcome in outcomes.items():
             by_request.setdefault(seq.reservation, {})[seq] = outcome

@@ -1,4 +1,4 @@
-"""What decode is asked to generate from one prompt, and the pages that this can take."""
+"""GenerationSpec: a decode request, and how many KV pages it needs."""
 
 from dataclasses import dataclass, field
 
@@ -13,17 +13,15 @@ _ENDLESS = 2**62
 
 @dataclass(frozen=True, slots=True)
 class GenerationSpec:
-    """What is to be generated from one prompt.
+    """What decode generates from one prompt. Sequence i of `num_sequences` samples with seed + i.
 
-    max_prompt_entries: KV entries per (layer, KV head) that prefill will send at most.
-    recompression: how its cache is cut while it generates.
+    max_prompt_entries: the most KV entries per (layer, KV head) that prefill will send.
+    recompression: how the KV cache is compressed during decode.
     prompt_token_ids: only needed if `sampling.needs_prompt`.
-    replayed: of each sequence, the tokens that another worker generated before it was lost: they
-    are fed to the model one by one, instead of sampled, until the sequence is where it was. Empty:
-    none.
-    assured: its memory is set aside to the last token, so that it never gives way to others.
-    moved: it comes with what it holds at another worker, which may be more than its prompt.
-    Sequence i of `num_sequences` samples with seed + i.
+    replayed: per sequence, tokens that a lost worker had already generated. They are fed to the
+    model one by one instead of being sampled. Empty: none.
+    assured: pages are reserved up to the last token, so the request is never preempted.
+    moved: the request migrates here with its current KV, which may be larger than its prompt's.
     """
 
     request_id: str
@@ -39,7 +37,7 @@ class GenerationSpec:
 
     @property
     def max_entries(self) -> int:
-        """Entries that one (layer, KV head) can come to hold."""
+        """The most entries that one (layer, KV head) can hold."""
         unbounded = self.max_prompt_entries + self.sampling.max_tokens
         budget = self.recompression.decode_budget
         if budget is None:
@@ -47,12 +45,12 @@ class GenerationSpec:
         return min(unbounded, max(self.max_prompt_entries, self.limit_at(budget)) + 1)
 
     def limit_at(self, budget: int | None) -> int:
-        """Entries per head above which decode cuts back to `budget`."""
+        """Entries per head above which decode compresses back to `budget`."""
         return _ENDLESS if budget is None else budget + self.recompression.recompress_interval
 
 
 def promise_for(pool: KVPool, spec: GenerationSpec) -> Promise:
-    """What each sequence of the request is promised: room for what arrives at any rate."""
+    """Pages to reserve for each sequence; `sure` always covers the KV that will arrive."""
     most = spec.max_entries
     sure = most if spec.assured or spec.moved else min(spec.max_prompt_entries + 1, most)
     queries = query_pages(pool, spec)
@@ -60,7 +58,7 @@ def promise_for(pool: KVPool, spec: GenerationSpec) -> Promise:
 
 
 def query_pages(pool: KVPool, spec: GenerationSpec) -> int:
-    """Pages for the last queries of each sequence of the request."""
+    """Pages for the query window of each sequence of the request."""
     recompression = spec.recompression
     window = recompression.window_size if recompression.observes else 0
     return pool.pages_for_queries(num_queries(pool, window))

@@ -1,9 +1,8 @@
-"""What is promised of a KV pool, and kept: rows, and the pages that each may come to hold.
+"""Reservations on a KV pool: rows, and the pages that each row may grow to.
 
-Rows and pages are promised together (`reserve`). The pages for what a row holds, or is about to
-receive, are always there. Those that it may still grow into are too, unless promises exceed the
-pool by `overcommit`; so whoever runs the rows claims what a step takes before it, and makes some of
-them give way where that fails.
+Rows and pages are reserved together (`reserve`). Pages for what a row holds or is about to receive
+are always available. So are the pages it may still grow into, unless `overcommit` is above 1: the
+scheduler therefore claims a step's pages before the step, and preempts sequences if that fails.
 """
 
 import contextlib
@@ -17,9 +16,9 @@ _NOTHING = Promise(0, 0)
 
 
 class KVManager:
-    """Promises of one pool. Every method may be called from any thread.
+    """Reservations on one pool. Every method may be called from any thread.
 
-    overcommit: what may be promised in all, in pools, 1 or more.
+    overcommit: pages that may be reserved in total, in multiples of the pool, 1 or more.
     """
 
     def __init__(self, pool: KVPool, num_rows: int, overcommit: float) -> None:
@@ -28,7 +27,7 @@ class KVManager:
         self._lock = threading.RLock()
 
     def reserve(self, num_rows: int, promise: Promise) -> list[int]:
-        """Rows with that promise to each.
+        """Allocate rows and reserve `promise` for each.
 
         Raises InvalidSetting if the pool could never hold them, Overloaded if it cannot now.
         """
@@ -36,7 +35,7 @@ class KVManager:
             return self._promises.give(num_rows, promise)
 
     def has_room(self, num_rows: int, promise: Promise, freed: Promise = _NOTHING) -> bool:
-        """Whether `reserve` would succeed, once `freed` were free besides."""
+        """Whether `reserve` would succeed if `freed` were free as well."""
         with self._lock:
             return self._promises.has_room(num_rows, promise, freed)
 
@@ -45,10 +44,10 @@ class KVManager:
             return self._promises.of(row)
 
     def settle(self, row: int, extra_entries: int, cap: int, *, assured: bool = False) -> None:
-        """Lower a row's promise to what it holds and what it can still grow to.
+        """Lower a row's reservation to what it holds and what it can still grow to.
 
-        extra_entries, cap: as in `KVPool.pages_within_reach`.  assured: all of that is kept for it;
-        other rows can give way from then on.
+        extra_entries, cap: as in `KVPool.pages_within_reach`.  assured: set all of that aside for
+        it; any other row can be preempted from then on.
         """
         with self._lock:
             most = self.pool.pages_within_reach(row, extra_entries, cap)
@@ -58,28 +57,28 @@ class KVManager:
                 self._promises.loosen(row)
 
     def claim(self, rows: list[int]) -> bool:
-        """Keeps the pages that the next step of these rows takes; False if there are too few."""
+        """Set aside the pages that these rows' next step takes; False if there are too few."""
         with self._lock:
             return self._promises.secure(self.pool.pages_after_step(rows))
 
     def evict(self, row: int) -> None:
-        """Frees a row's pages and keeps none for it; `readmit` it before it is written again."""
+        """Free a row's pages and set none aside; call `readmit` before writing it again."""
         with self._lock:
             self.pool.clear(row)
             self._promises.unsecure(row)
 
     def readmit(self, row: int, num_pages: int, *, spare: int) -> bool:
-        """Keeps pages for an evicted row if, after that, `spare` others are free."""
+        """Set pages aside for an evicted row if at least `spare` others stay free."""
         with self._lock:
             return self._promises.secure({row: num_pages}, spare=spare)
 
     def release(self, *rows: int) -> None:
-        """Frees rows, their pages and their promises.
+        """Free rows, their pages and their reservations.
 
-        Promises are taken back from all even if the device fails at that; pages that a row keeps
-        then are freed when it is written next.
+        Reservations are freed even if the device fails; pages that a row still holds then are freed
+        when the row is next written.
         """
-        with self._lock, contextlib.ExitStack() as steps:  # the last one first
+        with self._lock, contextlib.ExitStack() as steps:  # runs in reverse order
             for row in rows:
                 steps.callback(self._promises.take_back, row)
                 steps.callback(self.pool.clear, row)

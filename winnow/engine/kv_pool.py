@@ -1,12 +1,12 @@
-"""Paged memory for the KV of many sequences. A page belongs to one (layer, KV head) of one row.
+"""Paged KV cache of many sequences. A page belongs to one (layer, KV head) of one row.
 
-Because pages are per head, heads of different lengths cost nothing but the rest of their last page.
-A row's last queries, by which it is recompressed, lie in pages too, so that the pool bounds them as
-well. A row is a sequence's place in the batch. Who may take how many pages is decided elsewhere
-(kv_manager.py): here they are there when they are taken.
+A row is a sequence's slot in the batch. Pages are per head, so heads of different lengths waste at
+most the rest of their last page. A row's last queries, which recompression scores with, are stored
+in pages too, so the pool also bounds them. kv_manager.py decides how many pages a row may take;
+this module assumes that enough are free.
 
-Every method may be called from any thread; pages of different rows are never written by the same
-call, so prefill's KV arrives while other rows decode.
+Every method may be called from any thread. Concurrent writes must be to different rows; so
+prefill's KV can arrive while other rows decode.
 """
 
 import threading
@@ -19,14 +19,14 @@ from winnow.attention import StepPlan
 from winnow.errors import InvalidSetting
 from winnow.kv import LayerKV, ModelShape
 
-_FIRST_PAGE = 1  # page 0 fills the unused ends of page tables and is never promised
+_FIRST_PAGE = 1  # page 0 pads the page tables and is never allocated
 
 
 @dataclass(frozen=True, slots=True)
 class KVPoolConfig:
     """memory_bytes: for keys, values and positions of all pages; page_size: entries per page.
 
-    overcommit: what may be promised in all, in pools, 1 or more.
+    overcommit: pages that may be reserved in total, in multiples of the pool, 1 or more.
     """
 
     memory_bytes: int = 1 << 30
@@ -58,11 +58,11 @@ class KVPool:
         self.num_pages = config.num_pages(shape)
         self.device = device
         size = (self.num_pages + _FIRST_PAGE, self.page_size)
-        # Not filled: memory that no page was taken from is never touched.
+        # Not initialized: the memory of a page is first touched when the page is allocated.
         entries = torch.empty(2, *size, shape.head_dim, dtype=shape.dtype, device=device)
         self._keys, self._values = entries
-        self._vectors = entries.view(-1, shape.head_dim)  # of both
-        self._query_pages: dict[int, Tensor] = {}  # by row
+        self._vectors = entries.view(-1, shape.head_dim)  # keys, then values
+        self._query_pages: dict[int, Tensor] = {}  # page ids by row
         self._positions = torch.empty(size, dtype=torch.int32, device=device)
         self._blank(torch.zeros(1, dtype=torch.int64, device=device))
         heads = (num_rows, shape.num_layers, shape.num_kv_heads)
@@ -80,19 +80,18 @@ class KVPool:
         return heads * -(-num_entries // self.page_size)
 
     def pages_for_queries(self, num_queries: int) -> int:
-        """Pages that `place_queries` takes."""
+        """Pages that `place_queries` allocates."""
         return -(-num_queries // (2 * self.page_size))
 
     def pages_held(self, row: int) -> int:
-        """Pages that the row has, those of its queries included."""
+        """Pages that the row holds, those of its queries included."""
         with self._lock:
             return self._num_pages_of(row, self._lengths[row])
 
     def pages_within_reach(self, row: int, extra_entries: int, cap: int) -> int:
-        """Pages that the row may come to hold.
+        """The most pages that the row can hold.
 
-        Each head may grow by `extra_entries`, but stays within the larger of `cap` and its length
-        plus one.
+        Each head may grow by `extra_entries`, up to the larger of `cap` and its length plus one.
         """
         with self._lock:
             lengths = self._lengths[row]
@@ -100,7 +99,7 @@ class KVPool:
             return self._num_pages_of(row, reach)
 
     def pages_after_step(self, rows: list[int]) -> dict[int, int]:
-        """Pages that each row has once `plan_step` has made room for one more entry per head."""
+        """Pages that each row holds after `plan_step` has made room for one more entry per head."""
         with self._lock:
             entries = (self._lengths[rows] // self.page_size + 1).flatten(1).sum(1).tolist()
             return {
@@ -114,21 +113,21 @@ class KVPool:
         return self.num_pages - self._num_free
 
     def clear(self, row: int) -> None:
-        """Frees a row's pages."""
+        """Free a row's pages."""
         with self._lock:
             for layer_idx in range(self.shape.num_layers):
                 self._truncate(row, layer_idx, torch.zeros_like(self._lengths[row, layer_idx]))
             self._drop_queries(row)
 
     def probe(self) -> None:
-        """Raises RuntimeError if the device computes no more.  Writes to no row's page."""
+        """Raise RuntimeError if the device has failed.  Writes to no row's page."""
         self._blank(torch.zeros(1, dtype=torch.int64, device=self.device))
-        float(self._keys[0, 0, 0])  # waits for the device, which tells only then
+        float(self._keys[0, 0, 0])  # synchronizes with the device, which reports errors only then
 
     # Whole layers
 
     def write_layer(self, row: int, layer: LayerKV) -> None:
-        """Replaces what the row holds of the layer by copies of the layer's entries."""
+        """Replace the row's entries of the layer with copies of `layer`'s."""
         lengths = torch.tensor(layer.head_lengths, device=self.device)
         with self._lock:
             self._truncate(row, layer.layer_idx, torch.zeros_like(lengths))
@@ -139,7 +138,7 @@ class KVPool:
         self._positions.view(-1)[slots] = layer.positions.to(self.device)
 
     def read_layer(self, row: int, layer_idx: int, window_queries: Tensor | None = None) -> LayerKV:
-        """What the row holds of the layer, copied out, with the given window queries, or none."""
+        """A copy of the row's entries of the layer, with the given window queries, or none."""
         if window_queries is None:
             empty = (self.shape.num_heads, 0, self.shape.head_dim)
             window_queries = torch.empty(empty, dtype=self.shape.dtype)
@@ -156,9 +155,9 @@ class KVPool:
         )
 
     def place_queries(self, row: int, num_queries: int) -> Tensor:
-        """Takes pages for so many of the row's queries, instead of those it has for some.
+        """Allocate pages for `num_queries` queries of the row, in place of its current ones.
 
-        Returns where each goes in `vectors`: [num_queries] int64.
+        Returns the index of each in `vectors`: [num_queries] int64.
         """
         with self._lock:
             self._drop_queries(row)
@@ -181,9 +180,9 @@ class KVPool:
     # Decode steps
 
     def plan_step(self, rows: list[int], positions: Tensor) -> StepPlan:
-        """Makes room for one more entry in every head of the rows and says where it goes.
+        """Make room for one more entry in every head of the rows; returns where it goes.
 
-        positions: [B], of the new tokens; they count as written when this returns.
+        positions: [B], of the new tokens; `lengths` counts them as soon as this returns.
         """
         with self._lock:
             lengths = self._lengths[rows]  # [B, L, H]
@@ -201,7 +200,7 @@ class KVPool:
         )
 
     def append(self, layer_idx: int, plan: StepPlan, keys: Tensor, values: Tensor) -> None:
-        """Writes the step's new entries of a layer.  keys, values: [B, H_kv, D]."""
+        """Write the step's new entries of a layer.  keys, values: [B, H_kv, D]."""
         slots = plan.slots[layer_idx]
         self._keys.view(-1, self.shape.head_dim)[slots] = keys
         self._values.view(-1, self.shape.head_dim)[slots] = values
@@ -216,7 +215,7 @@ class KVPool:
     # Pages of one row; the lock is held
 
     def _num_pages_of(self, row: int, lengths: Tensor) -> int:
-        """Of the row, were its heads of these lengths [L, H_kv]."""
+        """Pages of the row if its heads had these lengths [L, H_kv]."""
         return int((-(-lengths // self.page_size)).sum()) + self._num_query_pages(row)
 
     def _num_query_pages(self, row: int) -> int:
@@ -240,18 +239,18 @@ class KVPool:
         return slots[entry < lengths[:, None]]
 
     def _truncate(self, row: int, layer_idx: int, lengths: Tensor) -> None:
-        """Shortens the layer's heads to `lengths` [H_kv] and frees the pages behind them."""
+        """Shorten the layer's heads to `lengths` [H_kv] and free the pages behind them."""
         table = self._table[row, layer_idx]
         page = torch.arange(table.shape[1], device=self.device)
         behind = (page >= -(-lengths // self.page_size)[:, None]) & (table > 0)
         freed = table[behind]
         self._free_pages[self._num_free : self._num_free + len(freed)] = freed
-        table.masked_fill_(behind, 0)  # before they count as free, lest a failure free them twice
+        table.masked_fill_(behind, 0)  # before _num_free grows: a failure cannot free them twice
         self._num_free += len(freed)
         self._lengths[row, layer_idx] = lengths
 
     def _grow(self, row: int, layer_idx: int, lengths: Tensor) -> None:
-        """Gives an empty layer the pages for `lengths` [H_kv] entries."""
+        """Allocate pages for `lengths` [H_kv] entries to an empty layer."""
         num_pages = -(-lengths // self.page_size)
         self._widen(int(num_pages.max()))
         page = torch.arange(self._table.shape[-1], device=self.device)
@@ -262,7 +261,7 @@ class KVPool:
         self._lengths[row, layer_idx] = lengths
 
     def _add_pages(self, rows: list[int], lengths: Tensor) -> None:
-        """A new page for each head whose last one is full.  lengths: [B, L, H_kv]."""
+        """Allocate a page to each head whose last one is full.  lengths: [B, L, H_kv]."""
         full = lengths % self.page_size == 0
         num_new = int(full.sum())
         if not num_new:
@@ -276,10 +275,10 @@ class KVPool:
         self._table[row, layer, head, page] = new
 
     def _blank(self, pages: Tensor) -> None:
-        """Zeroes pages that will be partly filled.
+        """Zero pages that will be partly filled.
 
-        Attention reads whole pages and masks their ends, and a mask does not hide a NaN that a
-        broken request left there.
+        Attention reads whole pages and masks their ends, but masking does not remove a NaN that a
+        failed request left there.
         """
         self._keys[pages] = 0
         self._values[pages] = 0

@@ -1,4 +1,4 @@
-"""What a decode engine tells: of each step, and of itself."""
+"""What a decode engine reports: the output of each step, and stats."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ from winnow.tokens import Token
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one step did for one request; after `finished` or an `error` nothing more follows.
+    """One request's output of one step; the last one has `finished` or an `error`.
 
-    tokens: new ones; none of a sequence that replays.
-    recompressed_entries: dropped so far, over layers, heads and sequences.
+    tokens: new tokens; replayed ones are left out.
+    recompressed_entries: KV entries dropped so far, over layers, heads and sequences.
     """
 
     request_id: str
@@ -23,9 +23,10 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True)
 class PoolStats:
-    """Pages in all, used, and promised (the used ones included); bytes of used pages.
+    """Page counts of a pool, and the bytes of its used pages.
 
-    pages_used: that hold entries or queries.  pages_free: that a request could be promised now.
+    pages_used: pages that hold entries or queries.  pages_reserved: the most that all admitted
+    requests may hold, used ones included.  pages_free: pages that can be reserved now.
     """
 
     pages_total: int
@@ -37,16 +38,16 @@ class PoolStats:
 
     @property
     def used_ratio(self) -> float:
-        """Pages holding entries, of all."""
+        """Share of pages that are used, 0 to 1."""
         return self.pages_used / self.pages_total
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """reserved_requests: admitted, KV not complete yet.
+    """reserved_requests: admitted requests whose KV is not complete yet.
 
-    swapped_sequences, swapped_bytes: what waits in host memory for pages.
-    kv_unpruned_bytes: what the running sequences would hold had nothing been pruned.
+    swapped_sequences, swapped_bytes: sequences in host memory, and their size.
+    kv_unpruned_bytes: size of the running sequences' KV if nothing had been pruned.
     """
 
     pool: PoolStats

@@ -1,9 +1,9 @@
-"""What gives way when pages run short.
+"""Preemption: freeing pages when the KV pool runs short.
 
-First, sequences that allow it shrink to their `decode_floor`, those with the most entries first.
-Then whole sequences wait in host memory, the youngest first; the oldest comes back first, before
-any new request is let in, so each one ends. What does not fit there either is given up: its
-request has to be computed anew, with its memory assured.
+First, sequences that allow it are compressed to their `decode_floor`, the one with the most entries
+first. Then whole sequences are swapped out to host memory, the youngest first. The oldest is
+swapped in first, before any new request is admitted, so every sequence finishes. A sequence that
+does not fit into host memory is given up: its request must be recomputed, with assured memory.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from winnow.kv import LayerKV
 
 @dataclass(frozen=True, slots=True)
 class PreemptionStats:
-    """Since the start: sequences shrunk to their floor, swapped out, and given up."""
+    """Totals since the start: sequences compressed to their floor, swapped out, given up."""
 
     shrunk: int = 0
     swapped_out: int = 0
@@ -30,21 +30,21 @@ class PreemptionStats:
 
 
 class Preemptor:
-    """Belongs to the engine's thread. swap_bytes: of keys, values and positions in host memory.
+    """Used by the engine's thread. swap_bytes: host memory for swapped-out sequences.
 
-    What waits is read by other threads too: `add` and `drop` need the scheduler's lock.
+    Other threads read `swapped` and `swapped_bytes`: `add` and `drop` need the scheduler's lock.
     """
 
     def __init__(self, memory: KVManager, recompressor: Recompressor, swap_bytes: int) -> None:
         self.stats = PreemptionStats()
-        self.swapped: list[Sequence] = []  # the oldest first
+        self.swapped: list[Sequence] = []  # oldest first
         self.swapped_bytes = 0
         self._memory, self._pool = memory, memory.pool
         self._recompressor = recompressor
         self._swap_bytes = swap_bytes
 
     def shrink_one(self, running: list[Sequence]) -> bool:
-        """Shrinks the sequence with the most entries of those that still can; False if none."""
+        """Compress the sequence with the most entries to its floor; False if none can shrink."""
         able = self._able(running)
         if not able:
             return False
@@ -56,18 +56,18 @@ class Preemptor:
         return True
 
     def shrink_for(self, spec: GenerationSpec, running: list[Sequence]) -> None:
-        """Shrinks sequences until the request has room; none if all together would not do."""
+        """Shrink sequences until the request has room; none if that would not free enough."""
         promise, count = promise_for(self._pool, spec), spec.num_sequences
         if self._memory.has_room(count, promise, self._gain(running)):
             while not self._memory.has_room(count, promise) and self.shrink_one(running):
                 pass
 
     def _able(self, running: list[Sequence]) -> list[Sequence]:
-        known = self._recompressor.scaling is not None  # it is not before the worker's first step
+        known = self._recompressor.scaling is not None  # None before the worker's first step
         return [seq for seq in running if known and can_shrink(seq)]
 
     def _gain(self, running: list[Sequence]) -> Promise:
-        """Pages that shrinking everybody would free at least."""
+        """Pages that shrinking all sequences would free at least."""
         gain = Promise(0, 0)
         for seq in self._able(running):
             now, floor = self._memory.promised(seq.row), seq.spec.recompression.decode_floor
@@ -79,7 +79,7 @@ class Preemptor:
         return gain
 
     def copy_out(self, seq: Sequence) -> list[LayerKV]:
-        """What the sequence holds, in host memory; raises Preempted if there is no room."""
+        """A copy of the sequence's KV in host memory; raises Preempted if there is no room."""
         shape = self._pool.shape
         num_entries = int(self._pool.lengths([seq.row]).sum())
         num_bytes = shape.kv_bytes(num_entries) + num_entries * torch.int32.itemsize
@@ -94,7 +94,7 @@ class Preemptor:
         return [seq.read_layer(self._pool, layer_idx).to("cpu") for layer_idx in layers]
 
     def add(self, seq: Sequence, layers: list[LayerKV]) -> None:
-        """The sequence waits from now on, and its pages are free."""
+        """Mark the sequence as swapped out, and free its pages."""
         seq.swapped, seq.waits = layers, True
         self.swapped_bytes += sum(map(_num_bytes, layers))
         self.swapped = sorted([*self.swapped, seq], key=age)
@@ -102,10 +102,10 @@ class Preemptor:
         self._count(swapped_out=1)
 
     def swap_in_oldest(self, num_running: int) -> Sequence | None:
-        """The sequence that has waited longest, with its pages back; None if they are not free.
+        """Swap in the oldest sequence and return it; None if there are too few free pages.
 
-        Besides its own, it needs a page for every head of the batch, so that it is not sent away
-        again at once.
+        Besides its own pages, one page per head of the running batch must be free, so that it is
+        not swapped out again at once.
         """
         if not self.swapped or not self._readmit(self.swapped[0], num_running):
             return None
@@ -119,7 +119,7 @@ class Preemptor:
         return seq
 
     def drop(self, seq: Sequence) -> None:
-        """A sequence waits no more: it has its pages back, or leaves."""
+        """Forget a swapped-out sequence: it has been swapped in, or leaves."""
         self.swapped.remove(seq)
         self.swapped_bytes -= sum(map(_num_bytes, seq.swapped))
         seq.waits = False
@@ -140,19 +140,19 @@ class Preemptor:
 
 
 def can_shrink(seq: Sequence) -> bool:
-    """Whether the sequence has a floor below its budget, and a step behind it to score by.
+    """Whether the sequence has a floor below its budget, and has run a step that gives it queries.
 
-    One whose memory is assured keeps its entries too.
+    A sequence with assured memory never shrinks.
     """
     floor = seq.spec.recompression.decode_floor
-    has_step = seq.num_generated > 1  # the first token needs none
+    has_step = seq.num_generated > 1  # the first token needs no step
     if seq.spec.assured or floor is None or not has_step:
         return False
     return seq.budget is None or seq.budget > floor
 
 
 def age(seq: Sequence) -> tuple[int, int]:
-    """Sorts the oldest sequence first."""
+    """Sort key: the oldest sequence first."""
     return seq.reservation.order, seq.sequence_idx
 
 

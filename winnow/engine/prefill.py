@@ -1,7 +1,7 @@
-"""One prompt through the model, layer by layer: score, maybe cut, compress, hand over.
+"""Prefill of one prompt, layer by layer: compute, score, select tokens, compress the KV.
 
-Whoever drives a PrefillRun decides when the next layer is computed, may turn to another run between
-two layers, and just lets go of one to cancel it.
+The caller of a PrefillRun decides when the next layer is computed. It may interleave several runs,
+and cancels one by dropping it.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,9 +24,9 @@ Watch = Callable[[LayerView, Cut | None], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrefillResult:
-    """final_hidden: [hidden_size], the last token's after the last layer, before the final norm.
+    """final_hidden: [hidden_size], of the last token after the last layer, before the final norm.
 
-    hidden: [num_tokens, hidden_size], likewise of all tokens of the last layer, if asked for.
+    hidden: [num_tokens, hidden_size], the same of all tokens of the last layer, if requested.
     """
 
     final_hidden: Tensor
@@ -35,7 +35,7 @@ class PrefillResult:
 
 
 def require_prompt(model: DecoderModel, token_ids: Sequence[int]) -> None:
-    """Raise unless the prompt is one the model can take and go on from."""
+    """Raise InvalidRequest or PromptTooLong unless the model can prefill the prompt and decode."""
     if not token_ids:
         raise InvalidRequest("the prompt has 0 tokens; it must have at least 1", param="prompt")
     if len(token_ids) >= model.max_positions:
@@ -52,9 +52,9 @@ def require_prompt(model: DecoderModel, token_ids: Sequence[int]) -> None:
 
 
 class PrefillRun:
-    """One prompt between two layers: it holds the hidden states, and nothing of the KV.
+    """The prefill of one prompt. Between two layers it holds the hidden states, but no KV.
 
-    watch: called after each layer that the method was shown, with its cut.
+    watch: called with each layer that the method observes, and the method's cut.
 
     Raises InvalidRequest for an empty prompt or a token outside the vocabulary, PromptTooLong, and
     InvalidSetting for a layer that the model does not have.
@@ -79,7 +79,7 @@ class PrefillRun:
         self._start(torch.tensor(token_ids, device=model.device))
 
     def _start(self, token_ids: Tensor) -> None:
-        """Begins at layer 0 with the tokens [num_tokens] at positions 0 to num_tokens - 1."""
+        """Start at layer 0 with `token_ids` [num_tokens] at positions 0 to num_tokens - 1."""
         self._token_ids = token_ids
         self._layer_idx = 0
         self._positions = torch.arange(len(token_ids), device=self._model.device)
@@ -88,12 +88,12 @@ class PrefillRun:
 
     @property
     def finished(self) -> bool:
-        """Whether every layer was computed."""
+        """Whether every layer has been computed."""
         return self._layer_idx == self._model.shape.num_layers
 
     @torch.inference_mode()
     def compute_layer(self) -> LayerKV | None:
-        """The next layer's kept KV; None for a layer of a first pass, of which nothing is kept."""
+        """Compute the next layer; returns its kept KV, or None in the first of two passes."""
         wanted_queries = None if self._method.needs_all_queries else self._settings.window_size
         attention = PrefillAttention(wanted_queries)
         self._hidden = self._model.layer(self._layer_idx, self._hidden, self._rope, attention)
@@ -107,7 +107,7 @@ class PrefillRun:
         return layer
 
     def _prune(self, attention: PrefillAttention) -> tuple[LayerKV | None, Cut | None]:
-        """What the layer leaves to decoding, and whether fewer tokens go on."""
+        """The layer's kept KV, and the cut to apply after it, if any."""
         view = LayerView(
             self._layer_idx,
             attention.keys,
@@ -142,7 +142,7 @@ class PrefillRun:
         self._rope = cos[:, cut.kept], sin[:, cut.kept]
 
     def result(self, *, keep_hidden: bool = False) -> PrefillResult:
-        """What came of it, once it has finished.  keep_hidden: with all hidden states."""
+        """The result of a finished run.  keep_hidden: include the hidden states of all tokens."""
         shape = self._model.shape
         full_layer_tokens = shape.num_layers * self._num_prompt_tokens
         report = PrefillReport(

@@ -1,4 +1,4 @@
-"""What is promised of a KV pool's pages and of its places in the batch."""
+"""Bookkeeping of the KV pages and batch rows that are reserved."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,19 +8,19 @@ from winnow.errors import InvalidSetting, Overloaded
 
 @dataclass(slots=True)
 class Promise:
-    """Pages of a row. most: that it may come to hold; sure: that are kept for it, used or not."""
+    """Pages reserved for a row. most: it may grow to these; sure: set aside for it, used or not."""
 
     most: int
     sure: int
 
 
 class Promises:
-    """One for each row in use. At most all pages are sure, and `overcommit` times them promised.
+    """A Promise for each row in use; `sure` sums to at most the pool, `most` to `overcommit` pools.
 
-    A row is firm at first: nobody can make it give way, since its KV is on the way. Every row could
-    have its most if those that are not firm gave way; so the oldest one never has to.
+    A row is firm at first: it cannot be preempted, since its KV is still arriving. Preempting the
+    rows that are not firm always frees the `most` of any one row, so the oldest is never preempted.
 
-    Knows no pages, only their number, and no threads: whoever shares it locks.
+    Counts pages, but does not track which ones. Not thread-safe: callers lock.
     """
 
     def __init__(self, num_pages: int, num_rows: int, overcommit: float) -> None:
@@ -31,10 +31,10 @@ class Promises:
         self._free_rows = list(reversed(range(num_rows)))
 
     def give(self, num_rows: int, promise: Promise) -> list[int]:
-        """Rows with that promise to each.
+        """Allocate rows and reserve `promise` for each.
 
-        Raises InvalidSetting if all pages together could not hold them, Overloaded if there is no
-        room for them now.
+        Raises InvalidSetting if the whole pool could not hold them, Overloaded if there is no room
+        for them now.
         """
         needed, free = num_rows * promise.most, self.free()
         if needed > self._num_pages:
@@ -59,7 +59,7 @@ class Promises:
         return rows
 
     def has_room(self, num_rows: int, promise: Promise, freed: Promise) -> bool:
-        """Whether `give` would succeed, once `freed` were free besides."""
+        """Whether `give` would succeed if `freed` were free as well."""
         free = self.free()
         has_pages = (
             num_rows * promise.most <= free.most + freed.most
@@ -69,7 +69,7 @@ class Promises:
         return has_pages and num_rows <= len(self._free_rows)
 
     def _leaves_each_its_most(self, num_rows: int, promise: Promise) -> bool:
-        """Whether any row could have its most, beside such rows and all that is firm."""
+        """Whether any one row could still reach its `most` besides the new and the firm rows."""
         firm = num_rows * promise.sure + sum(self._by_row[row].sure for row in self._firm)
         to_come = [promise.most - promise.sure]
         for row, own in self._by_row.items():
@@ -77,21 +77,21 @@ class Promises:
         return firm + max(to_come) <= self._num_pages
 
     def loosen(self, row: int) -> None:
-        """The row can be made to give way from now on."""
+        """Allow the row to be preempted from now on."""
         self._firm.discard(row)
 
     def of(self, row: int) -> Promise:
         return replace(self._by_row[row])
 
     def change(self, row: int, promise: Promise) -> None:
-        """To `promise`, but what the row may come to hold never rises."""
+        """Replace the row's promise; its `most` never rises."""
         most = min(promise.most, self._by_row[row].most)
         self._by_row[row] = Promise(most, min(promise.sure, most))
 
     def secure(self, needed: Mapping[int, int], *, spare: int = 0) -> bool:
-        """Keeps at least so many pages for each row; False, and nothing, if there are too few.
+        """Raise `sure` to at least `needed` per row; False, and no change, if there are too few.
 
-        spare: pages that must be free after that.
+        spare: pages that must stay free.
         """
         wanted = {row: max(0, own - self._by_row[row].sure) for row, own in needed.items()}
         if sum(wanted.values()) + spare > self.free().sure:
@@ -101,17 +101,17 @@ class Promises:
         return True
 
     def unsecure(self, row: int) -> None:
-        """Keeps no page for it any more; it may still come to hold as many."""
+        """Set no pages aside for the row any more; its `most` stays."""
         self._by_row[row].sure = 0
 
     def take_back(self, row: int) -> None:
-        """The row is free for somebody else."""
+        """Free the row."""
         del self._by_row[row]
         self._firm.discard(row)
         self._free_rows.append(row)
 
     def free(self) -> Promise:
-        """That could still be given."""
+        """What can still be reserved."""
         promises = self._by_row.values()
         return Promise(
             most=self._most_promised - self.most_in_all(),
@@ -119,5 +119,5 @@ class Promises:
         )
 
     def most_in_all(self) -> int:
-        """Pages that all rows together may come to hold."""
+        """The sum of `most` over all rows."""
         return sum(promise.most for promise in self._by_row.values())

@@ -1,4 +1,4 @@
-"""Log-probabilities of a prompt's own tokens, a block of positions at a time."""
+"""Log-probabilities of a prompt's own tokens, computed in blocks of positions."""
 
 from collections.abc import Sequence
 
@@ -9,15 +9,15 @@ from winnow.decoder import DecoderModel
 from winnow.errors import NotFinite
 from winnow.tokens import PromptLogprobs
 
-# Logits held at a time, float32: 64 MiB, however long the prompt and however large the vocabulary.
+# Logits held at a time, float32: 64 MiB for any prompt length and vocabulary size.
 MAX_LOGITS = 1 << 24
 
 
 class PromptLogprobsRun:
-    """One prompt's log-probabilities between two blocks, as PrefillRun is its layers.
+    """The log-probabilities of one prompt, computed block by block.
 
-    hidden: [num_tokens, hidden_size], every token's after the last layer, before the final norm.
-    num_top: how many likely tokens to list in each place.
+    hidden: [num_tokens, hidden_size], of every token after the last layer, before the final norm.
+    num_top: number of likeliest tokens to list for each position.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class PromptLogprobsRun:
         return len(self._done.logprobs) == len(self._targets)
 
     def compute_block(self) -> None:
-        """Those of the next block; raises NotFinite for logits that are not finite."""
+        """Compute the next block; raises NotFinite for logits that are not finite."""
         start = len(self._done.logprobs)
         block = self._targets[start : start + self._block_size]
         rows = self._log_softmax(self._hidden[start : start + len(block)])
@@ -52,7 +52,7 @@ class PromptLogprobsRun:
         self._done.top_logprobs.extend(top.values.tolist())
 
     def result(self) -> PromptLogprobs:
-        """All of them, once it has finished."""
+        """The log-probabilities of a finished run."""
         return self._done
 
     @torch.inference_mode()

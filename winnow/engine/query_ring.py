@@ -1,4 +1,4 @@
-"""The last w queries of a running sequence, layer by layer: its observation window."""
+"""Ring buffer of a running sequence's last w queries per layer: its observation window."""
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ from winnow.engine.kv_pool import KVPool
 class QueryRing:
     """A ring of w queries per layer and head, after RoPE, seeded from the prompt's window.
 
-    It lies in pages of the sequence's row, and is lost when the row is cleared.
+    Stored in pages of the sequence's row; lost when the row is cleared.
     """
 
     def __init__(self, pool: KVPool, row: int, window_size: int) -> None:
@@ -20,16 +20,16 @@ class QueryRing:
 
     @property
     def nbytes(self) -> int:
-        """Of the queries, once there are w."""
+        """Bytes of the queries of a full ring."""
         return self._slots.numel() * self._vectors.shape[1] * self._vectors.itemsize
 
     def seed(self, layer_idx: int, window_queries: Tensor) -> None:
-        """Takes a layer's window queries [num_heads, <= w, head_dim], oldest first."""
+        """Store a layer's window queries [num_heads, <= w, head_dim], oldest first."""
         self._count = window_queries.shape[1]
         self._vectors[self._slots[layer_idx, :, : self._count]] = window_queries
 
     def push(self, queries: Tensor) -> None:
-        """Takes the newest token's queries of all layers: [L, num_heads, head_dim]."""
+        """Add the newest token's queries of all layers: [L, num_heads, head_dim]."""
         self._vectors[self._slots[:, :, self._count % self._window_size]] = queries
         self._count += 1
 
@@ -42,5 +42,5 @@ class QueryRing:
 
 
 def num_queries(pool: KVPool, window_size: int) -> int:
-    """Queries that a ring holds."""
+    """Number of queries that a ring holds."""
     return pool.shape.num_layers * pool.shape.num_heads * window_size

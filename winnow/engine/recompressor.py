@@ -1,4 +1,4 @@
-"""Running sequences cut back to their budget, and what that kept and dropped."""
+"""Recompression: compressing the KV cache of running sequences back to their budget."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from winnow.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class RecompressionStats:
-    """Since the start: sequences cut back, the entries kept of them, and dropped."""
+    """Totals since the start: recompressions, and the KV entries these kept and dropped."""
 
     recompressions: int = 0
     kept_entries: int = 0
@@ -19,7 +19,7 @@ class RecompressionStats:
 
 
 class Recompressor:
-    """Cuts sequences of one pool. scaling: the attention logits' factor, known after a step."""
+    """Recompresses sequences of one pool. scaling: of the attention logits; None before a step."""
 
     def __init__(self, memory: KVManager) -> None:
         self.scaling: float | None = None
@@ -27,7 +27,7 @@ class Recompressor:
         self._memory, self._pool = memory, memory.pool
 
     def observe(self, queries: StepQueries) -> None:
-        """Notes the queries of a step, and cuts whoever outgrew its budget by it."""
+        """Record a step's queries, and recompress each sequence that exceeds its growth limit."""
         self.scaling = queries.scaling
         sequences = queries.sequences
         observed = [(idx, seq, seq.ring) for idx, seq in enumerate(sequences) if seq.ring]
@@ -41,7 +41,7 @@ class Recompressor:
                 self.cut(seq)
 
     def cut(self, seq: Sequence) -> None:
-        """Cuts every layer to the sequence's budget, and its promise to what it can now reach."""
+        """Compress every layer to the sequence's budget, then lower its page reservation."""
         assert seq.ring is not None and seq.budget is not None and self.scaling is not None
         rule = recompression_rule(seq.spec.recompression)
         kept = dropped = 0
@@ -59,6 +59,6 @@ class Recompressor:
         )
 
     def settle(self, seq: Sequence) -> None:
-        """Lowers the sequence's promise to what it can still come to hold."""
+        """Lower the sequence's page reservation to what it can still grow to."""
         tokens_left = seq.spec.sampling.max_tokens - seq.num_generated
         self._memory.settle(seq.row, tokens_left, seq.growth_limit + 1, assured=seq.spec.assured)

@@ -1,4 +1,4 @@
-"""One decode step on the model: the forward pass of a batch, and each sequence's next token."""
+"""ModelRunner: the forward pass of one decode batch, and sampling of each next token."""
 
 from dataclasses import dataclass, field, replace
 
@@ -15,9 +15,9 @@ from winnow.tokens import Token
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepQueries:
-    """The queries of the sequences that a forward pass computed.
+    """The queries that a forward pass computed for its sequences.
 
-    layers: each layer's [B, num_heads, head_dim].  scaling: the logits' factor.
+    layers: each layer's [B, num_heads, head_dim].  scaling: of the attention logits.
     """
 
     sequences: list[Sequence]
@@ -25,13 +25,13 @@ class StepQueries:
     scaling: float
 
     def stacked(self) -> Tensor:
-        """Of all layers: [L, B, num_heads, head_dim]."""
+        """Queries of all layers: [L, B, num_heads, head_dim]."""
         return torch.stack(self.layers)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepResult:
-    """What became of each sequence of a batch. queries: None if no layer was computed."""
+    """The token or error of each sequence of a batch. queries: None if no layer was computed."""
 
     tokens: dict[Sequence, Token | EngineFailed] = field(default_factory=dict)
     queries: StepQueries | None = None
@@ -45,9 +45,9 @@ class ModelRunner:
         self._backend = GatherBackend(pool)
 
     def run(self, batch: list[Sequence]) -> StepResult:
-        """The next token of every sequence, or why there is none.
+        """The next token of every sequence, or its error.
 
-        Raises RuntimeError if the device fails; nobody's KV is sure then.
+        Raises RuntimeError if the device fails; no sequence's KV can be trusted then.
         """
         if not batch:
             return StepResult()
@@ -57,9 +57,9 @@ class ModelRunner:
         return StepResult(tokens, queries)
 
     def _forward(self, batch: list[Sequence]) -> tuple[Tensor, StepQueries | None]:
-        """Hidden states from which each sequence's next token is sampled: [B, hidden_size].
+        """The hidden states to sample each next token from: [B, hidden_size].
 
-        A sequence that has just joined has its own from prefill.
+        A sequence that has just joined uses its final hidden state from prefill.
         """
         going = [seq for seq in batch if seq.final_hidden is None]
         computed, queries = self._forward_tokens(going) if going else ((), None)
@@ -70,7 +70,7 @@ class ModelRunner:
         return torch.stack(hidden), queries
 
     def _forward_tokens(self, going: list[Sequence]) -> tuple[Tensor, StepQueries]:
-        """Feeds each sequence's last token through all layers: [B, hidden_size]."""
+        """Feed each sequence's last token through all layers: [B, hidden_size]."""
         model = self.model
         tokens = torch.tensor([[seq.history.generated[-1]] for seq in going], device=model.device)
         positions = torch.tensor([seq.next_position - 1 for seq in going], device=model.device)

@@ -1,7 +1,7 @@
-"""What runs next: who may join, who comes back, who has to give way, and who leaves.
+"""The scheduler: admits, swaps in, preempts and retires sequences between decode steps.
 
-`schedule` and `retire` belong to the engine's thread; every other method may be called from any
-thread.
+The engine's thread calls `schedule`, `schedule_first` and `retire`; every other method may be
+called from any thread.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from winnow.errors import EngineFailed, Overloaded, Preempted
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """One step's work. preempted: sequences that were given up for want of memory, and why."""
+    """The batch of one step. preempted: sequences given up because memory ran short."""
 
     batch: list[Sequence] = field(default_factory=list)
     preempted: dict[Sequence, Preempted] = field(default_factory=dict)
@@ -30,14 +30,14 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class _RoomRequest:
-    """Sequences are to shrink for a request. done: called once they have, as far as they can."""
+    """A request to shrink sequences for `spec`. done: called afterwards, room or not."""
 
     spec: GenerationSpec
     done: Callable[[], object]
 
 
 class Scheduler:
-    """max_positions: of the model.  swap_bytes: host memory for sequences that wait for pages."""
+    """max_positions: of the model.  swap_bytes: host memory for sequences that are swapped out."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Scheduler:
         self._preemptor = Preemptor(memory, recompressor, swap_bytes)
         self._max_positions = max_positions
         self._max_batch_size = max_batch_size
-        self._running: list[Sequence] = []  # the oldest first
+        self._running: list[Sequence] = []  # oldest first
         self._arrived: list[Sequence] = []
         self._reserved: set[Reservation] = set()
         self._room_requests: list[_RoomRequest] = []
@@ -61,14 +61,14 @@ class Scheduler:
         self._order = itertools.count()
         self._changed = threading.Condition()
 
-    # From any thread
+    # Called from any thread
 
     @property
     def preemption_stats(self) -> PreemptionStats:
         return self._preemptor.stats
 
     def reserve(self, spec: GenerationSpec) -> Reservation:
-        """As DecodeEngine.reserve."""
+        """See DecodeEngine.reserve."""
         require_range("n", spec.num_sequences, 1, self._max_batch_size)
         require_range("prompt tokens", spec.num_prompt_tokens, 1, self._max_positions - 1)
         require_range("max_prompt_entries", spec.max_prompt_entries, 1, spec.num_prompt_tokens)
@@ -86,7 +86,7 @@ class Scheduler:
         return replace(spec, sampling=sampling)
 
     def request_room(self, spec: GenerationSpec, done: Callable[[], object]) -> bool:
-        """As DecodeEngine.request_room."""
+        """See DecodeEngine.request_room."""
         with self._changed:
             if self._preemptor.swapped or not any(map(can_shrink, self._running)):
                 return False
@@ -95,7 +95,7 @@ class Scheduler:
             return True
 
     def join(self, reservation: Reservation, start: Callable[[], list[Sequence] | None]) -> None:
-        """Lets what `start` returns join; a reservation whose start fails holds nothing more."""
+        """Add the sequences that `start` returns; the reservation is over even if it fails."""
         sequences = None
         try:
             sequences = start()
@@ -108,7 +108,7 @@ class Scheduler:
                 self._changed.notify_all()
 
     def release(self, reservation: Reservation) -> None:
-        """As DecodeEngine.release; raises RuntimeError if the device fails at it."""
+        """See DecodeEngine.release; raises RuntimeError if the device fails."""
         try:
             reservation.release()
         finally:
@@ -118,7 +118,7 @@ class Scheduler:
 
     @contextlib.contextmanager
     def taken_out(self, reservation: Reservation, timeout_s: float) -> Iterator[list[Sequence]]:
-        """As DecodeEngine.taken_out."""
+        """See DecodeEngine.taken_out."""
         sequences = self._take_out(reservation, timeout_s)
         try:
             yield sequences
@@ -136,29 +136,29 @@ class Scheduler:
                 return not is_in and reservation not in self._reserved
 
             all_out = self._changed.wait_for(is_out, timeout_s)
-            taken = self._taken_out.pop(reservation, [])  # what arrives later, nobody takes out
+            taken = self._taken_out.pop(reservation, [])  # sequences that arrive later stay
         if not all_out:
             self._let_go(taken)
             raise EngineFailed(f"the engine did no step within {timeout_s:g} s")
         return taken
 
     def is_moving(self, reservation: Reservation) -> bool:
-        """Whether somebody waits for the request to leave the batch."""
+        """Whether `taken_out` is waiting for the request to leave the batch."""
         return reservation in self._taken_out
 
     def _everyone(self) -> list[Sequence]:
         return [*self._running, *self._arrived, *self._preemptor.swapped]
 
     def wait_for_work(self, timeout_s: float) -> bool:
-        """As DecodeEngine.wait_for_work."""
+        """See DecodeEngine.wait_for_work."""
         with self._changed:
             busy = self._changed.wait_for(
                 lambda: bool(self._running or self._arrived or self._room_requests), timeout_s
             )
-            return busy or bool(self._preemptor.swapped)  # which may have room by now
+            return busy or bool(self._preemptor.swapped)  # may have room by now
 
     def wait_for_news(self, timeout_s: float) -> bool:
-        """As DecodeEngine.wait_for_news."""
+        """See DecodeEngine.wait_for_news."""
 
         def has_news() -> bool:
             comes = bool(self._arrived or self._room_requests)
@@ -185,16 +185,16 @@ class Scheduler:
             ),
         )
 
-    # From the engine's thread
+    # Called from the engine's thread
 
     def schedule(self) -> Schedule:
-        """Who takes part in the next step; the pages that it takes are kept for them."""
+        """The next step's batch, its pages set aside; preempts sequences if pages run short."""
         self._let_in()
         preempted = self._make_room()
         return Schedule([seq for seq in self._running if seq not in preempted], preempted)
 
     def schedule_first(self) -> Schedule:
-        """As `schedule`, of those alone that have no token yet; they take no pages."""
+        """As `schedule`, but only sequences that have no token yet; they need no pages."""
         self._let_in()
         return Schedule([seq for seq in self._running if seq.final_hidden is not None])
 
@@ -204,7 +204,7 @@ class Scheduler:
         self._answer_room_requests()
 
     def retire(self, sequences: list[Sequence]) -> None:
-        """They have ended: their places and pages are free."""
+        """Remove finished sequences from the batch, and free their rows and pages."""
         with self._changed:
             self._running = [seq for seq in self._running if seq not in sequences]
             self._changed.notify_all()
@@ -216,13 +216,13 @@ class Scheduler:
         self._memory.release(*(seq.row for seq in sequences))
 
     def _join_and_leave(self) -> None:
-        """Lets arrived sequences into the batch, and cancelled ones and those that move out."""
+        """Add arrived sequences to the batch; remove those cancelled or migrating."""
         with self._changed:
             arrived, self._arrived = self._arrived, []
             everyone = [*self._running, *arrived, *self._preemptor.swapped]
             going = [seq for seq in everyone if self._goes(seq)]
             arrived = [seq for seq in arrived if seq not in going]
-            # Before the device is asked for anything: where it fails, nobody drops out unseen.
+            # Before any call to the device: if one fails, no sequence is lost.
             staying = [seq for seq in self._running if seq not in going]
             self._running = sorted([*staying, *arrived], key=age)
             self._changed.notify_all()
@@ -254,7 +254,7 @@ class Scheduler:
             request.done()
 
     def _make_room(self) -> dict[Sequence, Preempted]:
-        """Frees the pages that the next token needs; the sequences given up for that, and why."""
+        """Free the pages that the next step needs; returns the sequences given up for that."""
         given_up: dict[Sequence, Preempted] = {}
         staying = list(self._running)
         while not self._memory.claim([seq.row for seq in staying if seq.final_hidden is None]):
@@ -270,7 +270,7 @@ class Scheduler:
         return given_up
 
     def _swap_out(self, seq: Sequence) -> None:
-        """Copies without the lock, so that nobody else waits for it."""
+        """Swap a sequence out; copies without the lock, so that no other thread waits."""
         layers = self._preemptor.copy_out(seq)
         with self._changed:
             self._running = [other for other in self._running if other is not seq]

@@ -1,4 +1,4 @@
-"""A request in decode: the memory promised to it, the KV that arrives, its running sequences.
+"""A request in decode: its reservation of KV memory, the arriving KV, and its running sequences.
 
 RESERVED ──▶ RUNNING ──▶ CANCELLED
    └────────────┴────────────┴─▶ ENDED
@@ -22,18 +22,18 @@ from winnow.tokens import FinishReason, Token
 
 
 class State(Enum):
-    """Of a reservation."""
+    """State of a reservation."""
 
-    RESERVED = auto()  # KV arrives
-    RUNNING = auto()  # all KV is in place; its sequences are the engine's
-    CANCELLED = auto()  # released while it ran: the engine lets it go before the next step
+    RESERVED = auto()  # its KV is arriving
+    RUNNING = auto()  # all KV is in place; the engine owns its sequences
+    CANCELLED = auto()  # released while running: the engine removes it before the next step
     ENDED = auto()
 
 
 class Reservation:
-    """Memory and places in the batch promised to one request, and the KV that has arrived.
+    """KV memory and batch rows reserved for one request, and the KV that has arrived.
 
-    order: counts the engine's requests.
+    order: admission order of the request, to sort by age.
     """
 
     def __init__(self, memory: KVManager, spec: GenerationSpec, order: int) -> None:
@@ -42,28 +42,28 @@ class Reservation:
         self.order = order
         self.rows = memory.reserve(spec.num_sequences, promise)
         self.num_pages = promise.most * spec.num_sequences
-        self.sequences: list[Sequence] = []  # that have not ended, once it runs
+        self.sequences: list[Sequence] = []  # unfinished ones, once it runs
         self.recompressed_entries = 0  # over all its sequences
         self._memory, self._pool = memory, memory.pool
-        self._rings: dict[int, QueryRing] = {}  # by sequence; a prompt's is the first's
+        self._rings: dict[int, QueryRing] = {}  # by sequence_idx; a prompt's is at 0
         self._state = State.RESERVED
         self._lock = threading.Lock()
 
     @property
     def cancelled(self) -> bool:
-        """Whether it was released while it ran."""
+        """Whether it was released while running."""
         return self._state is State.CANCELLED
 
     @property
     def waits_for_memory(self) -> bool:
-        """Whether a sequence of it is in host memory."""
+        """Whether one of its sequences is swapped out."""
         return any(seq.waits for seq in self.sequences)
 
     def write_layer(self, layer: LayerKV, sequence_idx: int = 0) -> None:
-        """Copies a layer into pages; its buffers may be reused afterwards.
+        """Copy a layer into pages; its buffers may be reused afterwards.
 
-        sequence_idx: of a running request, whose KV it is; a prompt's is the first's.
-        A reservation that was released meanwhile takes nothing.
+        sequence_idx: the sequence of a migrated request; 0 for a prompt.
+        Does nothing if the reservation was released meanwhile.
         """
         with self._lock:
             if self._state is not State.RESERVED:
@@ -80,7 +80,7 @@ class Reservation:
         self._rings[sequence_idx].seed(layer.layer_idx, layer.window_queries.to(pool.device))
 
     def reset(self) -> None:
-        """Drops what was written: another attempt begins."""
+        """Drop all KV written so far, before another attempt."""
         with self._lock:
             if self._state is State.RESERVED:
                 self._rings.clear()
@@ -88,7 +88,7 @@ class Reservation:
                     self._pool.clear(row)
 
     def begin(self, final_hidden: Tensor, next_position: int) -> list["Sequence"] | None:
-        """The sequences that start from the KV in place; None if it was released meanwhile.
+        """Create the sequences from the prompt's KV; None if it was released meanwhile.
 
         final_hidden, next_position: as in DecodeEngine.start.
         """
@@ -106,9 +106,9 @@ class Reservation:
     def resume(
         self, states: Mapping[int, SequenceState], final_hidden: Tensor
     ) -> list["Sequence"] | None:
-        """The sequences that go on from the KV in place; None if it was released meanwhile.
+        """Create migrated sequences from their KV; None if it was released meanwhile.
 
-        states: of those that have not ended, by sequence_idx.
+        states: of the unfinished sequences, by sequence_idx.
         """
         with self._starting() as starts:
             if not starts:
@@ -128,7 +128,7 @@ class Reservation:
 
     @contextlib.contextmanager
     def _starting(self) -> Iterator[bool]:
-        """Whether it was still reserved; the engine's from now on, or freed where that fails."""
+        """Go from RESERVED to RUNNING; yields False in any other state. Freed on an error."""
         with self._lock:
             starts = self._state is State.RESERVED
             if starts:
@@ -141,7 +141,7 @@ class Reservation:
             raise
 
     def _copy_first(self, idx: int) -> None:
-        """Gives a sequence what the first one has."""
+        """Copy the first sequence's KV and queries to another one."""
         ring = self._rings.get(0)
         for layer_idx in range(self._pool.shape.num_layers):
             queries = ring.ordered(layer_idx) if ring else None
@@ -151,7 +151,7 @@ class Reservation:
                 self._seed_ring(layer, idx)
 
     def release(self) -> None:
-        """Ends it: frees what is reserved, or has the engine free what runs."""
+        """End the request: free its reservation, or have the engine remove it if it runs."""
         with self._lock:
             if self._state is State.RUNNING:
                 self._state = State.CANCELLED
@@ -160,7 +160,7 @@ class Reservation:
                 self._memory.release(*self.rows)
 
     def end(self, sequence: "Sequence") -> None:
-        """A sequence of it has ended; with the last one, it has."""
+        """Remove a finished sequence; the request ends with the last one."""
         self.sequences = [seq for seq in self.sequences if seq is not sequence]
         with self._lock:
             if not self.sequences:
@@ -174,8 +174,8 @@ class Reservation:
 class Sequence:
     """One running sequence.
 
-    num_tokens counts the prompt and what was generated; next_position is the next token's to the
-    model, which is less where prefill computed selected tokens at positions of their own.
+    num_tokens: prompt and generated tokens.  next_position: position of the next token in the
+    model; below num_tokens where prefill recomputed the selected tokens from position 0.
     """
 
     def __init__(
@@ -195,15 +195,15 @@ class Sequence:
         self.final_hidden: Tensor | None = final_hidden  # until the first token is sampled
         self.ring = ring
         self.budget = spec.recompression.decode_budget
-        self.swapped: list[LayerKV] = []  # all it has, from when it waits in host memory
-        self.waits = False  # there
+        self.swapped: list[LayerKV] = []  # its KV while it is swapped out to host memory
+        self.waits = False  # whether it is swapped out
         self.num_tokens = spec.num_prompt_tokens
         self.next_position = next_position
         self.history = TokenHistory(prompt=spec.prompt_token_ids)
         self._replayed = spec.replayed[sequence_idx] if spec.replayed else ()
 
     def go_on(self, state: SequenceState) -> None:
-        """Takes the place of a sequence that ran at another worker."""
+        """Continue a sequence that ran on another worker."""
         if state.token_ids:
             self.final_hidden = None
         if state.at_floor:
@@ -212,7 +212,7 @@ class Sequence:
         self.num_tokens += len(state.token_ids)
 
     def state(self) -> SequenceState:
-        """What another worker needs to go on, besides the KV and the last queries."""
+        """What another worker needs to continue, besides the KV and the query window."""
         return SequenceState(
             token_ids=tuple(self.history.generated),
             next_position=self.next_position,
@@ -221,7 +221,7 @@ class Sequence:
         )
 
     def read_layer(self, pool: KVPool, layer_idx: int) -> LayerKV:
-        """A copy of what it holds of the layer, with its last queries as window queries."""
+        """A copy of its KV of the layer, with its last queries as window queries."""
         if self.swapped:
             return self.swapped[layer_idx]
         queries = self.ring.ordered(layer_idx) if self.ring else None
@@ -229,7 +229,7 @@ class Sequence:
 
     @property
     def growth_limit(self) -> int:
-        """Entries per head above which it is cut back to `budget`, which may have been lowered."""
+        """Entries per head above which it is recompressed to `budget` (which may be lowered)."""
         return self.spec.limit_at(self.budget)
 
     @property
@@ -238,11 +238,11 @@ class Sequence:
 
     @property
     def is_new(self) -> bool:
-        """Whether the token just taken goes beyond those that are replayed."""
+        """Whether the last token was sampled, not replayed."""
         return self.num_generated > len(self._replayed)
 
     def take(self, logits: Tensor, model: DecoderModel) -> Token:
-        """The next token, sampled from logits [vocab_size] or replayed; raises NotFinite."""
+        """Append the next token, sampled from logits [vocab_size] or replayed; raises NotFinite."""
         sampling = self.spec.sampling
         token_id = self._next_replayed()
         if token_id is None:
@@ -269,7 +269,7 @@ class Sequence:
         return self._replayed[at] if at < len(self._replayed) else None
 
     def finish_reason(self, model: DecoderModel) -> FinishReason | None:
-        """Why the sequence ends with the token just taken, if it does."""
+        """Why the sequence ends with its last token; None if it goes on."""
         sampling = self.spec.sampling
         if self.history.generated[-1] in sampling.ends(model.eos_token_ids):
             return FinishReason.STOP

@@ -1,7 +1,8 @@
-"""How a prompt is pruned. One method, one file.
+"""Pruning methods. One file per method.
 
 To add a method: write its file (a subclass of `winnow.methods.base.Method`), add its line to
-winnow/catalog.py and its row to the table in docs; the tests that are shared by all methods run it.
+winnow/catalog.py and its row to the table in docs/methods.md, which has the recipe. The tests
+shared by all methods run it.
 """
 
 from typing import TYPE_CHECKING
@@ -15,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def method_class(name: str) -> "type[Method]":
-    """The class of the method called `name`, one of METHODS."""
+    """The class of the method `name`, one of METHODS."""
     cls: type[Method] = load(METHODS[name])
     return cls
 
 
 def create(settings: "PruningSettings", num_tokens: int, shape: "ModelShape") -> "Method":
-    """The method of `settings` for one prompt of `num_tokens` tokens."""
+    """Create the method of `settings` for one prompt of `num_tokens` tokens."""
     return method_class(settings.method)(settings, num_tokens, shape)

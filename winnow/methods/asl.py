@@ -1,4 +1,4 @@
-"""ASL (arXiv 2601.07667): the selection layer is chosen per prompt; KV compressed."""
+"""ASL (arXiv 2601.07667): selects tokens at a layer chosen per prompt; KV is compressed."""
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from winnow.selection import AdaptiveSelection
 
 
 class Asl(FastKV):
-    """As FastKV, at the layer where the tokens' ranks have settled."""
+    """As FastKV, but selects at the layer where the token ranks have settled."""
 
     def __init__(self, settings: PruningSettings, num_tokens: int, shape: ModelShape) -> None:
         super().__init__(settings, num_tokens, shape)

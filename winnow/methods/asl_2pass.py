@@ -1,4 +1,4 @@
-"""Two-pass ASL (arXiv 2601.07667): ASL picks layer and tokens, which are prefilled on their own."""
+"""Two-pass ASL (arXiv 2601.07667): ASL selects tokens, which are then prefilled alone."""
 
 from winnow.kv import ModelShape
 from winnow.methods.asl import Asl
@@ -9,7 +9,7 @@ from winnow.selection import AdaptiveSelection
 
 
 class AslTwoPass(GemFilter):
-    """As GemFilter, with ASL's layer and tokens; at the last layer if tau is never met."""
+    """As GemFilter, with ASL's layer and tokens; selects at the last layer if tau is never met."""
 
     def __init__(self, settings: PruningSettings, num_tokens: int, shape: ModelShape) -> None:
         super().__init__(settings, num_tokens, shape)

@@ -1,4 +1,4 @@
-"""What a pruning method sees, and what it answers."""
+"""The interface of pruning methods: what a method sees of a layer, and what it decides."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,10 +13,10 @@ from winnow.scoring import observed_attention
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cut:
-    """The decision to go on with some of a layer's tokens: `kept` [num_kept] int64, ascending.
+    """A token selection: only the tokens `kept` ([num_kept] int64, ascending) continue.
 
-    With `restart` the kept token ids are computed again from layer 0, at positions 0 to
-    num_kept - 1; without, they go on to the next layer.
+    With `restart` they are recomputed from layer 0, at positions 0 to num_kept - 1; without it,
+    they continue to the next layer.
     """
 
     kept: Tensor
@@ -25,7 +25,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """At most `limit` tokens or entries (None: as many as there are), because of `setting`."""
+    """An upper bound on tokens or entries (None: no bound), and the setting that causes it."""
 
     limit: int | None
     setting: str
@@ -33,11 +33,11 @@ class Bound:
 
 @dataclass(frozen=True, eq=False)
 class LayerView:
-    """A layer that was computed, N tokens.
+    """What a method sees of a computed layer of N tokens.
 
     keys: [num_kv_heads, N, head_dim] and queries: [num_heads, T, head_dim], both after RoPE.
     The queries are those of the last T tokens: T = N if the method `needs_all_queries`, otherwise
-    min(window_size, N).  scaling: what q·k is multiplied by before softmax.
+    min(window_size, N).  scaling: factor of q·k before softmax.
     """
 
     layer_idx: int
@@ -66,10 +66,10 @@ class LayerView:
 
 
 class Method:
-    """One prompt's pruning; as it stands, none.
+    """The pruning of one prompt; this base class prunes nothing.
 
-    After each layer the engine asks `observe` for a cut and then `kept_entries` for what the layer
-    leaves to decoding. After a restart it asks neither: all of pass two is kept.
+    After each layer the engine calls `observe` for a cut, then `kept_entries` for the KV entries to
+    keep. After a restart it calls neither: all KV of pass two is kept.
     """
 
     needs_all_queries: ClassVar[bool] = False
@@ -78,47 +78,47 @@ class Method:
     def __init__(self, settings: PruningSettings, num_tokens: int, shape: ModelShape) -> None:
         self.settings = settings
         self.shape = shape
-        self.selection_layer: int | None = None  # the first that cut
+        self.selection_layer: int | None = None  # the first layer with a cut
         self._limit = self.token_bound(settings).limit
         self._num_tokens = num_tokens
 
-    # Known before there is a prompt
+    # Bounds that depend on settings only
 
     @classmethod
     def token_bound(cls, settings: PruningSettings) -> Bound:
-        """How many tokens go on at most once the prompt has been cut."""
+        """The most tokens that continue after the cut."""
         return Bound(None, "method")
 
     @classmethod
     def entry_bound(cls, settings: PruningSettings) -> Bound:
-        """How many KV entries a KV head keeps at most, on average over layers and heads."""
+        """The most KV entries that a KV head keeps, on average over layers and heads."""
         return Bound(None, "method")
 
     @classmethod
     def max_entries(cls, settings: PruningSettings, num_tokens: int, num_kv_heads: int) -> int:
-        """KV entries that one (layer, KV head) can keep at most of a prompt of `num_tokens`."""
+        """The most KV entries that one (layer, KV head) can keep of a prompt of `num_tokens`."""
         limit = cls.entry_bound(settings).limit
         return num_tokens if limit is None else min(limit, num_tokens)
 
     @classmethod
     def require_fits(cls, settings: PruningSettings, num_layers: int) -> None:
-        """Raise InvalidSetting for settings that cannot work with a model of `num_layers`."""
+        """Raise InvalidSetting for settings that do not fit a model with `num_layers` layers."""
 
     # One prompt
 
     @property
     def short_prompt(self) -> bool:
-        """Whether the prompt has no more tokens than a cut would keep, so that none is made."""
+        """Whether the prompt is too short to cut: a cut would keep all of its tokens."""
         return self._limit is not None and self._num_tokens <= self._limit
 
     @property
     def rho(self) -> tuple[tuple[int, float], ...]:
-        """(layer, relative rank variance) for each layer at which it was looked at."""
+        """(layer, relative rank variance) for each layer where it was evaluated."""
         return ()
 
     @property
     def no_selection_reason(self) -> str | None:
-        """Why the prompt was not cut: off, short_prompt, threshold_not_met; None if it was."""
+        """Why the prompt was not cut: off, short_prompt, threshold_not_met; None if it was cut."""
         if self.selection_layer is not None:
             return None
         if self._limit is None:
@@ -126,14 +126,14 @@ class Method:
         return "short_prompt" if self.short_prompt else "threshold_not_met"
 
     def observe(self, view: LayerView) -> Cut | None:
-        """The cut to make after this layer, if any; a short prompt is never cut."""
+        """The cut to apply after this layer, if any; a short prompt is never cut."""
         cut = None if self.short_prompt else self.cut(view)
         if cut is not None and self.selection_layer is None:
             self.selection_layer = view.layer_idx
         return cut
 
     def cut(self, view: LayerView) -> Cut | None:
-        """This method's choice for a prompt that is not short."""
+        """As `observe`, for a prompt that is not short; methods override this."""
         return None
 
     def kept_entries(self, view: LayerView) -> list[Tensor] | None:

@@ -1,4 +1,4 @@
-"""FastKV (arXiv 2502.01068): tokens chosen once, at a layer given in advance; KV compressed."""
+"""FastKV (arXiv 2502.01068): selects tokens once, at a fixed layer; KV is compressed."""
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from winnow.selection import best_tokens, token_scores
 
 
 class FastKV(SnapKV):
-    """Goes on with the best-scored tokens of layer `fixed_layer` and the window."""
+    """Above layer `fixed_layer`, computes only its best-scored tokens and the window."""
 
     @classmethod
     def token_bound(cls, settings: PruningSettings) -> Bound:
@@ -38,7 +38,7 @@ class FastKV(SnapKV):
         return None if chosen is None else Cut(chosen)
 
     def choose(self, view: LayerView) -> Tensor | None:
-        """The tokens that go on, ascending, if this is the layer; not asked after that."""
+        """The tokens to keep, ascending, if this is the selection layer; not called after it."""
         if view.layer_idx != self.settings.fixed_layer:
             return None
         scores = token_scores(view.window_mass, self.settings)

@@ -1,4 +1,4 @@
-"""Nothing is pruned."""
+"""The method without pruning."""
 
 from winnow.methods.base import Method
 

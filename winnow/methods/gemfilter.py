@@ -1,4 +1,4 @@
-"""GemFilter (arXiv 2409.17422): an early layer picks tokens, which are prefilled on their own."""
+"""GemFilter (arXiv 2409.17422): an early layer selects tokens, which are then prefilled alone."""
 
 from winnow.checks import require_range
 from winnow.methods.base import Bound, Cut, LayerView, Method
@@ -7,7 +7,7 @@ from winnow.selection import most_relevant
 
 
 class GemFilter(Method):
-    """At layer `fixed_layer`, the `select_tokens` best; all of pass two's KV is kept."""
+    """Selects `select_tokens` tokens at layer `fixed_layer`; keeps all KV of pass two."""
 
     runs_twice = True
 

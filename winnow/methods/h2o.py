@@ -1,4 +1,4 @@
-"""H2O (arXiv 2306.14048): the tokens that all others attended to most, and the last ones."""
+"""H2O (arXiv 2306.14048): keeps heavy hitters (most attended by all tokens) and recent tokens."""
 
 from torch import Tensor
 
@@ -8,9 +8,9 @@ from winnow.scoring import accumulated_attention, descending_order, sum_head_gro
 
 
 class H2O(Method):
-    """Half of `kv_budget` is heavy hitters per KV head, half the most recent tokens.
+    """Keeps per KV head `kv_budget` entries, half heavy hitters and half the most recent tokens.
 
-    The recent half is the window at least, which decoding goes on to observe with.
+    The recent part is at least the window, which decode uses as its observation window.
     """
 
     needs_all_queries = True

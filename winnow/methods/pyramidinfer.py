@@ -1,4 +1,4 @@
-"""PyramidInfer (arXiv 2405.12532): fewer tokens go on after each layer."""
+"""PyramidInfer (arXiv 2405.12532): each layer passes fewer tokens to the next."""
 
 import math
 from itertools import accumulate
@@ -11,21 +11,21 @@ from winnow.methods.base import Bound, Cut, LayerView, Method
 from winnow.pruning_settings import PruningSettings
 from winnow.scoring import descending_order, observed_attention, with_window
 
-# Those of the authors' code; the paper has no numbers for them.
-_LAST_ROW_WEIGHT = 1.2  # of the window's last token, the first one's is 1
+# Values from the authors' code; the paper gives none.
+_LAST_ROW_WEIGHT = 1.2  # of the window's last token; the first one's is 1
 _MIN_CONTEXT = 64
 
 
 class PyramidInfer(Method):
-    """Each layer keeps, of the tokens it computed, those most attended to, and the window.
+    """Each layer keeps the most attended of its tokens, and the window.
 
-    The context is what stands before the window (the paper's recent sequence). Its length falls
-    along `context_lengths`, so that a layer keeps `kv_budget` tokens on average.
+    The context is the tokens before the window (the paper's recent sequence). Its length decreases
+    by `context_lengths`, so that a layer keeps `kv_budget` tokens on average.
     """
 
     def __init__(self, settings: PruningSettings, num_tokens: int, shape: ModelShape) -> None:
         super().__init__(settings, num_tokens, shape)
-        self._kept: Tensor | None = None  # of the layer that was last looked at
+        self._kept: Tensor | None = None  # of the last observed layer
         self._lengths: list[int] = []
         if settings.kv_budget is not None and not self.short_prompt:
             window = settings.window_size
@@ -62,19 +62,19 @@ class PyramidInfer(Method):
 
 
 def context_scores(view: LayerView) -> Tensor:
-    """Attention from the window, later rows weighing more, averaged over heads: [N] float32."""
+    """Attention from the window, later rows weighted more, averaged over heads: [N] float32."""
     weights = torch.linspace(1.0, _LAST_ROW_WEIGHT, view.window_size, device=view.keys.device)
     mass = observed_attention(view.window_queries, view.keys, view.scaling, weights)
     return mass.mean(0)
 
 
 def context_lengths(num_context: int, budget: int, num_layers: int) -> list[int]:
-    """The context that each layer keeps of `num_context` tokens; the mean is `budget`.
+    """The number of context tokens that each layer keeps of `num_context`; the mean is `budget`.
 
-    Layer l, counted from 1 to L, keeps of the context before it the share
-    exp(-g (1 - cos(pi l / L)) / 2), but never less than 64 tokens or half the budget. To first
-    order in g that is the cosine schedule of the authors' code with decay ratio 1 - g; g is solved
-    for.  budget < num_context.
+    Layer l, counted from 1 to L, keeps the share exp(-g (1 - cos(pi l / L)) / 2) of the context
+    before it, but at least the smaller of 64 tokens and half the budget. To first order in g, this
+    is the cosine schedule of the authors' code with decay ratio 1 - g. g is found by bisection.
+    budget < num_context.
     """
     falls = [(1 - math.cos(math.pi * layer / num_layers)) / 2 for layer in range(1, num_layers + 1)]
     depths = list(accumulate(falls))
@@ -91,5 +91,5 @@ def context_lengths(num_context: int, budget: int, num_layers: int) -> list[int]
         middle = (low + high) / 2
         low, high = (middle, high) if sum(lengths(middle)) > total else (low, middle)
     whole = [int(length) for length in lengths(high)]
-    missing = total - sum(whole)  # fewer than there are layers: what rounding took
+    missing = total - sum(whole)  # lost to rounding; fewer than there are layers
     return [length + (idx < missing) for idx, length in enumerate(whole)]

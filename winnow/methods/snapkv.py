@@ -1,4 +1,4 @@
-"""SnapKV (arXiv 2404.14469): every token is computed, every layer's KV is compressed."""
+"""SnapKV (arXiv 2404.14469): computes every token and compresses every layer's KV."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from winnow.pruning_settings import PruningSettings
 
 
 class SnapKV(Method):
-    """Keeps of each layer what the rule `compression` keeps."""
+    """Keeps the entries of each layer that the rule `compression` selects."""
 
     def __init__(self, settings: PruningSettings, num_tokens: int, shape: ModelShape) -> None:
         super().__init__(settings, num_tokens, shape)

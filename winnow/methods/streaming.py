@@ -1,4 +1,4 @@
-"""StreamingLLM (arXiv 2309.17453): attention sinks and the most recent tokens."""
+"""StreamingLLM (arXiv 2309.17453): keeps attention sinks and the most recent tokens."""
 
 import torch
 from torch import Tensor
@@ -11,9 +11,9 @@ _NUM_SINKS = 4
 
 
 class Streaming(Method):
-    """The first 4 tokens and the last `kv_budget - 4`, at their original positions.
+    """Keeps the first 4 tokens and the last `kv_budget - 4`, at their original positions.
 
-    Fewer sinks if the window would not fit beside them, which decoding goes on to observe with.
+    Fewer sinks if the window, which decode needs for its observations, would not fit beside them.
     """
 
     @classmethod

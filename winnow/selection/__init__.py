@@ -1,4 +1,4 @@
-"""Which tokens of a prompt go on, and at which layer: the choices that methods are made of."""
+"""Token selection shared by methods: which tokens continue, and from which layer."""
 
 from winnow.selection.asl import AdaptiveSelection
 from winnow.selection.last_query import most_relevant

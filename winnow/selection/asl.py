@@ -1,4 +1,4 @@
-"""Adaptive layer selection: cut the prompt where token ranks have settled (arXiv 2601.07667)."""
+"""Adaptive layer selection (arXiv 2601.07667): select tokens where their ranks have settled."""
 
 from collections import deque
 
@@ -9,16 +9,16 @@ from winnow.pruning_settings import PruningSettings
 from winnow.scoring import descending_order, ranks_from_order
 from winnow.selection.window_scores import best_tokens, token_scores
 
-# In place of 0 where the ranks had settled before min_layer; rho stays finite, as JSON wants it.
+# Divisor in place of a variance of 0 at min_layer, so that rho stays finite, as JSON requires.
 _NO_VARIANCE = 1e-15
 
 
 class AdaptiveSelection:
     """Selects at the first layer from `min_layer` on whose relative rank variance is below tau.
 
-    The variance is taken over the last `observed_layers` layers and over the tokens that at least
-    one of them ranks among the k best, and is relative to the variance at `min_layer`.
-    latest_layer: where it selects even if the variance is not; None: then it does not.
+    The variance is over the last `observed_layers` layers and over the tokens that at least one of
+    them ranks among the k best, relative to the variance at `min_layer`.
+    latest_layer: selects here even if the variance is not below tau; None: no such layer.
     """
 
     def __init__(self, settings: PruningSettings, latest_layer: int | None) -> None:
@@ -34,11 +34,11 @@ class AdaptiveSelection:
         return tuple(self._rho)
 
     def needs_scores(self, layer_idx: int) -> bool:
-        """Whether `observe` wants this layer's attention."""
+        """Whether `observe` needs this layer's attention."""
         return layer_idx > self._settings.min_layer - self._settings.observed_layers
 
     def observe(self, layer_idx: int, mass: Tensor) -> Tensor | None:
-        """Looks at a layer's observed attention [num_heads, N]; the chosen tokens, ascending."""
+        """Observe a layer's attention mass [num_heads, N]; returns selected tokens, ascending."""
         settings = self._settings
         order = descending_order(token_scores(mass, settings))
         self._ranks.append(ranks_from_order(order))

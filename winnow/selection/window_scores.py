@@ -1,4 +1,4 @@
-"""The tokens that the observation window attends to most, over all heads (FastKV, ASL)."""
+"""Selection of the tokens that the observation window attends to most (FastKV, ASL)."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from winnow.scoring import pooled_scores, with_window
 
 
 def token_scores(mass: Tensor, settings: PruningSettings) -> Tensor:
-    """One score per token before the window (s of the formulas): pooled, summed over all heads.
+    """One score per token before the window (s in docs/architecture.md): pooled, summed over heads.
 
     mass: [num_heads, N] observed attention.  Returns [n] float32.
     """

@@ -95,7 +95,7 @@ class ChatMessage(_message.Message):
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
 
 class WinnowOptions(_message.Message):
-    __slots__ = ("method", "select_tokens", "window_size", "kernel_size", "observed_layers", "min_layer", "threshold", "latest_layer", "fixed_layer", "compression", "kv_budget", "kv_top_p", "decode_budget", "recompress_interval", "full_kv_below", "recompression", "redundancy_weight", "decode_floor")
+    __slots__ = ("method", "select_tokens", "window_size", "kernel_size", "observed_layers", "min_layer", "threshold", "latest_layer", "fixed_layer", "compression", "kv_budget", "kv_top_p", "decode_budget", "recompress_interval", "full_kv_below", "recompression", "redundancy_weight", "decode_floor", "verify", "task")
     METHOD_FIELD_NUMBER: _ClassVar[int]
     SELECT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     WINDOW_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +114,8 @@ class WinnowOptions(_message.Message):
     RECOMPRESSION_FIELD_NUMBER: _ClassVar[int]
     REDUNDANCY_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     DECODE_FLOOR_FIELD_NUMBER: _ClassVar[int]
+    VERIFY_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
     method: str
     select_tokens: int
     window_size: int
@@ -132,7 +134,9 @@ class WinnowOptions(_message.Message):
     recompression: str
     redundancy_weight: float
     decode_floor: int
-    def __init__(self, method: _Optional[str] = ..., select_tokens: _Optional[int] = ..., window_size: _Optional[int] = ..., kernel_size: _Optional[int] = ..., observed_layers: _Optional[int] = ..., min_layer: _Optional[int] = ..., threshold: _Optional[float] = ..., latest_layer: _Optional[int] = ..., fixed_layer: _Optional[int] = ..., compression: _Optional[str] = ..., kv_budget: _Optional[int] = ..., kv_top_p: _Optional[float] = ..., decode_budget: _Optional[int] = ..., recompress_interval: _Optional[int] = ..., full_kv_below: _Optional[bool] = ..., recompression: _Optional[str] = ..., redundancy_weight: _Optional[float] = ..., decode_floor: _Optional[int] = ...) -> None: ...
+    verify: bool
+    task: str
+    def __init__(self, method: _Optional[str] = ..., select_tokens: _Optional[int] = ..., window_size: _Optional[int] = ..., kernel_size: _Optional[int] = ..., observed_layers: _Optional[int] = ..., min_layer: _Optional[int] = ..., threshold: _Optional[float] = ..., latest_layer: _Optional[int] = ..., fixed_layer: _Optional[int] = ..., compression: _Optional[str] = ..., kv_budget: _Optional[int] = ..., kv_top_p: _Optional[float] = ..., decode_budget: _Optional[int] = ..., recompress_interval: _Optional[int] = ..., full_kv_below: _Optional[bool] = ..., recompression: _Optional[str] = ..., redundancy_weight: _Optional[float] = ..., decode_floor: _Optional[int] = ..., verify: _Optional[bool] = ..., task: _Optional[str] = ...) -> None: ...
 
 class CompleteResponse(_message.Message):
     __slots__ = ("id", "choices", "usage")
@@ -185,7 +189,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., winnow: _Optional[_Union[WinnowUsage, _Mapping]] = ...) -> None: ...
 
 class WinnowUsage(_message.Message):
-    __slots__ = ("selection_layer", "no_selection_reason", "selected_tokens", "computed_share", "kv_bytes_full", "kv_bytes_kept", "rho", "recompressed_entries", "wire_bytes", "queue_s", "prefill_s", "exposed_transfer_s", "ttft_s")
+    __slots__ = ("selection_layer", "no_selection_reason", "selected_tokens", "computed_share", "kv_bytes_full", "kv_bytes_kept", "rho", "recompressed_entries", "wire_bytes", "queue_s", "prefill_s", "exposed_transfer_s", "ttft_s", "verify")
     class RhoEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -206,6 +210,7 @@ class WinnowUsage(_message.Message):
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     EXPOSED_TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    VERIFY_FIELD_NUMBER: _ClassVar[int]
     selection_layer: int
     no_selection_reason: str
     selected_tokens: int
@@ -219,4 +224,23 @@ class WinnowUsage(_message.Message):
     prefill_s: float
     exposed_transfer_s: float
     ttft_s: float
-    def __init__(self, selection_layer: _Optional[int] = ..., no_selection_reason: _Optional[str] = ..., selected_tokens: _Optional[int] = ..., computed_share: _Optional[float] = ..., kv_bytes_full: _Optional[int] = ..., kv_bytes_kept: _Optional[int] = ..., rho: _Optional[_Mapping[int, float]] = ..., recompressed_entries: _Optional[int] = ..., wire_bytes: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., ttft_s: _Optional[float] = ...) -> None: ...
+    verify: Verification
+    def __init__(self, selection_layer: _Optional[int] = ..., no_selection_reason: _Optional[str] = ..., selected_tokens: _Optional[int] = ..., computed_share: _Optional[float] = ..., kv_bytes_full: _Optional[int] = ..., kv_bytes_kept: _Optional[int] = ..., rho: _Optional[_Mapping[int, float]] = ..., recompressed_entries: _Optional[int] = ..., wire_bytes: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., verify: _Optional[_Union[Verification, _Mapping]] = ...) -> None: ...
+
+class Verification(_message.Message):
+    __slots__ = ("text", "finish_reason", "text_agrees", "first_token_agrees", "first_token_kl", "completion_tokens", "ttft_s")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    TEXT_AGREES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_AGREES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_KL_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    finish_reason: str
+    text_agrees: bool
+    first_token_agrees: bool
+    first_token_kl: float
+    completion_tokens: int
+    ttft_s: float
+    def __init__(self, text: _Optional[str] = ..., finish_reason: _Optional[str] = ..., text_agrees: _Optional[bool] = ..., first_token_agrees: _Optional[bool] = ..., first_token_kl: _Optional[float] = ..., completion_tokens: _Optional[int] = ..., ttft_s: _Optional[float] = ...) -> None: ...

@@ -1,14 +1,14 @@
-"""One prompt's KV cache as frames, and back: the only code that turns tensors into bytes.
+"""KV transfer format: encodes KV caches as frames and decodes them.
 
 A transfer is a header, then for each layer in order a manifest and data frames, then a trailer
-(PushFrame of proto/winnow/v1/decode.proto). Its digest is SHA-256 over, in the order of the
-frames: of header and manifests the field number (1 byte), the length (uint32) and the serialized
-message; of each data frame layer_idx (uint32), offset (uint64), payload length (uint32) and
-crc32 (uint32); then the bytes of `final_hidden`; then those of `report`, and of `sequence` where
-it is set, serialized deterministically. All numbers little-endian.
+(PushFrame of proto/winnow/v1/decode.proto). Its digest is the SHA-256 of, in frame order: for the
+header and each manifest, the field number (1 byte), the length (uint32) and the serialized message;
+for each data frame, layer_idx (uint32), offset (uint64), payload length (uint32) and crc32
+(uint32); then the bytes of `final_hidden`; then `report` and, if set, `sequence`, serialized
+deterministically. All numbers are little-endian.
 
-What prefill sends and what a worker gives away are alike; a transfer of a running sequence says
-in its header which one it is, and in its trailer where it stands (`sequence`).
+Prefill's transfers and migrations use the same format. A transfer of a running sequence has the
+sequence's index in its header, and its state in the trailer (`sequence`).
 """
 
 from winnow.wire.decoder import Expected, Trailer, TransferDecoder

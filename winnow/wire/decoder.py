@@ -1,4 +1,4 @@
-"""The frames of one transfer back to KV, every defect refused before it can do harm."""
+"""Decoder of KV transfers; validates every frame before it is used."""
 
 from dataclasses import dataclass
 
@@ -24,11 +24,11 @@ from winnow.wire.messages import (
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What a receiver takes; anything beyond is refused before memory is set aside for it.
+    """What a receiver accepts; anything else is refused before memory is allocated for it.
 
-    grant: what was issued with the reservation.
+    grant: issued with the reservation.
     max_entries: KV entries per (layer, KV head). max_window: window queries per layer.
-    max_generated: tokens that a sequence which runs already may have; None: it is prefill's KV.
+    max_generated: limit of the generated tokens of a running sequence; None: it is prefill's KV.
     """
 
     grant: Grant
@@ -41,15 +41,15 @@ class Expected:
 
     @property
     def num_positions(self) -> int:
-        """Positions of entries lie below."""
+        """Exclusive upper bound of entry positions."""
         return self.num_prompt_tokens + (self.max_generated or 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trailer:
-    """The end of a transfer that arrived whole. final_hidden: [hidden_size], owned.
+    """The end of a complete transfer. final_hidden: [hidden_size], owned.
 
-    state: of a sequence that runs already.
+    state: of a running sequence; None for prefill's KV.
     """
 
     final_hidden: Tensor
@@ -58,7 +58,7 @@ class Trailer:
 
 
 class TransferDecoder:
-    """Reads one transfer frame by frame; after a refusal it is of no use."""
+    """Decodes one transfer frame by frame; unusable after an error."""
 
     def __init__(self, expected: Expected, buffer: ReceiveBuffer | None = None) -> None:
         self._expected = expected
@@ -66,12 +66,12 @@ class TransferDecoder:
         self._digest = Digest()
         self._header: Header | None = None
         self._layer: IncomingLayer | None = None
-        self.complete = False  # the trailer was read, and all before it is sound
-        self.num_layers = 0  # received whole
+        self.complete = False  # whether the trailer was read and everything is valid
+        self.num_layers = 0  # layers received completely
         self.payload_bytes = 0
 
     def feed(self, frame: bytes) -> Header | LayerKV | Trailer | None:
-        """What became whole with this frame, if anything did.
+        """Decode a frame; returns the header, layer or trailer that it completes, if any.
 
         A LayerKV's tensors are views of the receive buffer, valid until the next call.
         Raises a subclass of TransferRefused for every defect.
@@ -216,13 +216,13 @@ def _require_same(what: str, got: object, expected: object) -> None:
 
 
 def _require_finite(what: str, tensor: Tensor) -> None:
-    """Raise TransferMalformed for inf or NaN, which the extremes show in one pass."""
+    """Raise TransferMalformed for inf or NaN; min and max reveal both in one pass."""
     if tensor.numel() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
         raise TransferMalformed(f"{what} are not finite")
 
 
 def _require_ascending(kv: LayerKV, num_positions: int) -> None:
-    """Raise TransferMalformed unless each head's positions ascend, from 0 to `num_positions`."""
+    """Raise TransferMalformed unless each head's positions ascend within [0, num_positions)."""
     for rows in kv.head_slices():
         head = kv.positions[rows]
         if head.numel() and not (

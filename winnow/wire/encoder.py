@@ -1,4 +1,4 @@
-"""A prompt's KV, layer by layer, as the frames of one transfer."""
+"""Encoder of KV transfers, layer by layer."""
 
 from collections.abc import Iterator, Sequence
 
@@ -21,7 +21,7 @@ FRAME_BYTES = 2 << 20
 
 
 class TransferEncoder:
-    """Writes one attempt's transfer: `header`, each `layer` in order, `trailer`.
+    """Encodes the transfer of one attempt: call `header`, each `layer` in order, then `trailer`.
 
     frame_bytes: payload per data frame, 1 byte to MAX_PAYLOAD_BYTES.
     """
@@ -54,7 +54,7 @@ class TransferEncoder:
     def trailer(
         self, final_hidden: Tensor, report: PrefillReport, state: SequenceState | None = None
     ) -> bytes:
-        """The frame that ends the transfer. final_hidden: [hidden_size]; state: if it runs."""
+        """The last frame. final_hidden: [hidden_size].  state: of a running sequence."""
         trailer = pb.TransferTrailer(
             final_hidden=bytes(_bytes_of(final_hidden.to(self._header.shape.dtype))),
             report=report_to_proto(report),
@@ -69,13 +69,13 @@ class TransferEncoder:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The tensor's bytes, row-major; no copy for a contiguous one in the CPU's memory."""
+    """The tensor's bytes, row-major; no copy if it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
 
 def _cut(payload: Sequence[memoryview], frame_bytes: int) -> Iterator[tuple[int, list[memoryview]]]:
-    """The joined `payload` in pieces of `frame_bytes`: each one's offset and its parts."""
+    """Split the concatenated `payload` into pieces of `frame_bytes`: (offset, parts) of each."""
     offset, room, parts = 0, frame_bytes, list[memoryview]()
     for segment in payload:
         at = 0

@@ -1,7 +1,7 @@
-"""PushFrame's protobuf bytes, framed by hand: payloads are neither copied into messages nor out.
+"""Hand-written protobuf encoding of PushFrame, without copying payloads in and out of messages.
 
-Byte-compatible with proto/winnow/v1/decode.proto. A frame carries exactly one field, a message;
-reading is strict, so every byte of a frame is accounted for or the frame is refused.
+Byte-compatible with proto/winnow/v1/decode.proto. A frame has exactly one field, a message. Parsing
+is strict: a frame with any unaccounted byte is refused.
 """
 
 import struct
@@ -17,7 +17,7 @@ MAX_FRAME_BYTES = MAX_PAYLOAD_BYTES + 64  # tags, lengths, offset and checksum
 
 
 class Field(IntEnum):
-    """What a frame carries: PushFrame's field numbers."""
+    """PushFrame's field numbers: the kind of message in a frame."""
 
     HEADER = 1
     LAYER = 2
@@ -34,7 +34,7 @@ _CRC32 = struct.Struct("<I")
 
 @dataclass(frozen=True, slots=True)
 class DataFrame:
-    """A checked piece of a layer's payload; `payload` is a view of the received frame."""
+    """A piece of a layer's payload, checksum verified; `payload` is a view of the frame."""
 
     layer_idx: int
     offset: int
@@ -43,14 +43,14 @@ class DataFrame:
 
 
 def join_frame(field: Field, body: bytes) -> bytes:
-    """A PushFrame whose `field` is the serialized message `body`."""
+    """Encode a PushFrame whose `field` is the serialized message `body`."""
     return b"".join((_varint(field << 3 | _LENGTH_DELIMITED), _varint(len(body)), body))
 
 
 def join_data_frame(
     layer_idx: int, offset: int, pieces: Sequence[memoryview]
 ) -> tuple[bytes, int, int]:
-    """A PushFrame with a DataFrame of the joined `pieces`; its payload's length and CRC-32."""
+    """Encode a PushFrame with a DataFrame of `pieces`: (frame, payload length, CRC-32)."""
     crc32, num_bytes = 0, 0
     for piece in pieces:
         crc32 = zlib.crc32(piece, crc32)
@@ -68,7 +68,7 @@ def join_data_frame(
 
 
 def split_frame(frame: bytes) -> tuple[Field, memoryview]:
-    """The frame's field number and a view of that field's message.
+    """Parse a frame: its field number, and a view of that field's message.
 
     Raises TransferMalformed unless the frame is one known field and nothing else.
     """
@@ -87,9 +87,9 @@ def split_frame(frame: bytes) -> tuple[Field, memoryview]:
 
 
 def read_data_frame(body: memoryview) -> DataFrame:
-    """The DataFrame in `body`, its checksum verified.
+    """Parse the DataFrame in `body` and verify its checksum.
 
-    Raises TransferMalformed for bytes that are none, TransferDamaged for a wrong checksum.
+    Raises TransferMalformed for anything else, TransferDamaged for a wrong checksum.
     """
     fields = dict.fromkeys((_LAYER_IDX_TAG, _OFFSET_TAG, _CRC32_TAG), 0)
     payload = body[:0]

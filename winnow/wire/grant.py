@@ -1,9 +1,9 @@
-"""Leave to push one reservation's KV, or to fetch it: which wire version, and who may.
+"""Authorization to push or fetch one reservation's KV, and the agreed wire version.
 
-The decode worker draws a secret for each reservation and tells the gateway alone. A transfer's
-header shows an HMAC of the attempt's number under it, so only the prefill worker that was asked
-can push, and only the attempt it was asked for; and only a worker that the gateway has chosen can
-fetch the request when it moves, which it can from wire version 4 on.
+The decode worker draws a secret for each reservation and sends it to the gateway only. A transfer's
+header has an HMAC of the attempt number under that secret, so only the chosen prefill worker can
+push, and only its own attempt. Likewise, only a worker that the gateway has chosen can fetch the
+request when it migrates, which requires wire version 4.
 """
 
 import hmac
@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 
 from winnow.errors import TransferForged, TransferMismatch
 
-WIRE_VERSIONS = (3, 4)  # spoken by this release: the newest, and the one before it
+WIRE_VERSIONS = (3, 4)  # supported by this release: the newest and the one before it
 FIRST_WITH_FETCH = 4
 _SECRET_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """What an attempt shows the decode worker. token: 32 bytes."""
+    """What an attempt presents to the decode worker. token: 32 bytes."""
 
     wire_version: int
     token: bytes = field(repr=False)
@@ -35,9 +35,9 @@ class Grant:
 
     @classmethod
     def issue(cls, offered: Collection[int]) -> "Grant":
-        """The newest wire version of those offered.
+        """Create a grant with a new secret, for the newest common wire version.
 
-        Raises TransferMismatch if this release speaks none of them.
+        Raises TransferMismatch if this release supports none of those offered.
         """
         version = newest_common(offered)
         if version is None:
@@ -48,17 +48,17 @@ class Grant:
         return cls(version, secrets.token_bytes(_SECRET_BYTES))
 
     def ticket(self, attempt: int) -> Ticket:
-        """What the attempt's prefill worker is given."""
+        """The ticket for the prefill worker of an attempt."""
         return Ticket(self.wire_version, self._sign(attempt.to_bytes(4, "little")))
 
     @property
     def allows_fetch(self) -> bool:
-        """Whether a request that runs can move to another worker."""
+        """Whether the running request can migrate to another worker."""
         return self.wire_version >= FIRST_WITH_FETCH
 
     @property
     def fetch_token(self) -> bytes:
-        """What the worker that the request moves to shows."""
+        """The token that the destination worker of a migration presents."""
         return self._sign(b"fetch")
 
     def _sign(self, message: bytes) -> bytes:
@@ -81,7 +81,7 @@ class Grant:
 
 
 def newest_common(offered: Collection[int]) -> int | None:
-    """The newest wire version that both sides speak, None if there is none."""
+    """The newest wire version that both sides support, or None."""
     return max(set(offered) & set(WIRE_VERSIONS), default=None)
 
 

@@ -1,4 +1,4 @@
-"""A layer on its way in: reused memory, filled in order, then seen as tensors."""
+"""Reassembly of a received layer: a reused buffer, filled in order, then viewed as tensors."""
 
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,13 +12,13 @@ from winnow.wire.framing import DataFrame
 
 
 class ReceiveBuffer:
-    """Memory for one layer's payload, kept for the next: fresh pages cost more than copying."""
+    """Memory for one layer's payload, reused for the next: new pages cost more than copying."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
     def take(self, num_bytes: int) -> Tensor:
-        """[num_bytes] uint8 with arbitrary content; what was taken before becomes invalid."""
+        """A buffer [num_bytes] uint8 with arbitrary content; invalidates the previous one."""
         if self._bytes.numel() < num_bytes:
             self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
         return self._bytes[:num_bytes]
@@ -26,7 +26,7 @@ class ReceiveBuffer:
 
 @dataclass(slots=True)
 class IncomingLayer:
-    """A layer whose payload arrives. payload: [payload bytes] uint8, written up to `filled`."""
+    """A layer being received. payload: [payload bytes] uint8, written up to `filled`."""
 
     layer_idx: int
     head_lengths: tuple[int, ...]
@@ -53,7 +53,7 @@ class IncomingLayer:
         self.filled = end
 
     def views(self, shape: ModelShape) -> LayerKV:
-        """The whole layer's tensors, views of `payload`."""
+        """The tensors of the complete layer, as views of `payload`."""
         num_entries = sum(self.head_lengths)
         sizes = segment_bytes(shape, num_entries, self.window)
         positions, keys, values, queries = (

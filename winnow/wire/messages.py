@@ -1,4 +1,4 @@
-"""The small messages of a transfer: header and report as protobuf, and the digest over all."""
+"""Protobuf conversion of a transfer's header, report and state, and the transfer's digest."""
 
 import hashlib
 import struct
@@ -30,9 +30,9 @@ _Message = TypeVar("_Message", bound=Message)
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Whose KV follows, and how it is written. attempt counts from 1.
+    """The request whose KV follows, and its format. attempt counts from 1.
 
-    sequence_idx, sequences_left: of a running request, which sequence, and how many follow.
+    sequence_idx, sequences_left: for a migration, the sequence, and how many follow it.
     """
 
     request_id: str
@@ -46,7 +46,7 @@ class Header:
 
 
 class Digest:
-    """SHA-256 over a transfer; what exactly, winnow/wire/__init__.py says."""
+    """SHA-256 digest of a transfer, as specified in winnow/wire/__init__.py."""
 
     def __init__(self) -> None:
         self._sha256 = hashlib.sha256()
@@ -58,7 +58,7 @@ class Digest:
         self._sha256.update(struct.pack("<IQII", layer_idx, offset, num_bytes, crc32))
 
     def finish(self, trailer: pb.TransferTrailer) -> bytes:
-        """The digest, with all of the trailer but the digest in it."""
+        """Add the trailer, without its digest field; returns the digest."""
         self._sha256.update(trailer.final_hidden)
         self._sha256.update(trailer.report.SerializeToString(deterministic=True))
         if trailer.HasField("sequence"):
@@ -67,9 +67,9 @@ class Digest:
 
 
 def read_header(frame: bytes) -> Header:
-    """The header in a transfer's first frame; only its form is checked, not what it announces.
+    """Parse the header in a transfer's first frame; its values are not checked against a grant.
 
-    Raises TransferMalformed where it is no header, TransferMismatch for an unknown dtype or codec.
+    Raises TransferMalformed for another frame, TransferMismatch for an unknown dtype or codec.
     """
     field, body = split_frame(frame)
     if field is not Field.HEADER:
@@ -78,7 +78,7 @@ def read_header(frame: bytes) -> Header:
 
 
 def header_from_bytes(body: bytes) -> Header:
-    """The header that `body` serializes; raises as `read_header` does."""
+    """Parse a serialized header; raises as `read_header`."""
     if len(body) > MAX_HEADER_BYTES:
         raise TransferMalformed(f"header has {len(body)} bytes; the limit is {MAX_HEADER_BYTES}")
     header = parse(pb.TransferHeader(), body)
@@ -107,7 +107,7 @@ def header_from_bytes(body: bytes) -> Header:
 
 
 def header_to_bytes(header: Header) -> bytes:
-    """The header's protobuf, raw codec."""
+    """Serialize a header, with codec RAW."""
     shape = header.shape
     message = pb.TransferHeader(
         request_id=header.request_id,
@@ -130,7 +130,7 @@ def header_to_bytes(header: Header) -> bytes:
 
 
 def parse(message: _Message, body: bytes) -> _Message:
-    """`message` with what `body` serializes; raises TransferMalformed where it is not that."""
+    """Parse `body` into `message`; raises TransferMalformed if that fails."""
     try:
         message.MergeFromString(body)
     except DecodeError as error:

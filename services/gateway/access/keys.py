@@ -1,4 +1,4 @@
-"""Who may ask: API keys, of which only hashes are kept, each with limits of its own.
+"""API keys: a file of their hashes, each with its own limits.
 
 The file is a YAML list, one entry per key, as `winnow key NAME` writes it:
 
@@ -7,8 +7,8 @@ The file is a YAML list, one entry per key, as `winnow key NAME` writes it:
       requests_per_minute: 600
       tokens_per_minute: 200000
 
-It is read again when it changes, so keys come and go without a restart. A key is 32 random bytes,
-so its hash needs no salt and no slow function.
+It is reread when it changes, so keys can be added and removed without a restart. A key is 32 random
+bytes, so its hash needs no salt and no slow hash function.
 """
 
 import hashlib
@@ -30,9 +30,9 @@ _LOOK_AGAIN_S = 1.0
 
 
 class ApiKey(BaseModel):
-    """One entry. RequestLimits are over a sliding minute; unset is none.
+    """One entry. Limits apply to a sliding minute; None means no limit.
 
-    tokens: of prompts, and the most that their answers may have.
+    tokens_per_minute counts prompt tokens plus the most that answers may have.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,13 +43,13 @@ class ApiKey(BaseModel):
     tokens_per_minute: int | None = Field(None, ge=1)
 
 
-# No traceback shows what somebody wrote into the file: it may be a key.
+# Tracebacks must not show the file's contents: they may be a key.
 _ENTRIES = TypeAdapter(list[ApiKey], config=ConfigDict(hide_input_in_errors=True))
 
 
 @dataclass(frozen=True, slots=True)
 class _Version:
-    """What tells that a file has changed."""
+    """Identifies a version of the file, to detect changes."""
 
     changed_ns: int
     size: int
@@ -58,7 +58,7 @@ class _Version:
 def new_key(
     name: str, requests_per_minute: int | None = None, tokens_per_minute: int | None = None
 ) -> tuple[str, ApiKey]:
-    """A key, to be shown this once, and its entry.  Raises InvalidSetting."""
+    """A new key, shown only once, and its entry.  Raises InvalidSetting."""
     key = _PREFIX + secrets.token_urlsafe(32)
     try:
         return key, ApiKey(
@@ -73,12 +73,12 @@ def new_key(
 
 
 def entry_text(entry: ApiKey) -> str:
-    """The entry as a part of the file."""
+    """The entry as YAML for the file."""
     return str(yaml.safe_dump([entry.model_dump(exclude_none=True)], sort_keys=False))
 
 
 class ApiKeys:
-    """The keys of a file. Raises InvalidSetting if it is no use when the service starts."""
+    """The keys in a file.  Raises InvalidSetting if it cannot be used at startup."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -87,7 +87,7 @@ class ApiKeys:
         self._looked_s = time.monotonic()
 
     def require(self, authorization: str | None) -> ApiKey:
-        """The key in an Authorization header; raises InvalidKey."""
+        """The key in an Authorization header.  Raises InvalidKey."""
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise InvalidKey("no API key: send it as `Authorization: Bearer KEY`")

@@ -1,4 +1,4 @@
-"""The `winnow` object of a request: pruning settings over the service's, under its caps."""
+"""Pruning settings of a request: its `winnow` object over the service's settings, within caps."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,10 +15,10 @@ from winnow.pruning_settings import PruningSettings
 def changed_pruning(
     settings: Settings, service: PruningSettings, num_layers: int, changes: Mapping[str, Any]
 ) -> PruningSettings:
-    """The service's pruning with a request's changes.
+    """The service's pruning settings with a request's changes.
 
-    Raises InvalidSetting, with `winnow.` before the parameter's name, for what cannot work with a
-    model of `num_layers` or is over the operator's caps.
+    Raises InvalidSetting, with `winnow.` before the parameter's name, for settings that cannot work
+    with a model of `num_layers` or that exceed the operator's caps.
     """
     try:
         pruning = defaults.override(service, dict(changes))
@@ -30,21 +30,25 @@ def changed_pruning(
     return pruning
 
 
-def unpruned(settings: Settings, pruning: PruningSettings) -> PruningSettings:
-    """The same, but of the prompt all is kept; raises InvalidSetting where that is over a cap."""
+def unpruned(
+    settings: Settings, pruning: PruningSettings, reason: str, param: str
+) -> PruningSettings:
+    """The settings with the whole prompt kept.  Raises InvalidSetting if that exceeds a cap.
+
+    reason, param: what the request asks for that needs it.
+    """
     try:
         pruning = replace(pruning, method="full")
         require_within_caps(settings, pruning)
     except InvalidSetting as error:
-        message = f"echo with logprobs computes the prompt unpruned: {error.message}"
-        raise InvalidSetting(message, param="echo") from error
+        raise InvalidSetting(f"{reason}: {error.message}", param=param) from error
     return pruning
 
 
 def require_within_caps(settings: Settings, pruning: PruningSettings) -> None:
-    """Raises InvalidSetting for what is over an operator's cap.
+    """Raises InvalidSetting for a setting over an operator's cap.
 
-    To select or compress nothing is to ask for everything, which is over any cap.
+    Without selection or compression the number is unlimited, which exceeds any cap.
     """
     method = method_class(pruning.method)
     bounds = {

@@ -1,6 +1,6 @@
-"""Requests and tokens per key and minute, counted in Redis where there is one.
+"""Rate limits: requests and tokens per key and minute.
 
-Without Redis each gateway process counts for itself.
+They are counted in Redis if there is one; otherwise each gateway process counts for itself.
 """
 
 import logging
@@ -19,7 +19,7 @@ from winnow.errors import RateLimited
 
 logger = logging.getLogger(__name__)
 
-# A Redis that does not answer must not keep requests waiting.
+# An unresponsive Redis must not delay requests.
 _TIMEOUT_S = 0.5
 
 
@@ -30,12 +30,12 @@ def _storage(pool: RedisPool | None) -> RedisStorage | MemoryStorage:
         "async+redis://",
         implementation="redispy",
         wrap_exceptions=True,
-        connection_pool=pool,  # type: ignore[arg-type]  # described, but left out of its types
+        connection_pool=pool,  # type: ignore[arg-type]  # documented, but missing in its types
     )
 
 
 class RateLimits:
-    """Sliding minutes, approximated by two counters per limit."""
+    """Limits over a sliding minute, approximated with two counters per limit."""
 
     def __init__(self, settings: Settings) -> None:
         self._pool = open_redis_pool(settings, _TIMEOUT_S)
@@ -43,18 +43,18 @@ class RateLimits:
         self._namespace = f"{settings.namespace}:limits"
 
     async def close(self) -> None:
-        """Drop the connections; the counts stay."""
+        """Close the connections; the counts stay."""
         if self._pool is not None:
             await self._pool.aclose()
 
     async def require(self, key: ApiKey, what: str, limit: int | None, amount: int) -> None:
-        """Raises RateLimited if `charge` would now; counts nothing."""
+        """Raise RateLimited if `charge` would now; counts nothing."""
         await self._ask(self._limiter.test, key, what, limit, amount)
 
     async def charge(self, key: ApiKey, what: str, limit: int | None, amount: int) -> None:
-        """Counts `amount` of `what`; raises RateLimited, and counts nothing, if that is too much.
+        """Count `amount` of `what`.  Raises RateLimited, and counts nothing, if over the limit.
 
-        While Redis does not answer nobody is refused: the keys are checked all the same.
+        While Redis does not answer, limits are not applied; keys are still checked.
         """
         await self._ask(self._limiter.hit, key, what, limit, amount)
 
@@ -76,10 +76,7 @@ class RateLimits:
         try:
             if not await allows(item, key.name, what, cost=amount):
                 raise await self._refusal(item, key, what, limit)
-        except (
-            StorageError,
-            RuntimeError,
-        ) as error:  # RuntimeError as in services.common.redis_registry
+        except (StorageError, RuntimeError) as error:  # RuntimeError: see redis_registry.py
             logger.warning("rate limits are not counted: %s", error)
 
     async def _refusal(

@@ -1,6 +1,7 @@
-"""What requests may ask for: the model's limits and the operator's."""
+"""Limits of requests, from the model and from the operator's settings."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from services.common.settings import Settings
@@ -15,12 +16,12 @@ from winnow.pruning_settings import PruningSettings
 from winnow.sampling_params import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 
 MAX_STOP_CHARS = 1024
-# English has 4 to 5 characters per token; a text much longer than that is measured by its start.
+# English has 4 to 5 characters per token; of a much longer text only the start is tokenized.
 _CHARS_PER_TOKEN = 6
 
 
 class RequestLimits:
-    """Checks that name the number and the limit. Raises InvalidSetting if settings contradict."""
+    """Checks whose errors have number and limit.  Raises InvalidSetting if settings contradict."""
 
     def __init__(self, settings: Settings, model: ServedModel) -> None:
         self._settings = settings
@@ -35,14 +36,14 @@ class RequestLimits:
         require_within_caps(settings, model.pruning)
 
     def require_model(self, name: str) -> None:
-        """Raises UnknownModel unless it is the one that is served."""
+        """Raises UnknownModel unless `name` is the served model."""
         if name != self._model.name:
             raise UnknownModel(
                 f"model {name!r} is not served here; served is {self._model.name!r}", param="model"
             )
 
     def require_token_ids(self, token_ids: Sequence[int], param: str) -> None:
-        """Raises InvalidRequest for an id that the vocabulary does not have."""
+        """Raises InvalidRequest for a token ID that is not in the vocabulary."""
         if token_ids and (min(token_ids) < 0 or max(token_ids) >= self._vocab_size):
             bad = next(i for i in token_ids if not 0 <= i < self._vocab_size)
             raise InvalidRequest(
@@ -58,7 +59,7 @@ class RequestLimits:
             raise self._too_long(f"{num_tokens:,}", param)
 
     def require_positions(self, num_tokens: int, param: str) -> None:
-        """Raises InvalidRequest for more tokens than a prompt and its answer can have."""
+        """Raises InvalidRequest for more tokens than prompt and answer may have together."""
         if num_tokens > self.max_positions:
             raise InvalidRequest(
                 f"{param} has {num_tokens:,} tokens; the limit is {self.max_positions:,}",
@@ -66,9 +67,9 @@ class RequestLimits:
             )
 
     def encode(self, text: str, param: str, *, add_special_tokens: bool = True) -> list[int]:
-        """A prompt's tokens; one far over the limit is refused without tokenizing all of it.
+        """Tokenize a prompt; one far over the limit is refused without tokenizing all of it.
 
-        Raises InvalidRequest for an empty text, PromptTooLong.
+        Raises InvalidRequest for an empty text, PromptTooLong for one over the limit.
         """
         if not text:
             self.require_prompt(0, param)
@@ -96,9 +97,9 @@ class RequestLimits:
         *,
         least: int = 1,
     ) -> int:
-        """How many tokens an answer may have; `default` None is the model's own, else all allowed.
+        """The most tokens of an answer; if `default` is None, the model's default or all allowed.
 
-        Where max_tokens_policy is clamp, too many are as many as are allowed.
+        With max_tokens_policy `clamp`, a number over the limit becomes the limit.
         Raises InvalidSetting for a number out of range, PromptTooLong if prompt and answer exceed
         the model's context.
         """
@@ -123,7 +124,7 @@ class RequestLimits:
         return requested
 
     def require_choices(self, n: int) -> None:
-        """Raises InvalidSetting for too many choices, or none."""
+        """Raises InvalidSetting if n is 0 or over the limit."""
         most = self._settings.max_n
         if not 1 <= n <= most:
             raise InvalidSetting(f"n is {n:,}; the allowed range is 1 to {most}", param="n")
@@ -143,7 +144,7 @@ class RequestLimits:
                 )
 
     def stop_token_ids(self, token_ids: Sequence[int]) -> frozenset[int]:
-        """Raises InvalidSetting for too many, InvalidRequest for one that does not exist."""
+        """Raises InvalidSetting for too many, InvalidRequest for one not in the vocabulary."""
         if len(token_ids) > MAX_STOP_TOKEN_IDS:
             raise InvalidSetting(
                 f"stop_token_ids has {len(token_ids):,} tokens; the limit is {MAX_STOP_TOKEN_IDS}",
@@ -155,14 +156,24 @@ class RequestLimits:
     def pruning(
         self, changes: Mapping[str, Any], *, scores_prompt: bool = False
     ) -> PruningSettings:
-        """The service's settings with a request's changes; raises as `changed_pruning`.
+        """The service's settings with a request's changes.  Raises as `changed_pruning`.
 
-        scores_prompt: its log-probabilities are wanted, which are those of the unpruned prompt.
+        scores_prompt: prompt log-probabilities are requested, which need the unpruned prompt.
         """
         num_layers = self._model.description.shape.num_layers
         pruning = self._model.pruning
         if changes:
             pruning = changed_pruning(self._settings, pruning, num_layers, changes)
         if scores_prompt:
-            pruning = unpruned(self._settings, pruning)
+            reason = "echo with logprobs computes the prompt unpruned"
+            pruning = unpruned(self._settings, pruning, reason, "echo")
         return pruning
+
+    def verifying(self, pruning: PruningSettings) -> PruningSettings:
+        """For the answer that one under `pruning` is compared with: decode keeps all as well.
+
+        Raises InvalidSetting where that is over a cap.
+        """
+        whole = replace(pruning, decode_budget=None, decode_floor=None)
+        reason = "verify generates the unpruned answer too"
+        return unpruned(self._settings, whole, reason, "winnow.verify")

@@ -1,4 +1,4 @@
-"""What the public gRPC port refuses before it reads a message, and how much it takes at once."""
+"""Key check and connection limits of the public gRPC port, before any message is read."""
 
 from collections.abc import Awaitable, Callable, Iterable
 
@@ -11,20 +11,20 @@ from services.gateway.access.access import Access
 from services.gateway.metrics import GatewayMetrics
 from winnow.errors import InvalidKey
 
-# What probes call; as over REST it tells nothing that a key would have to guard.
+# Called by probes; as over REST, the answer reveals nothing that needs a key.
 _OPEN_METHODS = "/grpc.health.v1.Health/"
 
-# Each call may hold a message of max_body_bytes; Ray Serve takes as many requests over HTTP.
+# Each call may hold a message of max_body_bytes; Ray Serve accepts as many requests over HTTP.
 MAX_CALLS = 10_000
 MAX_STREAMS_PER_CONNECTION = 128
-# Clients notice nothing: they connect anew, and what runs goes on over the old connection.
+# Transparent to clients: they reconnect, and open calls finish on the old connection.
 MAX_CONNECTION_AGE_S = 1800
 _MAX_CONNECTION_IDLE_S = 300
 _ENDING_MARGIN_S = 30
 
 
 class GrpcKeyGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # gRPC has no types here
-    """Refuses calls without a key before their message is read: it may be as large as a body."""
+    """Refuses calls without a valid key before reading their message, which may be large."""
 
     def __init__(self, access: Access, metrics: GatewayMetrics) -> None:
         self._access = access
@@ -45,12 +45,12 @@ class GrpcKeyGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # gRPC ha
 
 
 def authorization(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
-    """Where a key is shown, as in the HTTP header."""
+    """The value of the authorization header, or None."""
     return next((str(value) for name, value in metadata if name == "authorization"), None)
 
 
 def _refusing(error: InvalidKey) -> grpc.RpcMethodHandler:
-    """As for a stream of messages, of which gRPC reads none by itself."""
+    """Handler that refuses; a streaming one, because gRPC then reads no message by itself."""
 
     async def refuse(_messages: object, context: grpc.aio.ServicerContext) -> None:
         await abort_aio(context, error)
@@ -59,7 +59,7 @@ def _refusing(error: InvalidKey) -> grpc.RpcMethodHandler:
 
 
 def connection_options(settings: Settings) -> list[tuple[str, int]]:
-    """Bounds on each connection; a request that runs has the time that it may take."""
+    """Limits of each connection; a running request keeps all of its time."""
     ending_s = settings.request_timeout_s + _ENDING_MARGIN_S
     return [
         ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),

@@ -1,4 +1,4 @@
-"""From a CompleteRequest of winnow.v1.Inference to an GenerationRequest."""
+"""Conversion of a winnow.v1.Inference CompleteRequest to a GenerationRequest."""
 
 from typing import Any
 
@@ -18,12 +18,13 @@ from winnow.errors import InvalidRequest, InvalidSetting
 from winnow.marked_text import plain
 from winnow.v1 import inference_pb2 as pb
 
-# Over gRPC 0 stands for JSON's null: keep every entry.
+# gRPC uses 0 for JSON's null, which keeps every entry.
 _UNLIMITED_AT_ZERO = frozenset({"kv_budget", "decode_budget", "decode_floor"})
+_NO_PRUNING = frozenset({"verify", "task"})
 
 
 def request_from_bytes(gateway: Gateway, body: bytes) -> GenerationRequest:
-    """As request_from_proto, of what came over the wire."""
+    """`request_from_proto` for a serialized message."""
     try:
         request = pb.CompleteRequest.FromString(body)
     except DecodeError as error:
@@ -32,9 +33,9 @@ def request_from_bytes(gateway: Gateway, body: bytes) -> GenerationRequest:
 
 
 def request_from_proto(gateway: Gateway, request: pb.CompleteRequest) -> GenerationRequest:
-    """The checked request. Tokenizing takes time: call it from a worker thread.
+    """The validated request. Tokenizing is slow: call it from a worker thread.
 
-    Raises InvalidRequest of some kind.
+    Raises InvalidRequest or a subclass.
     """
     gateway.limits.require_model(request.model)
     options = RequestOptions(
@@ -48,6 +49,8 @@ def request_from_proto(gateway: Gateway, request: pb.CompleteRequest) -> Generat
         echo=request.echo,
         sampling=_sampling(request),
         pruning=_pruning(request.winnow),
+        task=_optional(request.winnow, "task"),
+        verify=request.winnow.verify,
     )
     prompt = _prompt(gateway, request)
     return checked_request("grpc", [prompt], options, gateway.limits, gateway.model.tokenizer)
@@ -76,10 +79,11 @@ def _sampling(request: pb.CompleteRequest) -> dict[str, Any]:
 
 
 def _pruning(options: pb.WinnowOptions) -> dict[str, Any]:
-    """The fields that the request set."""
+    """The pruning settings that the request sets."""
     return {
         field.name: None if field.name in _UNLIMITED_AT_ZERO and value == 0 else value
         for field, value in options.ListFields()
+        if field.name not in _NO_PRUNING
     }
 
 
@@ -124,7 +128,7 @@ def _chat_options(messages: pb.ChatMessages) -> ChatOptions:
 
 
 def _whole_numbers(value: Any) -> Any:  # noqa: ANN401 - what JSON can hold
-    """A Struct has no whole numbers of its own: 2 is 2.0 in it."""
+    """Restore integers: a Struct stores 2 as 2.0."""
     if isinstance(value, dict):
         return {name: _whole_numbers(one) for name, one in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Answers as messages of proto/winnow/v1/inference.proto."""
+"""Conversion of deltas and usage to messages of proto/winnow/v1/inference.proto."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -10,14 +10,14 @@ from winnow.tokenizer import Tokenizer
 from winnow.tokens import Token
 from winnow.v1 import inference_pb2 as pb
 
-# With 20 likely tokens each, under 1 MiB: clients of gRPC take 4 MiB unless told otherwise.
+# With 20 top tokens each, under 1 MiB: gRPC clients accept 4 MiB by default.
 _PROMPT_TOKENS_PER_CHUNK = 1024
 
 
 def delta_to_proto(
     delta: Delta, request_id: str, tokenizer: Tokenizer
 ) -> Iterator[pb.CompleteResponse]:
-    """The chunks that stream `delta`: one, and before it those of the prompt's own tokens."""
+    """The chunks for one delta: first the prompt's tokens with log-probabilities, if any."""
     for start in range(0, len(delta.prompt), _PROMPT_TOKENS_PER_CHUNK):
         tokens = delta.prompt[start : start + _PROMPT_TOKENS_PER_CHUNK]
         prompt_logprobs = [_logprob(token, tokenizer) for token in tokens]
@@ -37,11 +37,14 @@ def delta_to_proto(
 
 
 def usage_to_proto(usage: RequestUsage, request_id: str) -> pb.CompleteResponse:
-    """The last chunk."""
+    """The last chunk of a stream."""
     message = pb.Usage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
-        winnow=pb.WinnowUsage(**asdict(usage.winnow())),
+        winnow=pb.WinnowUsage(
+            **asdict(usage.winnow()),
+            verify=None if usage.verify is None else pb.Verification(**asdict(usage.verify)),
+        ),
     )
     return pb.CompleteResponse(id=request_id, usage=message)
 

@@ -1,7 +1,7 @@
 """The public gRPC API: winnow.v1.Inference with health and reflection, on the gateway's own server.
 
-Its own rather than Ray Serve's gRPC proxy, because that has neither standard health nor
-reflection, and passes no typed trailing metadata. Replicas on one machine share the port.
+It does not use Ray Serve's gRPC proxy, which has neither standard health nor reflection and passes
+no typed trailing metadata. Replicas on one machine share the port.
 """
 
 import asyncio
@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 SERVICE = "winnow.v1.Inference"
 _READINESS_INTERVAL_S = 5.0
 _ABORT_TIMEOUT_S = 5.0
-_SHARE_OF_GRACE = 0.9  # the rest is for the errors
+_SHARE_OF_GRACE = 0.9  # the rest is for sending errors
 
 
 class GrpcServer:
-    """Start it once, stop it; health says SERVING while requests can be served."""
+    """Start it once, then stop it; health is SERVING while requests can be served."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -56,7 +56,7 @@ class GrpcServer:
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int) -> int:
-        """The port that is served; 0 asks for any.  Raises InvalidSetting if it is taken."""
+        """Serve on `port` (0: any free one); returns the port.  Raises InvalidSetting if taken."""
         credentials = public_credentials(self._gateway.settings)
         bound = bind(self._server, host, port, credentials, what="gRPC", param="grpc_port")
         await self._tell_health()
@@ -65,10 +65,10 @@ class GrpcServer:
         return bound
 
     async def stop(self, grace_s: float | None = None) -> None:
-        """Returns when open calls have ended.
+        """Return when open calls have ended.
 
-        Requests still open shortly before `grace_s` are over end with an error; whatever else is
-        open then is cancelled.
+        Requests still open shortly before the end of `grace_s` get an error; other calls still open
+        at its end are cancelled.
         """
         if grace_s is not None:
             self._shutdown.end_in(_SHARE_OF_GRACE * grace_s)
@@ -91,9 +91,9 @@ class GrpcServer:
 
 
 def _options(gateway: Gateway) -> list[tuple[str, int]]:
-    """Every replica binds the one port, also one that takes another's place.
+    """Server options: the port is shared by all replicas, including one that replaces another.
 
-    A request may be as large as over HTTP.
+    Requests may be as large as over HTTP.
     """
     settings = gateway.settings
     size = ("grpc.max_receive_message_length", int(settings.max_body_bytes))
@@ -108,16 +108,16 @@ class _Inference:
         self._shutdown = shutdown
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """Takes messages as bytes: one that cannot be read gets a typed error like any other."""
+        """Handler of serialized messages, so that a malformed one gets a typed error too."""
         complete = grpc.unary_stream_rpc_method_handler(
             self.complete, response_serializer=pb.CompleteResponse.SerializeToString
         )
         return grpc.method_handlers_generic_handler(SERVICE, {"Complete": complete})
 
     async def complete(self, body: bytes, context: grpc.aio.ServicerContext) -> None:
-        """Chunks as text is generated, then one with the usage; or one typed error.
+        """Write chunks as text is generated, then one with the usage; or end with a typed error.
 
-        Writes rather than yields them, so that a deadline ends the wait for a slow client too.
+        Written rather than yielded, so that a deadline also ends the wait for a slow client.
         """
         started = False
 
@@ -132,7 +132,7 @@ class _Inference:
             async with self._shutdown.call():
                 await self._gateway.access.charge_request(key)
                 await self._answer(body, context_in(metadata), key, write)
-        except Exception as error:  # whatever it is, the client gets one typed error
+        except Exception as error:  # the client always gets one typed error
             failure = public_error(error)
             if not started:
                 self._gateway.metrics.requests_refused.labels(failure.code).inc()
@@ -158,7 +158,7 @@ class _Inference:
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: WinnowError) -> None:
-    """Ends the call; a client that does not read gets the error when it does."""
+    """End the call; one that does not read delays this briefly, and gets the error when it does."""
     with suppress(TimeoutError):
         async with asyncio.timeout(_ABORT_TIMEOUT_S):
             await abort_aio(context, error)

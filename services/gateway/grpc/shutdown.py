@@ -1,4 +1,4 @@
-"""How long calls may go on when their server is about to end."""
+"""Deadline of open calls during a server's shutdown."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,7 +8,7 @@ from winnow.errors import DeadlineExceeded
 
 
 class Shutdown:
-    """Endless until `end_in` is called. Belongs to one event loop."""
+    """No deadline until `end_in` is called. Used on one event loop."""
 
     def __init__(self) -> None:
         self._ends_s: float | None = None
@@ -16,7 +16,7 @@ class Shutdown:
 
     @asynccontextmanager
     async def call(self) -> AsyncIterator[None]:
-        """A block for one call; raises DeadlineExceeded in it when the time is up."""
+        """Context manager for one call; raises DeadlineExceeded in it at the deadline."""
         try:
             async with asyncio.timeout_at(self._ends_s) as timeout:
                 self._open.add(timeout)
@@ -30,7 +30,7 @@ class Shutdown:
             raise DeadlineExceeded("the gateway ends, and the request did not before it") from error
 
     def end_in(self, seconds: float) -> None:
-        """Ends the calls that are still open by then."""
+        """Set the deadline: calls still open after `seconds` end."""
         self._ends_s = asyncio.get_running_loop().time() + seconds
         for timeout in self._open:
             if not timeout.expired():

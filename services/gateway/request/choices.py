@@ -1,7 +1,7 @@
-"""The answers of one request while they are generated: tokens in, pieces of text out."""
+"""The choices of one request while they are generated: tokens in, deltas of text out."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.gateway.metrics import GatewayMetrics
 from winnow.sampling_params import SamplingParams
@@ -13,10 +13,10 @@ from winnow.tokens import FinishReason, Token
 class Delta:
     """What one engine step added to choice `index`.
 
-    text: whole characters, certainly before any stop string. tokens: the step's token, which may
-    add no text yet. finish_reason: in the choice's last delta, with the request's stop token or
-    stop string if one of those ended it. prompt: the prompt's own tokens with their
-    log-probabilities, in the choice's first delta, if they are wanted.
+    text: complete characters that cannot become part of a stop string. tokens: the step's token,
+    which may not add text yet. finish_reason, stop_reason: in the choice's last delta, the latter
+    being the request's stop token or stop string if one of them ended it. prompt: the prompt's
+    tokens with log-probabilities, in the choice's first delta, if requested.
     """
 
     index: int
@@ -29,9 +29,9 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class EndTokens:
-    """The tokens that end an answer: the model's own, and those that the request adds.
+    """The tokens that end an answer: the model's own, and those added by the request.
 
-    Decode ends a sequence at any of them; one of an older release knows the model's alone.
+    Decode ends a sequence at any of them; a worker of an older release knows only the model's.
     """
 
     own: frozenset[int]
@@ -43,13 +43,16 @@ class EndTokens:
         return cls(own, sampling.stop_token_ids - own)
 
     def end_at(self, token: Token) -> bool:
-        """Whether the answer ends at this token."""
+        """Whether the answer ends with this token."""
         is_end = token.token_id in self.own or token.token_id in self.added
         return is_end or token.finish_reason is FinishReason.STOP
 
 
 class Choice:
-    """One answer."""
+    """One choice (answer) of a request.
+
+    num_logprobs: what the client asked for, as in SamplingParams; decode may return more.
+    """
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class Choice:
         text: TextStream,
         echo: str,
         end_tokens: EndTokens,
+        num_logprobs: int | None,
         metrics: GatewayMetrics,
     ) -> None:
         self.index = index
@@ -66,20 +70,21 @@ class Choice:
         self._echo = echo
         self._prompt: tuple[Token, ...] = ()
         self._end_tokens = end_tokens
+        self._num_logprobs = num_logprobs
         self._metrics = metrics
         self._last_token_s: float | None = None
 
     def begin(self, prompt: tuple[Token, ...]) -> None:
-        """Notes what the first delta tells of the prompt's own tokens."""
+        """Set the prompt's tokens for the first delta."""
         self._prompt = prompt
 
     def end_at_once(self) -> Delta:
-        """The only delta of an answer that may have no token."""
+        """The only delta of a choice that generates no token (max_tokens 0)."""
         self.finish_reason = FinishReason.LENGTH
         return self._delta("", ())
 
     def take(self, token: Token) -> Delta | None:
-        """What the token adds; None for a token after the choice's end."""
+        """The delta for one more token; None for a token after the choice's end."""
         if self.finish_reason is not None:
             return None
         self._measure()
@@ -90,7 +95,15 @@ class Choice:
         self.finish_reason = FinishReason.STOP if stopped else token.finish_reason
         if self.finish_reason is not None:
             text += self._text.finish()
-        return self._delta(text, (token,))
+        return self._delta(text, (self._shown(token),))
+
+    def _shown(self, token: Token) -> Token:
+        logprobs, num_shown = token.logprobs, self._num_logprobs
+        if logprobs is None:
+            return token
+        if num_shown is None:
+            return replace(token, logprobs=None)
+        return replace(token, logprobs=replace(logprobs, top=logprobs.top[:num_shown]))
 
     def _delta(self, text: str, tokens: tuple[Token, ...]) -> Delta:
         echo, self._echo = self._echo, ""

@@ -1,4 +1,4 @@
-"""The open Generate calls of one prompt: where it runs, and where it is about to go on."""
+"""The open Generate calls of one prompt: to its current worker, and to its next one in a move."""
 
 import asyncio
 import logging
@@ -24,7 +24,7 @@ _PAUSE_S = 0.25
 
 
 class DecodeCalls:
-    """Close it in any case: that frees what the workers hold for the prompt.
+    """Always close it: that frees what the workers hold for the prompt.
 
     left_s: seconds until the prompt's deadline; raises DeadlineExceeded after it.
     """
@@ -41,28 +41,28 @@ class DecodeCalls:
         self._closed = False
         self._next: asyncio.Task[GenerateCall] | None = None
         self._fetching: GenerateCall | None = None
-        self._stopped = False  # the current worker has, for another one to go on
+        self._stopped = False  # the current worker has stopped, for another one to continue
         self._num_moves = 0
 
     async def admit(self, request: PromptRequest) -> None:
-        """Reserve KV memory for the prompt; raises as `open_generate_call`."""
+        """Reserve KV memory for the prompt.  Raises as `open_generate_call`."""
         self.current = await self._admitted(request)
 
     async def admit_elsewhere(self, request: PromptRequest, patience_s: float) -> None:
-        """As `admit`, but waits so long for a worker with room."""
+        """`admit`, but waiting up to `patience_s` seconds for a worker with room."""
         self.current = await self._sought(request, time.monotonic() + patience_s)
 
     def begin_move(self, request: PromptRequest) -> None:
-        """Seeks a worker that fetches the prompt, which runs on meanwhile."""
+        """Look for a worker that fetches the prompt, which keeps running meanwhile."""
         if self._next is None and self.current.grant.allows_fetch:
             self._stopped, self._fetching = False, None
             self._next = asyncio.create_task(self._move(request, self.current.origin))
-            self._next.add_done_callback(note_error)  # where nobody waits for it any more
+            self._next.add_done_callback(note_error)  # its error may never be awaited
 
     async def follow_move(self) -> None:
-        """The worker has stopped and gives the prompt away: from now on, the other one's events.
+        """Continue with the events of the worker that fetches; the current one has stopped.
 
-        Returns once that one has said something; raises what became of the fetch otherwise.
+        Returns after that worker's first event.  Raises the error of a failed fetch.
         """
         self._stopped = True
         if self._next is None or self._fetching is None:
@@ -70,7 +70,7 @@ class DecodeCalls:
         self.current, self._next = await self._next, None
 
     async def _move(self, request: PromptRequest, origin: pb.Origin) -> GenerateCall:
-        """A worker that fetches.  One that cannot is followed by another while the prompt runs."""
+        """Open a call that fetches the prompt; retries on failure while the prompt still runs."""
         while True:
             self._num_moves += 1
             request_id = f"{request.request_id}.m{self._num_moves}"
@@ -94,12 +94,12 @@ class DecodeCalls:
             call.close()
 
     def end_move(self) -> None:
-        """The other worker has all it needs; the first one may forget the prompt."""
+        """Close the calls to other workers, because the current one has all the KV."""
         for call in self._open - {self.current}:
             self._drop(call)
 
     async def close(self) -> None:
-        """Ends all calls at once, then waits for the task that seeks a worker."""
+        """End all calls at once, then wait for the task that looks for a worker."""
         self._closed = True
         for call in list(self._open):
             self._drop(call)
@@ -116,7 +116,7 @@ class DecodeCalls:
         return call
 
     def _require_open(self) -> None:
-        """A task that seeks a worker may live on for a moment after `close`."""
+        """Raise RequestCancelled after `close`, which a task looking for a worker may outlive."""
         if self._closed:
             raise RequestCancelled("the prompt needs no worker any more")
 

@@ -1,4 +1,4 @@
-"""One open Generate call: KV memory reserved at a decode worker, tokens to come."""
+"""One open Generate call: KV memory is reserved on a decode worker, tokens will follow."""
 
 import asyncio
 import logging
@@ -29,18 +29,18 @@ from winnow.wire import FIRST_WITH_FETCH, WIRE_VERSIONS, Grant
 
 logger = logging.getLogger(__name__)
 
-# Admission costs a worker no compute, so one that takes longer is as good as gone.
+# Admission needs no compute, so a worker that takes longer than this counts as lost.
 _ADMISSION_TIMEOUT_S = 5.0
-# What gRPC says of a call by itself; in any other code that is not Winnow's a worker is lost.
+# Codes that gRPC itself sets; with any other code that is not Winnow's, the worker is lost.
 _GRPCS_OWN = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
-# What `open_generate_call` raises where no worker takes the prompt. One taken before may be
-# taken again: by a worker that comes back, or has room by then.
+# Raised by `open_generate_call` if no worker takes the prompt. A prompt that was admitted before
+# may be admitted again, when a worker comes back or has room.
 NOBODY_TAKES_IT = (NoDecodeWorker, Overloaded, InvalidSetting)
 
 
 @dataclass(frozen=True, slots=True)
 class PromptRequest:
-    """One prompt's part of a request; its answers are sequences 0 to num_sequences - 1."""
+    """One prompt of a request; its answers are sequences 0 to num_sequences - 1."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -49,13 +49,13 @@ class PromptRequest:
     pruning: PruningSettings
     trace_context: str = ""  # a traceparent
     replayed: tuple[tuple[int, ...], ...] = ()  # as in GenerationSpec
-    origin: pb.Origin | None = None  # where it runs already
+    origin: pb.Origin | None = None  # where it is already running
     assured: bool = False  # as in GenerationSpec
     num_prompt_logprobs: int | None = None  # as in PrefillJob
 
 
 class GenerateCall:
-    """An admitted prompt at one worker. Close it in any case: that frees what it holds there."""
+    """A prompt admitted by one worker. Always close it: that frees what it holds there."""
 
     def __init__(
         self,
@@ -74,11 +74,11 @@ class GenerateCall:
         connection.count_pages(admitted.reserved_pages)
 
     async def peek(self) -> None:
-        """Returns when the worker has said something, for `next_event` to tell; raises as it."""
+        """Wait for the next event and keep it for `next_event`.  Raises the same errors."""
         self._peeked = await self.next_event()
 
     async def next_event(self) -> pb.GenerateEvent | None:
-        """What happens next at the worker; None at the end.  Raises the error it ended with."""
+        """The worker's next event; None at the end.  Raises the error that ended the call."""
         if self._peeked is not None:
             event, self._peeked = self._peeked, None
             return event
@@ -90,7 +90,7 @@ class GenerateCall:
 
     @property
     def origin(self) -> pb.Origin:
-        """Where another worker can fetch it, once it runs."""
+        """Where another worker can fetch the prompt once it is running."""
         return pb.Origin(
             kv_address=self.kv_address,
             request_id=self._request_id,
@@ -98,11 +98,11 @@ class GenerateCall:
         )
 
     def suspect(self) -> None:
-        """Note that the worker could not be reached: others are tried before it."""
+        """Note that the worker could not be reached, so that others are tried first."""
         self._connection.suspect()
 
     def close(self) -> None:
-        """End the call; the worker frees the prompt's KV at once."""
+        """End the call; the worker frees the prompt's KV immediately."""
         self._call.cancel()
         self._connection.leave()
 
@@ -110,11 +110,11 @@ class GenerateCall:
 async def open_generate_call(
     router: Router, request: PromptRequest, model: ModelDescription, deadline_s: float
 ) -> GenerateCall:
-    """The prompt admitted by the best worker that has room for it.
+    """Have the prompt admitted by the best worker with room for it.
 
     deadline_s: seconds until the call ends by itself.
-    Raises Overloaded if the workers have no room now, NoDecodeWorker if there is none that
-    answers, InvalidSetting if the prompt can never fit at any of them.
+    Raises Overloaded if no worker has room now, NoDecodeWorker if none answers, InvalidSetting if
+    the prompt can never fit on any of them.
     """
     message = _to_proto(request, model)
     refusals: list[WinnowError] = []
@@ -131,7 +131,7 @@ async def open_generate_call(
 
 
 def _able(workers: list[WorkerRecord], request: PromptRequest) -> list[WorkerRecord]:
-    """The workers that carry out all that the request asks for.  Raises NoDecodeWorker if none."""
+    """The workers that support all the request needs.  Raises NoDecodeWorker if none does."""
     able = workers
     if request.origin is not None:
         able = [worker for worker in able if FIRST_WITH_FETCH in worker.wire_versions]
@@ -183,7 +183,7 @@ async def _read_admitted(call: grpc.aio.UnaryStreamCall) -> pb.Admitted:
 
 
 def _explained(error: grpc.aio.AioRpcError, who: str) -> WinnowError:
-    """The worker's own error, or NoDecodeWorker where it broke off without one."""
+    """The worker's own error; NoDecodeWorker if the call broke off without one."""
     told = error_from_rpc(error)
     is_told = is_typed(error) or error.code() in _GRPCS_OWN
     if is_told and not isinstance(told, RequestCancelled):
@@ -192,7 +192,7 @@ def _explained(error: grpc.aio.AioRpcError, who: str) -> WinnowError:
 
 
 def grant_in(admitted: pb.Admitted) -> Grant:
-    """What a worker granted."""
+    """The grant in a worker's Admitted event."""
     return Grant(admitted.wire_version, admitted.transfer_secret)
 
 

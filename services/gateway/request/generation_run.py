@@ -1,8 +1,8 @@
-"""One prompt's life in the gateway, from the reservation of KV memory to its last token.
+"""One prompt in the gateway, from the reservation of KV memory to its last token.
 
-A prompt whose decode worker is lost goes on at another one: that one gets the prompt's KV anew, and
-replays the tokens that were generated. A prompt whose worker drains moves to another one, which
-fetches all that the first one holds. Either way the answer is the one that it would have been.
+If a prompt's decode worker is lost, another worker receives the prompt's KV from a new prefill and
+replays the generated tokens. If its worker drains, another worker fetches its state from the first
+one. Either way the answer does not change.
 """
 
 import asyncio
@@ -35,10 +35,10 @@ from winnow.v1 import decode_pb2 as pb
 _T = TypeVar("_T")
 
 
-# What prefill and decode tell after the last token is worth this wait, not more.
+# Maximum wait for what prefill and decode report after the last token.
 _LAST_WORDS_TIMEOUT_S = 2.0
 MAX_MIGRATIONS = 3
-# A worker that takes over is sought for this long after a loss: the lost one may be back by then.
+# After a loss, how long to look for another worker: the lost one may be back by then.
 _PATIENCE_S = 30.0
 
 
@@ -47,13 +47,17 @@ class PromptRun(Run):
 
     def __init__(self, request: PromptRequest, service: Service, deadline_s: float) -> None:
         super().__init__(request, service, deadline_s)
-        self._asked = request  # of the worker: anew at each
+        self._asked = request  # as sent to the current decode worker
         self._generated: list[list[int]] = [[] for _ in range(request.num_sequences)]
         self._calls = self._no_calls()
-        self._stopped_s = 0.0  # when its worker began to give it away
+        self._stopped_s = 0.0  # when its worker stopped, to be fetched from
         self._ended: set[int] = set()
         self._read: asyncio.Task[pb.GenerateEvent | None] | None = None
         self._logprobs: PromptLogprobs | None = None
+
+    def answer(self, sequence_idx: int) -> list[int]:
+        """The tokens that were generated of one sequence, maybe some after its stop string."""
+        return self._generated[sequence_idx]
 
     async def _free(self) -> None:
         tasks = [task for task in (self._read, self._prefill) if task is not None]
@@ -103,13 +107,13 @@ class PromptRun(Run):
         await self._soon(self._calls.follow_move())
 
     async def prompt_logprobs(self) -> PromptLogprobs:
-        """A worker that takes over later needs no others."""
+        """Kept, so that prefill for a later worker does not compute them again."""
         if self._logprobs is None:
             self._logprobs = await self._told_logprobs()
         return self._logprobs
 
     async def _told_logprobs(self) -> PromptLogprobs:
-        """Computed once more, alone, if prefill was lost after the KV had come."""
+        """From prefill; recomputed without KV if prefill was lost after the KV had arrived."""
         try:
             return await super().prompt_logprobs()
         except (PrefillFailed, TransferRefused) as error:
@@ -118,7 +122,7 @@ class PromptRun(Run):
         return await super().prompt_logprobs()
 
     async def _recover(self, error: WinnowError) -> None:
-        """Goes on at another worker.  Raises `error` where that would not help, or not again."""
+        """Continue on another worker.  Raises `error` if that cannot help or was done too often."""
         stats = self.stats
         if isinstance(error, NotFinite) or stats.migrations == MAX_MIGRATIONS:
             raise error
@@ -153,12 +157,12 @@ class PromptRun(Run):
         if outcome is not None:
             self.stats.timings = outcome.timings
         if len(self._ended) == self.request.num_sequences:
-            # The call's end, so that it is not cancelled.
+            # Read the end of the call, so that it is not cancelled.
             await self._last_words(self._calls.current.next_event(), "decode gave all tokens")
         self._enter(State.FINISHED)
 
     async def _last_words(self, words: Awaitable[_T], done: str) -> _T | None:
-        """What a worker tells when the answer is whole; None where it fails or is silent."""
+        """A worker's last report after the answer is complete; None on failure or timeout."""
         try:
             async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
                 return await words
@@ -167,17 +171,19 @@ class PromptRun(Run):
         return None
 
     def _note(self, tokens: pb.Tokens) -> list[Token]:
-        if self.stats.ttft_s is None:
-            self.stats.ttft_s = time.monotonic() - self._arrived_s
-        self.stats.recompressed_entries = tokens.recompressed_entries
         step = tokens_from_proto(tokens)
+        self.stats.last_token_s = time.monotonic() - self._arrived_s
+        if self.stats.ttft_s is None:
+            self.stats.ttft_s = self.stats.last_token_s
+            self.stats.first_logprobs = step[0].logprobs
+        self.stats.recompressed_entries = tokens.recompressed_entries
         for token in step:
             self._generated[token.sequence_idx].append(token.token_id)
         self._ended |= {token.sequence_idx for token in step if token.finish_reason}
         return step
 
     async def _next_event(self) -> pb.GenerateEvent:
-        """The worker's next event, or the failure of prefill if that is earlier."""
+        """The worker's next event, or prefill's error if that comes first."""
         event = await (self._step() if self.state in RUNS else self._prefilled())
         if event is None:
             raise EngineFailed("the decode worker ended its answer before the last token")
@@ -187,7 +193,7 @@ class PromptRun(Run):
         return await self._soon(self._calls.current.next_event())
 
     async def _soon(self, event: Awaitable[_T]) -> _T:
-        """The event, of a worker that has all it needs; raises NoDecodeWorker if it is silent."""
+        """An event of a worker that has all it needs.  Raises NoDecodeWorker if it is silent."""
         silence_s = self._service.silence_s
         try:
             async with asyncio.timeout(silence_s):

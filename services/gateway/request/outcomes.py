@@ -1,4 +1,4 @@
-"""How requests ended: one log line each, and the metrics of every prompt."""
+"""Outcome of each request: one log line, and metrics for every prompt."""
 
 import logging
 import time
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Outcomes:
-    """A context around one request, from its first check on until everything is freed."""
+    """Context manager around one request, from before its admission until everything is freed."""
 
     def __init__(self, running: RunningRequest, metrics: GatewayMetrics) -> None:
         self._running = running
@@ -36,24 +36,27 @@ class Outcomes:
     ) -> None:
         seconds = time.monotonic() - self._started_s
         for prompt_idx, run in enumerate(self._running.runs):
-            self._measure(prompt_idx, run, seconds)
+            self._measure(prompt_idx, run)
         self._log(error, seconds)
 
-    def _measure(self, prompt_idx: int, run: Run, seconds: float) -> None:
+    def _measure(self, prompt_idx: int, run: Run) -> None:
         choices = self._running.choices_of(prompt_idx)
         metrics, stats = self._metrics, run.stats
         metrics.requests_running.dec()
         metrics.requests_finished.labels(_reason(run, choices[0].finish_reason)).inc()
-        metrics.request_seconds.observe(seconds)
+        if stats.seconds is not None:
+            metrics.request_seconds.observe(stats.seconds)
         num_generated = sum(choice.num_tokens for choice in choices)
         metrics.generated_tokens.inc(num_generated)
         metrics.request_generated_tokens.observe(num_generated)
         metrics.prefill_retries.inc(max(0, stats.attempts - 1 - stats.migrations))
-        if stats.ttft_s is not None:
-            metrics.ttft.observe(stats.ttft_s)
-            num_later = max(choice.num_tokens for choice in choices) - 1
-            if num_later:
-                metrics.time_per_output_token.observe((seconds - stats.ttft_s) / num_later)
+        if stats.ttft_s is None or stats.last_token_s is None:
+            return
+        metrics.ttft.observe(stats.ttft_s)
+        num_later = max(choice.num_tokens for choice in choices) - 1
+        if num_later > 0:
+            seconds = stats.last_token_s - stats.ttft_s
+            metrics.time_per_output_token.observe(seconds / num_later)
 
     def _log(self, error: BaseException | None, seconds: float) -> None:
         running = self._running
@@ -69,7 +72,7 @@ class Outcomes:
 
 
 def _reason(run: Run, finish_reason: str | None) -> str:
-    """The label of a run's end; of several choices the first one's."""
+    """The finish label of a run; of several choices the first one's."""
     if run.state is State.FINISHED:
         return str(finish_reason)
     return "error" if run.state is State.FAILED else "cancelled"

@@ -1,4 +1,4 @@
-"""What one API request asks for, after every check: the same for REST and gRPC."""
+"""A validated API request, the same for REST and gRPC."""
 
 import secrets
 from collections.abc import Mapping, Sequence
@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.gateway.access.request_limits import RequestLimits
+from winnow.errors import InvalidSetting
 from winnow.pruning_settings import PruningSettings
-from winnow.sampling_params import SamplingParams
+from winnow.sampling_params import MAX_LOGPROBS, SamplingParams
 from winnow.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt as it came; text is None if it came as token ids."""
+    """One prompt as received; text is None if it came as token IDs."""
 
     token_ids: Sequence[int]
     text: str | None = None
@@ -21,9 +22,9 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class CheckedPrompt:
-    """One prompt: its tokens, what its answers begin with (`echo`), and their greatest length.
+    """One prompt: its tokens, the text its answers begin with (`echo`), and their max_tokens.
 
-    offsets: where each token begins in `echo`, if their log-probabilities are wanted.
+    offsets: where each token begins in `echo`, if prompt log-probabilities are requested.
     """
 
     token_ids: tuple[int, ...]
@@ -36,10 +37,12 @@ class CheckedPrompt:
 class GenerationRequest:
     """One request. Choice `i * num_choices + j` is the j-th answer to prompt i.
 
-    request_id: unique, what the client sees as the completion's id.
-    sampling: for all prompts; its max_tokens gives way to each prompt's own.
-    stop to skip_special_tokens: as in TextStream.
-    num_prompt_logprobs: as num_logprobs in `sampling`, of the prompts' own tokens.
+    request_id: unique; the completion's id in the API.
+    sampling: shared by all prompts, except that each has its own max_tokens.
+    stop, include_stop_str_in_output, skip_special_tokens: as in TextStream.
+    num_prompt_logprobs: num_logprobs of `sampling`, for the prompts' tokens.
+    task: the client's name for it, in metrics of quality. is_sampled: a quality check follows.
+    verified_by: settings under which its only prompt is run a second time, to compare the answers.
     """
 
     request_id: str
@@ -51,21 +54,43 @@ class GenerationRequest:
     skip_special_tokens: bool
     pruning: PruningSettings
     num_prompt_logprobs: int | None = None
+    task: str | None = None
+    is_sampled: bool = False
+    verified_by: PruningSettings | None = None
+
+    @property
+    def runs(self) -> tuple[tuple[CheckedPrompt, PruningSettings], ...]:
+        """What is run: every prompt, then once more the one to verify."""
+        runs = tuple((prompt, self.pruning) for prompt in self.prompts)
+        if self.verified_by is None:
+            return runs
+        return (*runs, (self.prompts[0], self.verified_by))
+
+    @property
+    def num_answers(self) -> int:
+        """Choices that the client sees."""
+        return len(self.prompts) * self.num_choices
+
+    @property
+    def decode_logprobs(self) -> int | None:
+        """The num_logprobs to ask decode for: more than the client's where it is compared."""
+        compared = self.is_sampled or self.verified_by is not None
+        return MAX_LOGPROBS if compared else self.sampling.num_logprobs
 
     @property
     def most_tokens(self) -> int:
-        """Of prompts and the longest answers allowed."""
+        """Tokens of the prompts and of their longest allowed answers."""
         return sum(
-            len(prompt.token_ids) + self.num_choices * prompt.max_tokens for prompt in self.prompts
+            len(prompt.token_ids) + self.num_choices * prompt.max_tokens for prompt, _ in self.runs
         )
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
-    """What a request says besides its prompts, before it is checked; None is OpenAI's default.
+    """The options of a request before validation; None means OpenAI's default.
 
-    max_tokens_param: what the API calls max_tokens. default_max_tokens: None is as many as fit.
-    sampling: fields of SamplingParams, without max_tokens.
+    max_tokens_param: the API's name for max_tokens. default_max_tokens: None for as many as fit.
+    sampling: fields of SamplingParams except max_tokens.
     """
 
     max_tokens: int | None
@@ -78,6 +103,8 @@ class RequestOptions:
     echo: bool
     sampling: Mapping[str, Any]
     pruning: Mapping[str, Any]
+    task: str | None = None
+    verify: bool = False
 
 
 def checked_request(
@@ -87,9 +114,9 @@ def checked_request(
     limits: RequestLimits,
     tokenizer: Tokenizer,
 ) -> GenerationRequest:
-    """The request's GenerationRequest.
+    """Validate a request's prompts and options.
 
-    Raises InvalidSetting or PromptTooLong, naming number and limit.
+    Raises InvalidSetting or PromptTooLong, with the number and the limit.
     """
     num_choices = 1 if options.n is None else options.n
     limits.require_choices(num_choices)
@@ -97,6 +124,9 @@ def checked_request(
     num_prompt_logprobs = options.sampling.get("num_logprobs") if options.echo else None
     checked = tuple(_checked_prompt(prompt, options, limits, tokenizer) for prompt in prompts)
     shortest = max(1, min(prompt.max_tokens for prompt in checked))
+    pruning = limits.pruning(options.pruning, scores_prompt=num_prompt_logprobs is not None)
+    if options.verify:
+        _require_verifiable(checked, num_choices, scores_prompt=num_prompt_logprobs is not None)
     return GenerationRequest(
         request_id=f"{id_prefix}-{secrets.token_hex(16)}",
         prompts=checked,
@@ -105,9 +135,29 @@ def checked_request(
         stop=tuple(options.stop),
         include_stop_str_in_output=bool(options.include_stop_str_in_output),
         skip_special_tokens=options.skip_special_tokens is not False,
-        pruning=limits.pruning(options.pruning, scores_prompt=num_prompt_logprobs is not None),
+        pruning=pruning,
         num_prompt_logprobs=num_prompt_logprobs,
+        task=options.task,
+        verified_by=limits.verifying(pruning) if options.verify else None,
     )
+
+
+def _require_verifiable(
+    prompts: Sequence[CheckedPrompt], num_choices: int, *, scores_prompt: bool
+) -> None:
+    """Raises InvalidSetting unless there is one answer, to a prompt that may be pruned."""
+    fault = None
+    if len(prompts) > 1:
+        fault = f"the request has {len(prompts)} prompts"
+    elif num_choices > 1:
+        fault = f"n is {num_choices}"
+    elif prompts[0].max_tokens == 0:
+        fault = "max_tokens is 0"
+    elif scores_prompt:
+        fault = "echo with logprobs computes the prompt unpruned"
+    if fault is not None:
+        message = f"verify compares one answer to a pruned prompt with the unpruned one; {fault}"
+        raise InvalidSetting(message, param="winnow.verify")
 
 
 def _checked_prompt(
@@ -130,7 +180,7 @@ def _checked_prompt(
 
 
 def _sampling(fields: Mapping[str, Any], limits: RequestLimits) -> SamplingParams:
-    """The model's defaults, or OpenAI's, for what is not given; a random seed if none is."""
+    """Given fields, over the model's defaults, over OpenAI's; a random seed if none is given."""
     given = {name: value for name, value in fields.items() if value is not None}
     given["stop_token_ids"] = limits.stop_token_ids(given.get("stop_token_ids", ()))
     sampling = SamplingParams(**{"seed": secrets.randbits(63), **limits.sampling_defaults, **given})

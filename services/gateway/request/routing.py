@@ -1,4 +1,4 @@
-"""Which decode worker a prompt goes to: of those with its model, the one with most free memory."""
+"""Routing of prompts: to the decode worker with the same model and the most free KV memory."""
 
 import asyncio
 import logging
@@ -18,7 +18,7 @@ _SUSPECT_S = 5.0
 
 
 class _Peer:
-    """What this gateway knows of one worker besides its record."""
+    """The gateway's own state for one worker, besides its record."""
 
     def __init__(self, address: str, peers: PeerTls | None) -> None:
         self.channel = open_aio_channel(address, peers)
@@ -28,7 +28,7 @@ class _Peer:
 
 
 class WorkerConnection:
-    """One request at a worker: keeps the channel open and counts the pages it holds."""
+    """One request's use of a worker: keeps its channel open and counts the pages it holds."""
 
     def __init__(self, peer: _Peer) -> None:
         self._peer = peer
@@ -37,7 +37,7 @@ class WorkerConnection:
         peer.num_places += 1
 
     def count_pages(self, num_pages: int) -> None:
-        """Count the pages of the request's reservation against the worker."""
+        """Count the request's reserved pages against the worker."""
         self._num_pages += num_pages
         self._peer.pages_held += num_pages
 
@@ -46,17 +46,17 @@ class WorkerConnection:
         self._peer.suspect_until_s = time.monotonic() + _SUSPECT_S
 
     def leave(self) -> None:
-        """Call it once, when the request has ended."""
+        """End the use; call it once, when the request has ended."""
         self._peer.num_places -= 1
         self._peer.pages_held -= self._num_pages
 
 
 class Router:
-    """Knows the live workers and holds one channel to each.
+    """Tracks the live workers and holds one channel to each.
 
-    Records are some seconds old, so the pages of this gateway's own requests count against a
-    worker in addition. When the registry does not answer, the last known records go on serving;
-    likewise for `refill_s` when it has lost all of them, as a Redis that was restarted has.
+    Records are some seconds old, so pages held by this gateway's own requests also count against a
+    worker. If the registry does not answer, the last known records stay in use; if it has lost all
+    records, as after a restart of Redis, they stay in use for `refill_s`.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class Router:
         self._registry = registry
         self._fingerprint = fingerprint
         self._refill_s = refill_s
-        self._emptied_s: float | None = None  # when the registry was first found to know nobody
+        self._emptied_s: float | None = None  # when the registry was first found empty
         self._records: list[WorkerRecord] | None = None
         self._read_s = -_REFRESH_S
         self._refreshing = asyncio.Lock()
         self._peers: dict[str, _Peer] = {}
 
     async def candidates(self) -> list[WorkerRecord]:
-        """Compatible workers that take requests, the best first; may be empty.
+        """Compatible workers that take requests, best first; may be empty.
 
         Raises RegistryUnavailable if the registry has never answered.
         """
@@ -87,28 +87,28 @@ class Router:
         return sorted(filter(self._takes, self._records or []), key=self._rank)
 
     def enter(self, worker: WorkerRecord) -> WorkerConnection:
-        """A connection for one more request."""
+        """A connection to the worker for one more request."""
         peer = self._peers.get(worker.worker_id)
         if peer is None:
             peer = self._peers[worker.worker_id] = _Peer(worker.address, self._peer_tls)
         return WorkerConnection(peer)
 
     async def close(self) -> None:
-        """Close all channels; calls that are still open on them end."""
+        """Close all channels, which ends calls still open on them."""
         peers, self._peers = self._peers, {}
         for peer in peers.values():
             await peer.channel.close()
 
     @property
     def num_incompatible(self) -> int:
-        """Live workers of this service that no request can go to."""
+        """Number of live workers that cannot serve this gateway's requests."""
         return sum(self._fault(record) is not None for record in self._records or [])
 
     def _takes(self, record: WorkerRecord) -> bool:
         return not record.draining and self._fault(record) is None
 
     def _fault(self, record: WorkerRecord) -> str | None:
-        """Why the worker and this gateway cannot work together."""
+        """Why the worker and this gateway are incompatible; None if they are compatible."""
         if record.fingerprint != self._fingerprint:
             return f"it holds model {record.fingerprint}; this gateway's is {self._fingerprint}"
         if newest_common(record.wire_versions) is None:
@@ -142,7 +142,7 @@ class Router:
         await self._forget_gone({record.worker_id for record in self._records})
 
     def _believed(self, records: list[WorkerRecord]) -> list[WorkerRecord]:
-        """What the registry says, unless it may just have lost what it knew."""
+        """The registry's records, or the last known ones if it may just have lost them."""
         if records or not self._records:
             self._emptied_s = None
             return records
@@ -152,7 +152,7 @@ class Router:
         return self._records if refilling else records
 
     async def _forget_gone(self, known: set[str]) -> None:
-        """Close the channels to workers that are gone and have no request of ours any more."""
+        """Close channels to workers that are gone and have no requests of this gateway."""
         gone = [i for i, peer in self._peers.items() if i not in known and not peer.num_places]
         for worker_id in gone:
             await self._peers.pop(worker_id).channel.close()

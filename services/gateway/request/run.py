@@ -1,4 +1,4 @@
-"""What every run of a prompt has: a state, statistics, a deadline, and prefill with its retries."""
+"""Base class of a prompt's run: state, statistics, deadline, and prefill with retries."""
 
 import asyncio
 import itertools
@@ -32,16 +32,16 @@ from winnow.tokens import PromptLogprobs, Token
 
 logger = logging.getLogger(__name__)
 
-# Ray starts another prefill worker in place of a lost one; calls meet the loss until it has.
+# Ray replaces a lost prefill worker; until then calls fail.
 _PREFILL_PATIENCE_S = 30.0
 _PAUSE_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What every prompt's life needs of the service.
+    """The parts of the service that every run needs.
 
-    silence_s: a decode worker that generates, and says nothing for this long, is lost.
+    silence_s: a generating decode worker that sends nothing for this long is lost.
     """
 
     router: Router
@@ -53,9 +53,9 @@ class Service:
 
 
 class Run(ABC):
-    """Use it as a context: leaving it frees whatever decode and prefill still hold for the prompt.
+    """Context manager for a prompt's run: on exit it frees what decode and prefill hold for it.
 
-    deadline_s: on the clock of time.monotonic.
+    deadline_s: in time.monotonic() seconds.
     """
 
     def __init__(self, request: PromptRequest, service: Service, deadline_s: float) -> None:
@@ -83,11 +83,11 @@ class Run(ABC):
 
     @abstractmethod
     async def admit(self) -> None:
-        """Reserve what the prompt needs; raises as `open_generate_call`."""
+        """Reserve what the prompt needs.  Raises as `open_generate_call`."""
 
     @abstractmethod
     def tokens(self) -> AsyncGenerator[list[Token]]:
-        """What each engine step gave, after the prompt's prefill.
+        """Tokens of each engine step, after the prompt's prefill.
 
         Stop reading when every sequence has ended, then call `finish`.
         Raises the WinnowError that ended the run.
@@ -95,25 +95,25 @@ class Run(ABC):
 
     @abstractmethod
     async def finish(self) -> None:
-        """Every sequence has ended, by itself or at a stop string."""
+        """Finish the run; every sequence must have ended, by itself or at a stop string."""
 
     @abstractmethod
     async def _free(self) -> None:
-        """Ends what decode and prefill still do for the prompt."""
+        """End what decode and prefill still do for the prompt."""
 
     @abstractmethod
     def _job(self, attempt: int, trace_context: str) -> PrefillJob:
-        """The prefill to ask for now."""
+        """The prefill job for the current state."""
 
     async def prompt_logprobs(self) -> PromptLogprobs:
-        """Of the prompt's own tokens, if the request asks for them; once prefill has begun."""
+        """Log-probabilities of the prompt's tokens, if requested; call it after prefill began."""
         assert self._prefill is not None
         logprobs = (await self._prefill).prompt_logprobs
         assert logprobs is not None
         return logprobs
 
     def _scoring_job(self, attempt: int, trace_context: str) -> PrefillJob:
-        """The prompt's log-probabilities alone."""
+        """A job that computes only the prompt's log-probabilities."""
         return PrefillJob(
             request_id=self.request.request_id,
             attempt=attempt,
@@ -132,16 +132,16 @@ class Run(ABC):
         self._prefill = asyncio.create_task(self._prefill_job())
 
     async def _prefill_job(self) -> PrefillOutcome:
-        """Prefill, tried again on a failure that another worker may not have.
+        """Run prefill, with retries after failures that another worker may not have.
 
-        A worker that is lost costs no try, but _PREFILL_PATIENCE_S at most.
+        A lost worker does not use up an attempt; retries after it end after _PREFILL_PATIENCE_S.
         """
         tries_left, give_up_s = self._service.prefill_attempts, math.inf
         for attempt in itertools.count(1):
             try:
                 return await self._attempt(attempt)
             except DeliveryFailed:
-                raise  # at this decode worker, another prefill worker does no better
+                raise  # this decode worker cannot be reached: another prefill worker cannot help
             except PrefillLost as error:
                 give_up_s = min(give_up_s, time.monotonic() + _PREFILL_PATIENCE_S)
                 if self.state in RUNS or time.monotonic() > give_up_s:
@@ -175,6 +175,8 @@ class Run(ABC):
         self._waiting(self.state, -1)
         self._waiting(state, 1)
         self.state = state
+        if state not in NEXT:
+            self.stats.seconds = time.monotonic() - self._arrived_s
         logger.debug("%s", state, extra={"request_id": self.request.request_id})
 
     def _waiting(self, state: State, change: int) -> None:

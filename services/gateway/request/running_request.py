@@ -1,4 +1,4 @@
-"""One request's prompts run together, and their answers as one stream of deltas."""
+"""The prompts of one request run together, with their answers as one stream of deltas."""
 
 import asyncio
 import time
@@ -14,17 +14,18 @@ from services.gateway.request.generation_run import PromptRun
 from services.gateway.request.request import CheckedPrompt, GenerationRequest
 from services.gateway.request.run import Run, Service
 from services.gateway.request.scoring_run import PromptScoring
+from services.gateway.request.verification import Comparison
 from services.gateway.served_model import ServedModel
 from services.gateway.usage import RequestUsage, winnow_usage
 from winnow.text_stream import TextStream
 from winnow.tokens import PromptLogprobs, Token
 
-# Deltas that wait for a slow client before decode is made to wait.
+# Deltas buffered for a slow client before decode has to wait.
 _MAX_WAITING_DELTAS = 256
 
 
 class RunningRequest:
-    """Made with `Gateway.open`, which admits and frees the runs."""
+    """Created by `Gateway.open`, which admits and frees the runs."""
 
     def __init__(
         self,
@@ -41,14 +42,16 @@ class RunningRequest:
                 _text_stream(request, model),
                 prompt.echo,
                 EndTokens.of(request.sampling, model.description.eos_token_ids),
+                request.sampling.num_logprobs,
                 metrics,
             )
-            for prompt_idx, prompt in enumerate(request.prompts)
+            for prompt_idx, (prompt, _) in enumerate(request.runs)
             for sequence_idx in range(request.num_choices)
         ]
+        self._comparison = Comparison() if request.verified_by is not None else None
 
     async def deltas(self) -> AsyncGenerator[Delta]:
-        """Every choice's deltas as they come; raises the first error of any prompt."""
+        """Deltas of all choices as they arrive; raises the first error of any prompt."""
         async with aclosing(self.paced_deltas(lambda: None)) as deltas:
             async for delta in deltas:
                 assert delta is not None
@@ -57,7 +60,7 @@ class RunningRequest:
     async def paced_deltas(
         self, patience_s: Callable[[], float | None]
     ) -> AsyncGenerator[Delta | None]:
-        """As `deltas`; and None whenever no delta has come for `patience_s()` seconds."""
+        """`deltas`, with None whenever no delta has arrived for `patience_s()` seconds."""
         waiting: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(_MAX_WAITING_DELTAS)
         pumps = [
             asyncio.create_task(self._pump(prompt_idx, waiting))
@@ -76,7 +79,7 @@ class RunningRequest:
                     raise item
                 if item is None:
                     running -= 1
-                else:
+                elif self._comparison is None or self._comparison.take(item):
                     yield item
         finally:
             await end(*pumps)
@@ -86,19 +89,21 @@ class RunningRequest:
         return self.choices[first : first + self.request.num_choices]
 
     def usage(self) -> RequestUsage:
-        """What was used, once every delta was read."""
+        """The request's usage; call it after reading all deltas."""
+        request, comparison = self.request, self._comparison
         return RequestUsage(
-            prompt_tokens=sum(len(prompt.token_ids) for prompt in self.request.prompts),
-            completion_tokens=sum(choice.num_tokens for choice in self.choices),
-            prompts=tuple(winnow_usage(run.stats) for run in self.runs),
+            prompt_tokens=sum(len(prompt.token_ids) for prompt in request.prompts),
+            completion_tokens=sum(c.num_tokens for c in self.choices[: request.num_answers]),
+            prompts=tuple(winnow_usage(run.stats) for run in self.runs[: len(request.prompts)]),
+            verify=None if comparison is None else comparison.result(self.runs),
         )
 
     async def _pump(
         self, prompt_idx: int, waiting: asyncio.Queue[Delta | Exception | None]
     ) -> None:
-        """Puts one prompt's deltas, then None, or the exception that ended it.
+        """Put one prompt's deltas into the queue, then None, or the exception that ended it.
 
-        A cancel that comes from within is one too: nobody else would tell the reader.
+        That includes a CancelledError from inside, of which the reader would not learn otherwise.
         """
         try:
             async with aclosing(self._prompt_deltas(prompt_idx)) as deltas:
@@ -114,7 +119,7 @@ class RunningRequest:
             await waiting.put(None)
 
     async def _prompt_deltas(self, prompt_idx: int) -> AsyncGenerator[Delta]:
-        """One prompt's deltas; ends its run as soon as all its choices have ended."""
+        """One prompt's deltas; finishes its run as soon as all its choices have ended."""
         run, choices = self.runs[prompt_idx], self.choices_of(prompt_idx)
         num_steps = 0
         async with aclosing(run.tokens()) as steps:
@@ -126,7 +131,7 @@ class RunningRequest:
                     delta = choices[token.sequence_idx].take(token)
                     if delta is not None:
                         yield delta
-                if self.request.prompts[prompt_idx].max_tokens == 0:
+                if self.request.runs[prompt_idx][0].max_tokens == 0:
                     for choice in choices:
                         yield choice.end_at_once()
                 if all(choice.finish_reason for choice in choices):
@@ -134,7 +139,7 @@ class RunningRequest:
             await run.finish()
 
     async def _tell_prompt(self, prompt_idx: int) -> None:
-        """Has every choice begin with the prompt's log-probabilities, if they are wanted."""
+        """Begin every choice with the prompt's log-probabilities, if they are requested."""
         if self.request.num_prompt_logprobs is None:
             return
         logprobs = await self.runs[prompt_idx].prompt_logprobs()
@@ -155,7 +160,7 @@ def _text_stream(request: GenerationRequest, model: ServedModel) -> TextStream:
 
 
 def _scored_tokens(token_ids: Sequence[int], logprobs: PromptLogprobs) -> tuple[Token, ...]:
-    """Takes time for a long prompt."""
+    """The prompt's tokens with log-probabilities; slow for a long prompt."""
     scored = zip(token_ids, logprobs.of_each(), strict=True)
     return tuple(Token(0, token_id, of_token) for token_id, of_token in scored)
 
@@ -163,7 +168,7 @@ def _scored_tokens(token_ids: Sequence[int], logprobs: PromptLogprobs) -> tuple[
 def prompt_runs(
     request: GenerationRequest, service: Service, timeout_s: float, trace_context: str = ""
 ) -> list[Run]:
-    """A run per prompt; all end within `timeout_s` seconds."""
+    """One run for each of `request.runs`; all end within `timeout_s` seconds."""
     deadline_s = time.monotonic() + timeout_s
     return [
         _run_of(prompt)(
@@ -171,16 +176,20 @@ def prompt_runs(
                 request_id=f"{request.request_id}-{prompt_idx}",
                 token_ids=prompt.token_ids,
                 num_sequences=request.num_choices,
-                # SamplingParams are of what is generated, which is at least a token.
-                sampling=replace(request.sampling, max_tokens=max(1, prompt.max_tokens)),
-                pruning=request.pruning,
+                # SamplingParams require at least one token; a run with 0 generates none.
+                sampling=replace(
+                    request.sampling,
+                    max_tokens=max(1, prompt.max_tokens),
+                    num_logprobs=request.decode_logprobs,
+                ),
+                pruning=pruning,
                 trace_context=trace_context,
                 num_prompt_logprobs=request.num_prompt_logprobs,
             ),
             service,
             deadline_s,
         )
-        for prompt_idx, prompt in enumerate(request.prompts)
+        for prompt_idx, (prompt, pruning) in enumerate(request.runs)
     ]
 
 

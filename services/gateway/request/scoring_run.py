@@ -1,6 +1,6 @@
-"""A prompt for which nothing is generated: its log-probabilities are all that is wanted.
+"""The run of a prompt that is only scored: it returns log-probabilities and generates nothing.
 
-No decode worker takes part: nothing is reserved, and no KV is sent.
+It uses no decode worker: nothing is reserved, and no KV is sent.
 """
 
 from collections.abc import AsyncGenerator
@@ -13,10 +13,10 @@ from winnow.tokens import Token
 
 
 class PromptScoring(Run):
-    """One step without tokens comes when the prompt is computed."""
+    """`tokens` yields one empty step when the prompt has been computed."""
 
     async def admit(self) -> None:
-        """A prefill worker whose queue is full says so later."""
+        """Reserve nothing; a full prefill queue refuses the prompt later."""
 
     async def tokens(self) -> AsyncGenerator[list[Token]]:
         self._begin_prefill()

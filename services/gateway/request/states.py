@@ -20,17 +20,17 @@ from winnow.errors import (
 )
 
 ADMISSION, PREFILL = "admission", "prefill"  # what a prompt without its first token waits for
-# What a prompt meets whose worker is lost; another worker can go on.
+# Errors of a prompt whose worker is lost; another worker can continue it.
 WORKER_LOST = (NoDecodeWorker, EngineFailed, DeliveryFailed, UnknownReservation, Preempted)
 
 
 class State(StrEnum):
     RECEIVED = "received"
     ADMITTED = "admitted"  # KV memory is reserved at a decode worker
-    PREFILLING = "prefilling"  # a prefill worker has been asked
-    DECODING = "decoding"  # the KV is in place; tokens come
-    MOVING = "moving"  # its decode worker gives it to another one
-    LOST = "lost"  # its decode worker is; another one is sought
+    PREFILLING = "prefilling"  # a prefill worker has the job
+    DECODING = "decoding"  # the KV is in place; tokens arrive
+    MOVING = "moving"  # its decode worker sends it to another one
+    LOST = "lost"  # its decode worker is lost; looking for another one
     FINISHED = "finished"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -42,7 +42,7 @@ WAITS_FOR = {
     State.PREFILLING: PREFILL,
     State.LOST: ADMISSION,
 }
-RUNS = (State.DECODING, State.MOVING)  # the decode worker has had all it needs
+RUNS = (State.DECODING, State.MOVING)  # the decode worker has all it needs
 _ENDS = frozenset({State.FAILED, State.CANCELLED})
 NEXT = {
     State.RECEIVED: _ENDS | {State.ADMITTED, State.PREFILLING},

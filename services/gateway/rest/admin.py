@@ -1,8 +1,8 @@
-"""What operators ask a gateway, on a port of its own: the API's has none of it.
+"""The admin API of a gateway, on its own port: metrics and detailed readiness for operators.
 
-It asks for no key and speaks plain text, as every process's /metrics does, so it belongs on an
-inner network. The gateways of one machine share the port, so that it outlives each of them; where
-all processes are, any of them knows.
+It needs no key and uses plain text, like every process's /metrics, so it belongs on an internal
+network. The gateways of one machine share the port, so that it outlives each of them; any of them
+can list the metrics endpoints of all processes.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ _READ = ["GET", "HEAD"]
 
 
 class AdminServer:
-    """Start it once, stop it."""
+    """Start it once, then stop it."""
 
     def __init__(self, gateway: Gateway) -> None:
         config = uvicorn.Config(
@@ -44,7 +44,7 @@ class AdminServer:
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int) -> int:
-        """The port that is served; 0 asks for any.  Raises InvalidSetting if it is taken."""
+        """Serve on `port` (0: any free one); returns the port.  Raises InvalidSetting if taken."""
         try:
             self._listener = listening(host, port, share=True)
         except OSError as error:
@@ -56,7 +56,7 @@ class AdminServer:
         return int(self._listener.getsockname()[1])
 
     async def stop(self) -> None:
-        """Closes the port; what is being answered has `_GRACE_S` to end."""
+        """Close the port; open requests have `_GRACE_S` seconds to end."""
         if self._serving is None or self._listener is None:
             return
         self._server.should_exit = True
@@ -65,7 +65,7 @@ class AdminServer:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn that leaves the process's signals alone: they are Ray's."""
+    """Uvicorn without signal handlers: the process's signals belong to Ray."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -73,7 +73,7 @@ class _Server(uvicorn.Server):
 
 
 def create_admin_api(gateway: Gateway) -> FastAPI:
-    """The ASGI application behind the port."""
+    """The ASGI application of the admin port."""
     api = FastAPI(title="Winnow's operators", docs_url=None, redoc_url=None, openapi_url=None)
 
     async def failed(_request: Request, error: Exception) -> Response:
@@ -105,7 +105,7 @@ def _add_state(api: FastAPI, gateway: Gateway) -> None:
 def _add_metrics(api: FastAPI, gateway: Gateway) -> None:
     @api.get("/metrics/targets")
     async def targets() -> list[dict[str, Any]]:
-        """Where all processes serve /metrics, for Prometheus's http_sd_configs."""
+        """Metrics endpoints of all processes, for Prometheus's http_sd_configs."""
         return [
             {
                 "targets": [target.address],
@@ -116,5 +116,5 @@ def _add_metrics(api: FastAPI, gateway: Gateway) -> None:
 
     @api.get("/metrics")
     async def metrics() -> Response:
-        """Of the gateway that answers, for a look; Prometheus asks each one at its own port."""
+        """Metrics of the gateway that answers; Prometheus scrapes each gateway's own port."""
         return Response(render(gateway.metrics.registry), media_type=CONTENT_TYPE)

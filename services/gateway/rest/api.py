@@ -1,4 +1,4 @@
-"""The REST API: OpenAI's completions and chat, and the probes of a load balancer."""
+"""The REST API: OpenAI's completions and chat, a tokenizer, and health probes."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -29,9 +29,9 @@ Translate = Callable[[Gateway, Mapping[str, Any]], Translation]
 
 
 def create_api(gateway: Gateway) -> FastAPI:
-    """The ASGI application that serves `gateway`, which stays its owner's to close."""
-    # Swagger's pages would fetch scripts from elsewhere; FastAPI sees no bodies where they are read
-    # by hand, so openapi.py describes them.
+    """The ASGI application that serves `gateway`; the caller closes the gateway."""
+    # Swagger's pages would load external scripts. FastAPI cannot see bodies that are read by hand,
+    # so openapi.py describes them.
     api = FastAPI(title="Winnow", docs_url=None, redoc_url=None, openapi_url=None)
     add_error_handlers(api, gateway.metrics)
     api.add_middleware(ConnectionCloser, gateway=gateway)
@@ -84,7 +84,7 @@ def _add_tokenizer(api: FastAPI, gateway: Gateway) -> None:
 
 
 async def _read(gateway: Gateway, request: Request, parse: Callable[[Mapping[str, Any]], _T]) -> _T:
-    """What `parse` makes of the request's body, in a thread: long texts take time."""
+    """Parse the request's body with `parse`, in a thread because long texts take time."""
     await gateway.access.charge_request(key_of(request.scope))
     body = await read_json(request, gateway.settings.max_body_bytes)
     return await asyncio.to_thread(parse, body)
@@ -113,7 +113,7 @@ def _add_models(api: FastAPI, gateway: Gateway) -> None:
 
 
 def _add_probes(api: FastAPI, gateway: Gateway) -> None:
-    """They need no key, so they tell a status and nothing else; admin.py tells more."""
+    """Probes need no key, so they return only a status; admin.py returns more."""
 
     @api.api_route("/health", methods=_READ)
     async def health() -> dict[str, str]:
@@ -134,7 +134,7 @@ def _add_description(api: FastAPI, gateway: Gateway) -> None:
 
 
 class ConnectionCloser:
-    """Middleware: the answers of a gateway that ends close their connections."""
+    """Middleware that closes each connection after its response once the gateway is ending."""
 
     def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
         self._app = app

@@ -1,7 +1,7 @@
-"""The bodies of OpenAI's API that Winnow takes, and how a wrong one is named.
+"""Request bodies of OpenAI's API that Winnow accepts.
 
-Fields that are absent or null have OpenAI's default. Ranges are checked where the value is used,
-so that REST and gRPC share the checks; here they are only told, for /openapi.json.
+Fields that are absent or null have OpenAI's default. Ranges are checked where values are used, so
+that REST and gRPC share the checks; here they only appear in /openapi.json.
 """
 
 from typing import Annotated, Any
@@ -23,7 +23,7 @@ _PROMPTS = [
 
 
 def _told(**schema: Any) -> Any:  # noqa: ANN401 - a field's, as pydantic types them
-    """What a field's schema says beyond its type."""
+    """A field with additional JSON schema entries."""
     return Field(None, json_schema_extra=schema)
 
 
@@ -34,7 +34,7 @@ class StreamOptions(Body):
 
 
 class _Generation(WithoutEffect, Body):
-    """What completions and chat share."""
+    """Fields shared by completions and chat."""
 
     model: str
     max_tokens: Integer | None = _told(minimum=1)
@@ -60,7 +60,7 @@ class _Generation(WithoutEffect, Body):
 
 
 class CompletionRequest(_Generation):
-    # Text, token ids, or a list of either; prompts.py tells them apart, and names what is wrong.
+    # Text, token IDs, or a list of either; prompts.py distinguishes them and reports errors.
     prompt: Annotated[Any, WithJsonSchema({"anyOf": _PROMPTS})]
     max_tokens: Integer | None = _told(minimum=0)  # 0 only with echo
     logprobs: Integer | None = _told(minimum=0, maximum=MAX_LOGPROBS)

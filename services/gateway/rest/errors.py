@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API writes them."""
+"""Errors in the format of OpenAI's API."""
 
 import logging
 from typing import Any
@@ -13,7 +13,7 @@ from winnow.errors import RateLimited, WinnowError, status_of
 
 logger = logging.getLogger(__name__)
 
-# Memory is freed as answers end, which on a busy service is every moment.
+# Memory is freed whenever an answer ends, which on a busy service is all the time.
 _RETRY_AFTER_S = 1
 _RETRIABLE = frozenset({429, 503})
 _UNAUTHENTICATED = 401
@@ -32,7 +32,7 @@ def error_object(error: WinnowError) -> dict[str, Any]:
 
 
 def error_response(error: WinnowError) -> Response:
-    """The error with its HTTP status; with Retry-After where another try may succeed."""
+    """The error with its HTTP status, and Retry-After if a retry may succeed."""
     status = status_of(error).http
     headers = {}
     if status in _RETRIABLE:
@@ -44,13 +44,13 @@ def error_response(error: WinnowError) -> Response:
 
 
 def refusal(error: WinnowError, metrics: GatewayMetrics) -> Response:
-    """As `error_response`, and counted: a request was answered with it instead of tokens."""
+    """`error_response` for a refused request, which is also counted in the metrics."""
     metrics.requests_refused.labels(error.code).inc()
     return error_response(error)
 
 
 def add_error_handlers(api: FastAPI, metrics: GatewayMetrics) -> None:
-    """Every error that leaves `api` has OpenAI's format."""
+    """Give every error that leaves `api` the format of OpenAI's API."""
 
     async def refused(request: Request, error: Exception) -> Response:
         typed = public_error(error)

@@ -1,4 +1,4 @@
-"""Server-sent events, as OpenAI's API streams them."""
+"""Server-sent events in the format of OpenAI's API."""
 
 import asyncio
 import json
@@ -11,22 +11,22 @@ from starlette.types import Send
 from services.gateway.rest.errors import error_object
 from winnow.errors import WinnowError
 
-# An error is told to a client that reads; one that does not is not waited for.
+# How long to wait for a client to read an error.
 _ERROR_TIMEOUT_S = 5.0
-# A prefill worker whose queue is full says so at once. Until then an admitted stream could still be
-# refused with 429; afterwards its headers go out.
+# A full prefill queue refuses at once. Until this time a stream can still be refused with HTTP 429;
+# then its headers are sent.
 _REFUSAL_TIMEOUT_S = 0.25
 
 
 def event_text(event: dict[str, Any]) -> str:
-    """What an event of a stream carries."""
+    """An event as JSON."""
     return json.dumps(event, ensure_ascii=False, separators=(",", ":"))
 
 
 class EventStream:
-    """Server-sent events: chunks, and comments where there would be silence.
+    """An event stream of chunks, with comments as keepalive during silence.
 
-    keepalive_s: how long a silence may be; None or 0 for as long as it takes.
+    keepalive_s: the longest silence in seconds; None or 0 means no keepalive.
     After an error the stream ends without `[DONE]`.
     """
 
@@ -38,18 +38,18 @@ class EventStream:
         self.started = False
 
     def patience_s(self) -> float | None:
-        """If nothing comes for so many seconds, `keep_alive` is due; None is never."""
+        """Seconds of silence after which `keep_alive` is due; None for never."""
         if not self.started:
             return _REFUSAL_TIMEOUT_S
         return max(0.0, self._left_s()) if self._keepalive_s else None
 
     async def send(self, data: str) -> None:
-        """One event, `data: ...`."""
+        """Send one event, `data: ...`."""
         await self.start()
         await self._send_text(f"data: {data}")
 
     async def keep_alive(self) -> None:
-        """The HTTP status, if it was not sent; a comment, if nothing was for long."""
+        """Send the headers if they were not sent; a comment if the silence is too long."""
         await self.start()
         if self._keepalive_s and self._left_s() <= 0:
             await self._send_text(": keep-alive")
@@ -59,14 +59,14 @@ class EventStream:
         await self._end()
 
     async def fail(self, error: WinnowError) -> None:
-        """The error as the last event."""
+        """Send the error as the last event."""
         with suppress(TimeoutError):
             async with asyncio.timeout(_ERROR_TIMEOUT_S):
                 await self.send(event_text(error_object(error)))
                 await self._end()
 
     async def start(self) -> None:
-        """The HTTP status and the headers, once."""
+        """Send the HTTP status and headers, once."""
         if self.started:
             return
         self.started = True
@@ -81,7 +81,7 @@ class EventStream:
         self._said_s = time.monotonic()
 
     def _left_s(self) -> float:
-        """Until the silence is as long as it may be."""
+        """Seconds until the silence reaches its limit."""
         return self._said_s + (self._keepalive_s or 0) - time.monotonic()
 
     async def _send_text(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""A bound on what comes before the body: request line and headers."""
+"""Limits the size of a request's line and headers."""
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -10,9 +10,9 @@ MAX_HEADER_BYTES = 32 << 10
 
 
 class HeaderLimit:
-    """Middleware that answers 431 to more than MAX_HEADER_BYTES, before anything looks at them.
+    """Middleware that answers 431 to more than MAX_HEADER_BYTES, before anything reads them.
 
-    The server in front has them all in memory by then; how much that may be is its own to bound.
+    By then the HTTP server has them in memory; limiting that is up to the server.
     """
 
     def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:

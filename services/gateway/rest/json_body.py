@@ -1,4 +1,4 @@
-"""Request bodies: read up to a limit, and JSON without what JSON does not have."""
+"""Reads request bodies: size and time limits, and strict parsing of JSON."""
 
 import asyncio
 import json
@@ -20,11 +20,11 @@ from winnow.errors import (
 
 logger = logging.getLogger(__name__)
 
-# A client that is still sending when the answer comes may never read it; so a moderate rest is
-# read and thrown away first.
+# A client that is still sending may not read the response; up to this much of the rest of its body
+# is read and discarded first.
 _DISCARDED_BYTES = 64 << 20
 _DISCARD_TIMEOUT_S = 0.5
-# At the largest body allowed, a slow line's time; a client that drips must not hold on for ever.
+# Enough for the largest body allowed on a slow connection; a trickling client is cut off.
 BODY_TIMEOUT_S = 60.0
 _PLAIN = "identity"
 _JSON = re.compile(r"application/(json|[a-z0-9!#$&^_.-]+\+json)")
@@ -34,10 +34,10 @@ _CHARSETS = (None, "utf-8", "utf8")
 async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     """The JSON object in the request's body.
 
-    Raises BodyNotJson unless the headers say that it is JSON, BodyEncoded for a compressed one:
-    unpacked, a few bytes could fill the memory. Raises BodyTooLarge as soon as more than
-    `max_bytes` are announced or have come, BodyTooSlow after BODY_TIMEOUT_S, and InvalidRequest for
-    anything but a JSON object in UTF-8.
+    Raises BodyNotJson unless the headers declare JSON, BodyEncoded for a compressed body (a few
+    bytes could fill the memory when decompressed), BodyTooLarge as soon as more than `max_bytes`
+    are announced or received, BodyTooSlow after BODY_TIMEOUT_S, and InvalidRequest for anything but
+    a JSON object in UTF-8.
     """
     _require_json_type(request.headers.getlist("content-type"))
     encoding = request.headers.get("content-encoding", _PLAIN)
@@ -47,7 +47,7 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
 
 
 def _require_json_type(types: list[str]) -> None:
-    """Whatever else a web page may send to any origin without asking; none at all is among it."""
+    """Refuse other types and a missing one: web pages may send those without a CORS preflight."""
     message = Message()
     message["content-type"] = types[0] if len(types) == 1 else ""
     is_json = _JSON.fullmatch(message.get_content_type()) is not None
@@ -57,7 +57,7 @@ def _require_json_type(types: list[str]) -> None:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body; raises BodyTooLarge, BodyTooSlow, or RequestCancelled if the client goes."""
+    """The whole body.  Raises BodyTooLarge, BodyTooSlow, or RequestCancelled on a disconnect."""
     announced = int(request.headers.get("content-length") or 0)
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
@@ -72,7 +72,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 async def _read_up_to(request: Request, max_bytes: int) -> bytes | None:
-    """The whole body; None as soon as it is longer than `max_bytes`."""
+    """The whole body; None as soon as it exceeds `max_bytes`."""
     body = bytearray()
     try:
         async for chunk in request.stream():
@@ -122,7 +122,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _require_unicode(body: bytes, parsed: dict[str, Any]) -> None:
-    """Refuse half a surrogate pair (`"\\ud800"`), which is no character."""
+    """Refuse half a surrogate pair (`"\\ud800"`), which is not a character."""
     if b"\\ud" not in body.lower():
         return
     try:

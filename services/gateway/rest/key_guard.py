@@ -1,4 +1,4 @@
-"""API keys of HTTP requests."""
+"""API key check of HTTP requests."""
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -9,13 +9,13 @@ from services.gateway.metrics import GatewayMetrics
 from services.gateway.rest.errors import refusal
 from winnow.errors import InvalidKey
 
-# What probes ask; they tell nothing that a key would have to guard.
+# Called by probes; the answers reveal nothing that needs a key.
 _OPEN_PATHS = frozenset({"/health", "/ready"})
 _KEY = "winnow.key"
 
 
 def key_of(scope: Scope) -> ApiKey | None:
-    """The key that `KeyGuard` found."""
+    """The key that `KeyGuard` found; None if none is needed."""
     key: ApiKey | None = scope.get(_KEY)
     return key
 
@@ -23,7 +23,7 @@ def key_of(scope: Scope) -> ApiKey | None:
 class KeyGuard:
     """Middleware that answers 401 before a request's body is read.
 
-    OPTIONS needs no key: it only tells which methods there are.
+    OPTIONS needs no key: it returns only the allowed methods.
     """
 
     def __init__(self, app: ASGIApp, access: Access, metrics: GatewayMetrics) -> None:

@@ -1,7 +1,7 @@
-"""What the REST API takes and gives, as OpenAPI: /openapi.json.
+"""The OpenAPI description of the REST API: /openapi.json.
 
-Requests are described by the models that read them, so the two cannot differ. What comes back is
-described here; a test holds the answers to it.
+Requests are described by the models that parse them, so the two cannot differ. Responses are
+described here; a test compares actual responses with this description.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from services.gateway.rest.bodies import (
     TokenizeRequest,
 )
 from services.gateway.rest.winnow_options import WinnowOptions, options_schema
-from services.gateway.usage import WinnowUsage
+from services.gateway.usage import Verification, WinnowUsage
 from winnow import __version__
 from winnow.errors import ERROR_CODES
 from winnow.pruning_settings import PruningSettings
@@ -54,9 +54,10 @@ class Error(_Sent):
 
 @dataclass(frozen=True, slots=True)
 class SummedUsage(WinnowUsage):
-    """prompts: of a request with several, each one's."""
+    """prompts: usage of each prompt, if the request has several. verify: if it was requested."""
 
     prompts: tuple[WinnowUsage, ...] = ()
+    verify: Verification | None = None
 
 
 class Usage(_Sent):
@@ -129,7 +130,7 @@ class ChatCompletion(_Sent):
 
 
 class SamplingDefaults(_Sent):
-    """Of requests that do not say otherwise; max_tokens null: as many as fit."""
+    """Defaults of requests; max_tokens null: as many as fit."""
 
     temperature: float
     top_p: float
@@ -172,7 +173,7 @@ class Status(_Sent):
 
 @dataclass(frozen=True, slots=True)
 class _Operation:
-    """body: None for GET. streams: the answer may come as server-sent events instead."""
+    """body: None for GET. streams: the response may be server-sent events instead."""
 
     path: str
     summary: str
@@ -197,7 +198,7 @@ _OPERATIONS = (
 
 
 def describe(pruning: PruningSettings, *, needs_key: bool) -> dict[str, Any]:
-    """The document.  pruning: the service's own.  needs_key: only API keys are let in."""
+    """The document.  pruning: the service's settings.  needs_key: requests need an API key."""
     return {
         "openapi": "3.1.0",
         "info": {

@@ -1,4 +1,4 @@
-"""Which web pages may call the API from a browser (CORS)."""
+"""CORS: the web pages that may call the API from a browser."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ _EXPOSED = ("x-request-id", "retry-after")
 
 
 def add_origins(api: FastAPI, origins: Sequence[str]) -> None:
-    """Lets pages of `origins` in; call it last.
+    """Allow pages of `origins`; call it after adding all other middleware.
 
-    Around all other middleware, so that preflights, which carry no key, are answered, and errors of
-    any kind can be read by the page. Never with credentials: a key is a header that the page sets.
+    It wraps all of it, so that preflights, which carry no key, are answered, and pages can read
+    every error. Credentials are never allowed: the page sends a key as a header.
     """
     if origins:
         api.middleware_stack = CORSMiddleware(

@@ -1,4 +1,4 @@
-"""The `prompt` of a completions request in its four forms, as tokens."""
+"""Parses the `prompt` of a completions request, in any of its four forms, into tokens."""
 
 from typing import TypeGuard
 
@@ -12,7 +12,7 @@ _FORMS = "a text, a list of token ids, or a list of either"
 def read_prompts(prompt: object, limits: RequestLimits, max_prompts: int) -> list[Prompt]:
     """Every prompt, in order.
 
-    prompt: text, token ids, or a list of texts or of lists of token ids.
+    prompt: text, token IDs, or a list of texts or of lists of token IDs.
     Raises InvalidRequest or InvalidSetting for any other value, PromptTooLong.
     """
     if isinstance(prompt, str) or _are_token_ids(prompt):

@@ -1,4 +1,4 @@
-"""From the bodies of OpenAI's API to an GenerationRequest."""
+"""Conversion of OpenAI API request bodies to a GenerationRequest."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,16 +44,16 @@ _SAMPLING_FIELDS = (
 )
 
 
-# What -1 asks for in vLLM's dialect: no such filter, a random seed.
+# vLLM's meaning of -1: no such filter, a random seed.
 _AT_MINUS_ONE: Mapping[str, int | None] = {"top_k": 0, "seed": None}
 
 
 @dataclass(frozen=True, slots=True)
 class OpenAIRequest:
-    """An GenerationRequest, and how its answer is to be delivered.
+    """A GenerationRequest, and how to deliver its answer.
 
-    continuous_usage: every chunk tells the usage so far.
-    top_logprobs: how many likely tokens to list beside each chosen one; None: no logprobs.
+    continuous_usage: every chunk contains the usage so far.
+    top_logprobs: number of likely tokens to list for each generated one; None: no logprobs.
     """
 
     generation: GenerationRequest
@@ -64,7 +64,7 @@ class OpenAIRequest:
 
 
 class RequestReader:
-    """Reads requests of one service. Tokenizing takes time: call it from a worker thread."""
+    """Parses requests of one service. Tokenizing is slow: call it from a worker thread."""
 
     def __init__(self, settings: Settings, limits: RequestLimits, tokenizer: Tokenizer) -> None:
         self._settings = settings
@@ -72,7 +72,7 @@ class RequestReader:
         self._tokenizer = tokenizer
 
     def completion(self, body: Mapping[str, Any]) -> OpenAIRequest:
-        """A request for text completions.  Raises InvalidRequest of some kind."""
+        """A request for text completions.  Raises InvalidRequest or a subclass."""
         request = validate(CompletionRequest, without_unsupported(body, COMPLETION_PARAMETERS))
         self._limits.require_model(request.model)
         _require_logprobs("logprobs", request.logprobs)
@@ -89,7 +89,7 @@ class RequestReader:
         return _delivered(request, generation, request.logprobs)
 
     def chat(self, body: Mapping[str, Any]) -> OpenAIRequest:
-        """A request for a chat completion.  Raises InvalidRequest of some kind."""
+        """A request for a chat completion.  Raises InvalidRequest or a subclass."""
         request = validate(ChatRequest, without_unsupported(body, CHAT_PARAMETERS))
         self._limits.require_model(request.model)
         top_logprobs = _chat_logprobs(request)
@@ -168,11 +168,13 @@ def _options(
             "stop_token_ids": request.stop_token_ids,
         },
         pruning=request.winnow.changes() if request.winnow else {},
+        task=request.winnow.task if request.winnow else None,
+        verify=bool(request.winnow and request.winnow.verify),
     )
 
 
 def _logit_bias(biases: Mapping[str, float] | None) -> dict[int, float] | None:
-    """JSON has only texts for keys; raises InvalidSetting for one that is no token id."""
+    """Biases by token ID; JSON keys are strings.  Raises InvalidSetting for an invalid ID."""
     if biases is None:
         return None
     for key in biases:
@@ -193,6 +195,11 @@ def _delivered(
     if asks_for_usage and not request.stream:
         raise InvalidRequest(
             "stream_options is only allowed when stream is true", param="stream_options"
+        )
+    if request.stream and generation.verified_by is not None and not options.include_usage:
+        raise InvalidRequest(
+            "what verify finds is in the usage: a stream needs stream_options.include_usage",
+            param="winnow.verify",
         )
     return OpenAIRequest(
         generation=generation,

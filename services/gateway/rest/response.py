@@ -1,4 +1,4 @@
-"""One request's HTTP answer: a JSON object, or server-sent events while it is generated."""
+"""HTTP response of a completion: a JSON object, or server-sent events while it is generated."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -23,7 +23,7 @@ from winnow.errors import Overloaded
 
 
 class OpenAIResponse(Response):
-    """Runs the request while it answers; a client that goes away ends it at once."""
+    """Runs the request while responding; a client's disconnect cancels it at once."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class OpenAIResponse(Response):
         events = EventStream(send, self._request.generation.request_id, keepalive_s)
         try:
             response = await self._run(events, key_of(scope))
-        except Exception as error:  # whatever it is, the client gets one typed error
+        except Exception as error:  # the client always gets one typed error
             failure = public_error(error)
             if events.started:
                 await events.fail(failure)
@@ -57,7 +57,7 @@ class OpenAIResponse(Response):
             await response(scope, receive, send)
 
     async def _run(self, events: EventStream, key: ApiKey | None) -> Response | None:
-        """The response that is still to be sent, once nothing is held for it any more."""
+        """The response still to be sent, after all resources have been freed; None if streamed."""
         request = self._request
         async with self._gateway.open(request.generation, key, self._trace_context) as running:
             if request.stream:
@@ -68,7 +68,7 @@ class OpenAIResponse(Response):
     async def _stream(self, running: RunningRequest, events: EventStream) -> None:
         try:
             await self._stream_deltas(running, events)
-        except Overloaded:  # as a refusal, if prefill refuses at once
+        except Overloaded:  # sent as an HTTP status if the stream has not started
             raise
         except Exception:
             await events.start()
@@ -87,7 +87,7 @@ class OpenAIResponse(Response):
                     await events.send(text)
 
     async def _event_text(self, delta: Delta) -> str | None:
-        """In a thread where a prompt's log-probabilities are in it, which may be many."""
+        """Format in a thread if the delta has prompt log-probabilities, which may be many."""
         if delta.prompt:
             return await asyncio.to_thread(self._format_event, delta)
         return self._format_event(delta)
@@ -106,7 +106,7 @@ class OpenAIResponse(Response):
 
 
 async def _unless_disconnected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Runs `work`, and cancels it when the client goes away."""
+    """Run `work`, and cancel it when the client disconnects."""
     working = asyncio.create_task(work)
     watching = asyncio.create_task(_disconnect(receive))
     try:

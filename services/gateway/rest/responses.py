@@ -1,4 +1,4 @@
-"""Answers as OpenAI's API writes them: chunks of a stream, or one object."""
+"""Responses in the format of OpenAI's API: chunks of a stream, or one object."""
 
 import time
 from abc import ABC, abstractmethod
@@ -14,7 +14,7 @@ from winnow.tokens import Token
 
 
 class ResponseFormatter(ABC):
-    """How one request's deltas become JSON objects; keeps what was streamed of each choice."""
+    """Converts one request's deltas to JSON objects; counts the tokens streamed per choice."""
 
     def __init__(self, request: OpenAIRequest, model_name: str, tokenizer: Tokenizer) -> None:
         self._request = request
@@ -27,7 +27,7 @@ class ResponseFormatter(ABC):
         }
 
     def chunk(self, delta: Delta) -> dict[str, Any] | None:
-        """The chunk that streams `delta`; None where it would tell the client nothing."""
+        """The chunk for `delta`; None if it would be empty for the client."""
         self._num_tokens[delta.index] += len(delta.tokens)
         if not (delta.text or delta.finish_reason or self._request.top_logprobs is not None):
             return None
@@ -37,22 +37,22 @@ class ResponseFormatter(ABC):
         return chunk
 
     def _usage_so_far(self, delta: Delta) -> dict[str, int]:
-        """Of the delta's choice, as vLLM counts."""
+        """Usage of the delta's choice so far, counted as in vLLM."""
         generation = self._request.generation
         num_prompt_tokens = len(generation.prompts[delta.index // generation.num_choices].token_ids)
         return token_counts(num_prompt_tokens, self._num_tokens[delta.index])
 
     @abstractmethod
     def _chunk_of(self, delta: Delta) -> dict[str, Any]:
-        """As `chunk`, without the usage."""
+        """`chunk` without the usage."""
 
     @abstractmethod
     def whole(self, deltas: list[Delta], usage: RequestUsage) -> dict[str, Any]:
-        """The answer in one object, from all its deltas."""
+        """The whole response in one object, from all deltas."""
 
     @abstractmethod
     def usage_chunk(self, usage: RequestUsage) -> dict[str, Any]:
-        """The last chunk under stream_options.include_usage: no choices."""
+        """The last chunk with stream_options.include_usage, which has no choices."""
 
     def _chunk(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "object": kind, "choices": choices}
@@ -63,7 +63,7 @@ class ResponseFormatter(ABC):
         return {**self._chunk(kind, choices), "usage": usage.to_json()}
 
     def _by_choice(self, deltas: list[Delta]) -> list[Delta]:
-        """Each choice's deltas joined to one, by index."""
+        """One delta per choice, joined from all of its deltas, by index."""
         generation = self._request.generation
         parts: list[list[Delta]] = [
             [] for _ in range(len(generation.prompts) * generation.num_choices)
@@ -88,7 +88,7 @@ def _end(delta: Delta) -> dict[str, Any]:
 
 
 class CompletionFormatter(ResponseFormatter):
-    """/v1/completions."""
+    """Format of /v1/completions."""
 
     _KIND = "text_completion"
 
@@ -128,14 +128,14 @@ class CompletionFormatter(ResponseFormatter):
 
 
 class ChatFormatter(ResponseFormatter):
-    """/v1/chat/completions."""
+    """Format of /v1/chat/completions."""
 
     def __init__(self, request: OpenAIRequest, model_name: str, tokenizer: Tokenizer) -> None:
         super().__init__(request, model_name, tokenizer)
         self._begun: set[int] = set()
 
     def _chunk_of(self, delta: Delta) -> dict[str, Any]:
-        """The first chunk of each choice tells the role."""
+        """The first chunk of each choice has the role."""
         role = {} if delta.index in self._begun else {"role": "assistant"}
         self._begun.add(delta.index)
         choice = {

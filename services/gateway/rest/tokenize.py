@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize: how the service splits a text, and joins tokens."""
+"""/tokenize and /detokenize: convert between text and tokens with the service's tokenizer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from winnow.errors import InvalidRequest
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """What is answered, and how many tokens were made or read for it."""
+    """The response, and the number of tokens produced or read."""
 
     answer: dict[str, Any]
     num_tokens: int
 
 
 def tokenize(gateway: Gateway, body: Mapping[str, Any]) -> Translation:
-    """The tokens of a `prompt`, or of `messages` in the chat template; raises as a completion.
+    """The tokens of `prompt`, or of `messages` in the chat template.  Raises as a completion does.
 
-    return_token_strs: also each token's text, and where control tokens are.
+    return_token_strs: add each token's text, and where control tokens are.
     """
     request = validate(TokenizeRequest, body)
     if request.model is not None:
@@ -52,7 +52,7 @@ def _tokens(gateway: Gateway, request: TokenizeRequest) -> Sequence[int]:
         messages, options = plain_messages(request.messages), chat_options(request)
         text = gateway.model.tokenizer.chat_text(messages, options)
         return gateway.limits.encode(text, "messages", add_special_tokens=False)
-    if not request.prompt:  # it can be no completion's, but has its tokens: none, or special ones
+    if not request.prompt:  # invalid in a completion, but has tokens here: none, or special ones
         return gateway.model.tokenizer.encode("", add_special_tokens=_has_special(request))
     return gateway.limits.encode(request.prompt, "prompt", add_special_tokens=_has_special(request))
 
@@ -62,7 +62,7 @@ def _has_special(request: TokenizeRequest) -> bool:
 
 
 def detokenize(gateway: Gateway, body: Mapping[str, Any]) -> Translation:
-    """The text of `tokens`, control tokens included; at most as many as fit into the model."""
+    """The text of `tokens`, including control tokens; at most as many as fit into the model."""
     request = validate(DetokenizeRequest, body)
     limits = gateway.limits
     if request.model is not None:

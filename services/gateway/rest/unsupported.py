@@ -1,6 +1,6 @@
-"""Parameters of OpenAI's API, and vLLM's, that Winnow does not carry out: refused, never ignored.
+"""Parameters of OpenAI's and vLLM's APIs that Winnow does not support: refused, never ignored.
 
-A value that asks for nothing (the API's default) is let through, since many clients send it.
+A value that has no effect (the API's default) is accepted, since many clients send it.
 """
 
 from collections.abc import Mapping
@@ -61,10 +61,10 @@ CHAT_PARAMETERS: Mapping[str, tuple[Any, ...]] = {
 def without_unsupported(
     body: Mapping[str, Any], parameters: Mapping[str, tuple[Any, ...]]
 ) -> dict[str, Any]:
-    """`body` without the unsupported parameters that ask for nothing.
+    """`body` without unsupported parameters whose value has no effect.
 
-    parameters: for each the values, besides null, that ask for nothing.
-    Raises UnsupportedParameter for one that asks for something.
+    parameters: for each, the values besides null that have no effect.
+    Raises UnsupportedParameter for any other value.
     """
     for name, harmless in parameters.items():
         value = body.get(name)
@@ -74,5 +74,5 @@ def without_unsupported(
 
 
 def _same(value: object, other: object) -> bool:
-    """Equal, with True and 1 told apart."""
+    """Equal, with True and 1 distinguished."""
     return isinstance(value, bool) == isinstance(other, bool) and value == other

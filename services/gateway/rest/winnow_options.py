@@ -1,4 +1,4 @@
-"""`winnow` in a request's body: the fields of PruningSettings, taken from there."""
+"""The `winnow` object of a request body: the fields of PruningSettings, and a few more."""
 
 from dataclasses import Field as Setting
 from dataclasses import fields
@@ -27,18 +27,22 @@ _FIELDS: dict[str, Any] = {setting.name: _field(setting) for setting in fields(P
 class WinnowOptions(create_model("_Settings", __base__=Body, **_FIELDS)):  # type: ignore[misc]
     """How the request's prompts are pruned; an absent field keeps the service's setting.
 
-    null means none where that is possible.
+    null means none, where that is possible. verify: generate the unpruned answer too, and compare.
+    task: the name under which metrics of quality count the request.
     """
 
+    verify: bool | None = None
+    task: str | None = None
+
     def changes(self) -> dict[str, Any]:
-        """The fields that the request set."""
-        return dict(self.model_dump(exclude_unset=True))
+        """The pruning settings that the request set."""
+        return dict(self.model_dump(exclude_unset=True, include=set(_FIELDS)))
 
 
 def options_schema(schema: dict[str, Any], service: PruningSettings) -> dict[str, Any]:
-    """The schema of WinnowOptions with the service's own settings for defaults."""
+    """The schema of WinnowOptions with the service's settings as defaults."""
     properties = {
-        name: {**told, "default": getattr(service, name)}
+        name: {**told, "default": getattr(service, name)} if name in _FIELDS else told
         for name, told in schema["properties"].items()
     }
     return {**schema, "properties": properties}

@@ -1,4 +1,4 @@
-"""Parameters that are taken and change nothing: what other servers bill, store or look up by them.
+"""Parameters that are accepted without effect: other servers bill, store or cache by them.
 
 Only their types are checked. docs/api.md lists them.
 """
@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 
 class WithoutEffect(BaseModel):
-    """Of completions and chat alike, since clients do not tell them apart."""
+    """Parameters accepted by both completions and chat, since clients do not distinguish them."""
 
     # OpenAI's
     metadata: dict[str, Any] | None = None

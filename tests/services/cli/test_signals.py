@@ -165,7 +165,7 @@ def start(command: str, model: Path, folder: Path) -> "subprocess.Popen[str]":
         "explain": ("-o", str(folder / "page.html")),
         "eval": ("-o", str(folder)),
     }
-    program = (sys.executable, "-m", "services.cli.main", command)
+    program = (sys.executable, "-m", "winnow_serve", command)
     process = subprocess.Popen(
         [*program, "--model", str(model), *prompt, *COMMANDS[command], *output[command]],
         cwd=ROOT,

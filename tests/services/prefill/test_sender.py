@@ -96,9 +96,22 @@ def test_aborting_wakes_the_engine_and_the_receiver(
 def test_a_channel_is_kept_for_the_next_push_and_dropped_when_lost(receiver: Receiver) -> None:
     channels = Channels()
     first = channels.borrow(receiver.address)
-    channels.give_back(receiver.address, lost=False)
+    channels.give_back(first, lost=False)
     assert channels.borrow(receiver.address) is first
-    channels.give_back(receiver.address, lost=True)
-    assert channels.borrow(receiver.address) is not first
-    channels.give_back(receiver.address, lost=False)
+    channels.give_back(first, lost=True)
+    second = channels.borrow(receiver.address)
+    assert second is not first
+    channels.give_back(second, lost=False)
+    channels.close()
+
+
+def test_a_lost_channel_goes_to_nobody_else_while_others_still_use_it(receiver: Receiver) -> None:
+    channels = Channels()
+    first = channels.borrow(receiver.address)
+    assert channels.borrow(receiver.address) is first
+    channels.give_back(first, lost=True)
+    second = channels.borrow(receiver.address)
+    assert second is not first
+    channels.give_back(first, lost=False)
+    assert channels.borrow(receiver.address) is second
     channels.close()

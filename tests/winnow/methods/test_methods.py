@@ -190,10 +190,3 @@ def test_the_memory_to_reserve_is_no_more_than_can_be_needed(
 def test_methods_are_known_without_loading_torch() -> None:
     code = "import sys, winnow.pruning_settings; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_the_readme_has_a_row_for_each_method() -> None:
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
-    section = readme.split("## Methods")[1].split("\n## ")[0]
-    rows = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("| `")]
-    assert sorted(rows) == sorted(f"`{name}`" for name in METHODS)

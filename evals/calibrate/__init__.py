@@ -1,0 +1,1 @@
+"""`winnow calibrate`: settings found for a model, on prompts that it answers unpruned."""

@@ -1,0 +1,100 @@
+"""What is tried: settings as variants, and the grids that the search begins with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from evals.variants import UNPRUNED, MethodSpec, Variant
+
+WINDOW_SIZES = (8, 16, 32)
+KERNEL_SIZES = (7, 15, 31, 63)
+MAX_WINDOW = max(WINDOW_SIZES)
+# ASL's thresholds. Above 1: the variance may have risen since min_layer.
+THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5)
+# select_tokens, as multiples of kv_budget.
+SELECT_FACTORS = (1.0, 1.5)
+
+UNPRUNED_VARIANT = Variant(MethodSpec(UNPRUNED, UNPRUNED, MappingProxyType({})), None)
+
+
+def variant(method: str, **options: Any) -> Variant:  # noqa: ANN401 - checked where it is used
+    """A method with all that is not the default, under one text for the same options."""
+    named = sorted(options.items())
+    text = ":".join([method, *(f"{name}={_written(value)}" for name, value in named)])
+    return Variant(MethodSpec(text, method, MappingProxyType(dict(named))), None)
+
+
+def _written(value: object) -> str:
+    return "null" if value is None else str(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """For prompts of `num_tokens` tokens: what each KV head keeps, and what may go on."""
+
+    num_tokens: int
+    kv_budget: int
+
+    @property
+    def select_tokens(self) -> tuple[int, ...]:
+        sizes = (round(factor * self.kv_budget) for factor in SELECT_FACTORS)
+        return tuple(size for size in sizes if size < self.num_tokens)
+
+
+def kv_grid(budgets: Budgets) -> list[Variant]:
+    """Every window and kernel, without a selection."""
+    return [
+        variant("snapkv", window_size=w, kernel_size=k, kv_budget=budgets.kv_budget)
+        for w in WINDOW_SIZES
+        for k in KERNEL_SIZES
+        if w < budgets.kv_budget
+    ]
+
+
+def layer_grid(num_layers: int) -> Sequence[int]:
+    """Fixed layers from a fifth to three quarters of the depth, a dozen at most."""
+    first, last = num_layers // 5, num_layers * 3 // 4
+    step = max(1, (last - first) // 8)
+    return range(first, min(last, num_layers - 2) + 1, step)
+
+
+def fixed_layers(budgets: Budgets, observation: dict[str, Any], num_layers: int) -> list[Variant]:
+    """Every layer of the grid with every number of selected tokens.
+
+    observation: window_size and kernel_size.
+    """
+    return [
+        variant(
+            "fastkv",
+            fixed_layer=layer_idx,
+            select_tokens=select_tokens,
+            kv_budget=budgets.kv_budget,
+            **observation,
+        )
+        for select_tokens in budgets.select_tokens
+        for layer_idx in layer_grid(num_layers)
+    ]
+
+
+def observed_layers(num_layers: int) -> list[int]:
+    """An eighth and a quarter of the depth; the latter is the paper's 8 of 32."""
+    return sorted({max(1, round(num_layers / parts)) for parts in (8, 4)})
+
+
+def observers(budgets: Budgets, observation: dict[str, Any], num_layers: int) -> list[Variant]:
+    """ASL that never selects: its rho says where it would, under any threshold."""
+    return [
+        variant(
+            "asl",
+            observed_layers=observed,
+            min_layer=observed - 1,
+            threshold=0,
+            latest_layer=None,
+            select_tokens=select_tokens,
+            kv_budget=None,
+            **observation,
+        )
+        for select_tokens in budgets.select_tokens
+        for observed in observed_layers(num_layers)
+    ]

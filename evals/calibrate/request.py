@@ -1,0 +1,60 @@
+"""What a calibration is asked for, and what it gives."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from evals.calibrate.measured import Result
+from evals.calibrate.prompts import PromptsTask
+from evals.calibrate.target import Target
+from evals.tasks.base import Task
+
+LEAST_PROMPTS = 8  # half are searched on, half held out
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is to be calibrated.
+
+    length: prompt tokens at most.  kv: share of them that each KV head keeps, or their number.
+    num_samples: prompts per task to search on; as many others are held out.
+    """
+
+    tasks: tuple[Task, ...]
+    length: int
+    kv: float | int
+    target: Target
+    num_samples: int
+    seed: int
+    chat: bool
+    num_layers: int
+
+    def to_json(self) -> dict[str, Any]:
+        """What a run in the same folder must have in common; the target may be another."""
+        prompts = [task.prompts for task in self.tasks if isinstance(task, PromptsTask)]
+        return {
+            "command": "calibrate",
+            "tasks": [task.name for task in self.tasks],
+            "length": self.length,
+            "samples": self.num_samples,
+            "seed": self.seed,
+            "chat": self.chat,
+            "prompts": [[prompt.text, prompt.answers] for own in prompts for prompt in own],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """settings: of PruningSettings.  table: on held-out prompts.  curve: fixed layers, searched.
+
+    searched: the chosen settings' result on the prompts of the search.
+    cross_validated: share kept when each fold is answered by what the others would have chosen.
+    """
+
+    settings: dict[str, Any]
+    chosen: Result
+    searched: Result
+    cross_validated: float | None
+    table: tuple[Result, ...]
+    curve: tuple[Result, ...]
+    left_out: dict[str, float]
+    reached: bool

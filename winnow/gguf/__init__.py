@@ -1,0 +1,1 @@
+"""GGUF files, as llama.cpp writes them: a model's configuration, vocabulary and weights in one."""
