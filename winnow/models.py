@@ -78,7 +78,7 @@ def _load_gguf(path: Path, *, dtype: torch.dtype, **options: Any) -> Any:  # noq
     """Tensors are dequantized one by one, so that never more than a few are there twice."""
     config = load_config(path)
     with torch.device("meta"):
-        network_class: Any = type(AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
+        network_class: Any = type(AutoModelForCausalLM.from_config(config))
     state = weights(read_header(path), dtype)
     return network_class.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, **options

@@ -15,7 +15,7 @@ from evals.calibrate.prompts import read_prompts
 from evals.calibrate.request import LEAST_PROMPTS, Found, Request
 from evals.calibrate.run import calibrate
 from evals.calibrate.target import Target, parse_share
-from evals.pictures import require_matplotlib
+from evals.pictures import can_draw
 from evals.records import write_json
 from evals.tasks import make_tasks
 from evals.tasks.base import Task
@@ -99,7 +99,6 @@ def add_calibrate_flags(parser: argparse.ArgumentParser) -> None:
 
 def run_calibrate(args: argparse.Namespace, settings: Settings) -> None:
     """Raises WinnowError for what cannot be calibrated; nothing is written to the model then."""
-    require_matplotlib()
     description = describe_model(
         settings.model,
         device=settings.device,
@@ -114,14 +113,15 @@ def run_calibrate(args: argparse.Namespace, settings: Settings) -> None:
 
     console = Console()
     print_found(found, console)
-    picture = draw(found, args.folder)
+    pictures = [draw(found, args.folder)] if can_draw() else []
     if not found.reached:
         raise InvalidSetting(
             f"on held-out prompts the settings found keep {found.chosen.kept}, not "
             f"{request.target.keep:.1%}; nothing was written (--samples, --keep)"
         )
     _write(output, found, description)
-    console.print(f"\nwritten: {output}, {picture}", highlight=False, soft_wrap=True)
+    written = ", ".join(map(str, [output, *pictures]))
+    console.print(f"\nwritten: {written}", highlight=False, soft_wrap=True)
 
 
 def _request(

@@ -47,7 +47,7 @@ class TensorEntry:
     @property
     def num_bytes(self) -> int:
         block_numbers, block_bytes = GGML_QUANT_SIZES[self.kind]
-        return prod(self.shape) // block_numbers * block_bytes
+        return prod(self.shape) // int(block_numbers) * int(block_bytes)
 
 
 @dataclass(frozen=True, slots=True)

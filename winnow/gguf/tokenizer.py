@@ -52,7 +52,7 @@ def gguf_tokenizer(header: Header) -> PreTrainedTokenizerFast:
     elif not vocabulary.adds_space(header):
         _leave_out_space(backend)
     begins = kind == _SENTENCEPIECE or split in _WHOLE_WORDS
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         add_bos_token=vocabulary.adds_token(header, "bos", default=begins),
         add_eos_token=vocabulary.adds_token(header, "eos", default=False),

@@ -1,6 +1,7 @@
 """What is tried over a recorded prompt is what the engine makes of it alone."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from winnow.models import load_model
 from winnow.pruning_settings import PruningSettings
 
 TOKENS = torch.randint(0, 300, (90,), generator=torch.Generator().manual_seed(1)).tolist()
-SMALL = {"select_tokens": 40, "kv_budget": 24, "observed_layers": 2, "min_layer": 1}
+SMALL: dict[str, Any] = {"select_tokens": 40, "kv_budget": 24, "observed_layers": 2, "min_layer": 1}
 TRIED = {
     "full": PruningSettings(method="full"),
     "snapkv": PruningSettings(method="snapkv", window_size=4, kernel_size=15, **SMALL),

@@ -1,15 +1,16 @@
 from dataclasses import replace
 
 from hypothesis import given
+from torch import Tensor
 
 from evals.calibrate.rule import Rule
-from tests.winnow.test_selection import masses_and_settings, run
+from tests.winnow.selection.cases import masses_and_settings, run
 from winnow.pruning_settings import PruningSettings
 
 
 @given(masses_and_settings())
 def test_rho_of_a_run_that_never_selects_says_where_any_threshold_would(
-    case: tuple[list, PruningSettings],
+    case: tuple[list[Tensor], PruningSettings],
 ) -> None:
     masses, config = case
     config = replace(config, latest_layer=len(masses) - 1)

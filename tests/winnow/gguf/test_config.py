@@ -38,7 +38,12 @@ def file(tmp_path: Path) -> Path:
 def test_sizes_are_the_files(file: Path, tiny_models: dict[str, Path]) -> None:
     ours = configured(file, tiny_models["qwen3"])
     theirs = load_config(tiny_models["qwen3"])
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names: tuple[str, ...] = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
     names += ("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")
     names += ("rms_norm_eps", "tie_word_embeddings", "rope_parameters")
     for name in names:
@@ -84,7 +89,10 @@ def test_what_cannot_be_run_is_named(
 
 
 def test_values_that_say_nothing_do_no_harm(file: Path, tiny_models: dict[str, Path]) -> None:
-    values = {"{arch}__attention__sliding_window": 0, "{arch}__rope__scaling__type": "none"}
+    values: dict[str, Any] = {
+        "{arch}__attention__sliding_window": 0,
+        "{arch}__rope__scaling__type": "none",
+    }
     load_model(write_gguf(file, tiny_models["llama"], **values, general__languages=["en"]))
 
 

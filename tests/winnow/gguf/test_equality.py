@@ -20,7 +20,7 @@ from transformers import (
 
 from tests.gguf_in_code import write_gguf
 from tests.models_in_code import FAMILIES
-from tests.winnow.test_models import SIZES, save
+from tests.winnow.checkpoints import SIZES, save
 from winnow import SamplingParams, Winnow
 from winnow.model_files import describe_model
 
@@ -58,7 +58,7 @@ def test_answers_are_those_of_the_folder(
         LlamaConfig(**SIZES, tie_word_embeddings=True),
         MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
         Qwen3MoeConfig(
-            **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=96, head_dim=16,
+            **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=96, head_dim=16,  # type: ignore[call-arg]
             norm_topk_prob=True,
         ),
         Olmo2Config(**SIZES, eos_token_id=0, pad_token_id=0),

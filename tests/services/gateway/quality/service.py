@@ -69,5 +69,5 @@ async def complete(
     channel: grpc.aio.Channel, request: pb.CompleteRequest
 ) -> list[pb.CompleteResponse]:
     """The chunks of an answer over gRPC."""
-    stub = InferenceStub(channel)  # type: ignore[no-untyped-call]
+    stub = InferenceStub(channel)
     return [chunk async for chunk in stub.Complete(request, timeout=30)]
