@@ -31,7 +31,7 @@ from winnow.v1 import inference_pb2 as pb
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-VERIFY = {"verify": True, "kv_budget": 9}
+VERIFY: dict[str, Any] = {"verify": True, "kv_budget": 9}
 FULL = {"method": "full"}
 
 
