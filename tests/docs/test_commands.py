@@ -63,7 +63,7 @@ def test_winnow_takes_what_a_page_shows(
 
 @pytest.mark.parametrize(("page", "arguments"), shown("make"))
 def test_make_has_what_a_page_shows(page: str, arguments: tuple[str, ...]) -> None:
-    targets = re.findall(r"^([\w ]+):", (ROOT / "Makefile").read_text(), re.M)
+    targets = re.findall(r"^([\w -]+):", (ROOT / "Makefile").read_text(), re.M)
     assert arguments[0] in " ".join(targets).split(), f"{page}: make {arguments[0]}"
 
 
