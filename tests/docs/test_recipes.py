@@ -40,7 +40,7 @@ def follow(folder: Path, heading: str) -> None:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Winnow's packages with the method and the rule of the recipes."""
     folder = tmp_path_factory.mktemp("source")
-    for name in ("winnow", "services", "evals"):
+    for name in ("winnow", "services", "evals", "winnow_serve"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     follow(folder, "## Add a method")
@@ -50,7 +50,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def winnow(source: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     done = subprocess.run(
-        [sys.executable, "-m", "services.cli.main", *arguments, "--model", str(EMBEDDED_MODEL)],
+        [sys.executable, "-m", "winnow_serve", *arguments, "--model", str(EMBEDDED_MODEL)],
         env=environment(PYTHONPATH=str(source)),
         cwd=source,
         capture_output=True,
