@@ -16,7 +16,9 @@ _ORDER = (
     "tests/chaos/",
     "tests/e2e/",
     "tests/deploy/",
+    "tests/examples/",
     "tests/services/",
+    "tests/docs/",
 )
 # Files that share processes, which are started once; any other file is on its own.
 _TOGETHER = {

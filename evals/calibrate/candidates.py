@@ -52,6 +52,24 @@ def kv_grid(budgets: Budgets) -> list[Variant]:
     ]
 
 
+def around(tried: Variant, grid: Sequence[Variant]) -> list[Variant]:
+    """Those of the grid with the next window or the next kernel, and the variant itself."""
+
+    def place(one: Variant) -> tuple[int, int]:
+        options = one.spec.options
+        return (
+            WINDOW_SIZES.index(options["window_size"]),
+            KERNEL_SIZES.index(options["kernel_size"]),
+        )
+
+    (row, column) = place(tried)
+    return [
+        one
+        for one, (other_row, other_column) in zip(grid, map(place, grid), strict=True)
+        if abs(row - other_row) + abs(column - other_column) <= 1
+    ]
+
+
 def layer_grid(num_layers: int) -> Sequence[int]:
     """Fixed layers from a fifth to three quarters of the depth, a dozen at most."""
     first, last = num_layers // 5, num_layers * 3 // 4

@@ -79,28 +79,20 @@ class Measured:
         )
 
     def _kept(self, tried: Variant, prompts: Sequence[Prompt]) -> Interval:
-        """The variant's score of the unpruned one; prompts are resampled with both answers.
-
-        All together, since a task alone may have too few to vary.
-        """
-        tasks = self._pairs(tried, prompts)
-        pairs = [pair for own in tasks for pair in own]
+        """The variant's score of the unpruned one; prompts are resampled with both answers."""
+        pairs = self._pairs(tried, prompts)
         rng = Random(0)
-        drawn = sorted(_ratio([rng.choices(pairs, k=len(pairs))]) for _ in range(_RESAMPLES))
+        drawn = sorted(_ratio(rng.choices(pairs, k=len(pairs))) for _ in range(_RESAMPLES))
         outside = int(_OUTSIDE * _RESAMPLES)
-        return Interval(_ratio(tasks), drawn[outside], drawn[-1 - outside])
+        return Interval(_ratio(pairs), drawn[outside], drawn[-1 - outside])
 
     def share_kept(self, tried: Variant, prompts: Sequence[Prompt]) -> float:
         """The variant's score of the unpruned one."""
         return _ratio(self._pairs(tried, prompts))
 
-    def _pairs(self, tried: Variant, prompts: Sequence[Prompt]) -> list[list[tuple[float, float]]]:
-        """Of each task's prompts the variant's score and the unpruned one."""
-        by_task: dict[str, list[tuple[float, float]]] = {}
-        for prompt in prompts:
-            pair = self.of(tried, prompt).score, self.unpruned(prompt).score
-            by_task.setdefault(prompt[0], []).append(pair)
-        return list(by_task.values())
+    def _pairs(self, tried: Variant, prompts: Sequence[Prompt]) -> list[tuple[float, float]]:
+        """Of each prompt the variant's score and the unpruned one."""
+        return [(self.of(tried, one).score, self.unpruned(one).score) for one in prompts]
 
 
 def mean_over_tasks(scores: Iterable[tuple[str, float]]) -> float:
@@ -111,8 +103,7 @@ def mean_over_tasks(scores: Iterable[tuple[str, float]]) -> float:
     return statistics.fmean(statistics.fmean(own) for own in by_task.values())
 
 
-def _ratio(tasks: Sequence[Sequence[tuple[float, float]]]) -> float:
-    """Score over unpruned score, each the mean of the tasks' means; 1 where both are 0."""
-    pruned = statistics.fmean(statistics.fmean(pair[0] for pair in pairs) for pairs in tasks)
-    full = statistics.fmean(statistics.fmean(pair[1] for pair in pairs) for pairs in tasks)
+def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
+    """Score over unpruned score; 1 where both are 0."""
+    pruned, full = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
     return pruned / full if full else 1.0

@@ -10,6 +10,7 @@ from rich.console import Console
 from evals.calibrate.candidates import (
     UNPRUNED_VARIANT,
     Budgets,
+    around,
     fixed_layers,
     kv_grid,
     observers,
@@ -125,11 +126,17 @@ class _Calibration:
         return Budgets(median, kv_budget)
 
     def _observation(self, budgets: Budgets) -> dict[str, Any]:
-        """The window and the kernel that keep most without a selection."""
+        """The window and the kernel that keep most without a selection, with those beside them."""
         grid = kv_grid(budgets)
         measured = self._measure(grid, self._search, "windows and kernels")
-        best = max(grid, key=lambda one: measured.result(one, self._prompts(measured)).score)
-        options = best.spec.options
+        prompts = self._prompts(measured)
+        kept = {one.method: measured.share_kept(one, prompts) for one in grid}
+
+        def worth(one: Variant) -> float:
+            near = around(one, grid)
+            return kept[one.method] + sum(kept[other.method] for other in near) / len(near)
+
+        options = max(grid, key=worth).spec.options
         return {name: options[name] for name in ("window_size", "kernel_size")}
 
     def _measure_layers(self, budgets: Budgets, observation: dict[str, Any]) -> list[Variant]:

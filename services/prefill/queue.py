@@ -281,9 +281,8 @@ class PrefillQueue:
         work.settle(outcome)
 
     def _fail(self, work: Work, error: WinnowError) -> None:
-        if not (
-            work.failed or work.job.gives_way
-        ):  # the engine thread and the push may both report the end
+        is_told = work.failed  # the engine thread and the push may both report the end
+        if not is_told and not work.job.gives_way:
             self._metrics.failures.labels(error.code).inc()
         work.failed = True
         work.settle(error)

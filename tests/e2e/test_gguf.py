@@ -9,7 +9,7 @@ from tests.e2e.winnow_process import FREE_PORTS, WinnowServe, winnow
 from tests.gguf_in_code import write_gguf
 from winnow import SamplingParams, Winnow
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 PROMPT = "the quick brown fox jumps over the lazy dog " * 8
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.deadlines import SOON_S
 from tests.e2e.winnow_process import FREE_PORTS, WinnowServe
 from tests.services.exposed import value
 
@@ -40,12 +41,12 @@ def test_checks_give_way_to_requests_and_end_with_the_service(service: WinnowSer
         text = httpx.get(f"{service.admin_url()}/metrics").text
         return value(text, "winnow_quality_checks_total", outcome=outcome)
 
-    with httpx.Client(base_url=service.url, timeout=60) as http:
+    with httpx.Client(base_url=service.url, timeout=SOON_S) as http:
         ask(http, 0)
         for number in (1, 2):
             time.sleep(0.55)  # by then the check of the one before has begun
             ask(http, number)
-        until_s = time.monotonic() + 60
+        until_s = time.monotonic() + SOON_S
         while over("done") < 3:
             assert time.monotonic() < until_s
             time.sleep(0.1)

@@ -27,7 +27,7 @@ def calibrate(model: Path, folder: Path, *flags: str) -> int:
         write_prompts(prompts)
     usual = ["--prompts", str(prompts), "--max-tokens", "4", "--num-threads", "1"]
     where = ["-o", str(folder / "winnow.json"), "--run", str(folder / "run")]
-    return main(["calibrate", "--model", str(model), "--keep", "1%", *usual, *where, *flags])
+    return main(["calibrate", "--model", str(model), "--prefill", "95%", *usual, *where, *flags])
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_finished_run_serves_another_target_without_an_answer_more_to_search(
     finished: Path, tiny_models: dict[str, Path]
 ) -> None:
     before = (finished / "run" / SAMPLES_FILE).read_text().count("\n")
-    flags = ("--prefill", "90%", "-o", str(finished / "other.json"))
+    flags = ("--prefill", "75%", "-o", str(finished / "other.json"))
     usual = ["--prompts", str(finished / "prompts.jsonl"), "--max-tokens", "4"]
     model = ["--model", str(tiny_models["llama"]), "--num-threads", "1"]
     assert main(["calibrate", *model, *usual, *flags, "--run", str(finished / "run")]) == 0

@@ -7,6 +7,7 @@ from typing import Any
 import grpc.aio
 
 from services.common.metrics import render
+from tests.deadlines import SOON_S
 from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService
 from winnow.v1 import inference_pb2 as pb
@@ -60,7 +61,7 @@ async def until_over(service: TestService, num_checks: int) -> None:
 
 
 async def until(is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(SOON_S):
         while not is_so():  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0.02)
 
@@ -70,4 +71,4 @@ async def complete(
 ) -> list[pb.CompleteResponse]:
     """The chunks of an answer over gRPC."""
     stub = InferenceStub(channel)
-    return [chunk async for chunk in stub.Complete(request, timeout=30)]
+    return [chunk async for chunk in stub.Complete(request, timeout=SOON_S)]

@@ -9,6 +9,7 @@ import grpc.aio
 import pytest
 
 from services.gateway.quality import checks
+from tests.deadlines import SOON_S
 from tests.services.gateway.quality.service import (
     COMPLETIONS,
     NUM_TOKENS,
@@ -273,10 +274,10 @@ async def test_a_request_that_arrives_stops_a_check_which_is_done_later(
         prefiller = service.prefiller
         await ask(service)
         prefiller.hold_jobs()
-        await asyncio.wait_for(prefiller.asked.wait(), 10)
+        await asyncio.wait_for(prefiller.asked.wait(), SOON_S)
         assert prefiller.jobs[-1].gives_way
         arriving = asyncio.create_task(ask(service, prompt(1)))
-        await asyncio.wait_for(prefiller.cancelled.wait(), 10)
+        await asyncio.wait_for(prefiller.cancelled.wait(), SOON_S)
         await until(lambda: len(prefiller.jobs) == 3)
         await asyncio.sleep(0.3)  # as long as a request runs, none is begun
         assert [job.gives_way for job in prefiller.jobs] == [False, True, False]
@@ -292,7 +293,7 @@ async def test_a_busy_prefill_worker_is_asked_again(model_path: Path, redis_url:
         service.prefiller.failures += [Overloaded("busy")] * 2
         service.prefiller.hold_jobs()
         asking = asyncio.create_task(ask(service))
-        await asyncio.wait_for(service.prefiller.asked.wait(), 10)
+        await asyncio.wait_for(service.prefiller.asked.wait(), SOON_S)
         failures, service.prefiller.failures = service.prefiller.failures, []
         service.prefiller.hold.set()
         await asking
@@ -349,8 +350,8 @@ async def test_checks_end_with_the_gateway(model_path: Path, redis_url: str) -> 
         prefiller = service.prefiller
         await asyncio.gather(*(ask(service, prompt(seed)) for seed in range(3)))
         prefiller.hold_jobs()
-        await asyncio.wait_for(prefiller.asked.wait(), 10)
-        async with asyncio.timeout(5):
+        await asyncio.wait_for(prefiller.asked.wait(), SOON_S)
+        async with asyncio.timeout(SOON_S):
             await service.gateway.close()
         assert prefiller.cancelled.is_set()
         assert (outcome(service, "dropped"), outcome(service, "done")) == (3, 0)
