@@ -17,8 +17,7 @@ setup(
     ],
     package_dir={f"{_PRIVATE}.{name}": name for name in _MOVED},
     package_data={
-        "winnow": ["py.typed", "families.json"],
-        f"{_PRIVATE}.services.explain": ["page.html"],
+        "": ["py.typed", "*.pyi", "*.json", "*.html"],
         f"{_PRIVATE}.models": ["winnow-tiny/*"],
     },
 )

@@ -23,10 +23,10 @@ from winnow.context_length import constant_length, context_length, positive_int
 from winnow.errors import UnusableModel
 from winnow.folder_errors import as_unusable
 from winnow.generation_defaults import end_token_ids
+from winnow.gguf import SUFFIX, vocabulary
 from winnow.gguf import header as gguf_header
-from winnow.gguf import vocabulary
 from winnow.gguf.config import configuration
-from winnow.gguf.header import SUFFIX, is_gguf, model_files, read_header
+from winnow.gguf.header import is_gguf, model_files, read_header
 from winnow.kv import ModelShape
 
 logger = logging.getLogger(__name__)

@@ -22,10 +22,10 @@ from evals.tasks.base import Task
 from services.common.settings import Settings
 from winnow.defaults import SETTINGS_FILE, override, scaled_defaults
 from winnow.errors import InvalidSetting
-from winnow.model_files import ModelDescription, describe_model
 
 if TYPE_CHECKING:
     from evals.local_model import LocalModel
+    from winnow.model_files import ModelDescription
 
 _TASKS = "niah_single_1,niah_single_2_prose,niah_multikey_1_prose,passkey,number_string,qa_1_facts"
 _LEAST_SAMPLES = 2
@@ -99,6 +99,8 @@ def add_calibrate_flags(parser: argparse.ArgumentParser) -> None:
 
 def run_calibrate(args: argparse.Namespace, settings: Settings) -> None:
     """Raises WinnowError for what cannot be calibrated; nothing is written to the model then."""
+    from winnow.model_files import describe_model  # noqa: PLC0415 - loads transformers
+
     description = describe_model(
         settings.model,
         device=settings.device,
@@ -125,7 +127,7 @@ def run_calibrate(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def _request(
-    args: argparse.Namespace, description: ModelDescription, model: "LocalModel"
+    args: argparse.Namespace, description: "ModelDescription", model: "LocalModel"
 ) -> Request:
     tasks, length, num_samples = _prompts(args, model)
     keep = None if args.prefill else parse_share("keep", args.keep or "97%")
@@ -168,7 +170,7 @@ def _prompts(args: argparse.Namespace, model: "LocalModel") -> tuple[tuple[Task,
 
 
 def _model(
-    args: argparse.Namespace, settings: Settings, description: ModelDescription
+    args: argparse.Namespace, settings: Settings, description: "ModelDescription"
 ) -> "LocalModel":
     import torch  # noqa: PLC0415 - slow to load
 
@@ -191,7 +193,7 @@ def _model(
     )
 
 
-def _output(args: argparse.Namespace, description: ModelDescription) -> Path:
+def _output(args: argparse.Namespace, description: "ModelDescription") -> Path:
     """Where the settings go.  Raises InvalidSetting if nothing can be written there."""
     if args.output is None and not description.path.is_dir():
         raise InvalidSetting(
@@ -203,7 +205,7 @@ def _output(args: argparse.Namespace, description: ModelDescription) -> Path:
     return output
 
 
-def _write(output: Path, found: Found, description: ModelDescription) -> None:
+def _write(output: Path, found: Found, description: "ModelDescription") -> None:
     """Writes the settings over those of the file, whose other settings stay."""
     known = json.loads(output.read_text()) if output.exists() else {}
     merged = known | found.settings

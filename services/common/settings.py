@@ -29,7 +29,7 @@ from pydantic_settings.exceptions import SettingsError
 from winnow.catalog import METHODS
 from winnow.errors import InvalidSetting
 from winnow.generation_defaults import FROM_MODEL, NONE
-from winnow.gguf.header import SUFFIX
+from winnow.gguf import SUFFIX
 from winnow.pruning_settings import PruningSettings
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "models" / "winnow-tiny"

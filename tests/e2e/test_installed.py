@@ -82,6 +82,24 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     return Installed(env / "bin", site)
 
 
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("winnow", "winnow"),
+        ("services", "winnow_serve/_private/services"),
+        ("evals", "winnow_serve/_private/evals"),
+        ("models/winnow-tiny", "winnow_serve/_private/models/winnow-tiny"),
+    ],
+)
+def test_no_file_is_left_behind(installed: Installed, source: str, target: str) -> None:
+    assert files_in(ROOT / source) == files_in(installed.site / target)
+
+
+def files_in(folder: Path) -> set[str]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    return {str(path.relative_to(folder)) for path in files}
+
+
 @pytest.mark.parametrize("name", ["winnow", "winnow_serve"])
 def test_the_package_is_imported_from_where_it_was_installed(
     installed: Installed, name: str

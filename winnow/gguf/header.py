@@ -18,9 +18,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from winnow.errors import UnusableModel
 from winnow.folder_errors import as_unusable
+from winnow.gguf import SUFFIX
 
 MAGIC = b"GGUF"
-SUFFIX = ".gguf"
 
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32  # of tensors, where the file does not say

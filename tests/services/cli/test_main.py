@@ -25,7 +25,7 @@ def test_help_names_every_method(
     assert re.split(r",\s+", listed) == list(METHODS)
 
 
-@pytest.mark.parametrize("command", ["generate", "eval"])
+@pytest.mark.parametrize("command", ["generate", "eval", "calibrate"])
 def test_help_loads_nothing_that_takes_long(command: str) -> None:
     code = (
         "import sys, winnow_serve, contextlib\n"
