@@ -1,5 +1,6 @@
 """The user's own prompts as a task."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,11 @@ class PromptsTask:
     @property
     def has_answers(self) -> bool:
         return self.metric is string_match_part
+
+    def digest(self) -> str:
+        """Tells these prompts and answers from others."""
+        rows = [[prompt.text, prompt.answers] for prompt in self.prompts]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def with_answers(self, answers: Sequence[str]) -> "PromptsTask":
         """The same prompts with what the unpruned model answers."""

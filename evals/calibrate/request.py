@@ -30,7 +30,7 @@ class Request:
 
     def to_json(self) -> dict[str, Any]:
         """What a run in the same folder must have in common; the target may be another."""
-        prompts = [task.prompts for task in self.tasks if isinstance(task, PromptsTask)]
+        digests = [task.digest() for task in self.tasks if isinstance(task, PromptsTask)]
         return {
             "command": "calibrate",
             "tasks": [task.name for task in self.tasks],
@@ -38,7 +38,7 @@ class Request:
             "samples": self.num_samples,
             "seed": self.seed,
             "chat": self.chat,
-            "prompts": [[prompt.text, prompt.answers] for own in prompts for prompt in own],
+            "prompts": digests,
         }
 
 

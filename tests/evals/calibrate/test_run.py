@@ -95,6 +95,21 @@ def test_other_settings_of_the_file_stay(finished: Path, tiny_models: dict[str, 
     assert found["method"] in {"asl", "fastkv"}
 
 
+def test_other_prompts_are_another_run(
+    finished: Path,
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_prompts(tmp_path / "prompts.jsonl", repeats=5)
+    run = ("--run", str(finished / "run"))
+    assert calibrate(tiny_models["llama"], tmp_path, *run) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "holds a run with other settings" in last
+    assert len(last) < 400  # not the prompts themselves
+    assert not (tmp_path / "winnow.json").exists()
+
+
 CASES = {
     "too few prompts": (7, 6, [], "has 7 prompts; it must have at least 8"),
     "prompts shorter than the budget": (8, 1, ["--kv", "500"], "it must have more than kv_budget"),
