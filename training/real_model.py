@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from winnow.gguf import SUFFIX, read_header
+from winnow.gguf import SUFFIX
+from winnow.gguf.header import read_header
 from winnow.gguf.tokenizer import gguf_tokenizer
 from winnow.gguf.vocabulary import end_token_ids
 from winnow.gguf.weights import weights
