@@ -13,6 +13,7 @@ import yaml
 
 from services.common.ports import free_port
 from tests.e2e.winnow_process import MODULE, ROOT, environment
+from tests.processes import left_alive
 
 COMPOSE = ROOT / "deploy" / "compose.yaml"
 DOCKERFILE = ROOT / "deploy" / "Dockerfile.winnow"
@@ -132,8 +133,7 @@ class Stack:
         everyone = left + [child for process in left for child in process.children(recursive=True)]
         for process in left:
             process.terminate()
-        _, alive = psutil.wait_procs(everyone, timeout=40)
-        for process in alive:
+        for process in left_alive(everyone, timeout_s=40):
             process.kill()
         for started in running:
             started.wait()

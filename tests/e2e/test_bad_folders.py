@@ -15,10 +15,10 @@ from tests.e2e.winnow_process import FREE_PORTS, winnow
 from tests.services.gateway.service import running_redis
 from tests.winnow.checkpoints import SIZES, save
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 DOWN_PROJ = "model.layers.1.mlp.down_proj.weight"
-SERVE_S = 90  # most of it Ray's start and end, on a machine that does other work too
+SERVE_S = 180  # most of it Ray's start and end, on a machine that does other work too
 
 
 def quantize(folder: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.processes import left_alive
+
 ROOT = Path(__file__).parents[2]
 STOP_TIMEOUT_S = 60
 MODULE = (sys.executable, "-m", "winnow_serve")
@@ -100,8 +102,7 @@ class WinnowServe:
 
     def left(self) -> list[psutil.Process]:
         """Processes of the service that still run."""
-        _, alive = psutil.wait_procs(self._seen, timeout=10)
-        return alive
+        return left_alive(self._seen, timeout_s=10)
 
     def kill(self) -> None:
         """For a test that failed before it stopped the service."""

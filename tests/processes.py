@@ -1,0 +1,26 @@
+"""Waiting for processes to end.
+
+psutil's own wait_procs can raise FileNotFoundError for one that ends at that very moment.
+"""
+
+import time
+from collections.abc import Iterable
+
+import psutil
+
+
+def left_alive(processes: Iterable[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Those that have not ended within the time."""
+    deadline_s = time.monotonic() + timeout_s
+    alive = [process for process in processes if _is_alive(process)]
+    while alive and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+        alive = [process for process in alive if _is_alive(process)]
+    return alive
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
