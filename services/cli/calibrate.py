@@ -19,6 +19,7 @@ from evals.pictures import can_draw
 from evals.records import write_json
 from evals.tasks import make_tasks
 from evals.tasks.base import Task
+from services.cli.local_model import open_local_model
 from services.common.settings import Settings
 from winnow.defaults import SETTINGS_FILE, override, scaled_defaults
 from winnow.errors import InvalidSetting
@@ -172,25 +173,9 @@ def _prompts(args: argparse.Namespace, model: "LocalModel") -> tuple[tuple[Task,
 def _model(
     args: argparse.Namespace, settings: Settings, description: "ModelDescription"
 ) -> "LocalModel":
-    import torch  # noqa: PLC0415 - slow to load
-
-    from evals.local_model import LocalModel  # noqa: PLC0415 - loads transformers
-
-    if settings.num_threads is not None:
-        torch.set_num_threads(settings.num_threads)
     # Over the model's own settings, which this command may have written before.
     pruning = asdict(scaled_defaults(description.shape.num_layers)) | settings.pruning
-    return LocalModel(
-        settings.model,
-        device=settings.device,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-        kv_memory_bytes=settings.kv_memory_bytes,
-        max_batch_size=args.batch_size,
-        pruning=pruning,
-        chat=args.chat,
-        record_window=MAX_WINDOW,
-    )
+    return open_local_model(args, settings, pruning, record_window=MAX_WINDOW)
 
 
 def _output(args: argparse.Namespace, description: "ModelDescription") -> Path:

@@ -12,6 +12,7 @@ from evals import plan as plans
 from evals.model import Model
 from evals.tasks import make_tasks
 from evals.variants import make_variants, parse_methods
+from services.cli.local_model import open_local_model
 from services.common.settings import Settings
 from winnow.catalog import METHODS
 from winnow.errors import InvalidSetting
@@ -105,7 +106,7 @@ def _plan(args: argparse.Namespace) -> plans.Plan:
 @contextmanager
 def _model(args: argparse.Namespace, settings: Settings) -> Iterator[Model]:
     if args.endpoint is None:
-        yield _local_model(args, settings)
+        yield open_local_model(args, settings, settings.pruning)
         return
     from evals.endpoint import EndpointModel  # noqa: PLC0415 - one of two
     from evals.rest_client import RestClient  # noqa: PLC0415 - one of two
@@ -114,22 +115,3 @@ def _model(args: argparse.Namespace, settings: Settings) -> Iterator[Model]:
     with RestClient(args.endpoint, args.batch_size, api_key) as client:
         name = getattr(args, "model", None)
         yield EndpointModel(client, model=name, chat=args.chat, pruning=settings.pruning)
-
-
-def _local_model(args: argparse.Namespace, settings: Settings) -> Model:
-    import torch  # noqa: PLC0415 - slow to load
-
-    from evals.local_model import LocalModel  # noqa: PLC0415 - loads transformers
-
-    if settings.num_threads is not None:
-        torch.set_num_threads(settings.num_threads)
-    return LocalModel(
-        settings.model,
-        device=settings.device,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-        kv_memory_bytes=settings.kv_memory_bytes,
-        max_batch_size=args.batch_size,
-        pruning=settings.pruning,
-        chat=args.chat,
-    )

@@ -88,6 +88,10 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
         *_WORKER["Process"][2:],
     ),
 }
+EVALUATED_GROUPS: Mapping[str, Sequence[str]] = {
+    "Model": ("model", "device", "dtype", "max_model_len", "pruning"),
+    "Memory": ("num_threads", "kv_memory_bytes"),
+}
 # redis_url comes only from WINNOW_REDIS_URL or a file: other users can see command lines.
 
 _KINDS = {"pruning": "a pruning setting", "chat_template_kwargs": "a template's variable"}

@@ -159,8 +159,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     from services.cli.eval import add_eval_flags  # noqa: PLC0415 - loads tasks
 
     add_eval_flags(parser)
-    model = ("model", "device", "dtype", "max_model_len", "pruning")
-    flags.add_settings_flags(parser, {"Model": model, "Memory": ("num_threads", "kv_memory_bytes")})
+    flags.add_settings_flags(parser, flags.EVALUATED_GROUPS)
     farewell = "stopped; the same command goes on in {0.output}"
     parser.set_defaults(run=_eval, config=None, farewell=farewell)
 
@@ -170,8 +169,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     from services.cli.calibrate import add_calibrate_flags  # noqa: PLC0415 - loads tasks
 
     add_calibrate_flags(parser)
-    model = ("model", "device", "dtype", "max_model_len", "pruning")
-    flags.add_settings_flags(parser, {"Model": model, "Memory": ("num_threads", "kv_memory_bytes")})
+    flags.add_settings_flags(parser, flags.EVALUATED_GROUPS)
     farewell = "stopped; the same command goes on in {0.folder}"
     parser.set_defaults(run=_calibrate, config=None, farewell=farewell)
 

@@ -1,0 +1,36 @@
+"""The model in this process that `winnow eval` and `winnow calibrate` put their prompts to."""
+
+import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from services.common.settings import Settings
+
+if TYPE_CHECKING:
+    from evals.local_model import LocalModel
+
+
+def open_local_model(
+    args: argparse.Namespace,
+    settings: Settings,
+    pruning: Mapping[str, Any],
+    record_window: int | None = None,
+) -> "LocalModel":
+    """args: `batch_size` and `chat`.  pruning, record_window: as in LocalModel."""
+    import torch  # noqa: PLC0415 - slow to load
+
+    from evals.local_model import LocalModel  # noqa: PLC0415 - loads transformers
+
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    return LocalModel(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        kv_memory_bytes=settings.kv_memory_bytes,
+        max_batch_size=args.batch_size,
+        pruning=dict(pruning),
+        chat=args.chat,
+        record_window=record_window,
+    )
