@@ -12,6 +12,8 @@ from winnow.errors import InvalidSetting, RegistryUnavailable
 
 _RAY_NAMESPACE = "winnow"
 _TIMEOUT_S = 5.0
+# Before its first answer: the actor is a process, and a busy machine takes its time to start one.
+_START_TIMEOUT_S = 60.0
 _EVERY_ADDRESS = "0.0.0.0"  # noqa: S104 - compared, not bound
 
 
@@ -40,6 +42,7 @@ class RayRegistry:
     def __init__(self, namespace: str) -> None:
         self._name = actor_name(namespace)
         self._actor = _find_or_start(self._name)
+        self._has_answered = False
         self._lost = False
 
     async def put(self, record: Record, lease_s: float) -> None:
@@ -62,7 +65,10 @@ class RayRegistry:
             if self._lost:
                 self._actor = await asyncio.to_thread(_find_or_start, self._name)
                 self._lost = False
-            return await asyncio.wait_for(method(self._actor), _TIMEOUT_S)
+            timeout_s = _TIMEOUT_S if self._has_answered else _START_TIMEOUT_S
+            result = await asyncio.wait_for(method(self._actor), timeout_s)
+            self._has_answered = True
+            return result
         except (RayError, TimeoutError, ValueError) as error:
             self._lost = True
             raise RegistryUnavailable(f"the registry actor does not answer: {error!r}") from error
