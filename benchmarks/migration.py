@@ -184,7 +184,7 @@ async def compare(name: str, path: Path, num_tokens: int, rounds: int) -> list[d
     """One row per cache setting."""
     rows: list[dict[str, Any]] = []
     async with running(path) as bench:
-        defaults = pruning_defaults(path, bench.description.shape.num_layers)
+        defaults = pruning_defaults(bench.description)
         for cache, pruning in (("pruned", defaults), ("unpruned", FULL)):
             moves, replays, num_bytes = list[float](), list[float](), 0
             for seed in range(rounds):

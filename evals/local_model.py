@@ -45,14 +45,17 @@ class LocalModel:
         self._description = describe_model(
             model, device=device, dtype=dtype, max_model_len=max_model_len
         )
-        path, num_layers = self._description.path, self._description.shape.num_layers
-        self._pruning = override(pruning_defaults(self._description.folder, num_layers), pruning)
-        self._tokenizer = load_tokenizer(path)
+        self._pruning = override(pruning_defaults(self._description), pruning)
+        self._tokenizer = load_tokenizer(self._description.path)
         self._tokenizer.require_fits(self._description.vocab_size)
         self._chat = chat
         self._frame_tokens = len(self._frame(""))
         self._load_model = partial(
-            load_model, path, device=device, dtype=dtype, max_model_len=max_model_len
+            load_model,
+            self._description.path,
+            device=device,
+            dtype=dtype,
+            max_model_len=max_model_len,
         )
         self._record_window = record_window
         self._pool_config = KVPoolConfig(kv_memory_bytes)

@@ -3,7 +3,7 @@
 import json
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -11,19 +11,23 @@ from winnow.errors import InvalidSetting, UnusableModel
 from winnow.folder_errors import as_unusable
 from winnow.pruning_settings import PruningSettings
 
+if TYPE_CHECKING:
+    from winnow.model_files import ModelDescription
+
 SETTINGS_FILE = "winnow.json"
 # Settings measured for a family: its name, what its configuration has, settings, and their source.
 _FAMILIES_FILE = Path(__file__).parent / "families.json"
 _PAPER_LAYERS = 32  # the depth for which the paper's layer numbers were chosen
 
 
-def pruning_defaults(model_path: Path, num_layers: int) -> PruningSettings:
+def pruning_defaults(description: "ModelDescription") -> PruningSettings:
     """Settings of `winnow.json` in the model folder, over the family's, over scaled ones.
 
     Raises UnusableModel if the file is invalid.
     """
-    usual = override(scaled_defaults(num_layers), _family_settings(model_path))
-    file = model_path / SETTINGS_FILE
+    num_layers = description.shape.num_layers
+    usual = override(scaled_defaults(num_layers), _family_settings(description))
+    file = description.folder / SETTINGS_FILE
     if not file.exists():
         return usual
     with as_unusable(f"{file} is not usable"):
@@ -35,14 +39,18 @@ def pruning_defaults(model_path: Path, num_layers: int) -> PruningSettings:
         return settings
 
 
-def _family_settings(model_path: Path) -> dict[str, Any]:
-    """Those of the family that a folder's configuration is of; none for one that is not known."""
-    try:
-        config = json.loads((model_path / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}  # whoever loads the model says what is wrong with it
+def _family_settings(description: "ModelDescription") -> dict[str, Any]:
+    """Those of the family that a model is of; none for one that is not known."""
+    config = {
+        "model_type": description.model_type,
+        "hidden_size": description.shape.hidden_size,
+        "num_hidden_layers": description.shape.num_layers,
+        "num_attention_heads": description.shape.num_heads,
+        "num_key_value_heads": description.shape.num_kv_heads,
+        "vocab_size": description.vocab_size,
+    }
     for family in json.loads(_FAMILIES_FILE.read_text()):
-        if isinstance(config, dict) and family["config"].items() <= config.items():
+        if family["config"].items() <= config.items():
             settings: dict[str, Any] = family["settings"]
             return settings
     return {}

@@ -62,7 +62,7 @@ class Winnow:
         """
         decoder = load_model(model, device=device, dtype=dtype, max_model_len=max_model_len)
         path = decoder.description.path
-        settings = defaults.pruning_defaults(decoder.description.folder, decoder.shape.num_layers)
+        settings = defaults.pruning_defaults(decoder.description)
         settings = defaults.override(settings, pruning)
         settings.require_fits(decoder.shape.num_layers)
         tokenizer = load_tokenizer(

@@ -41,6 +41,7 @@ class ModelDescription:
     """What all processes of the service must agree on about a model.
 
     path: the model's folder, or its GGUF file.
+    model_type: transformers' name of the family.
     fingerprint: hex digest of the configuration, the weight files, the cache's dtype, and
     max_positions if it is not the configuration's.
     max_positions: the most tokens of a sequence, prompt and completion together.
@@ -48,6 +49,7 @@ class ModelDescription:
     """
 
     path: Path
+    model_type: str
     fingerprint: str
     shape: ModelShape
     vocab_size: int
@@ -79,6 +81,7 @@ def describe_model(
             _require_supported(path, config, max_positions)
         return ModelDescription(
             path=path,
+            model_type=config.model_type,
             fingerprint=_fingerprint(path, config, shape, max_positions),
             shape=shape,
             vocab_size=vocab_size,

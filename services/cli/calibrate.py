@@ -180,11 +180,7 @@ def _model(
 
 def _output(args: argparse.Namespace, description: "ModelDescription") -> Path:
     """Where the settings go.  Raises InvalidSetting if nothing can be written there."""
-    if args.output is None and not description.path.is_dir():
-        raise InvalidSetting(
-            f"model {description.path} is no folder that {SETTINGS_FILE} could go into: give -o"
-        )
-    output: Path = args.output or description.path / SETTINGS_FILE
+    output: Path = args.output or description.folder / SETTINGS_FILE
     if output.is_dir() or not os.access(output.parent, os.W_OK):
         raise InvalidSetting(f"-o {output} cannot be written", param="output")
     return output

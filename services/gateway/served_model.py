@@ -34,10 +34,8 @@ class ServedModel:
             dtype=settings.dtype,
             max_model_len=settings.max_model_len,
         )
-        num_layers = description.shape.num_layers
-        pruning = defaults.pruning_defaults(description.folder, num_layers)
-        pruning = defaults.override(pruning, settings.pruning)
-        pruning.require_fits(num_layers)
+        pruning = defaults.override(defaults.pruning_defaults(description), settings.pruning)
+        pruning.require_fits(description.shape.num_layers)
         generation = generation_defaults(settings.generation_config, description.path)
         logger.info("requests that do not say otherwise get %s", generation.told())
         tokenizer = load_tokenizer(

@@ -4,10 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
+from transformers import AutoConfig
 
 import winnow
 from winnow.defaults import override, parse_change, pruning_defaults, scaled_defaults
 from winnow.errors import InvalidSetting, UnusableModel
+from winnow.model_files import ModelDescription, describe_model
 from winnow.pruning_settings import PruningSettings
 
 
@@ -27,29 +30,37 @@ def test_some_layer_selects_by_default(num_layers: int, latest: int) -> None:
 FAMILIES = json.loads((Path(winnow.__file__).parent / "families.json").read_text())
 
 
+def description_of(folder: Path, **config: Any) -> ModelDescription:
+    """Of a folder that has only a configuration."""
+    AutoConfig.for_model(**({"model_type": "llama"} | config)).save_pretrained(folder)
+    save_file({}, folder / "model.safetensors")
+    return describe_model(folder)
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family["name"])
 def test_a_family_has_settings_of_its_own(family: dict[str, Any], tmp_path: Path) -> None:
-    config = family["config"] | {"rope_scaling": {"type": "x"}, "eos_token_id": [1, 2]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    num_layers = family["config"]["num_hidden_layers"]
-    settings = pruning_defaults(tmp_path, num_layers)
-    settings.require_fits(num_layers)
+    description = description_of(tmp_path, **family["config"], eos_token_id=[1, 2])
+    settings = pruning_defaults(description)
+    settings.require_fits(description.shape.num_layers)
     assert family["settings"].items() <= asdict(settings).items()
     assert (Path(winnow.__file__).parents[1] / family["source"]).is_file()
     (tmp_path / "winnow.json").write_text('{"kernel_size": 5}')
-    assert pruning_defaults(tmp_path, num_layers).kernel_size == 5
+    assert pruning_defaults(description).kernel_size == 5
 
 
-def test_a_model_of_another_size_has_the_scaled_settings(tmp_path: Path) -> None:
-    config = FAMILIES[0]["config"] | {"hidden_size": 960}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert pruning_defaults(tmp_path, 30) == scaled_defaults(30)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "3", '{"model_type": ["llama"]}'])
-def test_a_configuration_that_is_none_has_the_scaled_settings(text: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(text)
-    assert pruning_defaults(tmp_path, 30) == scaled_defaults(30)
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"hidden_size": 1152},
+        {"vocab_size": 49153},
+        {"model_type": "qwen2", "num_key_value_heads": 3},
+    ],
+)
+def test_a_model_of_another_size_has_the_scaled_settings(
+    other: dict[str, Any], tmp_path: Path
+) -> None:
+    description = description_of(tmp_path, **(FAMILIES[0]["config"] | other))
+    assert pruning_defaults(description) == scaled_defaults(30)
 
 
 def test_the_latest_layer_goes_up_with_the_first_unless_it_is_named() -> None:
@@ -62,7 +73,7 @@ def test_the_latest_layer_goes_up_with_the_first_unless_it_is_named() -> None:
 
 def test_the_model_folder_comes_before_the_scaled_defaults(tmp_path: Path) -> None:
     (tmp_path / "winnow.json").write_text(json.dumps({"kv_budget": 100, "min_layer": 4}))
-    settings = pruning_defaults(tmp_path, 12)
+    settings = pruning_defaults(description_of(tmp_path, num_hidden_layers=12))
     assert (settings.kv_budget, settings.min_layer) == (100, 4)
     assert settings.observed_layers == scaled_defaults(12).observed_layers
 
@@ -82,7 +93,7 @@ def test_the_model_folder_comes_before_the_scaled_defaults(tmp_path: Path) -> No
 def test_a_broken_settings_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "winnow.json").write_text(text)
     with pytest.raises(UnusableModel, match=message):
-        pruning_defaults(tmp_path, 12)
+        pruning_defaults(description_of(tmp_path, num_hidden_layers=12))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from winnow import SamplingParams, Winnow
+from winnow.defaults import pruning_defaults
 from winnow.model_files import describe_model
 
 FOLDER = Path(__file__).parents[3] / "real-models"
@@ -62,3 +63,9 @@ def test_it_is_described_within_a_second_of_computing() -> None:
     description = describe_model(FILE)
     assert time.process_time() - start < 1
     assert (description.vocab_size, description.max_positions) == (49152, 8192)
+
+
+def test_it_has_the_settings_of_its_family_as_the_folder_has() -> None:
+    settings = pruning_defaults(describe_model(FILE))
+    assert settings == pruning_defaults(describe_model(FOLDER / "smollm2"))
+    assert (settings.kernel_size, settings.latest_layer) == (31, 15)
