@@ -1,8 +1,9 @@
 """In which order tests run, and which of them may run at once (see `make test`).
 
 What only computes comes first: it is quick, and two of its files keep two cores busy. Then come
-the files that start whole services and mostly wait, the longest ones first, beside those that run
-a service in their own process.
+the files that start whole services and mostly wait, beside those that run a service in their own
+process. Last come, one after the other, those whose services are replaced under load: each keeps
+two cores busy by itself.
 """
 
 import pytest
@@ -20,12 +21,13 @@ _ORDER = (
     "tests/services/",
     "tests/docs/",
 )
+_LAST = (
+    "tests/e2e/test_cluster.py",
+    "tests/deploy/test_compose.py",
+    "tests/deploy/test_rolling.py",
+)
 # Files that share processes, which are started once; any other file is on its own.
-_TOGETHER = {
-    "tests/chaos/": "tests/chaos/",
-    "tests/deploy/test_compose.py": "deploy's stack",
-    "tests/deploy/test_rolling.py": "deploy's stack",
-}
+_TOGETHER = {"tests/chaos/": "tests/chaos/"} | dict.fromkeys(_LAST, "last")
 
 
 def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
@@ -34,6 +36,8 @@ def in_order(items: list[pytest.Item]) -> list[pytest.Item]:
 
 
 def _place(nodeid: str) -> int:
+    if nodeid.startswith(_LAST):
+        return len(_ORDER) + 1
     places = (idx for idx, start in enumerate(_ORDER) if nodeid.startswith(start))
     return next(places, len(_ORDER))
 

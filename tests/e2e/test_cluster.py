@@ -1,5 +1,6 @@
 """The same application on a Ray cluster that is already there: two nodes on this machine."""
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -18,8 +19,9 @@ from tests.load import NUM_CLIENTS, load
 from winnow.local import Winnow
 from winnow.sampling_params import SamplingParams
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
+REPLACE_TIMEOUT_S = 150  # of all replicas, under load
 PROMPT = "the quick brown fox " * 10
 # As an operator sets them on a cluster's nodes, and for whoever uses it.
 ACCESS: dict[str, Any] = {
@@ -118,6 +120,16 @@ def serve_command(*arguments: str) -> None:
     subprocess.run(command, check=True, timeout=90, env=environment(**ACCESS), cwd="/")
 
 
+@contextlib.contextmanager
+def deployed(arguments: Sequence[str], folder: Path, cluster: RayCluster) -> Iterator[None]:
+    """Until the block ends, however it ends: the next test finds an empty cluster."""
+    deploy(arguments, folder, cluster)
+    try:
+        yield
+    finally:
+        serve_command("shutdown", "-y", "-a", cluster.dashboard)
+
+
 def deploy(arguments: Sequence[str], folder: Path, cluster: RayCluster) -> None:
     config = folder / "winnow.yaml"
     config.write_text(winnow("serve", "--print-config", *arguments).stdout)
@@ -138,16 +150,15 @@ def test_serve_deploy_places_prefill_and_decode_on_different_nodes(
     cluster: RayCluster, model: Path, tmp_path: Path
 ) -> None:
     port = free_port()
-    deploy(flags(model, port), tmp_path, cluster)
     url = f"http://127.0.0.1:{port}"
-    wait_until_ready(url, cluster)
-    deployments = cluster.applications()["winnow"]["deployments"]
-    (prefill,), (decode,) = (deployments[name]["replicas"] for name in ("Prefill", "Decode"))
-    assert prefill["node_id"] != decode["node_id"]
-    alone = Winnow.load(model, kv_memory_bytes=1 << 26)
-    expected = alone.generate(PROMPT, SamplingParams(max_tokens=10, temperature=0)).text
-    assert answer(url, model) == expected
-    serve_command("shutdown", "-y", "-a", cluster.dashboard)
+    with deployed(flags(model, port), tmp_path, cluster):
+        wait_until_ready(url, cluster)
+        deployments = cluster.applications()["winnow"]["deployments"]
+        (prefill,), (decode,) = (deployments[name]["replicas"] for name in ("Prefill", "Decode"))
+        assert prefill["node_id"] != decode["node_id"]
+        alone = Winnow.load(model, kv_memory_bytes=1 << 26)
+        expected = alone.generate(PROMPT, SamplingParams(max_tokens=10, temperature=0)).text
+        assert answer(url, model) == expected
 
 
 def test_a_new_version_is_rolled_out_under_load_and_no_request_fails(
@@ -155,22 +166,24 @@ def test_a_new_version_is_rolled_out_under_load_and_no_request_fails(
 ) -> None:
     port = free_port()
     small = ("--prefill-num-cpus", "0.3", "--decode-num-cpus", "0.3", "--num-threads", "1")
-    several = (*flags(model, port), *small, "--decode-workers", "2")
+    # What is under way may wait until the only prefill worker's successor has started.
+    patient = ("--drain-timeout-s", str(REPLACE_TIMEOUT_S))
+    several = (*flags(model, port), *small, *patient, "--decode-workers", "2")
     for name in ("grpc", "admin", "gateway-metrics", "prefill-metrics"):  # the next replica's too
         several += (f"--{name}-port", str(free_port()))
-    deploy(several, tmp_path, cluster)
-    wait_until_ready(f"http://127.0.0.1:{port}", cluster)
-    before = replicas(cluster)
-    with load(f"http://127.0.0.1:{port}/v1", PROMPT) as done:
-        deploy((*several, "--max-n", "5"), tmp_path, cluster)
-        deadline_s = time.monotonic() + 150
-        while before & (after := replicas(cluster)) or len(after) < len(before):
-            assert time.monotonic() < deadline_s, cluster.applications()
-            time.sleep(0.5)
-        answered = done.num_answered
-        while done.num_answered < answered + NUM_CLIENTS:
-            time.sleep(0.1)
-    serve_command("shutdown", "-y", "-a", cluster.dashboard)
+    url = f"http://127.0.0.1:{port}"
+    with deployed(several, tmp_path, cluster):
+        wait_until_ready(url, cluster)
+        before = replicas(cluster)
+        with load(f"{url}/v1", PROMPT) as done:
+            deploy((*several, "--max-n", "5"), tmp_path, cluster)
+            deadline_s = time.monotonic() + REPLACE_TIMEOUT_S
+            while before & (after := replicas(cluster)) or len(after) < len(before):
+                assert time.monotonic() < deadline_s, cluster.applications()
+                time.sleep(0.5)
+            answered = done.num_answered
+            while done.num_answered < answered + NUM_CLIENTS:
+                time.sleep(0.1)
 
 
 def test_winnow_serve_joins_a_cluster_and_takes_only_itself_off(

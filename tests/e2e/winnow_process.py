@@ -14,6 +14,7 @@ from tests.processes import left_alive
 
 ROOT = Path(__file__).parents[2]
 STOP_TIMEOUT_S = 60
+COMMAND_TIMEOUT_S = 180  # `serve` starts a Ray cluster before some models turn out to be unusable
 MODULE = (sys.executable, "-m", "winnow_serve")
 SCRIPT = (str(Path(sys.executable).with_name("winnow")),)  # of an installed Winnow
 FREE_PORTS = ("--port", "0", "--grpc-port", "0", "--admin-port", "0")
@@ -35,7 +36,7 @@ def winnow(
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=COMMAND_TIMEOUT_S,
         check=False,
     )
 
