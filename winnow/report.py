@@ -17,6 +17,11 @@ class PrefillReport:
     with two passes the sum of both, up to 2.
     kv_bytes_full, kv_bytes_kept: keys and values of every token, and of the kept entries.
     layer_entries: kept KV entries per layer, summed over KV heads.
+    num_cached_tokens: tokens that layer 0 took from the prefix store.
+    num_recomputed_tokens: selected ones of those that had to be computed alone up to the cut.
+    saved_layer_tokens: layer-tokens that were not computed because of the prefix store.
+    no_prefix_reason: why the prefix store was not used: `off`, or the method's `needs_all_queries`
+    or `drops_from_layer_0`; None if it was.
     """
 
     num_prompt_tokens: int
@@ -29,3 +34,12 @@ class PrefillReport:
     kv_bytes_full: int
     kv_bytes_kept: int
     layer_entries: tuple[int, ...]
+    num_cached_tokens: int = 0
+    num_recomputed_tokens: int = 0
+    saved_layer_tokens: int = 0
+    no_prefix_reason: str | None = "off"
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens that layer 0 computed."""
+        return self.num_prompt_tokens - self.num_cached_tokens

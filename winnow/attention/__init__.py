@@ -3,7 +3,7 @@
 from winnow.attention.calls import ATTENTION_NAME, AttentionCall
 from winnow.attention.decode import DecodeBackend, PagedKV, StepAttention, StepPlan
 from winnow.attention.gather import GatherBackend
-from winnow.attention.prefill import PrefillAttention, causal_attention
+from winnow.attention.prefill import PrefillAttention, ScatteredAttention, causal_attention
 
 __all__ = [
     "ATTENTION_NAME",
@@ -12,6 +12,7 @@ __all__ = [
     "GatherBackend",
     "PagedKV",
     "PrefillAttention",
+    "ScatteredAttention",
     "StepAttention",
     "StepPlan",
     "causal_attention",

@@ -1,9 +1,10 @@
 """Prefill of one prompt, layer by layer: compute, score, select tokens, compress the KV.
 
 The caller of a PrefillRun decides when the next layer is computed. It may interleave several runs,
-and cancels one by dropping it.
+and cancels one by closing or dropping it.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from torch import Tensor
 from winnow import methods
 from winnow.attention import PrefillAttention
 from winnow.decoder import DecoderModel
+from winnow.engine.prefix.lease import Lease
+from winnow.engine.prefix.store import PrefixStore
+from winnow.engine.token_states import TokenStates, Work
 from winnow.errors import InvalidRequest, PromptTooLong
 from winnow.kv import LayerKV, pack_layer
 from winnow.methods.base import Cut, LayerView
@@ -55,6 +59,9 @@ class PrefillRun:
     """The prefill of one prompt. Between two layers it holds the hidden states, but no KV.
 
     watch: called with each layer that the method observes, and the method's cut.
+    store: from it the prompt's beginning is taken, if the method allows, and it gets what this run
+    computes. Runs with other values of `cache_salt` share nothing. What the run holds of the store
+    is let go of after the cut, by `close`, by `result`, and when the run fails or is dropped.
 
     Raises InvalidRequest for an empty prompt or a token outside the vocabulary, PromptTooLong, and
     InvalidSetting for a layer that the model does not have.
@@ -66,6 +73,9 @@ class PrefillRun:
         token_ids: Sequence[int],
         settings: PruningSettings,
         watch: Watch | None = None,
+        *,
+        store: PrefixStore | None = None,
+        cache_salt: str = "",
     ) -> None:
         require_prompt(model, token_ids)
         settings.require_fits(model.shape.num_layers)
@@ -73,18 +83,21 @@ class PrefillRun:
         self._settings = settings
         self._num_prompt_tokens = len(token_ids)
         self._method = methods.create(settings, len(token_ids), model.shape)
+        self._no_prefix_reason = "off" if store is None else self._method.no_prefix_reason
+        self._lease: Lease | None = None
+        if store is not None and self._no_prefix_reason is None:
+            self._lease = Lease(store, token_ids, cache_salt)
+            weakref.finalize(self, store.abandon, self._lease.close).atexit = False
+        self._token_ids = torch.tensor(token_ids, device=model.device)
+        self._work = Work()
+        self._tokens = TokenStates(
+            model, self._token_ids, self._work, self._lease, settings.window_size
+        )
         self._restarted = False
-        self._computed_layer_tokens = 0
-        self._layer_entries: list[int] = []
-        self._start(torch.tensor(token_ids, device=model.device))
-
-    def _start(self, token_ids: Tensor) -> None:
-        """Start at layer 0 with `token_ids` [num_tokens] at positions 0 to num_tokens - 1."""
-        self._token_ids = token_ids
         self._layer_idx = 0
-        self._positions = torch.arange(len(token_ids), device=self._model.device)
-        self._hidden = self._model.embed(token_ids[None])
-        self._rope = self._model.rope(self._positions[None])
+        self._layer_tokens = 0  # as from scratch
+        self._num_cached_tokens = 0
+        self._layer_entries: list[int] = []
 
     @property
     def finished(self) -> bool:
@@ -94,10 +107,18 @@ class PrefillRun:
     @torch.inference_mode()
     def compute_layer(self) -> LayerKV | None:
         """Compute the next layer; returns its kept KV, or None in the first of two passes."""
+        try:
+            return self._compute_layer()
+        except BaseException:
+            self.close()
+            raise
+
+    def _compute_layer(self) -> LayerKV | None:
         wanted_queries = None if self._method.needs_all_queries else self._settings.window_size
-        attention = PrefillAttention(wanted_queries)
-        self._hidden = self._model.layer(self._layer_idx, self._hidden, self._rope, attention)
-        self._computed_layer_tokens += len(self._positions)
+        attention = self._tokens.compute_layer(wanted_queries)
+        self._layer_tokens += len(self._tokens)
+        if self._layer_idx == 0 and not self._restarted:
+            self._num_cached_tokens = len(self._tokens) - self._tokens.num_computed
         layer, cut = self._prune(attention)
         self._layer_idx += 1
         if layer is not None:
@@ -105,6 +126,13 @@ class PrefillRun:
         if cut is not None:
             self._apply(cut)
         return layer
+
+    def close(self) -> None:
+        """Let go of the prefix store; a run that is not finished must not go on."""
+        if self._lease is not None:
+            self._lease.count(self._num_prompt_tokens, self._num_cached_tokens)
+            self._lease.close()
+            self._lease = None
 
     def _prune(self, attention: PrefillAttention) -> tuple[LayerKV | None, Cut | None]:
         """The layer's kept KV, and the cut to apply after it, if any."""
@@ -128,18 +156,16 @@ class PrefillRun:
         if kept is None:
             kept = [torch.arange(view.num_tokens, device=values.device)] * view.num_kv_heads
         return pack_layer(
-            view.layer_idx, view.keys, values, self._positions, kept, view.window_queries
+            view.layer_idx, view.keys, values, self._tokens.positions, kept, view.window_queries
         )
 
     def _apply(self, cut: Cut) -> None:
         if cut.restart:
-            self._restarted = True
-            self._start(self._token_ids[cut.kept])
-            return
-        self._hidden = self._hidden[:, cut.kept]
-        self._positions = self._positions[cut.kept]
-        cos, sin = self._rope
-        self._rope = cos[:, cut.kept], sin[:, cut.kept]
+            self._restarted, self._layer_idx = True, 0
+            self._tokens = TokenStates(self._model, self._token_ids[cut.kept], self._work)
+        else:
+            self._tokens.keep(cut.kept)
+        self.close()
 
     def result(self, *, keep_hidden: bool = False) -> PrefillResult:
         """The result of a finished run.  keep_hidden: include the hidden states of all tokens."""
@@ -147,15 +173,20 @@ class PrefillRun:
         full_layer_tokens = shape.num_layers * self._num_prompt_tokens
         report = PrefillReport(
             num_prompt_tokens=self._num_prompt_tokens,
-            num_selected_tokens=len(self._positions),
-            next_position=int(self._positions[-1]) + 1,
+            num_selected_tokens=len(self._tokens),
+            next_position=int(self._tokens.positions[-1]) + 1,
             selection_layer=self._method.selection_layer,
             no_selection_reason=self._method.no_selection_reason,
             rho=self._method.rho,
-            computed_share=self._computed_layer_tokens / full_layer_tokens,
+            computed_share=self._work.layer_tokens / full_layer_tokens,
             kv_bytes_full=shape.kv_bytes(full_layer_tokens * shape.num_kv_heads),
             kv_bytes_kept=shape.kv_bytes(sum(self._layer_entries)),
             layer_entries=tuple(self._layer_entries),
+            num_cached_tokens=self._num_cached_tokens,
+            num_recomputed_tokens=self._work.recomputed_tokens,
+            saved_layer_tokens=self._layer_tokens - self._work.layer_tokens,
+            no_prefix_reason=self._no_prefix_reason,
         )
-        hidden = self._hidden[0]
-        return PrefillResult(hidden[-1].clone(), report, hidden if keep_hidden else None)
+        hidden = self._tokens.hidden() if keep_hidden else None
+        self.close()
+        return PrefillResult(self._tokens.last_hidden.clone(), report, hidden)

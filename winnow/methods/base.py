@@ -74,6 +74,8 @@ class Method:
 
     needs_all_queries: ClassVar[bool] = False
     runs_twice: ClassVar[bool] = False  # every cut is a restart, and nothing is kept before it
+    # Why no layer takes a prompt's beginning from the prefix store; None: layers up to the cut do.
+    no_prefix_reason: ClassVar[str | None] = None
 
     def __init__(self, settings: PruningSettings, num_tokens: int, shape: ModelShape) -> None:
         self.settings = settings

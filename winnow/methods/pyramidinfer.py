@@ -23,6 +23,8 @@ class PyramidInfer(Method):
     by `context_lengths`, so that a layer keeps `kv_budget` tokens on average.
     """
 
+    no_prefix_reason = "drops_from_layer_0"
+
     def __init__(self, settings: PruningSettings, num_tokens: int, shape: ModelShape) -> None:
         super().__init__(settings, num_tokens, shape)
         self._kept: Tensor | None = None  # of the last observed layer

@@ -1,0 +1,209 @@
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from torch import Tensor
+
+from winnow.decoder import DecoderModel
+from winnow.engine.prefix.lease import Lease
+from winnow.engine.prefix.storage import DamagedBlock
+from winnow.engine.prefix.store import Block, PrefixStore
+from winnow.errors import InvalidSetting
+from winnow.models import load_model
+
+BLOCK = 8
+NUM_LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models: dict[str, Path]) -> DecoderModel:
+    return load_model(tiny_models["llama"])
+
+
+def layer_bytes(model: DecoderModel) -> int:
+    return model.shape.kv_bytes(BLOCK * model.shape.num_kv_heads)
+
+
+def frontier_bytes(model: DecoderModel) -> int:
+    return BLOCK * model.shape.hidden_size * model.shape.dtype.itemsize
+
+
+def content(seed: object, *shape: int) -> Tensor:
+    return torch.full(shape, float(hash(seed) % 1009))
+
+
+class Run:
+    """Goes through the layers as prefill does, with contents that only depend on the block."""
+
+    def __init__(self, store: PrefixStore, tokens: tuple[int, ...], salt: str) -> None:
+        token_ids = [token for token in tokens for _ in range(BLOCK)]
+        self.hashes = store.hashes(token_ids, salt)
+        self.lease = Lease(store, token_ids, salt)
+        self.num_tokens = len(token_ids) + 1
+        self.layer_idx = 0
+        self.start = min(self.lease.num_cached(0), self.num_tokens - 1)
+
+    def step(self) -> None:
+        while True:
+            try:
+                return self._compute(self.layer_idx, self.num_tokens)
+            except DamagedBlock as damage:
+                self.repair(damage.idx)
+
+    def repair(self, block_idx: int) -> None:
+        first, until = self.lease.replace(block_idx) * BLOCK, self.start
+        assert first <= until
+        for layer_idx in range(self.layer_idx):
+            self.start = min(self.lease.num_cached(layer_idx), first)
+            self.give(layer_idx, until)
+        self.start = min(self.start, first)
+
+    def _compute(self, layer_idx: int, num_tokens: int) -> None:
+        start = min(self.lease.num_cached(layer_idx), num_tokens - 1)
+        if start < self.start and layer_idx:
+            joining = self.lease.frontier(start, self.start)
+            assert torch.equal(joining, self.hidden(layer_idx - 1, self.start)[start:])
+        if start:
+            both = self.lease.keys_and_values(layer_idx, start, num_tokens)
+            assert torch.equal(both[:, :, :start], self.layer(layer_idx, num_tokens)[:, :, :start])
+        self.start = start
+        self.give(layer_idx, num_tokens)
+        self.layer_idx += 1
+
+    def give(self, layer_idx: int, num_tokens: int) -> None:
+        keys, values = self.layer(layer_idx, num_tokens)
+        self.lease.grow(layer_idx, keys, values, self.hidden(layer_idx, num_tokens)[self.start :])
+
+    def layer(self, layer_idx: int, num_tokens: int) -> Tensor:
+        parts = [content((one, layer_idx), 2, 2, BLOCK, 16) for one in self.hashes]
+        return torch.cat([*parts, torch.zeros(2, 2, 1, 16)], dim=2)[:, :, :num_tokens]
+
+    def hidden(self, layer_idx: int, num_tokens: int) -> Tensor:
+        parts = [content((one, layer_idx, "hidden"), BLOCK, 64) for one in self.hashes]
+        return torch.cat([*parts, torch.zeros(1, 64)])[:num_tokens]
+
+
+class Machine(RuleBasedStateMachine):
+    """Runs of prompts of up to four blocks that share beginnings, in any order."""
+
+    model: DecoderModel
+    location: str
+    runs = Bundle("runs")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[Run] = []
+        most = 9 * layer_bytes(self.model) + 4 * frontier_bytes(self.model)
+        self.store = PrefixStore(self.model, most, location=self.location, block_tokens=BLOCK)
+
+    @rule(
+        target=runs,
+        tokens=st.lists(st.integers(0, 1), max_size=4).map(tuple),
+        salt=st.sampled_from(["", "other"]),
+    )
+    def start(self, tokens: tuple[int, ...], salt: str) -> Run:
+        run = Run(self.store, tokens, salt)
+        self.open.append(run)
+        return run
+
+    @rule(run=runs, num_layers=st.integers(1, NUM_LAYERS))
+    def compute(self, run: Run, num_layers: int) -> None:
+        for _ in range(min(num_layers, NUM_LAYERS - run.layer_idx)):
+            run.step()
+
+    @rule(run=consumes(runs))
+    def close(self, run: Run) -> None:
+        run.lease.close()
+        run.lease.close()  # has no further effect
+        self.open.remove(run)
+
+    @rule(run=consumes(runs))
+    def drop(self, run: Run) -> None:
+        self.store.abandon(run.lease.close)
+        self.open.remove(run)
+        self.store.release_abandoned()
+
+    @rule(data=st.data())
+    def damage(self, data: st.DataObject) -> None:
+        stored = [
+            one
+            for block in self.store._blocks.values()
+            for one in (*block.layers, block.frontier)
+            if one is not None and one.checksum is not None
+        ]
+        if stored:
+            one = data.draw(st.sampled_from(stored))
+            one.tensor.view(-1)[3] += 1
+
+    @invariant()
+    def memory_is_counted_and_within_the_limit(self) -> None:
+        blocks = set(self.blocks())
+        each = layer_bytes(self.model), frontier_bytes(self.model)
+        held = sum(block.depth * each[0] + (block.depth > 0) * each[1] for block in blocks)
+        stats = self.store.stats()
+        assert stats.used_bytes == held <= stats.max_bytes
+
+    @invariant()
+    def no_block_is_deeper_than_its_parent(self) -> None:
+        for block in self.blocks():
+            if block.parent is not None:
+                assert block.depth <= block.parent.depth or block.dropped
+                assert block.dropped or self.store._blocks[block.parent.hash] is block.parent
+                assert block.dropped or block in block.parent.children
+
+    @invariant()
+    def users_are_counted(self) -> None:
+        uses = [block for run in self.open for block in run.lease._blocks]
+        assert all(block.num_users == uses.count(block) for block in self.blocks())
+        idle = {block for block in self.store._blocks.values() if not block.num_users}
+        assert set(self.store._idle.values()) == idle
+        assert all(block.depth for block in idle)
+
+    def blocks(self) -> set[Block]:
+        uses = {block for run in self.open for block in run.lease._blocks}
+        return uses | set(self.store._blocks.values())
+
+    def teardown(self) -> None:
+        for run in self.open:
+            run.lease.close()
+        assert self.store.stats().num_blocks_in_use == 0
+
+
+@pytest.mark.parametrize("location", ["device", "host"])
+def test_any_order_of_runs_leaves_the_store_consistent(model: DecoderModel, location: str) -> None:
+    class Here(Machine):
+        pass
+
+    Here.model, Here.location = model, location
+    case = Here.TestCase
+    case.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+    case().runTest()
+
+
+def test_refuses_memory_for_less_than_one_layer_of_a_block(model: DecoderModel) -> None:
+    least = layer_bytes(model) + frontier_bytes(model)
+    PrefixStore(model, least, block_tokens=BLOCK)
+    with pytest.raises(InvalidSetting, match=f"{least - 1:,}; one layer of 8 tokens .* {least:,}"):
+        PrefixStore(model, least - 1, block_tokens=BLOCK)
+
+
+def test_refuses_an_unknown_location(model: DecoderModel) -> None:
+    with pytest.raises(InvalidSetting, match="prefix_cache_device is 'disk'; known are device, ho"):
+        PrefixStore(model, 1 << 20, location="disk")
+
+
+def test_the_least_recently_used_leaves_are_evicted(model: DecoderModel) -> None:
+    chain = 2 * (layer_bytes(model) + frontier_bytes(model))
+    store = PrefixStore(model, 2 * chain, block_tokens=BLOCK)
+    for tokens in ((1, 1), (2, 2), (1, 1), (3,)):
+        run = Run(store, tokens, "")
+        run.step()
+        run.lease.close()
+    one, two, three = (Run(store, tokens, "") for tokens in ((1, 1), (2, 2), (3,)))
+    assert [run.lease.num_cached(0) for run in (one, two, three)] == [16, 8, 8]
+    assert set(store.held()) == {*one.hashes, two.hashes[0], *three.hashes}
+    assert store.stats().evicted_blocks == 1
+    assert store.stats().used_bytes == 2 * chain

@@ -1,0 +1,70 @@
+"""Where the tensors of cached blocks are: beside the model, or in host memory with checksums."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class DamagedBlock(Exception):
+    """A stored tensor has changed; `idx` is its index among those fetched."""
+
+    def __init__(self, idx: int) -> None:
+        super().__init__(f"tensor {idx} is not what was stored")
+        self.idx = idx
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored:
+    """A tensor in its storage.  checksum: 0-d int64 on the model's device, if it was moved."""
+
+    tensor: Tensor
+    checksum: Tensor | None = None
+
+
+class Storage:
+    """Copies tensors to their place and back to `device`, the model's.
+
+    in_host_memory: they are kept there, pinned if the device is a GPU. Each is checked by its
+    checksum when it is fetched; both are computed on the device, so the way is checked as well.
+
+    Copies do not wait for the device. They are ordered because one thread makes them on one stream.
+    """
+
+    def __init__(self, device: torch.device, *, in_host_memory: bool) -> None:
+        self._device = device
+        self._in_host_memory = in_host_memory
+
+    def put(self, tensor: Tensor) -> Stored:
+        """A stored copy of a tensor whose bytes are a multiple of 8."""
+        if not self._in_host_memory:
+            return Stored(tensor.clone(memory_format=torch.contiguous_format))
+        pinned = self._device.type == "cuda"
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+        copy.copy_(tensor, non_blocking=True)
+        return Stored(copy, _checksum(tensor))
+
+    def fetch(self, stored: Sequence[Stored]) -> list[Tensor]:
+        """The tensors on the device, to be read only; raises DamagedBlock for the first damaged."""
+        tensors = [one.tensor.to(self._device, non_blocking=True) for one in stored]
+        sums = [
+            (_checksum(tensor), one.checksum, idx)
+            for idx, (tensor, one) in enumerate(zip(tensors, stored, strict=True))
+            if one.checksum is not None
+        ]
+        if sums:
+            found, expected, indices = zip(*sums, strict=True)
+            damaged = (torch.stack(found) != torch.stack(expected)).nonzero()[:, 0].tolist()
+            if damaged:
+                raise DamagedBlock(indices[damaged[0]])
+        return tensors
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """Sum of the tensor's 64-bit words, each times its own odd number, modulo 2^64: 0-d int64.
+
+    No odd number divides 2^64, so a change of one word always shows.
+    """
+    words = tensor.contiguous().view(-1).view(torch.int64)
+    return (words * torch.arange(1, 2 * len(words), 2, device=words.device)).sum()

@@ -1,0 +1,227 @@
+"""The prefix store: keys, values and hidden states of prompts' beginnings, for later prompts."""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from winnow.checks import require_choice
+from winnow.decoder import DecoderModel
+from winnow.engine.prefix.hashes import BLOCK_TOKENS, block_hashes, prefix_salt
+from winnow.engine.prefix.storage import Storage, Stored
+from winnow.errors import InvalidSetting
+
+LOCATIONS = ("device", "host")
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """Consecutive tokens of prompts that begin alike, B of them, as far as they were computed.
+
+    layers: of each layer computed, keys and values [2, num_kv_heads, B, head_dim] of all tokens.
+    frontier: their hidden states [B, hidden_size] after the last of these layers.
+    num_users: runs that hold it.  dropped: it is found no more; its users still have it.
+
+    The depth, len(layers), never grows from a parent to its child.
+    """
+
+    hash: bytes
+    parent: "Block | None"
+    children: "set[Block]" = field(default_factory=set)
+    layers: list[Stored] = field(default_factory=list)
+    frontier: Stored | None = None
+    num_users: int = 0
+    dropped: bool = False
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixStats:
+    """num_blocks, num_blocks_in_use, used_bytes: now.  The others: since the start.
+
+    looked_up_tokens: of all prompts.  hit_tokens: those of them that layer 0 did not compute.
+    evicted_blocks: for lack of memory.  damaged_blocks: that failed their checksum.
+    """
+
+    num_blocks: int
+    num_blocks_in_use: int
+    used_bytes: int
+    max_bytes: int
+    looked_up_tokens: int
+    hit_tokens: int
+    evicted_blocks: int
+    damaged_blocks: int
+
+
+class PrefixStore:
+    """Blocks within `max_bytes`; the least recently used are evicted, children before parents.
+
+    location: `device` keeps the blocks beside the model, `host` in host memory, pinned for a GPU.
+    block_tokens: a multiple of 8.
+
+    One thread, the one that runs the model, uses it; `stats`, `held` and `abandon` are for all.
+    Raises InvalidSetting for less memory than one layer of a block takes.
+    """
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        max_bytes: int,
+        *,
+        location: str = "device",
+        block_tokens: int = BLOCK_TOKENS,
+    ) -> None:
+        require_choice("prefix_cache_device", location, LOCATIONS)
+        assert block_tokens % 8 == 0, "checksums are of 64-bit words"
+        shape = model.shape
+        self.block_tokens = block_tokens
+        self.storage = Storage(model.device, in_host_memory=location == "host")
+        self._fingerprint = model.fingerprint
+        self._layer_bytes = shape.kv_bytes(block_tokens * shape.num_kv_heads)
+        self._frontier_bytes = block_tokens * shape.hidden_size * shape.dtype.itemsize
+        least = self._layer_bytes + self._frontier_bytes
+        if max_bytes < least:
+            raise InvalidSetting(
+                f"prefix_cache_bytes is {max_bytes:,}; one layer of {block_tokens} tokens takes "
+                f"{least:,}",
+                param="prefix_cache_bytes",
+            )
+        self._max_bytes = max_bytes
+        self._used_bytes = 0
+        self._blocks: dict[bytes, Block] = {}
+        # Blocks without users, the least recently used first. A run lets go of a child before its
+        # parent, so the first block never has children.
+        self._idle: OrderedDict[bytes, Block] = OrderedDict()
+        self._abandoned: deque[Callable[[], None]] = deque()
+        self._looked_up_tokens = self._hit_tokens = 0
+        self._evicted_blocks = self._damaged_blocks = 0
+
+    # For any thread
+
+    def stats(self) -> PrefixStats:
+        blocks = tuple(self._blocks.values())
+        return PrefixStats(
+            num_blocks=sum(block.depth > 0 for block in blocks),
+            num_blocks_in_use=sum(block.num_users > 0 for block in blocks),
+            used_bytes=self._used_bytes,
+            max_bytes=self._max_bytes,
+            looked_up_tokens=self._looked_up_tokens,
+            hit_tokens=self._hit_tokens,
+            evicted_blocks=self._evicted_blocks,
+            damaged_blocks=self._damaged_blocks,
+        )
+
+    def held(self) -> dict[bytes, int]:
+        """The depth of each block, by its hash (see `block_hashes`)."""
+        blocks = tuple(self._blocks.values())  # a copy, since the owner may change the dictionary
+        return {block.hash: depth for block in blocks if (depth := block.depth)}
+
+    def abandon(self, release: Callable[[], None]) -> None:
+        """Call `release` on the owner's thread, at the latest when it opens the next prompt."""
+        self._abandoned.append(release)
+
+    # For the thread that runs the model
+
+    def hashes(self, token_ids: Sequence[int], cache_salt: str) -> list[bytes]:
+        """The hashes of a prompt's whole blocks."""
+        salt = prefix_salt(self._fingerprint, cache_salt)
+        return block_hashes(token_ids, salt, self.block_tokens)
+
+    def take(self, hashes: Sequence[bytes], parent: Block | None = None) -> list[Block]:
+        """Hold a chain of blocks below `parent`; those that the store lacks have depth 0."""
+        chain = []
+        for block_hash in hashes:
+            block = self._blocks.get(block_hash) or self._add(block_hash, parent)
+            self._idle.pop(block_hash, None)
+            block.num_users += 1
+            chain.append(block)
+            parent = block
+        return chain
+
+    def _add(self, block_hash: bytes, parent: Block | None) -> Block:
+        block = self._blocks[block_hash] = Block(block_hash, parent)
+        if parent is not None:
+            parent.children.add(block)
+        return block
+
+    def release(self, chain: Sequence[Block]) -> None:
+        """Let go of a chain that was taken."""
+        for block in reversed(chain):
+            block.num_users -= 1
+            if block.num_users:
+                continue
+            if block.dropped:
+                self._free(block)
+            elif block.depth:
+                self._idle[block.hash] = block
+            else:
+                self._remove(block)
+
+    def release_abandoned(self) -> None:
+        """Release what `abandon` was called with."""
+        while self._abandoned:
+            self._abandoned.popleft()()
+
+    def count(self, looked_up_tokens: int, hit_tokens: int) -> None:
+        """Count a prompt in the statistics."""
+        self._looked_up_tokens += looked_up_tokens
+        self._hit_tokens += hit_tokens
+
+    def grow(self, block: Block, layer: Tensor, frontier: Tensor) -> bool:
+        """Add the next layer to a held block, if there is or can be made room.
+
+        frontier: a view is kept until `settle`, which must follow if the block grows no more.
+        """
+        num_bytes = self._layer_bytes + (0 if block.depth else self._frontier_bytes)
+        if block.dropped or not self._make_room(num_bytes):
+            return False
+        stored = self.storage.put(layer)
+        self._used_bytes += num_bytes
+        block.frontier = Stored(frontier)
+        block.layers.append(stored)
+        return True
+
+    def settle(self, block: Block) -> None:
+        """Replace the view that `grow` was given by a copy in the store's own memory."""
+        assert block.frontier is not None
+        block.frontier = self.storage.put(block.frontier.tensor)
+
+    def _make_room(self, num_bytes: int) -> bool:
+        self.release_abandoned()
+        while self._used_bytes + num_bytes > self._max_bytes and self._idle:
+            _, block = self._idle.popitem(last=False)
+            self._remove(block)
+            self._free(block)
+            self._evicted_blocks += 1
+        return self._used_bytes + num_bytes <= self._max_bytes
+
+    def drop(self, block: Block) -> None:
+        """Remove a damaged block and all that follow it; runs that hold them keep them."""
+        if block.dropped:
+            return
+        self._damaged_blocks += 1
+        self._remove(block)
+        doomed = [block]
+        while doomed:
+            block = doomed.pop()
+            block.dropped = True
+            self._blocks.pop(block.hash, None)
+            if self._idle.pop(block.hash, None) is not None:
+                self._free(block)
+            doomed.extend(block.children)
+
+    def _remove(self, block: Block) -> None:
+        """Remove a block from its parent's children, and so that no prompt finds it."""
+        del self._blocks[block.hash]
+        if block.parent is not None:
+            block.parent.children.discard(block)
+
+    def _free(self, block: Block) -> None:
+        if block.depth:
+            self._used_bytes -= block.depth * self._layer_bytes + self._frontier_bytes
+        block.layers.clear()
+        block.frontier = None
