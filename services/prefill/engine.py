@@ -41,15 +41,21 @@ class PrefillEngine:
         self._channels = channels
         self._cores = cores
 
-    def advance(self, work: Work) -> None:
-        """Compute the prompt's next step; any error becomes that prompt's outcome."""
+    def advance(self, work: Work) -> bool:
+        """Compute the prompt's next step; any error becomes that prompt's outcome.
+
+        Returns False if its last layers have to leave first, which is waited for a moment.
+        """
         try:
+            if not self._has_room(work):
+                return False
             self._advance(work)
         except WinnowError as error:
             self.end(work, error)
         except Exception as error:
             logger.exception("prefill broke", extra={"request_id": work.job.request_id})
             self.end(work, PrefillFailed(f"prefill broke: {error!r}"))
+        return True
 
     def end(self, work: Work, error: WinnowError) -> None:
         """End a prompt that is not computed to its end; an outcome that it has stands."""
@@ -59,6 +65,14 @@ class PrefillEngine:
         if work.push is not None:
             work.push.abort(error)
         self._fail(work, error)
+
+    def _has_room(self, work: Work) -> bool:
+        if work.push is None or work.scoring is not None:
+            return True
+        started_s = time.monotonic()
+        has_room = work.push.wait_for_room()
+        work.blocked_s += time.monotonic() - started_s
+        return has_room
 
     def _advance(self, work: Work) -> None:
         if work.run is None:
@@ -117,7 +131,6 @@ class PrefillEngine:
         work.compute_span.add_event("layer", {} if layer is None else {"layer": layer.layer_idx})
         if layer is not None and work.push is not None:
             work.push.send(layer)
-            work.blocked_s += time.monotonic() - computed_s
         if work.run.finished:
             self._take_result(work, work.run)
 

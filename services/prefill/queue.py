@@ -52,14 +52,14 @@ class PrefillQueue:
         self._engine = PrefillEngine(model, metrics, self._channels, cores)
         self._scheduler: PrefillScheduler[Work] = PrefillScheduler(max_open)
         self._changed = threading.Condition()
-        self._works: list[Work] = []  # that are not over, in order of arrival
+        self._works: list[Work] = []  # in order of arrival; those over are removed after each layer
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="prefill-engine", daemon=True)
         metrics.waiting.set_function(lambda: len(self._waiting()))
         metrics.waiting_tokens.set_function(
             lambda: sum(len(work.job.token_ids) for work in self._waiting())
         )
-        metrics.open.set_function(lambda: sum(work.is_open for work in self._works))
+        metrics.open.set_function(lambda: sum(work.is_open for work in self._left()))
         metrics.oldest_seconds.set_function(self._oldest_s)
         metrics.device_memory_bytes.set_function(lambda: model.memory_bytes)
 
@@ -110,7 +110,7 @@ class PrefillQueue:
         )
 
     def _require_room(self, job: PrefillJob) -> None:
-        if job.gives_way and any(not work.outcome.done() for work in self._works):
+        if job.gives_way and any(not work.outcome.done() for work in self._left()):
             raise _given_way()
         num_waiting = sum(not work.job.gives_way for work in self._waiting())
         if num_waiting >= self._max_waiting and not job.admitted:
@@ -118,14 +118,18 @@ class PrefillQueue:
                 f"{num_waiting} prompts wait for prefill; the limit is {self._max_waiting}"
             )
 
-    def _waiting(self) -> list[Work]:
+    def _left(self) -> list[Work]:
+        """The jobs that the engine has still to compute, in order of arrival."""
         with self._changed:
-            return [work for work in self._works if not work.is_open]
+            return [work for work in self._works if not work.is_over]
+
+    def _waiting(self) -> list[Work]:
+        return [work for work in self._left() if not work.is_open]
 
     def _oldest_s(self) -> float:
         """Seconds since the oldest prompt came that is still to be computed; 0 without any."""
-        with self._changed:
-            return time.monotonic() - self._works[0].received_s if self._works else 0.0
+        left = self._left()
+        return time.monotonic() - left[0].received_s if left else 0.0
 
     def _forget(self, work: Work) -> None:
         """Remove a job that was cancelled while waiting, to free its place."""
@@ -139,10 +143,13 @@ class PrefillQueue:
             self._end_unwanted()
             work = self._next()
             if work is not None:
-                self._engine.advance(work)
+                num_tokens = work.next_layer_tokens
+                if self._engine.advance(work):
+                    self._scheduler.record(work, num_tokens)
             self._remove_those_over()
-        for work in [work for work in self._works if work.is_open]:
-            self._engine.end(work, _stopped())
+        for work in self._left():
+            if work.is_open:  # `stop` settles the others
+                self._engine.end(work, _stopped())
 
     def _wait_for_work(self) -> bool:
         """Wait until there is a prompt; False if the worker stops."""
@@ -152,8 +159,7 @@ class PrefillQueue:
 
     def _end_unwanted(self) -> None:
         """End what was cancelled, has to give way, or is past its deadline."""
-        with self._changed:
-            works = list(self._works)
+        works = self._left()
         for work in works:
             error = _reason_to_end(work, works)
             if error is not None:
@@ -178,8 +184,12 @@ def _reason_to_end(work: Work, works: list[Work]) -> WinnowError | None:
     if work.outcome.done():
         return work.error or cancelled()  # its push has failed, or nobody wants it any more
     if work.remaining_s <= 0:
-        did = "was not computed within" if work.is_open else "waited"
-        return DeadlineExceeded(f"the prompt {did} {work.job.deadline_s:g} s for prefill")
+        deadline = f"{work.job.deadline_s:g} s"
+        return DeadlineExceeded(
+            f"the prompt was not computed within {deadline}"
+            if work.is_open
+            else f"the prompt waited {deadline} for prefill"
+        )
     others = any(other is not work and not other.outcome.done() for other in works)
     return _given_way() if work.job.gives_way and others else None
 

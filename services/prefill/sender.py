@@ -1,7 +1,7 @@
 """Pushes one attempt's KV to its decode worker while the next layers are computed.
 
 The engine thread hands layers over and continues; gRPC's own thread encodes and sends them. At most
-`LAYERS_AHEAD` layers wait, so a slow network slows the engine down instead of filling its memory.
+`LAYERS_AHEAD` layers wait, so a slow network slows the prompt down instead of filling the memory.
 """
 
 import logging
@@ -32,6 +32,7 @@ from winnow.wire import TransferEncoder
 logger = logging.getLogger(__name__)
 
 LAYERS_AHEAD = 2
+HELD_AFTER_S = 0.05  # a layer's way through a network that keeps pace with the engine
 STALL_TIMEOUT_S = 15.0
 _PUSH_METHOD = "/winnow.v1.KvTransfer/Push"
 _PASSED_ON = (TransferRefused, ModelMismatch, DeadlineExceeded)
@@ -70,6 +71,7 @@ class Push:
         self._num_layers = 0  # handed over so far
         self._complete = False  # everything has been handed over
         self._wire_bytes = 0
+        self._sent_s = 0.0  # when a layer was last handed over
         self._moved_s = 0.0  # when an item was last handed over, or a frame taken
         self._call: grpc.Future | None = None
 
@@ -93,6 +95,16 @@ class Push:
         return self._ended or len(self._waiting) < LAYERS_AHEAD or self._stalls_in_s <= 0
 
     @property
+    def is_held(self) -> bool:
+        """Whether there has been no room for HELD_AFTER_S."""
+        return not self.has_room and time.monotonic() - self._sent_s >= HELD_AFTER_S
+
+    def wait_for_room(self) -> bool:
+        """Wait for HELD_AFTER_S at most; returns whether there is room."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.has_room, HELD_AFTER_S)
+
+    @property
     def _stalls_in_s(self) -> float:
         return self._moved_s + self._stall_timeout_s - time.monotonic()
 
@@ -110,7 +122,7 @@ class Push:
             if len(self._waiting) < LAYERS_AHEAD:
                 self._waiting.append(layer)
                 self._num_layers += 1
-                self._moved_s = time.monotonic()
+                self._sent_s = self._moved_s = time.monotonic()
                 self._changed.notify_all()
                 return
         self.abort(self._stalled())

@@ -54,8 +54,8 @@ class Work:
 
     @property
     def can_go_on(self) -> bool:
-        """False while the next layer would have to wait for the network."""
-        return self.push is None or self.scoring is not None or self.push.has_room
+        """False while the next layer would wait for the network for longer than a moment."""
+        return self.push is None or self.scoring is not None or not self.push.is_held
 
     @property
     def next_layer_tokens(self) -> int:

@@ -53,17 +53,13 @@ class PrefillScheduler(Generic[P]):
         oldest = prompts[0]
         if oldest is not self._oldest:
             self._oldest, self._passed_over = oldest, 0
-        chosen = self._choose(prompts)
-        self._passed_over += chosen.next_layer_tokens
-        if chosen is oldest:
-            self._passed_over = 0
-        return chosen
-
-    def _choose(self, prompts: Sequence[P]) -> P:
         may_begin = sum(prompt.is_open for prompt in prompts) < self._max_open
         allowed = [prompt for prompt in prompts if prompt.is_open or may_begin]
         ready = [prompt for prompt in allowed if prompt.can_go_on] or allowed
-        oldest = ready[0]
-        if oldest is self._oldest and self._passed_over >= PATIENCE * oldest.next_layer_tokens:
+        if ready[0] is oldest and self._passed_over >= PATIENCE * oldest.next_layer_tokens:
             return oldest
         return min(ready, key=lambda prompt: prompt.layer_tokens_left)  # of equals, the oldest
+
+    def record(self, prompt: P, layer_tokens: int) -> None:
+        """Note that `prompt`, the one chosen last, has computed a layer of so many tokens."""
+        self._passed_over = 0 if prompt is self._oldest else self._passed_over + layer_tokens
