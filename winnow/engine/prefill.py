@@ -107,12 +107,12 @@ class PrefillRun:
     @property
     def next_layer_tokens(self) -> int:
         """Tokens that the next layer computes."""
-        return len(self._positions)
+        return self._tokens.num_to_compute
 
     @property
     def layer_tokens_left(self) -> int:
         """Tokens of all layers to come; before the cut an estimate, as Method.layer_tokens_left."""
-        return self._method.layer_tokens_left(self._layer_idx, len(self._positions))
+        return self._method.layer_tokens_left(self._layer_idx, self.next_layer_tokens)
 
     @torch.inference_mode()
     def compute_layer(self) -> LayerKV | None:

@@ -63,6 +63,11 @@ class TokenStates:
         """The number of tokens that the last layer computed."""
         return int(self._hidden.shape[1])
 
+    @property
+    def num_to_compute(self) -> int:
+        """The number of tokens that the next layer will compute."""
+        return len(self) - self._num_cached()
+
     def compute_layer(self, num_queries: int | None) -> PrefillAttention:
         """Compute the next layer; the result has the keys and values of all N tokens.
 
