@@ -12,6 +12,7 @@ from winnow.engine.decode import DecodeEngine
 from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.kv_pool import KVPoolConfig
 from winnow.engine.prefill import PrefillResult, PrefillRun
+from winnow.engine.prefix.store import PrefixStore
 from winnow.engine.sequence import Reservation
 from winnow.kv import LayerKV
 from winnow.pruning_settings import PruningSettings, Recompression
@@ -41,9 +42,12 @@ def all_layers(run: PrefillRun) -> list[LayerKV | None]:
 
 
 def prefill_all(
-    model: DecoderModel, token_ids: Sequence[int], settings: PruningSettings
+    model: DecoderModel,
+    token_ids: Sequence[int],
+    settings: PruningSettings,
+    store: PrefixStore | None = None,
 ) -> tuple[list[LayerKV], PrefillResult]:
-    run = PrefillRun(model, token_ids, settings)
+    run = PrefillRun(model, token_ids, settings, store=store)
     return [layer for layer in all_layers(run) if layer is not None], run.result()
 
 
@@ -82,10 +86,11 @@ def admit(
     request: GenerationSpec,
     token_ids: Sequence[int],
     settings: PruningSettings = UNPRUNED,
+    store: PrefixStore | None = None,
 ) -> Reservation:
     """Reserve, prefill, write, start."""
     reservation = engine.reserve(request)
-    layers, result = prefill_all(engine.model, token_ids, settings)
+    layers, result = prefill_all(engine.model, token_ids, settings, store)
     for layer in layers:
         reservation.write_layer(layer)
     engine.start(reservation, result.final_hidden, result.report.next_position)

@@ -9,6 +9,7 @@ from tests.winnow.drive import (
     spec,
 )
 from winnow.decoder import DecoderModel
+from winnow.engine.prefix.store import PrefixStore
 from winnow.pruning_settings import PruningSettings
 from winnow.sampling_params import SamplingParams
 
@@ -27,12 +28,17 @@ NUM_KV_HEADS = 2
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 
 
-def answer(model: DecoderModel, token_ids: list[int], settings: PruningSettings) -> list[int]:
+def answer(
+    model: DecoderModel,
+    token_ids: list[int],
+    settings: PruningSettings,
+    store: PrefixStore | None = None,
+) -> list[int]:
     """The greedy answer, by both engines with the memory that the settings ask for."""
     engine = make_engine(model)
     most = settings.max_prompt_entries(len(token_ids), NUM_KV_HEADS)
     request = spec("r", len(token_ids), GREEDY, max_prompt_entries=most)
-    admit(engine, request, token_ids, settings)
+    admit(engine, request, token_ids, settings, store)
     tokens = ids(decode_all(engine)["r"])
     assert_empty(engine)
     return tokens
