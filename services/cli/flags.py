@@ -77,7 +77,13 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
         "sse_keepalive_s",
     ),
     "Quality in use": ("quality_sample", "quality_tasks"),
-    "Prefill workers": ("max_waiting_prefills", "max_open_prefills", "prefill_attempts"),
+    "Prefill workers": (
+        "max_waiting_prefills",
+        "max_open_prefills",
+        "prefill_attempts",
+        "prefix_cache_bytes",
+        "prefix_cache_device",
+    ),
     "Decode workers": _WORKER["Decode workers"],
     "Processes": (
         *_WORKER["Process"][:2],

@@ -21,6 +21,7 @@ class PrefillJob:
     scored_from: index of the first token after which log-probabilities are wanted.
     gives_way: it runs only while no other prompt waits or is computed, and ends with Overloaded
     when one arrives; no metric counts it.
+    cache_salt: prompts with another one do not share the prefix cache with it.
     """
 
     request_id: str
@@ -35,6 +36,7 @@ class PrefillJob:
     num_prompt_logprobs: int | None = None
     scored_from: int = 0
     gives_way: bool = False
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -234,6 +234,17 @@ class Settings(BaseModel):
         description="while a prompt is prefilled on a decode worker's cores, it takes this share "
         "of them, and goes on at this share of its pace; 1: both take what they can get",
     )
+    prefix_cache_bytes: ByteSize = Field(
+        ByteSize(0),
+        ge=0,
+        description="memory of a prefill worker for the beginnings of prompts, like 4GiB: a prompt "
+        "that begins like an earlier one does not compute that again; 0: none",
+    )
+    prefix_cache_device: Literal["device", "host"] = Field(
+        "device",
+        description="where that memory is: device (beside the model) or host, from which a GPU "
+        "fetches what it needs",
+    )
     max_waiting_prefills: Count = Field(64, description="prompts waiting per prefill worker")
     max_open_prefills: Count = Field(
         4,

@@ -90,14 +90,16 @@ class Gateway:
         """
         await self.access.require_tokens(key, request.most_tokens)
         with self._checks.giving_way():
-            async with self._run(self._checks.sampled(request), trace_context) as running:
+            cache_salt = self.access.cache_salt(key, request.cache_salt)
+            sampled = self._checks.sampled(request)
+            async with self._run(sampled, trace_context, cache_salt) as running:
                 await self.access.charge_tokens(key, request.most_tokens)
                 yield running
             self._checks.add(running)
 
     @asynccontextmanager
     async def _run(
-        self, request: GenerationRequest, trace_context: str
+        self, request: GenerationRequest, trace_context: str, cache_salt: str
     ) -> AsyncIterator[RunningRequest]:
         timeout_s = self.settings.request_timeout_s
         with span(
@@ -108,7 +110,8 @@ class Gateway:
             model=self.model.name,
             prompts=len(request.prompts),
         ) as request_span:
-            runs = prompt_runs(request, self._service, timeout_s, context_of(request_span))
+            context = context_of(request_span)
+            runs = prompt_runs(request, self._service, timeout_s, context, cache_salt)
             running = RunningRequest(request, runs, self.model, self.metrics)
             async with self._admitted(running, timeout_s):
                 yield running

@@ -61,6 +61,11 @@ class WinnowUsage:
     prefill_s: float
     exposed_transfer_s: float
     ttft_s: float
+    cached_tokens: int
+    computed_tokens: int
+    recomputed_tokens: int
+    saved_layer_tokens: int
+    no_prefix_reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +105,11 @@ class RequestUsage:
             winnow["verify"] = asdict(self.verify)
         if len(self.prompts) > 1:
             winnow["prompts"] = [asdict(prompt) for prompt in self.prompts]
-        return {**token_counts(self.prompt_tokens, self.completion_tokens), "winnow": winnow}
+        return {
+            **token_counts(self.prompt_tokens, self.completion_tokens),
+            "prompt_tokens_details": {"cached_tokens": winnow["cached_tokens"]},
+            "winnow": winnow,
+        }
 
 
 def token_counts(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
@@ -130,6 +139,11 @@ def winnow_usage(stats: RunStats) -> WinnowUsage:
         prefill_s=timings.compute_s,
         exposed_transfer_s=timings.exposed_transfer_s,
         ttft_s=stats.ttft_s or 0.0,
+        cached_tokens=report.num_cached_tokens,
+        computed_tokens=report.num_computed_tokens,
+        recomputed_tokens=report.num_recomputed_tokens,
+        saved_layer_tokens=report.saved_layer_tokens,
+        no_prefix_reason=report.no_prefix_reason or "",
     )
 
 
@@ -153,4 +167,9 @@ def _sum_up(prompts: Sequence[WinnowUsage]) -> WinnowUsage:
         prefill_s=max(prompt.prefill_s for prompt in prompts),
         exposed_transfer_s=max(prompt.exposed_transfer_s for prompt in prompts),
         ttft_s=max(prompt.ttft_s for prompt in prompts),
+        cached_tokens=sum(prompt.cached_tokens for prompt in prompts),
+        computed_tokens=sum(prompt.computed_tokens for prompt in prompts),
+        recomputed_tokens=sum(prompt.recomputed_tokens for prompt in prompts),
+        saved_layer_tokens=sum(prompt.saved_layer_tokens for prompt in prompts),
+        no_prefix_reason="",
     )

@@ -19,6 +19,7 @@ from services.prefill.sender import Delivered, Push
 from services.prefill.work import Work
 from winnow.decoder import DecoderModel
 from winnow.engine.prefill import PrefillRun
+from winnow.engine.prefix.store import PrefixStore
 from winnow.engine.prompt_logprobs import PromptLogprobsRun, scoring_layer_tokens
 from winnow.errors import PrefillFailed, RequestCancelled, WinnowError
 from winnow.wire import Header, TransferEncoder
@@ -35,11 +36,13 @@ class PrefillEngine:
         metrics: PrefillMetrics,
         channels: Channels,
         cores: SharedCores | None,
+        store: PrefixStore | None = None,
     ) -> None:
         self._model = model
         self._metrics = metrics
         self._channels = channels
         self._cores = cores
+        self._store = store
 
     def advance(self, work: Work) -> bool:
         """Compute the prompt's next step; any error becomes that prompt's outcome.
@@ -59,7 +62,7 @@ class PrefillEngine:
 
     def end(self, work: Work, error: WinnowError) -> None:
         """End a prompt that is not computed to its end; an outcome that it has stands."""
-        work.close()
+        self._close(work)
         if work.compute_span is not None:
             end_span(work.compute_span, error)
         if work.push is not None:
@@ -89,8 +92,15 @@ class PrefillEngine:
         start_span("prefill.queue", context, start_s=work.received_s).end()
         work.compute_span = start_span("prefill.compute", context)
         work.compute_span.set_attribute("tokens", len(work.job.token_ids))
-        work.run = PrefillRun(self._model, work.job.token_ids, work.job.pruning)
+        work.run = self._open_run(work.job)
         work.push = self._open_push(work)
+
+    def _open_run(self, job: PrefillJob) -> PrefillRun:
+        """Without the store for log-probabilities: they need the hidden states of all tokens."""
+        store = None if job.num_prompt_logprobs is not None else self._store
+        return PrefillRun(
+            self._model, job.token_ids, job.pruning, store=store, cache_salt=job.cache_salt
+        )
 
     def _open_push(self, work: Work) -> Push | None:
         job = work.job
@@ -170,11 +180,16 @@ class PrefillEngine:
         work.compute_span.end()
         if work.scoring is not None:
             work.logprobs = work.scoring.result()
-        work.close()
+        self._close(work)
         if work.push is None:
             self._settle(work, None)
         else:
             work.push.finish(work.result)
+
+    def _close(self, work: Work) -> None:
+        work.close()
+        if self._store is not None:
+            self._metrics.observe_store(self._store.stats())
 
     def _deliver(self, work: Work, end: Delivered | WinnowError) -> None:
         """Called once when the push has ended, on the thread that ended it."""

@@ -1,5 +1,7 @@
 """Prometheus metrics of a prefill worker and its pruning."""
 
+from collections.abc import Callable
+
 from services.common.jobs import PrefillOutcome, PrefillTimings
 from services.common.metrics import (
     BYTES_BUCKETS,
@@ -10,6 +12,7 @@ from services.common.metrics import (
     Metrics,
 )
 from winnow.catalog import METHODS
+from winnow.engine.prefix.store import PrefixStats
 from winnow.errors import ERROR_CODES
 from winnow.kv import ModelShape
 from winnow.report import PrefillReport
@@ -29,6 +32,7 @@ class PrefillMetrics(Metrics):
         self._measure_engine()
         self._measure_transfers()
         self._measure_pruning()
+        self._measure_store()
 
     def _measure_engine(self) -> None:
         self.waiting = self._gauge("winnow_prefill_waiting", "Prompts waiting to begin")
@@ -129,6 +133,42 @@ class PrefillMetrics(Metrics):
                 self.kv_kept_ratio,
             ):
                 histogram.labels(method)
+
+    def _measure_store(self) -> None:
+        self.prefix_looked_up_tokens = self._counter(
+            "winnow_prefix_looked_up_tokens",
+            "Tokens of prompts for which the prefix store was asked",
+        )
+        self.prefix_hit_tokens = self._counter(
+            "winnow_prefix_hit_tokens", "Those of them that it had, which layer 0 did not compute"
+        )
+        self.prefix_evicted_blocks = self._counter(
+            "winnow_prefix_evicted_blocks", "Blocks given up for want of prefix_cache_bytes"
+        )
+        self.prefix_damaged_blocks = self._counter(
+            "winnow_prefix_damaged_blocks",
+            "Blocks that failed their checksum, and were dropped",
+        )
+        self.prefix_blocks = self._gauge("winnow_prefix_blocks", "Blocks in the prefix store")
+        self.prefix_bytes = self._gauge("winnow_prefix_resident_bytes", "Memory that they take")
+        self.prefix_limit_bytes = self._gauge(
+            "winnow_prefix_limit_bytes", "prefix_cache_bytes; 0 without a prefix store"
+        )
+
+    def watch_store(self, stats: Callable[[], PrefixStats]) -> None:
+        """Read the gauges of the prefix store from `stats` at scrape time; call it once."""
+        self._seen = stats()
+        self.prefix_blocks.set_function(lambda: stats().num_blocks)
+        self.prefix_bytes.set_function(lambda: stats().used_bytes)
+        self.prefix_limit_bytes.set(stats().max_bytes)
+
+    def observe_store(self, stats: PrefixStats) -> None:
+        """Count what has changed since the last call, or since `watch_store`."""
+        seen, self._seen = self._seen, stats
+        self.prefix_looked_up_tokens.inc(stats.looked_up_tokens - seen.looked_up_tokens)
+        self.prefix_hit_tokens.inc(stats.hit_tokens - seen.hit_tokens)
+        self.prefix_evicted_blocks.inc(stats.evicted_blocks - seen.evicted_blocks)
+        self.prefix_damaged_blocks.inc(stats.damaged_blocks - seen.damaged_blocks)
 
     def observe_engine(self, timings: PrefillTimings) -> None:
         """Record one computed prompt whose KV is not kept."""

@@ -22,6 +22,7 @@ from services.prefill.work import Work
 from winnow import methods
 from winnow.decoder import DecoderModel
 from winnow.engine.prefill_scheduler import PrefillScheduler
+from winnow.engine.prefix.store import PrefixStore
 from winnow.engine.prompt_logprobs import scoring_layer_tokens
 from winnow.errors import DeadlineExceeded, Overloaded, PrefillFailed, WinnowError
 
@@ -37,11 +38,13 @@ class PrefillQueue:
         max_waiting: int,
         max_open: int,
         num_threads: int,
+        store: PrefixStore | None = None,
         peers: PeerTls | None = None,
         cores: SharedCores | None = None,
     ) -> None:
         """max_open: prompts begun and not computed to their end.
 
+        store: used by this queue's thread alone; None: every prompt is computed whole.
         cores: those on which decode workers yield while a layer is computed.
         """
         self._model = model
@@ -49,7 +52,7 @@ class PrefillQueue:
         self._num_threads = num_threads
         self._channels = Channels(peers)
         self._cores = cores
-        self._engine = PrefillEngine(model, metrics, self._channels, cores)
+        self._engine = PrefillEngine(model, metrics, self._channels, cores, store)
         self._scheduler: PrefillScheduler[Work] = PrefillScheduler(max_open)
         self._changed = threading.Condition()
         self._works: list[Work] = []  # in order of arrival; those over are removed after each layer
@@ -62,6 +65,8 @@ class PrefillQueue:
         metrics.open.set_function(lambda: sum(work.is_open for work in self._left()))
         metrics.oldest_seconds.set_function(self._oldest_s)
         metrics.device_memory_bytes.set_function(lambda: model.memory_bytes)
+        if store is not None:
+            metrics.watch_store(store.stats)
 
     def start(self) -> None:
         self._thread.start()

@@ -69,6 +69,8 @@ class Work:
     def close(self) -> None:
         """Free what it holds; called by the engine's thread when it is over."""
         self.is_over = True
+        if self.run is not None:
+            self.run.close()
         self.run = self.scoring = None
 
     def settle(self, outcome: PrefillOutcome | WinnowError) -> None:

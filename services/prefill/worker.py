@@ -16,6 +16,7 @@ from services.common.tls import PeerTls
 from services.common.tracing import configure_tracing
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
+from winnow.engine.prefix.store import PrefixStore
 from winnow.models import load_model
 
 
@@ -28,17 +29,21 @@ class Prefill:
         configure_logging(settings.log_level, settings.log_format)
         configure_tracing(settings.otlp_endpoint, settings.trace_sample_ratio, "prefill")
         metrics = PrefillMetrics(settings.served_name)
+        model = load_model(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            max_model_len=settings.max_model_len,
+        )
         self._queue = PrefillQueue(
-            load_model(
-                settings.model,
-                device=settings.device,
-                dtype=settings.dtype,
-                max_model_len=settings.max_model_len,
-            ),
+            model,
             metrics,
             max_waiting=settings.max_waiting_prefills,
             max_open=settings.max_open_prefills,
             num_threads=settings.threads_per_worker(settings.prefill_replicas),
+            store=PrefixStore.within(
+                model, settings.prefix_cache_bytes, settings.prefix_cache_device
+            ),
             peers=PeerTls.load(settings),
             cores=open_shared_cores(settings) if settings.prefill_crowds_decode else None,
         )

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class CompleteRequest(_message.Message):
-    __slots__ = ("model", "text", "token_ids", "messages", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "n", "ignore_eos", "echo", "winnow", "stop_token_ids", "min_tokens", "include_stop_str_in_output", "skip_special_tokens")
+    __slots__ = ("model", "text", "token_ids", "messages", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "n", "ignore_eos", "echo", "winnow", "stop_token_ids", "min_tokens", "include_stop_str_in_output", "skip_special_tokens", "cache_salt")
     class LogitBiasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,7 @@ class CompleteRequest(_message.Message):
     MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     INCLUDE_STOP_STR_IN_OUTPUT_FIELD_NUMBER: _ClassVar[int]
     SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     model: str
     text: str
     token_ids: TokenIds
@@ -64,7 +65,8 @@ class CompleteRequest(_message.Message):
     min_tokens: int
     include_stop_str_in_output: bool
     skip_special_tokens: bool
-    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., logprobs: _Optional[int] = ..., n: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., echo: _Optional[bool] = ..., winnow: _Optional[_Union[WinnowOptions, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., min_tokens: _Optional[int] = ..., include_stop_str_in_output: _Optional[bool] = ..., skip_special_tokens: _Optional[bool] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., logprobs: _Optional[int] = ..., n: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., echo: _Optional[bool] = ..., winnow: _Optional[_Union[WinnowOptions, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., min_tokens: _Optional[int] = ..., include_stop_str_in_output: _Optional[bool] = ..., skip_special_tokens: _Optional[bool] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -189,7 +191,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., winnow: _Optional[_Union[WinnowUsage, _Mapping]] = ...) -> None: ...
 
 class WinnowUsage(_message.Message):
-    __slots__ = ("selection_layer", "no_selection_reason", "selected_tokens", "computed_share", "kv_bytes_full", "kv_bytes_kept", "rho", "recompressed_entries", "wire_bytes", "queue_s", "prefill_s", "exposed_transfer_s", "ttft_s", "verify")
+    __slots__ = ("selection_layer", "no_selection_reason", "selected_tokens", "computed_share", "kv_bytes_full", "kv_bytes_kept", "rho", "recompressed_entries", "wire_bytes", "queue_s", "prefill_s", "exposed_transfer_s", "ttft_s", "verify", "cached_tokens", "computed_tokens", "recomputed_tokens", "saved_layer_tokens", "no_prefix_reason")
     class RhoEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -211,6 +213,11 @@ class WinnowUsage(_message.Message):
     EXPOSED_TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
     VERIFY_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SAVED_LAYER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NO_PREFIX_REASON_FIELD_NUMBER: _ClassVar[int]
     selection_layer: int
     no_selection_reason: str
     selected_tokens: int
@@ -225,7 +232,12 @@ class WinnowUsage(_message.Message):
     exposed_transfer_s: float
     ttft_s: float
     verify: Verification
-    def __init__(self, selection_layer: _Optional[int] = ..., no_selection_reason: _Optional[str] = ..., selected_tokens: _Optional[int] = ..., computed_share: _Optional[float] = ..., kv_bytes_full: _Optional[int] = ..., kv_bytes_kept: _Optional[int] = ..., rho: _Optional[_Mapping[int, float]] = ..., recompressed_entries: _Optional[int] = ..., wire_bytes: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., verify: _Optional[_Union[Verification, _Mapping]] = ...) -> None: ...
+    cached_tokens: int
+    computed_tokens: int
+    recomputed_tokens: int
+    saved_layer_tokens: int
+    no_prefix_reason: str
+    def __init__(self, selection_layer: _Optional[int] = ..., no_selection_reason: _Optional[str] = ..., selected_tokens: _Optional[int] = ..., computed_share: _Optional[float] = ..., kv_bytes_full: _Optional[int] = ..., kv_bytes_kept: _Optional[int] = ..., rho: _Optional[_Mapping[int, float]] = ..., recompressed_entries: _Optional[int] = ..., wire_bytes: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., verify: _Optional[_Union[Verification, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., saved_layer_tokens: _Optional[int] = ..., no_prefix_reason: _Optional[str] = ...) -> None: ...
 
 class Verification(_message.Message):
     __slots__ = ("text", "finish_reason", "text_agrees", "first_token_agrees", "first_token_kl", "completion_tokens", "ttft_s")

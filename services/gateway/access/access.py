@@ -1,5 +1,7 @@
 """Access control of the gateway: open to all, or API keys with rate limits."""
 
+import hashlib
+
 from services.common.settings import Settings
 from services.gateway.access.keys import ApiKey, ApiKeys
 from services.gateway.access.rate_limits import RateLimits
@@ -36,3 +38,12 @@ class Access:
         """Count the most tokens a request can use.  Raises RateLimited."""
         if key is not None and self._limits is not None:
             await self._limits.charge(key, "tokens", key.tokens_per_minute, num_tokens)
+
+    def cache_salt(self, key: ApiKey | None, cache_salt: str | None) -> str:
+        """The salt of a request's prefixes: the same only for the same key and the same own salt.
+
+        It is a hash, so that what it is made of does not leave the gateway.
+        """
+        tenant = "" if key is None else key.sha256  # has no colon, so no two pairs are mixed alike
+        mixed = f"{tenant}:{cache_salt or ''}"
+        return hashlib.sha256(mixed.encode()).hexdigest()

@@ -16,6 +16,7 @@ from winnow.pruning_settings import PruningSettings
 from winnow.sampling_params import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 
 MAX_STOP_CHARS = 1024
+MAX_CACHE_SALT_CHARS = 256
 # English has 4 to 5 characters per token; of a much longer text only the start is tokenized.
 _CHARS_PER_TOKEN = 6
 
@@ -142,6 +143,15 @@ class RequestLimits:
                     f"{MAX_STOP_CHARS:,}",
                     param="stop",
                 )
+
+    def require_cache_salt(self, cache_salt: str | None) -> None:
+        """Raises InvalidSetting for a salt that is empty or too long, without showing it."""
+        if cache_salt is not None and not 1 <= len(cache_salt) <= MAX_CACHE_SALT_CHARS:
+            raise InvalidSetting(
+                f"cache_salt has {len(cache_salt):,} characters; the allowed range is 1 to "
+                f"{MAX_CACHE_SALT_CHARS}",
+                param="cache_salt",
+            )
 
     def stop_token_ids(self, token_ids: Sequence[int]) -> frozenset[int]:
         """Raises InvalidSetting for too many, InvalidRequest for one not in the vocabulary."""

@@ -51,6 +51,7 @@ def request_from_proto(gateway: Gateway, request: pb.CompleteRequest) -> Generat
         pruning=_pruning(request.winnow),
         task=_optional(request.winnow, "task"),
         verify=request.winnow.verify,
+        cache_salt=_optional(request, "cache_salt"),
     )
     prompt = _prompt(gateway, request)
     return checked_request("grpc", [prompt], options, gateway.limits, gateway.model.tokenizer)

@@ -52,6 +52,7 @@ class PromptRequest:
     origin: pb.Origin | None = None  # where it is already running
     assured: bool = False  # as in GenerationSpec
     num_prompt_logprobs: int | None = None  # as in PrefillJob
+    cache_salt: str = ""  # as in PrefillJob
 
 
 class GenerateCall:

@@ -226,4 +226,5 @@ class PromptRun(Run):
             trace_context=trace_context,
             admitted=self.stats.attempts > 1,
             num_prompt_logprobs=None if self._logprobs else request.num_prompt_logprobs,
+            cache_salt=request.cache_salt,
         )

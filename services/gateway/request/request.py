@@ -43,6 +43,7 @@ class GenerationRequest:
     num_prompt_logprobs: num_logprobs of `sampling`, for the prompts' tokens.
     task: the client's name for it, in metrics of quality. is_sampled: a quality check follows.
     verified_by: settings under which its only prompt is run a second time, to compare the answers.
+    cache_salt: the client's; the prefix store sees `Access.cache_salt`.
     """
 
     request_id: str
@@ -57,6 +58,7 @@ class GenerationRequest:
     task: str | None = None
     is_sampled: bool = False
     verified_by: PruningSettings | None = None
+    cache_salt: str | None = None
 
     @property
     def runs(self) -> tuple[tuple[CheckedPrompt, PruningSettings], ...]:
@@ -105,6 +107,7 @@ class RequestOptions:
     pruning: Mapping[str, Any]
     task: str | None = None
     verify: bool = False
+    cache_salt: str | None = None
 
 
 def checked_request(
@@ -121,6 +124,7 @@ def checked_request(
     num_choices = 1 if options.n is None else options.n
     limits.require_choices(num_choices)
     limits.require_stop(options.stop)
+    limits.require_cache_salt(options.cache_salt)
     num_prompt_logprobs = options.sampling.get("num_logprobs") if options.echo else None
     checked = tuple(_checked_prompt(prompt, options, limits, tokenizer) for prompt in prompts)
     shortest = max(1, min(prompt.max_tokens for prompt in checked))
@@ -139,6 +143,7 @@ def checked_request(
         num_prompt_logprobs=num_prompt_logprobs,
         task=options.task,
         verified_by=limits.verifying(pruning) if options.verify else None,
+        cache_salt=options.cache_salt,
     )
 
 

@@ -166,9 +166,16 @@ def _scored_tokens(token_ids: Sequence[int], logprobs: PromptLogprobs) -> tuple[
 
 
 def prompt_runs(
-    request: GenerationRequest, service: Service, timeout_s: float, trace_context: str = ""
+    request: GenerationRequest,
+    service: Service,
+    timeout_s: float,
+    trace_context: str = "",
+    cache_salt: str = "",
 ) -> list[Run]:
-    """One run for each of `request.runs`; all end within `timeout_s` seconds."""
+    """One run for each of `request.runs`; all end within `timeout_s` seconds.
+
+    cache_salt: as in PrefillJob.
+    """
     deadline_s = time.monotonic() + timeout_s
     return [
         _run_of(prompt)(
@@ -185,6 +192,7 @@ def prompt_runs(
                 pruning=pruning,
                 trace_context=trace_context,
                 num_prompt_logprobs=request.num_prompt_logprobs,
+                cache_salt=cache_salt,
             ),
             service,
             deadline_s,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, WithJsonSchema
 
+from services.gateway.access.request_limits import MAX_CACHE_SALT_CHARS
 from services.gateway.body import Body, Integer
 from services.gateway.chat import ChatMessage, ChatParameters
 from services.gateway.rest.winnow_options import WinnowOptions
@@ -56,6 +57,7 @@ class _Generation(WithoutEffect, Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
+    cache_salt: str | None = _told(minLength=1, maxLength=MAX_CACHE_SALT_CHARS)
     winnow: WinnowOptions | None = None
 
 

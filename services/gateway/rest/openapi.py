@@ -60,10 +60,15 @@ class SummedUsage(WinnowUsage):
     verify: Verification | None = None
 
 
+class PromptTokensDetails(_Sent):
+    cached_tokens: int
+
+
 class Usage(_Sent):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
     winnow: SummedUsage
 
 

@@ -170,6 +170,7 @@ def _options(
         pruning=request.winnow.changes() if request.winnow else {},
         task=request.winnow.task if request.winnow else None,
         verify=bool(request.winnow and request.winnow.verify),
+        cache_salt=request.cache_salt,
     )
 
 

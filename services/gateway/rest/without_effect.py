@@ -25,6 +25,5 @@ class WithoutEffect(BaseModel):
     user: str | None = None
     verbosity: str | None = None
     # vLLM's
-    cache_salt: str | None = None
     include_reasoning: bool | None = None
     priority: int | None = None

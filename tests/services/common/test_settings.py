@@ -70,6 +70,25 @@ def test_sizes_may_have_units(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings().kv_memory_bytes == 2 << 30
 
 
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (
+            {"prefix_cache_bytes": -1},
+            "setting prefix_cache_bytes is -1: .* greater than or equal to 0",
+        ),
+        (
+            {"prefix_cache_device": "disk"},
+            "setting prefix_cache_device is 'disk': .* 'device' or 'h",
+        ),
+    ],
+)
+def test_a_prefix_cache_is_some_memory_somewhere(given: dict[str, object], complaint: str) -> None:
+    assert load_settings({"prefix_cache_bytes": "4GiB"}).prefix_cache_bytes == 4 << 30
+    with pytest.raises(InvalidSetting, match=complaint):
+        load_settings(given)
+
+
 def test_default_model_is_the_embedded_one_wherever_the_process_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ from services.gateway.rest.api import create_api
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
 from tests.deadlines import SOON_S
+from winnow.engine.prefix.store import PrefixStore
 from winnow.models import load_model
 
 MODEL_NAME = "tiny"
@@ -173,12 +174,14 @@ async def _start_worker(running: AsyncExitStack, settings: Settings) -> DecodeWo
 
 
 def _start_prefill(running: AsyncExitStack, settings: Settings) -> QueuePrefiller:
+    model = load_model(settings.model, max_model_len=settings.max_model_len)
     queue = PrefillQueue(
-        load_model(settings.model, max_model_len=settings.max_model_len),
+        model,
         PrefillMetrics("tiny"),
         max_waiting=settings.max_waiting_prefills,
         max_open=settings.max_open_prefills,
         num_threads=1,
+        store=PrefixStore.within(model, settings.prefix_cache_bytes, settings.prefix_cache_device),
         peers=PeerTls.load(settings),
     )
     queue.start()

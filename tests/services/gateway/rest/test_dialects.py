@@ -38,7 +38,6 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "store": True,
     "user": "someone",
     "verbosity": "low",
-    "cache_salt": "salt",
     "include_reasoning": True,
     "priority": 3,
 }
