@@ -74,8 +74,6 @@ class Method:
 
     needs_all_queries: ClassVar[bool] = False
     runs_twice: ClassVar[bool] = False  # every cut is a restart, and nothing is kept before it
-    # Why no layer takes a prompt's beginning from the prefix store; None: layers up to the cut do.
-    no_prefix_reason: ClassVar[str | None] = None
 
     def __init__(self, settings: PruningSettings, num_tokens: int, shape: ModelShape) -> None:
         self.settings = settings
@@ -105,6 +103,11 @@ class Method:
     @classmethod
     def require_fits(cls, settings: PruningSettings, num_layers: int) -> None:
         """Raise InvalidSetting for settings that do not fit a model with `num_layers` layers."""
+
+    @classmethod
+    def no_prefix_reason(cls) -> str | None:
+        """Why the prefix store cannot give it a prompt's beginning; None if it can."""
+        return "needs_all_queries" if cls.needs_all_queries else None
 
     # One prompt
 

@@ -368,7 +368,7 @@ class SequenceState(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., next_position: _Optional[int] = ..., recompressed_entries: _Optional[int] = ..., at_floor: _Optional[bool] = ...) -> None: ...
 
 class PrefillReport(_message.Message):
-    __slots__ = ("num_prompt_tokens", "num_selected_tokens", "selection_layer", "no_selection_reason", "rho", "computed_share", "kv_bytes_full", "kv_bytes_kept", "layer_entries", "next_position")
+    __slots__ = ("num_prompt_tokens", "num_selected_tokens", "selection_layer", "no_selection_reason", "rho", "computed_share", "kv_bytes_full", "kv_bytes_kept", "layer_entries", "next_position", "num_cached_tokens", "num_recomputed_tokens", "saved_layer_tokens", "no_prefix_reason")
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_SELECTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SELECTION_LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -379,6 +379,10 @@ class PrefillReport(_message.Message):
     KV_BYTES_KEPT_FIELD_NUMBER: _ClassVar[int]
     LAYER_ENTRIES_FIELD_NUMBER: _ClassVar[int]
     NEXT_POSITION_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SAVED_LAYER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NO_PREFIX_REASON_FIELD_NUMBER: _ClassVar[int]
     num_prompt_tokens: int
     num_selected_tokens: int
     selection_layer: int
@@ -389,7 +393,11 @@ class PrefillReport(_message.Message):
     kv_bytes_kept: int
     layer_entries: _containers.RepeatedScalarFieldContainer[int]
     next_position: int
-    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_selected_tokens: _Optional[int] = ..., selection_layer: _Optional[int] = ..., no_selection_reason: _Optional[str] = ..., rho: _Optional[_Iterable[_Union[RankVariance, _Mapping]]] = ..., computed_share: _Optional[float] = ..., kv_bytes_full: _Optional[int] = ..., kv_bytes_kept: _Optional[int] = ..., layer_entries: _Optional[_Iterable[int]] = ..., next_position: _Optional[int] = ...) -> None: ...
+    num_cached_tokens: int
+    num_recomputed_tokens: int
+    saved_layer_tokens: int
+    no_prefix_reason: str
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_selected_tokens: _Optional[int] = ..., selection_layer: _Optional[int] = ..., no_selection_reason: _Optional[str] = ..., rho: _Optional[_Iterable[_Union[RankVariance, _Mapping]]] = ..., computed_share: _Optional[float] = ..., kv_bytes_full: _Optional[int] = ..., kv_bytes_kept: _Optional[int] = ..., layer_entries: _Optional[_Iterable[int]] = ..., next_position: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_recomputed_tokens: _Optional[int] = ..., saved_layer_tokens: _Optional[int] = ..., no_prefix_reason: _Optional[str] = ...) -> None: ...
 
 class RankVariance(_message.Message):
     __slots__ = ("layer_idx", "value")

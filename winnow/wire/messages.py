@@ -150,6 +150,10 @@ def report_to_proto(report: PrefillReport) -> pb.PrefillReport:
         kv_bytes_full=report.kv_bytes_full,
         kv_bytes_kept=report.kv_bytes_kept,
         layer_entries=report.layer_entries,
+        num_cached_tokens=report.num_cached_tokens,
+        num_recomputed_tokens=report.num_recomputed_tokens,
+        saved_layer_tokens=report.saved_layer_tokens,
+        no_prefix_reason=report.no_prefix_reason or "",
     )
 
 
@@ -166,6 +170,10 @@ def report_from_proto(report: pb.PrefillReport) -> PrefillReport:
         kv_bytes_full=report.kv_bytes_full,
         kv_bytes_kept=report.kv_bytes_kept,
         layer_entries=tuple(report.layer_entries),
+        num_cached_tokens=report.num_cached_tokens,
+        num_recomputed_tokens=report.num_recomputed_tokens,
+        saved_layer_tokens=report.saved_layer_tokens,
+        no_prefix_reason=report.no_prefix_reason or None,
     )
 
 

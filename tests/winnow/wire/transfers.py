@@ -24,6 +24,10 @@ REPORT = PrefillReport(
     kv_bytes_full=5120,
     kv_bytes_kept=1024,
     layer_entries=(12, 9),
+    num_cached_tokens=16,
+    num_recomputed_tokens=5,
+    saved_layer_tokens=27,
+    no_prefix_reason=None,
 )
 
 

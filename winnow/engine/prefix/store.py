@@ -100,6 +100,16 @@ class PrefixStore:
         self._looked_up_tokens = self._hit_tokens = 0
         self._evicted_blocks = self._damaged_blocks = 0
 
+    @classmethod
+    def within(
+        cls, model: DecoderModel, prefix_cache_bytes: int, prefix_cache_device: str
+    ) -> "PrefixStore | None":
+        """The store of these settings; None for 0 bytes."""
+        require_choice("prefix_cache_device", prefix_cache_device, LOCATIONS)
+        if prefix_cache_bytes == 0:
+            return None
+        return cls(model, prefix_cache_bytes, location=prefix_cache_device)
+
     # For any thread
 
     def stats(self) -> PrefixStats:
