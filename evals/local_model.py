@@ -13,6 +13,7 @@ from evals.variants import Variant
 from winnow import BatchJob, PruningSettings, SamplingParams, Winnow
 from winnow.defaults import override, pruning_defaults
 from winnow.engine.kv_pool import KVPoolConfig
+from winnow.engine.prefix.store import PrefixStore
 from winnow.errors import InvalidSetting
 from winnow.model_files import describe_model
 from winnow.models import load_model
@@ -25,6 +26,9 @@ class LocalModel:
     pruning: overrides the model's own settings; the variant's settings override both.
     record_window: compute a prompt's layers once for all its variants, none of which may have a
     wider window; None: each answer is computed, and timed, on its own.
+    prefix_cache_bytes, prefix_cache_device: as in Winnow.load. A variant's prompts share beginnings
+    with one another, but not with those of other variants, which would be timed as if they had
+    computed them. Not used with record_window.
     """
 
     def __init__(
@@ -39,6 +43,8 @@ class LocalModel:
         pruning: dict[str, Any],
         chat: bool,
         record_window: int | None = None,
+        prefix_cache_bytes: int = 0,
+        prefix_cache_device: str = "device",
     ) -> None:
         """Raises UnusableModel, InvalidSetting, or InvalidRequest for a missing chat template."""
         self._name = Path(model).name
@@ -58,16 +64,19 @@ class LocalModel:
             max_model_len=max_model_len,
         )
         self._record_window = record_window
+        self._prefix_cache = prefix_cache_bytes, prefix_cache_device
         self._pool_config = KVPoolConfig(kv_memory_bytes)
         self._max_batch_size = max_batch_size
 
     @cached_property
     def _winnow(self) -> Winnow:
-        model = self._load_model()
+        model, store = self._load_model(), None
         if self._record_window is not None:
             model = RecordedModel(model, self._record_window)
+        else:
+            store = PrefixStore.within(model, *self._prefix_cache)
         return Winnow(
-            model, self._tokenizer, self._pruning, self._pool_config, self._max_batch_size
+            model, self._tokenizer, self._pruning, self._pool_config, self._max_batch_size, store
         )
 
     @property
@@ -141,6 +150,7 @@ class LocalModel:
             self._token_ids(instance.example),
             self._settings(instance.variant),
             _greedy(instance.example.max_new_tokens),
+            cache_salt=str(instance.variant),
         )
 
     def _token_ids(self, example: Example) -> list[int]:

@@ -8,6 +8,7 @@ from winnow.completion import Completion, CompletionStream, generation_spec, pre
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.outputs import StepOutput
 from winnow.engine.prefill import PrefillResult, require_prompt
+from winnow.engine.prefix.store import PrefixStore
 from winnow.engine.sequence import Reservation
 from winnow.errors import Overloaded
 from winnow.pruning_settings import PruningSettings
@@ -18,12 +19,16 @@ from winnow.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class BatchJob:
-    """One prompt with its own pruning and sampling; the text ends before a `stop` string."""
+    """One prompt with its own pruning and sampling; the text ends before a `stop` string.
+
+    cache_salt: only prompts with the same one share cached beginnings.
+    """
 
     token_ids: Sequence[int]
     pruning: PruningSettings
     sampling: SamplingParams
     stop: tuple[str, ...] = ()
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +57,17 @@ class _Running:
 
 
 class BatchRun:
-    """Runs jobs on a decode engine, of which it must be the only user."""
+    """Runs jobs on a decode engine, of which it must be the only user.
 
-    def __init__(self, engine: DecodeEngine, tokenizer: Tokenizer) -> None:
+    store: has the beginnings of prompts; None: each is computed whole.
+    """
+
+    def __init__(
+        self, engine: DecodeEngine, tokenizer: Tokenizer, store: PrefixStore | None = None
+    ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
+        self._store = store
         self._running: dict[str, _Running] = {}
 
     def run(self, jobs: Iterable[BatchJob]) -> Iterator[BatchResult]:
@@ -102,7 +113,14 @@ class BatchRun:
 
     def _prefill(self, reservation: Reservation, job: BatchJob) -> PrefillResult:
         try:
-            result = prefill_into(reservation, self._engine.model, job.token_ids, job.pruning)
+            result = prefill_into(
+                reservation,
+                self._engine.model,
+                job.token_ids,
+                job.pruning,
+                self._store,
+                job.cache_salt,
+            )
         except BaseException:
             self._engine.release(reservation)
             raise

@@ -1,12 +1,14 @@
 """One completion: the requests to the engines for it, and its result."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from winnow.decoder import DecoderModel
 from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.outputs import StepOutput
 from winnow.engine.prefill import PrefillResult, PrefillRun
+from winnow.engine.prefix.store import PrefixStore
 from winnow.engine.sequence import Reservation
 from winnow.pruning_settings import PruningSettings
 from winnow.report import PrefillReport
@@ -74,11 +76,16 @@ def prefill_into(
     model: DecoderModel,
     token_ids: Sequence[int],
     pruning: PruningSettings,
+    store: PrefixStore | None = None,
+    cache_salt: str = "",
 ) -> PrefillResult:
-    """Prefill a prompt and write its kept KV into the reservation."""
-    run = PrefillRun(model, token_ids, pruning)
-    while not run.finished:
-        layer = run.compute_layer()
-        if layer is not None:
-            reservation.write_layer(layer)
-    return run.result()
+    """Prefill a prompt and write its kept KV into the reservation.
+
+    store, cache_salt: see PrefillRun.
+    """
+    with closing(PrefillRun(model, token_ids, pruning, store=store, cache_salt=cache_salt)) as run:
+        while not run.finished:
+            layer = run.compute_layer()
+            if layer is not None:
+                reservation.write_layer(layer)
+        return run.result()

@@ -11,6 +11,7 @@ from winnow.decoder import DecoderModel
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.kv_pool import KVPoolConfig
 from winnow.engine.prefill import require_prompt
+from winnow.engine.prefix.store import PrefixStore
 from winnow.engine.sequence import Reservation
 from winnow.models import load_model
 from winnow.pruning_settings import PruningSettings
@@ -23,7 +24,10 @@ DEFAULT_SAMPLING = SamplingParams(max_tokens=256, temperature=0)
 
 
 class Winnow:
-    """A loaded model with its tokenizer and engines."""
+    """A loaded model with its tokenizer and engines.
+
+    prefix_store: has the beginnings of earlier prompts; None: each prompt is computed whole.
+    """
 
     def __init__(
         self,
@@ -32,10 +36,12 @@ class Winnow:
         pruning: PruningSettings,
         pool_config: KVPoolConfig,
         max_batch_size: int = 1,
+        prefix_store: PrefixStore | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.pruning = pruning
+        self.prefix_store = prefix_store
         self._engine = DecodeEngine(model, pool_config=pool_config, max_batch_size=max_batch_size)
 
     @classmethod
@@ -48,6 +54,8 @@ class Winnow:
         max_model_len: int | None = None,
         kv_memory_bytes: int = 1 << 30,
         max_batch_size: int = 1,
+        prefix_cache_bytes: int = 0,
+        prefix_cache_device: str = "device",
         chat_template_kwargs: Mapping[str, Any] | None = None,
         allow_special_tokens: bool = False,
         **pruning: Any,  # noqa: ANN401 - checked by defaults.override
@@ -56,6 +64,9 @@ class Winnow:
 
         max_model_len: see `describe_model`.
         max_batch_size: sequences that `generate_many` decodes together.
+        prefix_cache_bytes: memory for the beginnings of prompts, which later prompts that begin
+        alike do not compute again; 0: none.  prefix_cache_device: where they are kept, `device`
+        (the model's) or `host`.
         chat_template_kwargs, allow_special_tokens: see Tokenizer.
 
         Raises UnusableModel, or InvalidSetting for an unknown or invalid setting.
@@ -72,21 +83,24 @@ class Winnow:
         )
         tokenizer.require_fits(decoder.vocab_size)
         pool_config = KVPoolConfig(kv_memory_bytes)
-        return cls(decoder, tokenizer, settings, pool_config, max_batch_size)
+        store = PrefixStore.within(decoder, prefix_cache_bytes, prefix_cache_device)
+        return cls(decoder, tokenizer, settings, pool_config, max_batch_size, store)
 
     def generate(
         self,
         prompt: str | Sequence[int],
         sampling: SamplingParams = DEFAULT_SAMPLING,
         stop: tuple[str, ...] = (),
+        cache_salt: str = "",
     ) -> Completion:
         """Complete a prompt, given as text or token ids; greedy unless `sampling` says otherwise.
 
         The model's generation config sets the service's defaults, but not this method's.
         The completion ends before the first of the `stop` strings.
+        cache_salt: only prompts with the same one share cached beginnings.
         Raises InvalidRequest, PromptTooLong, or InvalidSetting if its KV can never fit.
         """
-        stream = self.stream(prompt, sampling, stop)
+        stream = self.stream(prompt, sampling, stop, cache_salt)
         text = "".join(stream)
         assert stream.finish_reason is not None
         return Completion(text, tuple(stream.token_ids), stream.finish_reason, stream.report)
@@ -98,7 +112,7 @@ class Winnow:
         iterator is exhausted or closed.
         Raises as `generate` on reaching a job that can never run; see `require_fits`.
         """
-        return BatchRun(self._engine, self.tokenizer).run(jobs)
+        return BatchRun(self._engine, self.tokenizer, self.prefix_store).run(jobs)
 
     def require_fits(
         self, num_prompt_tokens: int, pruning: PruningSettings, sampling: SamplingParams
@@ -115,6 +129,7 @@ class Winnow:
         prompt: str | Sequence[int],
         sampling: SamplingParams = DEFAULT_SAMPLING,
         stop: tuple[str, ...] = (),
+        cache_salt: str = "",
     ) -> CompletionStream:
         """Stream a completion; the prompt has been prefilled when this returns.
 
@@ -126,7 +141,9 @@ class Winnow:
         spec = generation_spec("local", self.model, token_ids, self.pruning, sampling)
         reservation = self._engine.reserve(spec)
         try:
-            result = prefill_into(reservation, self.model, token_ids, self.pruning)
+            result = prefill_into(
+                reservation, self.model, token_ids, self.pruning, self.prefix_store, cache_salt
+            )
         except BaseException:
             self._engine.release(reservation)
             raise

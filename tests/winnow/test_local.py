@@ -7,7 +7,8 @@ import pytest
 
 from tests.winnow import reference
 from tests.winnow.drive import assert_empty
-from winnow import SamplingParams, Winnow
+from winnow import BatchJob, SamplingParams, Winnow
+from winnow.engine.prefix.hashes import BLOCK_TOKENS
 from winnow.errors import InvalidRequest, InvalidSetting
 from winnow.tokens import FinishReason
 
@@ -78,6 +79,43 @@ def test_a_stream_closed_early_frees_its_memory(winnow: Winnow) -> None:
     assert_empty(winnow._engine)
 
 
+def test_questions_about_one_text_compute_it_once(tiny_models: dict[str, Path]) -> None:
+    plain = Winnow.load(tiny_models["llama"], max_batch_size=2)
+    winnow = Winnow.load(tiny_models["llama"], max_batch_size=2, prefix_cache_bytes=8 << 20)
+    assert plain.prefix_store is None and winnow.prefix_store is not None
+    text = winnow.tokenizer.encode(TEXT * 3)
+    assert len(text) > 2 * BLOCK_TOKENS
+    sampling = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    jobs = [
+        BatchJob([*text, *range(idx, idx + 40)], replace(winnow.pruning, method=method), sampling)
+        for idx, method in enumerate(("full", "asl", "gemfilter", "snapkv"))
+    ]
+    expected = {one.job_idx: one.completion for one in plain.generate_many(jobs)}
+    found = {one.job_idx: one.completion for one in winnow.generate_many(jobs)}
+    cached = len(text) // BLOCK_TOKENS * BLOCK_TOKENS
+    for idx, completion in found.items():
+        assert completion.token_ids == expected[idx].token_ids
+        assert completion.report.num_cached_tokens == (cached if idx else 0)
+        assert expected[idx].report.no_prefix_reason == "off"
+    assert winnow.prefix_store.stats().num_blocks_in_use == 0
+
+
+def test_the_next_turn_computes_what_is_new(tiny_models: dict[str, Path]) -> None:
+    winnow = Winnow.load(tiny_models["qwen2"], method="full", prefix_cache_bytes=8 << 20)
+    plain = Winnow.load(tiny_models["qwen2"], method="full")
+    sampling = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
+    token_ids = winnow.tokenizer.encode(TEXT)
+    for turn in range(3):
+        completion = winnow.generate(token_ids, sampling, cache_salt="one")
+        assert completion.token_ids == plain.generate(token_ids, sampling).token_ids
+        known = 0 if turn == 0 else len(token_ids) - len(completion.token_ids) - 20
+        assert completion.report.num_cached_tokens == known // BLOCK_TOKENS * BLOCK_TOKENS
+        assert winnow.generate(token_ids, sampling, cache_salt=f"{turn}").report == replace(
+            completion.report, num_cached_tokens=0, saved_layer_tokens=0, computed_share=1.0
+        )
+        token_ids += [*completion.token_ids, *range(20)]
+
+
 def test_prunes_as_told_and_reports_it(tiny_models: dict[str, Path]) -> None:
     winnow = Winnow.load(
         tiny_models["qwen2"], method="fastkv", fixed_layer=1, select_tokens=64, kv_budget=48
@@ -94,6 +132,10 @@ def test_refuses_bad_settings_and_empty_prompts(
         winnow.generate("")
     with pytest.raises(InvalidSetting, match="kv_bugdet is not a pruning setting"):
         Winnow.load(tiny_models["llama"], kv_bugdet=3)
+    with pytest.raises(InvalidSetting, match="prefix_cache_bytes is 9; one layer of 128 tokens"):
+        Winnow.load(tiny_models["llama"], prefix_cache_bytes=9)
+    with pytest.raises(InvalidSetting, match="prefix_cache_device is 'disk'"):
+        Winnow.load(tiny_models["llama"], prefix_cache_device="disk")
     with pytest.raises(InvalidSetting, match="fixed_layer is 7"):
         Winnow.load(tiny_models["llama"], method="fastkv", fixed_layer=7)
     assert_empty(winnow._engine)

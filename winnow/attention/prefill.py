@@ -83,7 +83,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=num_queries > 1, scale=scaling, enable_gqa=is_grouped
         )
-    if query.is_cuda:
+    if query.is_cuda and query.dtype != torch.float32:  # flash attention has no float32
         mask: Any = causal_lower_right(num_queries, num_keys)  # a hint; no mask is made of it
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=scaling, enable_gqa=is_grouped

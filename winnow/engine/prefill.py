@@ -83,7 +83,7 @@ class PrefillRun:
         self._settings = settings
         self._num_prompt_tokens = len(token_ids)
         self._method = methods.create(settings, len(token_ids), model.shape)
-        self._no_prefix_reason = "off" if store is None else self._method.no_prefix_reason
+        self._no_prefix_reason = "off" if store is None else self._method.no_prefix_reason()
         self._lease: Lease | None = None
         if store is not None and self._no_prefix_reason is None:
             self._lease = Lease(store, token_ids, cache_salt)

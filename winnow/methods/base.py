@@ -74,8 +74,6 @@ class Method:
 
     needs_all_queries: ClassVar[bool] = False
     runs_twice: ClassVar[bool] = False  # every cut is a restart, and nothing is kept before it
-    # Why no layer takes a prompt's beginning from the prefix store; None: layers up to the cut do.
-    no_prefix_reason: ClassVar[str | None] = None
 
     def __init__(self, settings: PruningSettings, num_tokens: int, shape: ModelShape) -> None:
         self.settings = settings
@@ -110,6 +108,11 @@ class Method:
     def latest_cut(cls, settings: PruningSettings, num_layers: int) -> int | None:
         """The layer at which a prompt that is not short is cut at the latest; None: maybe never."""
         return None
+
+    @classmethod
+    def no_prefix_reason(cls) -> str | None:
+        """Why the prefix store cannot give it a prompt's beginning; None if it can."""
+        return "needs_all_queries" if cls.needs_all_queries else None
 
     # One prompt
 

@@ -14,7 +14,6 @@ class H2O(Method):
     """
 
     needs_all_queries = True
-    no_prefix_reason = "needs_all_queries"
 
     @classmethod
     def entry_bound(cls, settings: PruningSettings) -> Bound:

@@ -23,8 +23,6 @@ class PyramidInfer(Method):
     by `context_lengths`, so that a layer keeps `kv_budget` tokens on average.
     """
 
-    no_prefix_reason = "drops_from_layer_0"
-
     def __init__(self, settings: PruningSettings, num_tokens: int, shape: ModelShape) -> None:
         super().__init__(settings, num_tokens, shape)
         self._kept: Tensor | None = None  # of the last observed layer
@@ -38,6 +36,10 @@ class PyramidInfer(Method):
     @classmethod
     def token_bound(cls, settings: PruningSettings) -> Bound:
         return Bound(settings.kv_budget, "kv_budget")
+
+    @classmethod
+    def no_prefix_reason(cls) -> str | None:
+        return "drops_from_layer_0"
 
     @classmethod
     def entry_bound(cls, settings: PruningSettings) -> Bound:

@@ -75,11 +75,11 @@ def test_sizes_may_have_units(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             {"prefix_cache_bytes": -1},
-            "setting prefix_cache_bytes is -1: .* greater than or equal to 0",
+            "setting prefix_cache_bytes is -1: could not parse",
         ),
         (
             {"prefix_cache_device": "disk"},
-            "setting prefix_cache_device is 'disk': .* 'device' or 'h",
+            "setting prefix_cache_device is 'disk': .* 'device' or 'host'",
         ),
     ],
 )

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.models_in_code import FAMILIES
 from tests.winnow import reference
@@ -21,6 +22,7 @@ from tests.winnow.drive import (
     spec,
 )
 from winnow.catalog import METHODS
+from winnow.engine.prefix.store import PrefixStore
 from winnow.models import load_model
 
 pytestmark = pytest.mark.gpu
@@ -52,3 +54,25 @@ def test_the_gpu_selects_what_the_cpu_selects(
     assert gpu.report.selection_layer == cpu.report.selection_layer
     for one, other in zip(on_cpu, on_gpu, strict=True):
         assert one.positions.tolist() == other.positions.tolist()
+
+
+@pytest.mark.parametrize("location", ["device", "host"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_follow_up_on_the_gpu_selects_what_it_selects_from_scratch(
+    tiny_models: dict[str, Path], dtype: str, location: str
+) -> None:
+    model = load_model(tiny_models["qwen2"], device="cuda", dtype=dtype)
+    store = PrefixStore(model, 64 << 20, location=location, block_tokens=16)
+    for seed, layer_idx in ((1, 2), (2, 2), (3, 1), (4, 3)):
+        settings = replace(ASL, method="fastkv", fixed_layer=layer_idx)
+        token_ids = prompt(64) + prompt(10, seed)
+        layers, result = prefill_all(model, token_ids, settings, store)
+        others, expected = prefill_all(model, token_ids, settings)
+        assert result.report.num_cached_tokens == (0 if seed == 1 else 64)
+        for layer, like in zip(layers, others, strict=True):
+            assert layer.positions.tolist() == like.positions.tolist()
+        tolerance = 1e-3 if dtype == "float32" else 0.1
+        torch.testing.assert_close(
+            result.final_hidden, expected.final_hidden, rtol=tolerance, atol=tolerance
+        )
+    assert store.stats().damaged_blocks == 0

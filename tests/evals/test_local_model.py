@@ -1,0 +1,49 @@
+from pathlib import Path
+
+from evals.local_model import LocalModel
+from evals.model import Instance
+from evals.tasks.base import Example
+from evals.variants import make_variants, parse_methods
+from winnow.engine.prefix.hashes import BLOCK_TOKENS
+
+CONTEXT = "the quick brown fox jumps over the lazy dog " * 20
+
+
+def local_model(folder: Path, prefix_cache_bytes: int) -> LocalModel:
+    return LocalModel(
+        str(folder),
+        device="cpu",
+        dtype="auto",
+        max_model_len=None,
+        kv_memory_bytes=16 << 20,
+        max_batch_size=2,
+        pruning={},
+        chat=False,
+        prefix_cache_bytes=prefix_cache_bytes,
+    )
+
+
+def test_questions_about_one_context_compute_it_once_for_each_variant(
+    tiny_models: dict[str, Path],
+) -> None:
+    instances = [
+        Instance(
+            Example("fox", index, "", CONTEXT, f"{index} jumps over?", "", ("dog",), 6),
+            512,
+            variant,
+        )
+        for index in range(3)
+        for variant in make_variants(parse_methods("full,asl"), [64])
+    ]
+    plain, cached = (local_model(tiny_models["llama"], size) for size in (0, 8 << 20))
+    expected = dict(plain.answers(instances))
+    found = dict(cached.answers(instances))
+    for instance in instances:
+        answer, like = found[instance], expected[instance]
+        assert answer.text == like.text
+        assert answer.selection_layer == like.selection_layer
+        saved = like.computed_share - answer.computed_share
+        if instance.example.index == 0:
+            assert saved == 0, "a variant does not profit from another"
+        else:
+            assert saved > 0.25 * 2 * BLOCK_TOKENS / like.num_prompt_tokens
