@@ -36,10 +36,11 @@ async def complete(
     client: httpx.AsyncClient,
     prompt: list[int],
     max_tokens: int,
-    winnow: dict[str, Any],
+    winnow: dict[str, Any] | None,
     model: str = "winnow-tiny",
 ) -> TimedAnswer:
-    body = {
+    """winnow: the request's own pruning settings; None for a service that knows none."""
+    body: dict[str, Any] = {
         "model": model,
         "prompt": prompt,
         "max_tokens": max_tokens,
@@ -47,8 +48,7 @@ async def complete(
         "stream": True,
         "stream_options": {"include_usage": True},
         "ignore_eos": True,
-        "winnow": winnow,
-    }
+    } | ({} if winnow is None else {"winnow": winnow})
     answer, start = TimedAnswer(), time.perf_counter()
     async with client.stream("POST", "/v1/completions", json=body) as response:
         response.raise_for_status()
