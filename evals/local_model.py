@@ -11,6 +11,7 @@ from evals.model import Answer, Instance
 from evals.tasks.base import Example
 from evals.variants import Variant
 from winnow import BatchJob, PruningSettings, SamplingParams, Winnow
+from winnow.decoder import DecoderModel
 from winnow.defaults import override, pruning_defaults
 from winnow.engine.kv_pool import KVPoolConfig
 from winnow.engine.prefix.store import PrefixStore
@@ -52,8 +53,8 @@ class LocalModel:
             model, device=device, dtype=dtype, max_model_len=max_model_len
         )
         self._pruning = override(pruning_defaults(self._description), pruning)
-        self._tokenizer = load_tokenizer(self._description.path)
-        self._tokenizer.require_fits(self._description.vocab_size)
+        self.tokenizer = load_tokenizer(self._description.path)
+        self.tokenizer.require_fits(self._description.vocab_size)
         self._chat = chat
         self._frame_tokens = len(self._frame(""))
         self._load_model = partial(
@@ -65,18 +66,23 @@ class LocalModel:
         )
         self._record_window = record_window
         self._prefix_cache = prefix_cache_bytes, prefix_cache_device
-        self._pool_config = KVPoolConfig(kv_memory_bytes)
+        self.pool_config = KVPoolConfig(kv_memory_bytes)
         self._max_batch_size = max_batch_size
 
     @cached_property
+    def decoder(self) -> DecoderModel:
+        """The model with its weights."""
+        return self._load_model()
+
+    @cached_property
     def _winnow(self) -> Winnow:
-        model, store = self._load_model(), None
+        model, store = self.decoder, None
         if self._record_window is not None:
             model = RecordedModel(model, self._record_window)
         else:
             store = PrefixStore.within(model, *self._prefix_cache)
         return Winnow(
-            model, self._tokenizer, self._pruning, self._pool_config, self._max_batch_size, store
+            model, self.tokenizer, self._pruning, self.pool_config, self._max_batch_size, store
         )
 
     @property
@@ -95,23 +101,23 @@ class LocalModel:
         }
 
     def count(self, text: str) -> int:
-        return len(self._tokenizer.encode(text, add_special_tokens=False))
+        return len(self.tokenizer.encode(text, add_special_tokens=False))
 
     def threshold(self, variant: Variant) -> float | None:
-        return self._settings(variant).threshold
+        return self.settings(variant).threshold
 
     def require_runs(
         self, variants: Sequence[Variant], num_prompt_tokens: int, max_new_tokens: int
     ) -> None:
         for variant in variants:
-            self._settings(variant).require_fits(self._description.shape.num_layers)
+            self.settings(variant).require_fits(self._description.shape.num_layers)
         for variant in variants:
             self._require_memory(variant, num_prompt_tokens, max_new_tokens)
 
     def _require_memory(
         self, variant: Variant, num_prompt_tokens: int, max_new_tokens: int
     ) -> None:
-        pruning, sampling = self._settings(variant), _greedy(max_new_tokens)
+        pruning, sampling = self.settings(variant), _greedy(max_new_tokens)
         try:
             self._winnow.require_fits(num_prompt_tokens, pruning, sampling)
         except InvalidSetting as error:
@@ -147,25 +153,26 @@ class LocalModel:
 
     def _job(self, instance: Instance) -> BatchJob:
         return BatchJob(
-            self._token_ids(instance.example),
-            self._settings(instance.variant),
+            self.token_ids(instance.example),
+            self.settings(instance.variant),
             _greedy(instance.example.max_new_tokens),
             cache_salt=str(instance.variant),
         )
 
-    def _token_ids(self, example: Example) -> list[int]:
+    def token_ids(self, example: Example) -> list[int]:
+        """The whole prompt, with the chat template's tokens if it is a chat."""
         if not self._chat:
             return self._frame(example.prompt())
-        lead = self._tokenizer.encode(example.lead, add_special_tokens=False)
+        lead = self.tokenizer.encode(example.lead, add_special_tokens=False)
         return self._frame(example.user_message()) + lead
 
     def _frame(self, text: str) -> list[int]:
         """Token ids of the text as a whole prompt."""
         if self._chat:
-            return self._tokenizer.render_chat([{"role": "user", "content": text}])
-        return self._tokenizer.encode(text)
+            return self.tokenizer.render_chat([{"role": "user", "content": text}])
+        return self.tokenizer.encode(text)
 
-    def _settings(self, variant: Variant) -> PruningSettings:
+    def settings(self, variant: Variant) -> PruningSettings:
         """The settings for a variant; raises InvalidSetting if they are invalid."""
         own = {"method": variant.spec.method} | dict(variant.spec.options)
         window_size = override(self._pruning, own).window_size

@@ -1,6 +1,6 @@
 """Runs an evaluation: from its plan to records, summary, table and pictures."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from itertools import product
@@ -61,12 +61,7 @@ def _thresholds(plan: Plan, model: Model) -> dict[str, float]:
 
 def require_runs(plan: Plan, model: Model) -> None:
     """Raise the error that any example, or a variant's longest prompt, would be refused with."""
-    for length in plan.lengths:
-        if length > model.max_positions:
-            raise InvalidSetting(
-                f"--length {length:,}: the model has {model.max_positions:,} positions",
-                param="length",
-            )
+    require_lengths(plan.lengths, model)
     shortest = min(plan.lengths)  # the least likely to fit an example
     for task in plan.tasks:
         _example(plan, model, task, shortest, plan.first_index)
@@ -75,6 +70,16 @@ def require_runs(plan: Plan, model: Model) -> None:
     model.require_runs(plan.variants, num_prompt_tokens, max_new_tokens)
     for index, task in product(plan.indices[1:], plan.tasks):
         _example(plan, model, task, shortest, index)  # last, since there may be thousands
+
+
+def require_lengths(lengths: Sequence[int], model: Model) -> None:
+    """Raise InvalidSetting for a length that the model does not have."""
+    for length in lengths:
+        if length > model.max_positions:
+            raise InvalidSetting(
+                f"--length {length:,}: the model has {model.max_positions:,} positions",
+                param="length",
+            )
 
 
 def _example(plan: Plan, model: Model, task: Task, length: int, index: int) -> Example:

@@ -306,6 +306,54 @@ KV = Dashboard(
                 {"{{instance}}": rate("winnow_recompressions_total", "instance")},
             ),
         ],
+        "Prefix store": [
+            Panel(
+                "Taken from the store",
+                "Of the prompts' tokens those that were not computed in layer 0, by worker",
+                SHARE,
+                {
+                    "{{instance}}": f"{rate('winnow_prefix_hit_tokens_total', 'instance')} / "
+                    f"{rate('winnow_prefix_looked_up_tokens_total', 'instance')}"
+                },
+            ),
+            Panel(
+                "Tokens looked up and found",
+                "Of prompts whose method can use the store",
+                TOKEN_RATE,
+                {
+                    "looked up": rate("winnow_prefix_looked_up_tokens_total"),
+                    "found": rate("winnow_prefix_hit_tokens_total"),
+                },
+            ),
+            Panel(
+                "Memory in use, by worker",
+                "Of prefix_cache_bytes; a store that has been used for a while is full",
+                BYTES,
+                {
+                    "{{instance}}": "sum by (instance) (winnow_prefix_resident_bytes{@})",
+                    "{{instance}} limit": "sum by (instance) (winnow_prefix_limit_bytes{@})",
+                },
+            ),
+            Panel(
+                "Blocks, by worker",
+                "Consecutive tokens of prompts that begin alike",
+                COUNT,
+                {"{{instance}}": "sum by (instance) (winnow_prefix_blocks{@})"},
+            ),
+            Panel(
+                "Evicted, by worker",
+                "Blocks given up for want of memory",
+                RATE,
+                {"{{instance}}": rate("winnow_prefix_evicted_blocks_total", "instance")},
+            ),
+            Panel(
+                "Damaged, by worker",
+                "Blocks that failed their checksum, and were computed anew",
+                RATE,
+                {"{{instance}}": rate("winnow_prefix_damaged_blocks_total", "instance")},
+                limits=(0.001, 0.01),
+            ),
+        ],
         "Quality in use": [
             Panel(
                 "First tokens as unpruned",

@@ -11,14 +11,16 @@ from rich.console import Console
 from evals import plan as plans
 from evals.model import Model
 from evals.tasks import make_tasks
-from evals.variants import make_variants, parse_methods
+from evals.variants import Variant, make_variants, parse_methods
 from services.cli.local_model import open_local_model
 from services.common.settings import Settings
 from winnow.catalog import METHODS
 from winnow.errors import InvalidSetting
 
 _METHODS = "full,snapkv,fastkv,gemfilter,asl"
+_TURN_METHODS = "full,asl"
 _TASKS = "ruler,infinitebench,niah"
+_TURNS_STORE_BYTES = 1 << 30
 
 
 def add_eval_flags(parser: argparse.ArgumentParser) -> None:
@@ -27,9 +29,8 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
     asked.add_argument(
         "--methods",
         metavar="LIST",
-        default=_METHODS,
         help="methods with options, like full,fastkv:fixed_layer=5,asl:threshold=0.4; known are "
-        f"{', '.join(METHODS)} (default: {_METHODS})",
+        f"{', '.join(METHODS)} (default: {_METHODS}; with --turns: {_TURN_METHODS})",
     )
     asked.add_argument(
         "--tasks",
@@ -57,6 +58,13 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
     asked.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="take the benchmarks' own data from there"
     )
+    asked.add_argument(
+        "--turns",
+        type=int,
+        metavar="N",
+        help="instead of tasks: N questions about one document, from scratch, with the prefix "
+        "cache, and with what the first question kept",
+    )
     asked.add_argument("--chat", action="store_true", help="use the model's chat template")
     run = parser.add_argument_group("How")
     run.add_argument(
@@ -81,6 +89,9 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
 
 def run_eval(args: argparse.Namespace, settings: Settings) -> None:
     """Run the evaluation.  Raises WinnowError for an invalid request before anything is written."""
+    if args.turns is not None:
+        _run_turns(args, settings)
+        return
     plan = _plan(args)
     if args.batch_size < 1:
         raise InvalidSetting(f"--batch-size is {args.batch_size}; it must be at least 1")
@@ -90,11 +101,39 @@ def run_eval(args: argparse.Namespace, settings: Settings) -> None:
         evaluate(plan, model, args.output, progress=Console(stderr=True), result=Console())
 
 
+def _run_turns(args: argparse.Namespace, settings: Settings) -> None:
+    for name in ("endpoint", "data_dir"):
+        if getattr(args, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise InvalidSetting(f"--turns is for a model in this process, without {flag}")
+    from evals.turns.run import TurnPlan, evaluate_turns  # noqa: PLC0415 - loads torch
+
+    plan = TurnPlan(
+        variants=_variants(args, _TURN_METHODS),
+        lengths=plans.parse_lengths(args.length),
+        num_turns=args.turns,
+        num_samples=args.samples,
+        seed=args.seed,
+    )
+    evaluate_turns(
+        plan,
+        open_local_model(args, settings, settings.pruning),
+        int(settings.prefix_cache_bytes) or _TURNS_STORE_BYTES,
+        args.output,
+        progress=Console(stderr=True),
+        result=Console(),
+    )
+
+
+def _variants(args: argparse.Namespace, methods: str) -> tuple[Variant, ...]:
+    return make_variants(parse_methods(args.methods or methods), plans.parse_budgets(args.budget))
+
+
 def _plan(args: argparse.Namespace) -> plans.Plan:
     return plans.Plan(
         tasks=plans.choose_tasks(args.tasks, make_tasks(args.depths, args.data_dir)),
         lengths=plans.parse_lengths(args.length),
-        variants=make_variants(parse_methods(args.methods), plans.parse_budgets(args.budget)),
+        variants=_variants(args, _METHODS),
         num_samples=args.samples,
         seed=args.seed,
         chat=args.chat,

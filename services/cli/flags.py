@@ -98,6 +98,10 @@ EVALUATED_GROUPS: Mapping[str, Sequence[str]] = {
     "Model": ("model", "device", "dtype", "max_model_len", "pruning"),
     "Memory": ("num_threads", "kv_memory_bytes"),
 }
+EVAL_GROUPS: Mapping[str, Sequence[str]] = {
+    **EVALUATED_GROUPS,
+    "Memory": (*EVALUATED_GROUPS["Memory"], "prefix_cache_bytes", "prefix_cache_device"),
+}
 # redis_url comes only from WINNOW_REDIS_URL or a file: other users can see command lines.
 
 _KINDS = {"pruning": "a pruning setting", "chat_template_kwargs": "a template's variable"}

@@ -33,4 +33,6 @@ def open_local_model(
         pruning=dict(pruning),
         chat=args.chat,
         record_window=record_window,
+        prefix_cache_bytes=int(settings.prefix_cache_bytes),
+        prefix_cache_device=settings.prefix_cache_device,
     )

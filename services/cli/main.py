@@ -159,7 +159,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     from services.cli.eval import add_eval_flags  # noqa: PLC0415 - loads tasks
 
     add_eval_flags(parser)
-    flags.add_settings_flags(parser, flags.EVALUATED_GROUPS)
+    flags.add_settings_flags(parser, flags.EVAL_GROUPS)
     farewell = "stopped; the same command goes on in {0.output}"
     parser.set_defaults(run=_eval, config=None, farewell=farewell)
 

@@ -35,7 +35,11 @@ def service(
     arguments = ["--model", str(tiny_models["qwen2"]), *FREE_PORTS, *flags]
     serve = WinnowServe(
         tmp_path_factory.mktemp("serve"),
-        [*arguments, "--kv-memory-bytes", "64MiB", "--quality-sample", "1"],
+        [
+            *arguments,
+            *("--kv-memory-bytes", "64MiB", "--prefix-cache-bytes", "64MiB"),
+            *("--quality-sample", "1"),
+        ],
     )
     try:
         serve.wait_until_ready()

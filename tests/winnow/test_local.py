@@ -101,7 +101,9 @@ def test_questions_about_one_text_compute_it_once(tiny_models: dict[str, Path]) 
 
 
 def test_the_next_turn_computes_what_is_new(tiny_models: dict[str, Path]) -> None:
-    winnow = Winnow.load(tiny_models["qwen2"], method="full", prefix_cache_bytes=8 << 20)
+    winnow = Winnow.load(
+        tiny_models["qwen2"], method="full", prefix_cache_bytes=8 << 20, prefix_cache_device="host"
+    )
     plain = Winnow.load(tiny_models["qwen2"], method="full")
     sampling = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
     token_ids = winnow.tokenizer.encode(TEXT)

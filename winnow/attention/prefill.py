@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 # Queries that share a mask. More need more memory, and compute more keys that the mask then hides.
-_MASKED_QUERIES = 1024
+_MASKED_QUERIES = 512
+# Up to this share of tokens without queries, it is quicker to compute them too than to mask.
+_PADDED_SHARE = 0.4
 
 
 class PrefillAttention:
@@ -88,7 +90,11 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=scaling, enable_gqa=is_grouped
         )
-    positions = torch.arange(num_keys - num_queries, num_keys, device=query.device)
+    num_cached = num_keys - num_queries
+    if num_cached <= _PADDED_SHARE * num_keys:
+        padded = F.pad(query, (0, 0, num_cached, 0))
+        return causal_attention(padded, key, value, scaling)[:, :, num_cached:]
+    positions = torch.arange(num_cached, num_keys, device=query.device)
     return _masked_attention(query, key, value, positions, scaling)
 
 

