@@ -79,6 +79,7 @@ class Lease:
         ):
             end = start + self.block_tokens
             if block.depth > layer_idx:
+                self._lent.pop(block, None)  # another run has given it a later one
                 continue
             growing = growing and block.depth == layer_idx and start >= offset and end <= num_tokens
             tokens = slice(start, end)
