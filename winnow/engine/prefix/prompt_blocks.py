@@ -10,7 +10,7 @@ from winnow.engine.prefix.storage import DamagedBlock, Stored
 from winnow.engine.prefix.store import Block, PrefixStore
 
 
-class Lease:
+class PromptBlocks:
     """Holds the blocks of a prompt: no other run evicts them, and all see how far each has come.
 
     Each method that reads raises DamagedBlock with the index of the block.
