@@ -1,10 +1,13 @@
 """Where the tensors of cached blocks are: beside the model, or in host memory with checksums."""
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from winnow.engine.prefix.slots import Slots
 
 
 class DamagedBlock(Exception):
@@ -15,9 +18,12 @@ class DamagedBlock(Exception):
         self.idx = idx
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Stored:
-    """A tensor in its storage.  checksum: 0-d int64 on the model's device, if it was moved."""
+    """A tensor in its storage, whose memory is used again when this object is gone.
+
+    checksum: 0-d int64 on the model's device, if the tensor was moved.
+    """
 
     tensor: Tensor
     checksum: Tensor | None = None
@@ -35,15 +41,29 @@ class Storage:
     def __init__(self, device: torch.device, *, in_host_memory: bool) -> None:
         self._device = device
         self._in_host_memory = in_host_memory
+        self._slots: dict[tuple[torch.Size, torch.dtype], Slots] = {}
 
     def put(self, tensor: Tensor) -> Stored:
-        """Take over a contiguous tensor of its own memory, whose bytes are a multiple of 8."""
-        if not self._in_host_memory:
-            return Stored(tensor)
-        pinned = self._device.type == "cuda"
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+        """Copy a tensor whose bytes are a multiple of 8."""
+        key = tensor.shape, tensor.dtype
+        if key not in self._slots:
+            self._slots[key] = self._slots_for(tensor)
+        copy, give_back = self._slots[key].take()
         copy.copy_(tensor, non_blocking=True)
-        return Stored(copy, _checksum(tensor))
+        stored = Stored(copy, _checksum(tensor) if self._in_host_memory else None)
+        weakref.finalize(stored, give_back).atexit = False
+        return stored
+
+    def _slots_for(self, tensor: Tensor) -> Slots:
+        device = torch.device("cpu") if self._in_host_memory else self._device
+        pinned = self._in_host_memory and self._device.type == "cuda"
+        dtype = tensor.dtype
+
+        @torch.inference_mode(mode=False)  # or it could only be written to in that mode
+        def allocate(shape: tuple[int, ...]) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
+
+        return Slots(tuple(tensor.shape), tensor.nbytes, allocate)
 
     def fetch(self, stored: Sequence[Stored]) -> list[Tensor]:
         """The tensors on the device, to be read only; raises DamagedBlock for the first damaged."""
@@ -66,5 +86,5 @@ def _checksum(tensor: Tensor) -> Tensor:
 
     No odd number divides 2^64, so a change of one word always shows.
     """
-    words = tensor.view(-1).view(torch.int64)
+    words = tensor.contiguous().view(-1).view(torch.int64)
     return (words * torch.arange(1, 2 * len(words), 2, device=words.device)).sum()

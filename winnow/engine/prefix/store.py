@@ -184,7 +184,7 @@ class PrefixStore:
     def grow(self, block: Block, layer: Tensor, frontier: Tensor) -> bool:
         """Add the next layer to a held block, if there is or can be made room.
 
-        layer: becomes the store's.  frontier: a view, kept as it is until the block grows again or
+        layer: is copied.  frontier: a view, kept as it is until the block grows again or
         `settle` copies it, which must be called if it does not.
         """
         num_bytes = self._layer_bytes + (0 if block.depth else self._frontier_bytes)
@@ -199,7 +199,7 @@ class PrefixStore:
     def settle(self, block: Block) -> None:
         """Replace the view that `grow` was given by a copy in the store's own memory."""
         assert block.frontier is not None
-        block.frontier = self.storage.put(block.frontier.tensor.clone())
+        block.frontier = self.storage.put(block.frontier.tensor)
 
     def _make_room(self, num_bytes: int) -> bool:
         self.release_abandoned()

@@ -37,3 +37,11 @@ def test_words_that_change_places_are_found() -> None:
     stored.tensor.copy_(stored.tensor.flip(0))
     with pytest.raises(DamagedBlock):
         storage.fetch([stored])
+
+
+def test_memory_is_used_again_when_nobody_has_what_was_stored() -> None:
+    storage = Storage(CPU, in_host_memory=False)
+    first = storage.put(torch.ones(2, 8))
+    place = first.tensor.data_ptr()
+    del first
+    assert storage.put(torch.zeros(2, 8)).tensor.data_ptr() == place
