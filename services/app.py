@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 from typing import Any, cast
 
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from services.common.exposition import Exposition
@@ -23,6 +24,7 @@ from services.decode.replica import Decode
 from services.gateway.gateway import Gateway
 from services.gateway.grpc.server import GrpcServer
 from services.gateway.prefill.handle import HandlePrefiller
+from services.gateway.prefill.router import PrefillRouter
 from services.gateway.rest.admin import AdminServer
 from services.gateway.rest.api import create_api
 from services.prefill.worker import Prefill
@@ -32,6 +34,8 @@ Handle = DeploymentHandle[Any]
 # Our own queues decide what waits and what is refused, so Serve's limit must never be reached.
 _MAX_ONGOING = 10_000
 _SHUTDOWN_MARGIN_S = 5.0
+_PREFILL_ROUTER = f"{PrefillRouter.__module__}.{PrefillRouter.__name__}"
+_ROUTING_STATS_PERIOD_S = 1.0
 
 # One arena that keeps freed memory saves the next prompt its page faults (200,000 before).
 _WORKER_ENVIRONMENT = {
@@ -106,6 +110,7 @@ def build_app(settings: Settings) -> serve.Application:
             ray_actor_options=_worker_resources(
                 settings, settings.prefill_num_cpus, settings.prefill_replicas
             ),
+            **_prefill_routing(settings),
             **_shutdown(settings),
         )
         .bind(settings)
@@ -120,6 +125,17 @@ def build_app(settings: Settings) -> serve.Application:
         **_shutdown(settings),
     )
     return gateway.bind(settings, prefill, _decode(settings))
+
+
+def _prefill_routing(settings: Settings) -> dict[str, Any]:
+    """Nothing, which leaves it to Serve, unless there is a prefix store to choose."""
+    if settings.prefix_cache_bytes == 0 or settings.prefill_replicas == 1:
+        return {}
+    router = {
+        "request_router_class": _PREFILL_ROUTER,
+        "request_routing_stats_period_s": _ROUTING_STATS_PERIOD_S,
+    }
+    return {"request_router_config": RequestRouterConfig.model_validate(router)}
 
 
 def _decode(settings: Settings) -> serve.Application | None:

@@ -1,6 +1,7 @@
 """Prefill behind a deployment handle of Ray Serve."""
 
 import asyncio
+import contextvars
 from typing import Any
 
 import grpc
@@ -18,13 +19,16 @@ _READY_TIMEOUT_S = 2.0
 
 
 class HandlePrefiller:
-    """Calls prefill through its deployment handle, and maps Ray's errors to WinnowError."""
+    """Calls prefill through its deployment handle, and maps Ray's errors to WinnowError.
+
+    Each call is made in a context of its own, as PrefillRouter needs it.
+    """
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
 
     async def prefill(self, job: PrefillJob) -> PrefillOutcome:
-        response = self._handle.prefill.remote(job)
+        response = contextvars.Context().run(self._handle.prefill.remote, job)
         try:
             async with asyncio.timeout(job.deadline_s):
                 return await response  # type: ignore[no-any-return]
@@ -48,7 +52,7 @@ class HandlePrefiller:
             raise PrefillFailed(f"the prefill worker broke: {error!r}") from error
 
     async def ready(self) -> bool:
-        response = self._handle.ready.remote()
+        response = contextvars.Context().run(self._handle.ready.remote)
         try:
             async with asyncio.timeout(_READY_TIMEOUT_S):
                 return bool(await response)
