@@ -9,37 +9,33 @@ import os
 from contextlib import AsyncExitStack
 from typing import Any, cast
 
-import grpc
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import RayServeException
+from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from services.common.exposition import Exposition
-from services.common.jobs import PrefillJob, PrefillOutcome
 from services.common.logs import configure_logging
 from services.common.open_registry import open_registry
 from services.common.openmp import SHORT_WAITS
 from services.common.ray_registry import reachable_host
 from services.common.settings import Settings
-from services.common.tasks import is_cancelled
 from services.common.tracing import configure_tracing
 from services.decode.replica import Decode
 from services.gateway.gateway import Gateway
 from services.gateway.grpc.server import GrpcServer
+from services.gateway.prefill.handle import HandlePrefiller
+from services.gateway.prefill.router import PrefillRouter
 from services.gateway.rest.admin import AdminServer
 from services.gateway.rest.api import create_api
 from services.prefill.worker import Prefill
-from winnow.errors import DeadlineExceeded, PrefillFailed, PrefillLost, WinnowError
 
 Handle = DeploymentHandle[Any]
 
 # Our own queues decide what waits and what is refused, so Serve's limit must never be reached.
 _MAX_ONGOING = 10_000
-# Ray's own errors, and gRPC's under RAY_SERVE_USE_GRPC_BY_DEFAULT=1.
-_TRANSPORT_ERRORS = (RayError, RayServeException, grpc.RpcError)
-_READY_TIMEOUT_S = 2.0
 _SHUTDOWN_MARGIN_S = 5.0
+_PREFILL_ROUTER = f"{PrefillRouter.__module__}.{PrefillRouter.__name__}"
+_ROUTING_STATS_PERIOD_S = 1.0
 
 # One arena that keeps freed memory saves the next prompt its page faults (200,000 before).
 _WORKER_ENVIRONMENT = {
@@ -49,50 +45,6 @@ _WORKER_ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     **SHORT_WAITS,
 }
-
-
-class HandlePrefiller:
-    """Calls prefill through its deployment handle, and maps Ray's errors to WinnowError."""
-
-    def __init__(self, handle: Handle) -> None:
-        self._handle = handle
-
-    async def prefill(self, job: PrefillJob) -> PrefillOutcome:
-        response = self._handle.prefill.remote(job)
-        try:
-            async with asyncio.timeout(job.deadline_s):
-                return await response  # type: ignore[no-any-return]
-        except asyncio.CancelledError as error:
-            if not is_cancelled():  # the replica was cancelled, and Ray passes its exception on
-                raise PrefillLost("the prefill worker gave the job up") from error
-            response.cancel()  # type: ignore[no-untyped-call]
-            raise
-        except TimeoutError as error:
-            response.cancel()  # type: ignore[no-untyped-call]
-            raise DeadlineExceeded(f"prefill did not end within {job.deadline_s:.3g} s") from error
-        except RayTaskError as error:
-            if isinstance(error.cause, WinnowError):
-                raise error.cause from None
-            raise PrefillFailed(f"the prefill worker broke: {error.cause!r}") from error
-        except _TRANSPORT_ERRORS as error:
-            raise PrefillLost(f"the prefill worker was lost: {error!r}") from error
-        except WinnowError:
-            raise
-        except Exception as error:  # an error of the worker, without RayTaskError over gRPC
-            raise PrefillFailed(f"the prefill worker broke: {error!r}") from error
-
-    async def ready(self) -> bool:
-        response = self._handle.ready.remote()
-        try:
-            async with asyncio.timeout(_READY_TIMEOUT_S):
-                return bool(await response)
-        except asyncio.CancelledError:
-            if is_cancelled():
-                raise
-            return False
-        except (TimeoutError, *_TRANSPORT_ERRORS):
-            response.cancel()  # type: ignore[no-untyped-call]
-            return False
 
 
 @serve.deployment(name="Gateway")
@@ -158,6 +110,7 @@ def build_app(settings: Settings) -> serve.Application:
             ray_actor_options=_worker_resources(
                 settings, settings.prefill_num_cpus, settings.prefill_replicas
             ),
+            **_prefill_routing(settings),
             **_shutdown(settings),
         )
         .bind(settings)
@@ -172,6 +125,17 @@ def build_app(settings: Settings) -> serve.Application:
         **_shutdown(settings),
     )
     return gateway.bind(settings, prefill, _decode(settings))
+
+
+def _prefill_routing(settings: Settings) -> dict[str, Any]:
+    """Nothing, which leaves it to Serve, unless there is a prefix store to choose."""
+    if settings.prefix_cache_bytes == 0 or settings.prefill_replicas == 1:
+        return {}
+    router = {
+        "request_router_class": _PREFILL_ROUTER,
+        "request_routing_stats_period_s": _ROUTING_STATS_PERIOD_S,
+    }
+    return {"request_router_config": RequestRouterConfig.model_validate(router)}
 
 
 def _decode(settings: Settings) -> serve.Application | None:

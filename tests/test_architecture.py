@@ -22,6 +22,7 @@ DOORS = {
         "services/prefill/worker.py",
         "services/decode/replica.py",
         "services/common/ray_registry.py",
+        "services/gateway/prefill/",
         "services/cli/serve.py",
     ),
     "fastapi": ("services/gateway/rest/", "services/app.py"),
@@ -68,6 +69,7 @@ BELOW = {
         "services.gateway.access.request_limits",
         "services.gateway.request",
     ),
+    "services.gateway.prefill": ("winnow", "services.common", "services.gateway.prefill"),
     "services.gateway.quality": (
         *_GATEWAY_BASE,
         "services.gateway.request",

@@ -14,6 +14,7 @@ import torch
 
 from services.common.cores import SharedCores
 from services.common.jobs import PrefillJob, PrefillOutcome
+from services.common.routing_stats import RoutingStats, short_hash
 from services.common.tls import PeerTls
 from services.prefill.channels import Channels
 from services.prefill.engine import PrefillEngine, cancelled
@@ -52,6 +53,7 @@ class PrefillQueue:
         self._num_threads = num_threads
         self._channels = Channels(peers)
         self._cores = cores
+        self._store = store
         self._engine = PrefillEngine(model, metrics, self._channels, cores, store)
         self._scheduler: PrefillScheduler[Work] = PrefillScheduler(max_open)
         self._changed = threading.Condition()
@@ -103,6 +105,17 @@ class PrefillQueue:
             self._changed.notify_all()
         work.outcome.add_done_callback(lambda _: self._forget(work))
         return work.outcome
+
+    def routing_stats(self) -> RoutingStats | None:
+        """What gateways route by; None without a prefix store."""
+        if self._store is None:
+            return None
+        return RoutingStats(
+            self._model.fingerprint,
+            self._store.block_tokens,
+            list(map(short_hash, self._store.held())),
+            {work.job.request_id: work.tokens_left for work in self._left()},
+        )
 
     def _work(self, job: PrefillJob) -> Work:
         num_tokens = len(job.token_ids)

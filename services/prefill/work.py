@@ -66,6 +66,13 @@ class Work:
         left = self.run_layer_tokens if self.run is None else self.run.layer_tokens_left
         return left + self.scoring_layer_tokens
 
+    @property
+    def tokens_left(self) -> int:
+        """The share of the prompt's work that is left, in tokens of the prompt."""
+        run = self.run  # the engine's thread lets go of it at the end
+        left = self.run_layer_tokens if run is None else run.layer_tokens_left
+        return len(self.job.token_ids) * left // self.run_layer_tokens
+
     def close(self) -> None:
         """Free what it holds; called by the engine's thread when it is over."""
         self.is_over = True

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import AsyncExitStack
+from typing import Any
 
 from ray import serve
 
@@ -70,6 +71,11 @@ class Prefill:
     async def ready(self) -> bool:
         """True if the engine can take a job."""
         return self._queue.alive
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Called by Serve regularly; what it returns reaches the routers of all gateways."""
+        stats = self._queue.routing_stats()
+        return {} if stats is None else stats.to_dict()
 
     async def check_health(self) -> None:
         """Called by Serve every few seconds, which replaces the replica if this raises."""

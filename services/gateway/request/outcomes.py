@@ -94,7 +94,7 @@ def _stats(run: Run) -> str:
     layer = report.no_selection_reason if report.selection_layer is None else report.selection_layer
     first = "nothing generated" if stats.ttft_s is None else f"ttft {stats.ttft_s:.3f} s"
     return (
-        f"{first}, selection layer {layer}, "
+        f"{first}, {report.num_cached_tokens} tokens cached, selection layer {layer}, "
         f"KV {report.kv_bytes_kept} of {report.kv_bytes_full} bytes, "
         f"{timings.wire_bytes if timings else 'unknown'} on the wire"
     )

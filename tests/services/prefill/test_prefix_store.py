@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from services.common.metrics import render
+from services.common.routing_stats import RoutingStats, short_hash
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
 from tests.deadlines import SOON_S
@@ -13,7 +14,10 @@ from tests.services.exposed import value
 from tests.services.prefill.conftest import NUM_TOKENS, MakeJob
 from tests.services.prefill.receiver import Receiver
 from winnow.decoder import DecoderModel
+from winnow.engine.prefill import PrefillRun
+from winnow.engine.prefix.hashes import block_hashes, prefix_salt
 from winnow.engine.prefix.store import PrefixStore
+from winnow.kv import LayerKV
 from winnow.pruning_settings import PruningSettings
 
 BLOCK = 64
@@ -99,6 +103,48 @@ def test_prompts_that_are_scored_neither_use_nor_fill_it(
         report = queue.submit(scored).result(SOON_S).report
         assert (report.num_cached_tokens, report.no_prefix_reason) == (0, "off")
     assert store.stats().num_blocks == 0
+
+
+def test_tells_routers_the_blocks_it_holds_by_their_hashes(
+    queue: PrefillQueue, make_job: MakeJob, model: DecoderModel
+) -> None:
+    job = make_job(cache_salt="ours")
+    queue.submit(job).result(SOON_S)
+    stats = queue.routing_stats()
+    assert stats is not None
+    hashes = block_hashes(job.token_ids, prefix_salt(model.fingerprint, "ours"), stats.block_tokens)
+    assert (stats.fingerprint, stats.block_tokens) == (model.fingerprint, BLOCK)
+    assert set(stats.blocks) == set(map(short_hash, hashes))
+    assert stats.work == {}
+
+
+def test_tells_routers_what_is_still_to_be_computed(
+    queue: PrefillQueue, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one prompt whose first layer has been computed, and of another that waits."""
+    reports: list[RoutingStats | None] = []
+    compute_layer = PrefillRun.compute_layer
+
+    def report(run: PrefillRun) -> LayerKV | None:
+        layer = compute_layer(run)
+        if not reports:
+            queue.submit(make_job("waits"))
+            reports.append(queue.routing_stats())
+        return layer
+
+    monkeypatch.setattr(PrefillRun, "compute_layer", report)
+    queue.submit(make_job("runs")).result(SOON_S)
+    (stats,) = reports
+    assert stats is not None
+    assert 0 < stats.work["runs"] < NUM_TOKENS
+    assert stats.work["waits"] == NUM_TOKENS
+
+
+def test_without_a_store_there_is_nothing_to_route_by(
+    model: DecoderModel, metrics: PrefillMetrics
+) -> None:
+    queue = PrefillQueue(model, metrics, max_waiting=8, max_open=4, num_threads=1)
+    assert queue.routing_stats() is None
 
 
 def test_a_cancelled_prompt_lets_go_of_its_blocks_and_the_next_uses_them(

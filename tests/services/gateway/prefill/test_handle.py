@@ -9,9 +9,10 @@ import grpc.aio
 import pytest
 from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import RequestCancelledError
+from ray.serve.handle import DeploymentHandle
 
-from services.app import Handle, HandlePrefiller
 from services.common.jobs import PrefillJob
+from services.gateway.prefill.handle import HandlePrefiller
 from winnow.errors import PrefillFailed, PrefillLost, StaleAttempt
 from winnow.pruning_settings import PruningSettings
 from winnow.wire import Ticket
@@ -51,7 +52,7 @@ class FailingHandle:
 
 
 def prefiller(handle: FailingHandle) -> HandlePrefiller:
-    return HandlePrefiller(cast(Handle, handle))
+    return HandlePrefiller(cast(DeploymentHandle[Any], handle))
 
 
 def rpc_error(code: grpc.StatusCode) -> grpc.aio.AioRpcError:
