@@ -108,6 +108,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.end_to_end
 	$(BIN)/python -m benchmarks.overload
 	$(BIN)/python -m benchmarks.migration
+	$(BIN)/python -m benchmarks.prefix
 
 train: $(STAMP)
 	$(BIN)/python -m training.train

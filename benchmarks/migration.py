@@ -165,7 +165,11 @@ async def running(path: Path) -> AsyncIterator[Bench]:
             await worker.start()
         model, description = load_model(path), describe_model(path)
         prefill = PrefillQueue(
-            model, PrefillMetrics("bench"), max_waiting=8, num_threads=torch.get_num_threads()
+            model,
+            PrefillMetrics("bench"),
+            max_waiting=8,
+            max_open=1,
+            num_threads=torch.get_num_threads(),
         )
         prefill.start()
         registry = RedisRegistry(redis_url, settings.namespace)

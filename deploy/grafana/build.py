@@ -416,8 +416,11 @@ WORKERS = Dashboard(
                    "sum by (role, instance) (winnow_device_memory_bytes{@})"}),
         ],
         "Prefill": [
-            Panel("Waiting", "Prompts waiting for the engine", COUNT,
-                  {"{{instance}}": "sum by (instance) (winnow_prefill_waiting{@})"}),
+            Panel("Waiting and open", "Prompts waiting to begin; begun and not ended", COUNT,
+                  {"waiting {{instance}}": "sum by (instance) (winnow_prefill_waiting{@})",
+                   "open {{instance}}": "sum by (instance) (winnow_prefill_open{@})"}),
+            Panel("Oldest prompt", "Time since it came; it is not computed yet", SECONDS,
+                  {"{{instance}}": "max by (instance) (winnow_prefill_oldest_seconds{@})"}),
             Panel("Compute", "Forward passes of one prompt", SECONDS,
                   quantiles("winnow_prefill_compute_seconds", "instance")),
             Panel("Layer", "One layer of one prompt", SECONDS,

@@ -77,7 +77,7 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
         "sse_keepalive_s",
     ),
     "Quality in use": ("quality_sample", "quality_tasks"),
-    "Prefill workers": ("max_waiting_prefills", "prefill_attempts"),
+    "Prefill workers": ("max_waiting_prefills", "max_open_prefills", "prefill_attempts"),
     "Decode workers": _WORKER["Decode workers"],
     "Processes": (
         *_WORKER["Process"][:2],

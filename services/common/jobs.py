@@ -41,9 +41,9 @@ class PrefillJob:
 class PrefillTimings:
     """Timings of one prefill in the service, in seconds.
 
-    queue_s: waiting for the engine. compute_s: forward passes. transfer_s: first frame sent until
-    receipt. exposed_transfer_s: end of compute until receipt, not hidden by overlap.
-    wire_bytes: bytes of all frames.
+    queue_s: waiting for the engine, before the first layer and between two. compute_s: forward
+    passes. transfer_s: first frame sent until receipt. exposed_transfer_s: end of compute until
+    receipt, not hidden by overlap. wire_bytes: bytes of all frames.
     """
 
     queue_s: float

@@ -235,6 +235,13 @@ class Settings(BaseModel):
         "of them, and goes on at this share of its pace; 1: both take what they can get",
     )
     max_waiting_prefills: Count = Field(64, description="prompts waiting per prefill worker")
+    max_open_prefills: Count = Field(
+        4,
+        le=32,
+        description="prompts that a prefill worker has begun and not ended: after each layer the "
+        "one with the least work left goes on; each holds its hidden states (8,192 tokens of an 8B "
+        "model: 64 MiB) and up to two layers' kept KV; 1: each is computed to its end",
+    )
     prefill_attempts: Count = Field(2, le=10, description="tries at a prompt's prefill")
     lease_s: Seconds = Field(
         30, description="a decode worker without heartbeat stays registered this long"

@@ -20,7 +20,7 @@ from winnow.wire import ReceiveBuffer, Trailer, TransferDecoder, read_header
 
 logger = logging.getLogger(__name__)
 
-MAX_OPEN_TRANSFERS = 32  # one per prefill worker that computes prompts for this worker
+MAX_OPEN_TRANSFERS = 32  # prompts that prefill workers compute for this one, paused ones too
 FIRST_FRAME_TIMEOUT_S = 10.0
 
 

@@ -31,12 +31,21 @@ class PrefillMetrics(Metrics):
         self._measure_pruning()
 
     def _measure_engine(self) -> None:
-        self.waiting = self._gauge("winnow_prefill_waiting", "Prompts waiting for the engine")
+        self.waiting = self._gauge("winnow_prefill_waiting", "Prompts waiting to begin")
         self.waiting_tokens = self._gauge(
-            "winnow_prefill_waiting_tokens", "Tokens of the prompts waiting for the engine"
+            "winnow_prefill_waiting_tokens", "Tokens of the prompts waiting to begin"
+        )
+        self.open = self._gauge(
+            "winnow_prefill_open", "Prompts begun and not computed to their end, paused ones too"
+        )
+        self.oldest_seconds = self._gauge(
+            "winnow_prefill_oldest_seconds",
+            "Time since the oldest prompt came that is not computed to its end; 0 without any",
         )
         self.queue_seconds = self._histogram(
-            "winnow_prefill_queue_seconds", "A prompt's wait for the engine", REQUEST_BUCKETS_S
+            "winnow_prefill_queue_seconds",
+            "A prompt's wait for the engine, before its first layer and between two",
+            REQUEST_BUCKETS_S,
         )
         self.compute_seconds = self._histogram(
             "winnow_prefill_compute_seconds", "Forward passes of one prompt", REQUEST_BUCKETS_S

@@ -1,7 +1,7 @@
 """Pushes one attempt's KV to its decode worker while the next layers are computed.
 
 The engine thread hands layers over and continues; gRPC's own thread encodes and sends them. At most
-`LAYERS_AHEAD` layers wait, so a slow network slows the engine down instead of filling its memory.
+`LAYERS_AHEAD` layers wait, so a slow network slows the prompt down instead of filling the memory.
 """
 
 import logging
@@ -32,6 +32,7 @@ from winnow.wire import TransferEncoder
 logger = logging.getLogger(__name__)
 
 LAYERS_AHEAD = 2
+HELD_AFTER_S = 0.05  # a layer's way through a network that keeps pace with the engine
 STALL_TIMEOUT_S = 15.0
 _PUSH_METHOD = "/winnow.v1.KvTransfer/Push"
 _PASSED_ON = (TransferRefused, ModelMismatch, DeadlineExceeded)
@@ -70,7 +71,8 @@ class Push:
         self._num_layers = 0  # handed over so far
         self._complete = False  # everything has been handed over
         self._wire_bytes = 0
-        self._moved_s = 0.0  # when the last frame was taken
+        self._sent_s = 0.0  # when a layer was last handed over
+        self._moved_s = 0.0  # when an item was last handed over, or a frame taken
         self._call: grpc.Future | None = None
 
     def open(self, channels: Channels, timeout_s: float) -> None:
@@ -87,21 +89,40 @@ class Push:
         )
         self._call.add_done_callback(lambda call: self._finish(call, channels, channel))
 
+    @property
+    def has_room(self) -> bool:
+        """Whether `send` returns or raises at once."""
+        return self._ended or len(self._waiting) < LAYERS_AHEAD or self._stalls_in_s <= 0
+
+    @property
+    def is_held(self) -> bool:
+        """Whether there has been no room for HELD_AFTER_S."""
+        return not self.has_room and time.monotonic() - self._sent_s >= HELD_AFTER_S
+
+    def wait_for_room(self) -> bool:
+        """Wait for HELD_AFTER_S at most; returns whether there is room."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.has_room, HELD_AFTER_S)
+
+    @property
+    def _stalls_in_s(self) -> float:
+        return self._moved_s + self._stall_timeout_s - time.monotonic()
+
     def send(self, layer: LayerKV) -> None:
         """Hand over a layer; blocks while LAYERS_AHEAD others are waiting.
 
-        Raises the error that ended the transfer, or DeliveryFailed after `stall_timeout_s`.
+        Raises the error that ended the transfer, or DeliveryFailed if it stalls.
         """
         with self._changed:
-            has_room = self._changed.wait_for(
-                lambda: self._ended or len(self._waiting) < LAYERS_AHEAD, self._stall_timeout_s
-            )
+            while not self.has_room:
+                self._changed.wait(self._stalls_in_s)
             if self._ended:
                 assert self._error is not None  # there is no receipt before `finish`
                 raise self._error
-            if has_room:
+            if len(self._waiting) < LAYERS_AHEAD:
                 self._waiting.append(layer)
                 self._num_layers += 1
+                self._sent_s = self._moved_s = time.monotonic()
                 self._changed.notify_all()
                 return
         self.abort(self._stalled())
@@ -123,7 +144,7 @@ class Push:
     def _watch(self) -> None:
         with self._changed:
             while not self._ended:
-                left_s = self._moved_s + self._stall_timeout_s - time.monotonic()
+                left_s = self._stalls_in_s
                 if left_s <= 0:
                     break
                 self._changed.wait(left_s)

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from services.common.jobs import PrefillJob, PrefillOutcome
 from services.common.tracing import Span
-from winnow.engine.prefill import PrefillResult
+from services.prefill.sender import Push
+from winnow.engine.prefill import PrefillResult, PrefillRun
+from winnow.engine.prompt_logprobs import PromptLogprobsRun
 from winnow.errors import WinnowError
 from winnow.tokens import PromptLogprobs
 
@@ -16,23 +18,58 @@ from winnow.tokens import PromptLogprobs
 class Work:
     """A job in progress; cancelling `outcome` cancels it. Times are those of time.monotonic().
 
-    blocked_s: seconds the engine waited for the network to take a layer.
+    run_layer_tokens, scoring_layer_tokens: what its prefill and its log-probabilities will cost.
+    is_open: it was chosen once; from then on only the engine's thread ends it.
+    is_over: the engine has nothing more to compute for it.
+    compute_s, blocked_s: seconds it was computed, and in which the engine waited for the network.
     """
 
     job: PrefillJob
+    run_layer_tokens: int
+    scoring_layer_tokens: int
     outcome: "Future[PrefillOutcome]" = field(default_factory=Future)
     received_s: float = field(default_factory=time.monotonic)
-    started_s: float = 0.0
     computed_s: float = 0.0
+    compute_s: float = 0.0
     blocked_s: float = 0.0
-    failed: bool = False
-    transfer_span: Span | None = None
+    is_open: bool = False
+    is_over: bool = False
+    error: WinnowError | None = None
+    run: PrefillRun | None = None
     result: PrefillResult | None = None
+    scoring: PromptLogprobsRun | None = None
     logprobs: PromptLogprobs | None = None
+    push: Push | None = None
+    compute_span: Span | None = None
+    transfer_span: Span | None = None
 
     @property
     def remaining_s(self) -> float:
         return self.received_s + self.job.deadline_s - time.monotonic()
+
+    @property
+    def queue_s(self) -> float:
+        """Seconds a computed prompt waited for the engine, before its first layer or after it."""
+        return self.computed_s - self.received_s - self.compute_s - self.blocked_s
+
+    @property
+    def can_go_on(self) -> bool:
+        """False while the next layer would wait for the network for longer than a moment."""
+        return self.push is None or self.scoring is not None or not self.push.is_held
+
+    @property
+    def next_layer_tokens(self) -> int:
+        return len(self.job.token_ids) if self.run is None else self.run.next_layer_tokens
+
+    @property
+    def layer_tokens_left(self) -> int:
+        left = self.run_layer_tokens if self.run is None else self.run.layer_tokens_left
+        return left + self.scoring_layer_tokens
+
+    def close(self) -> None:
+        """Free what it holds; called by the engine's thread when it is over."""
+        self.is_over = True
+        self.run = self.scoring = None
 
     def settle(self, outcome: PrefillOutcome | WinnowError) -> None:
         """Set the outcome; only the first one counts, and a cancelled job takes none."""

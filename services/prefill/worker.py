@@ -37,6 +37,7 @@ class Prefill:
             ),
             metrics,
             max_waiting=settings.max_waiting_prefills,
+            max_open=settings.max_open_prefills,
             num_threads=settings.threads_per_worker(settings.prefill_replicas),
             peers=PeerTls.load(settings),
             cores=open_shared_cores(settings) if settings.prefill_crowds_decode else None,

@@ -91,6 +91,16 @@ class PrefillRun:
         """Whether every layer has been computed."""
         return self._layer_idx == self._model.shape.num_layers
 
+    @property
+    def next_layer_tokens(self) -> int:
+        """Tokens that the next layer computes."""
+        return len(self._positions)
+
+    @property
+    def layer_tokens_left(self) -> int:
+        """Tokens of all layers to come; before the cut an estimate, as Method.layer_tokens_left."""
+        return self._method.layer_tokens_left(self._layer_idx, len(self._positions))
+
     @torch.inference_mode()
     def compute_layer(self) -> LayerKV | None:
         """Compute the next layer; returns its kept KV, or None in the first of two passes."""

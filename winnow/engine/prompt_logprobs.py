@@ -13,6 +13,14 @@ from winnow.tokens import PromptLogprobs
 MAX_LOGITS = 1 << 24
 
 
+def scoring_layer_tokens(model: DecoderModel, num_tokens: int) -> int:
+    """About as many layer-tokens as computing the logits of `num_tokens` costs.
+
+    A layer has about 12 hidden_size² weights, the LM head has hidden_size · vocab_size.
+    """
+    return num_tokens * max(1, model.vocab_size // (12 * model.shape.hidden_size))
+
+
 class PromptLogprobsRun:
     """The log-probabilities of one prompt, computed block by block.
 
@@ -39,7 +47,12 @@ class PromptLogprobsRun:
     @property
     def finished(self) -> bool:
         """Whether every token has its log-probability."""
-        return len(self._done.logprobs) == len(self._targets)
+        return self.num_tokens_left == 0
+
+    @property
+    def num_tokens_left(self) -> int:
+        """Tokens without log-probability."""
+        return len(self._targets) - len(self._done.logprobs)
 
     def compute_block(self) -> None:
         """Compute the next block; raises NotFinite for logits that are not finite."""

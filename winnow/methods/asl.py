@@ -23,6 +23,10 @@ class Asl(FastKV):
         if settings.latest_layer is not None:
             require_range("latest_layer", settings.latest_layer, 0, num_layers - 1)
 
+    @classmethod
+    def latest_cut(cls, settings: PruningSettings, num_layers: int) -> int | None:
+        return settings.latest_layer
+
     @property
     def rho(self) -> tuple[tuple[int, float], ...]:
         return self._selection.rho

@@ -13,14 +13,15 @@ class AslTwoPass(GemFilter):
 
     def __init__(self, settings: PruningSettings, num_tokens: int, shape: ModelShape) -> None:
         super().__init__(settings, num_tokens, shape)
-        latest = settings.latest_layer
-        self._selection = AdaptiveSelection(
-            settings, shape.num_layers - 1 if latest is None else latest
-        )
+        self._selection = AdaptiveSelection(settings, self.latest_cut(settings, shape.num_layers))
 
     @classmethod
     def require_fits(cls, settings: PruningSettings, num_layers: int) -> None:
         Asl.require_fits(settings, num_layers)
+
+    @classmethod
+    def latest_cut(cls, settings: PruningSettings, num_layers: int) -> int | None:
+        return num_layers - 1 if settings.latest_layer is None else settings.latest_layer
 
     @property
     def rho(self) -> tuple[tuple[int, float], ...]:

@@ -104,6 +104,11 @@ class Method:
     def require_fits(cls, settings: PruningSettings, num_layers: int) -> None:
         """Raise InvalidSetting for settings that do not fit a model with `num_layers` layers."""
 
+    @classmethod
+    def latest_cut(cls, settings: PruningSettings, num_layers: int) -> int | None:
+        """The layer at which a prompt that is not short is cut at the latest; None: maybe never."""
+        return None
+
     # One prompt
 
     @property
@@ -124,6 +129,20 @@ class Method:
         if self._limit is None:
             return "off"
         return "short_prompt" if self.short_prompt else "threshold_not_met"
+
+    def layer_tokens_left(self, layer_idx: int, num_tokens: int) -> int:
+        """Tokens of all layers from `layer_idx` on, where `num_tokens` go on.
+
+        Before the cut it is an estimate: the latest cut, after which as many go on as may.
+        """
+        num_layers = self.shape.num_layers
+        cut_layer = self.latest_cut(self.settings, num_layers)
+        none_to_come = self.short_prompt or self.selection_layer is not None
+        if none_to_come or cut_layer is None or self._limit is None:
+            return (num_layers - layer_idx) * num_tokens
+        num_below = cut_layer + 1 - layer_idx
+        num_above = num_layers if self.runs_twice else num_layers - cut_layer - 1
+        return num_below * num_tokens + num_above * self._limit
 
     def observe(self, view: LayerView) -> Cut | None:
         """The cut to apply after this layer, if any; a short prompt is never cut."""

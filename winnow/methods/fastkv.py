@@ -33,6 +33,10 @@ class FastKV(SnapKV):
     def require_fits(cls, settings: PruningSettings, num_layers: int) -> None:
         require_range("fixed_layer", settings.fixed_layer, 0, num_layers - 1)
 
+    @classmethod
+    def latest_cut(cls, settings: PruningSettings, num_layers: int) -> int | None:
+        return settings.fixed_layer
+
     def cut(self, view: LayerView) -> Cut | None:
         chosen = None if self.selection_layer is not None else self.choose(view)
         return None if chosen is None else Cut(chosen)

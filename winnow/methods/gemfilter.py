@@ -23,6 +23,10 @@ class GemFilter(Method):
     def require_fits(cls, settings: PruningSettings, num_layers: int) -> None:
         require_range("fixed_layer", settings.fixed_layer, 0, num_layers - 1)
 
+    @classmethod
+    def latest_cut(cls, settings: PruningSettings, num_layers: int) -> int | None:
+        return settings.fixed_layer
+
     def cut(self, view: LayerView) -> Cut | None:
         if view.layer_idx != self.settings.fixed_layer:
             return None

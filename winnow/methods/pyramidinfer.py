@@ -45,6 +45,13 @@ class PyramidInfer(Method):
     def max_entries(cls, settings: PruningSettings, num_tokens: int, num_kv_heads: int) -> int:
         return num_tokens  # the first layers may keep nearly all
 
+    def layer_tokens_left(self, layer_idx: int, num_tokens: int) -> int:
+        if not self._lengths:
+            return super().layer_tokens_left(layer_idx, num_tokens)
+        window = self.settings.window_size
+        above = (length + window for length in self._lengths[layer_idx:-1])
+        return sum([num_tokens, *above][: self.shape.num_layers - layer_idx])
+
     def cut(self, view: LayerView) -> Cut | None:
         self._kept = None
         if not self._lengths:

@@ -119,6 +119,14 @@ def test_comments_in_streams_can_be_switched_off(
         ({"WINNOW_CORS_ALLOWED_ORIGINS": "null"}, "cors_allowed_origins is None"),
         ({"WINNOW_MAX_TOKENS_POLICY": "cut"}, "setting max_tokens_policy is 'cut'"),
         ({"WINNOW_SSE_KEEPALIVE_S": "-1"}, "greater than or equal to 0"),
+        (
+            {"WINNOW_MAX_OPEN_PREFILLS": "0"},
+            "setting max_open_prefills is '0': Input should be greater than or equal to 1",
+        ),
+        (
+            {"WINNOW_MAX_OPEN_PREFILLS": "33"},
+            "setting max_open_prefills is '33': Input should be less than or equal to 32",
+        ),
         ({"WINNOW_NAMESPACE": "a b"}, "setting namespace is 'a b'"),
         ({"WINNOW_CONFIG": "/does/not/exist"}, "/does/not/exist cannot be read"),
     ],

@@ -177,6 +177,7 @@ def _start_prefill(running: AsyncExitStack, settings: Settings) -> QueuePrefille
         load_model(settings.model, max_model_len=settings.max_model_len),
         PrefillMetrics("tiny"),
         max_waiting=settings.max_waiting_prefills,
+        max_open=settings.max_open_prefills,
         num_threads=1,
         peers=PeerTls.load(settings),
     )

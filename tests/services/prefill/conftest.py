@@ -40,7 +40,7 @@ def metrics() -> PrefillMetrics:
 
 @pytest.fixture
 def queue(model: DecoderModel, metrics: PrefillMetrics) -> Iterator[PrefillQueue]:
-    queue = PrefillQueue(model, metrics, max_waiting=2, num_threads=1)
+    queue = PrefillQueue(model, metrics, max_waiting=2, max_open=4, num_threads=1)
     queue.start()
     yield queue
     queue.stop()

@@ -110,7 +110,7 @@ def test_it_is_not_taken_while_another_is_computed(
 
 def test_it_takes_no_place_in_the_queue(model: DecoderModel, make_job: MakeJob) -> None:
     """Before the engine has begun it, as many prompts find room as without it."""
-    queue = PrefillQueue(model, PrefillMetrics("tiny"), max_waiting=1, num_threads=1)
+    queue = PrefillQueue(model, PrefillMetrics("tiny"), max_waiting=1, max_open=4, num_threads=1)
     given_way = queue.submit(polite(make_job))
     wanted = queue.submit(make_job("wanted"))
     with pytest.raises(Overloaded, match="1 prompts wait for prefill; the limit is 1"):
@@ -136,7 +136,9 @@ class _CountingCores(SharedCores):
 
 def test_decode_on_the_same_cores_keeps_its_pace(model: DecoderModel, make_job: MakeJob) -> None:
     cores = _CountingCores()
-    queue = PrefillQueue(model, PrefillMetrics("tiny"), max_waiting=1, num_threads=1, cores=cores)
+    queue = PrefillQueue(
+        model, PrefillMetrics("tiny"), max_waiting=1, max_open=4, num_threads=1, cores=cores
+    )
     queue.start()
     queue.submit(polite(make_job)).result(SOON_S)
     assert cores.num_layers == 0

@@ -169,9 +169,9 @@ def test_cancelling_in_a_first_pass_ends_it_there(
         make_job(pruning=replace(PRUNING, method="gemfilter", fixed_layer=2, select_tokens=64))
     )
     submitted.set()
-    queue.submit(make_job("next")).result(SOON_S)
     with pytest.raises(CancelledError):
-        outcome.result()
+        outcome.result(SOON_S)
+    queue.submit(make_job("next")).result(SOON_S)
     assert computed == [0, 1, 0, 1, 2, 3]
 
 
@@ -237,7 +237,7 @@ def test_a_bad_prompt_is_refused_and_the_next_one_served(
 def test_stopping_fails_what_waits_and_what_runs(
     model: DecoderModel, metrics: PrefillMetrics, receiver: Receiver, make_job: MakeJob
 ) -> None:
-    queue = PrefillQueue(model, metrics, max_waiting=2, num_threads=1)
+    queue = PrefillQueue(model, metrics, max_waiting=2, max_open=4, num_threads=1)
     queue.start()
     gate = Gate(receiver)
     running = queue.submit(make_job("running"))
@@ -309,13 +309,13 @@ def test_cancelling_between_two_blocks_of_log_probabilities_ends_it_there(
         return logits(hidden)
 
     small_blocks = partial(PromptLogprobsRun, max_logits=100 * model.vocab_size)
-    monkeypatch.setattr("services.prefill.queue.PromptLogprobsRun", small_blocks)
+    monkeypatch.setattr("services.prefill.engine.PromptLogprobsRun", small_blocks)
     monkeypatch.setattr(model, "logits", cancelling)
     outcome = queue.submit(make_job(**SCORED))
     submitted.set()
-    queue.submit(make_job("next")).result(SOON_S)
     with pytest.raises(CancelledError):
-        outcome.result()
+        outcome.result(SOON_S)
+    queue.submit(make_job("next")).result(SOON_S)
     assert blocks == [100]
 
 
@@ -346,7 +346,7 @@ def test_decode_sees_that_layers_are_computed_and_not_that_a_push_ends(
     monkeypatch.setattr(DecoderModel, "layer", watched)
     gate = Gate(receiver, layer_idx=3)
     cores = SharedCores(tmp_path / "cores")
-    queue = PrefillQueue(model, metrics, max_waiting=2, num_threads=1, cores=cores)
+    queue = PrefillQueue(model, metrics, max_waiting=2, max_open=4, num_threads=1, cores=cores)
     queue.start()
     held = queue.submit(make_job())
     assert gate.reached.wait(SOON_S)
@@ -366,7 +366,7 @@ def test_decode_sees_no_prompt_that_failed(
     tmp_path: Path,
 ) -> None:
     cores = SharedCores(tmp_path / "cores")
-    queue = PrefillQueue(model, metrics, max_waiting=2, num_threads=1, cores=cores)
+    queue = PrefillQueue(model, metrics, max_waiting=2, max_open=4, num_threads=1, cores=cores)
     queue.start()
     with pytest.raises(InvalidRequest):
         queue.submit(make_job(token_ids=(999_999,) * NUM_TOKENS)).result(SOON_S)

@@ -3,11 +3,19 @@
 import threading
 import time
 from queue import SimpleQueue
+from types import SimpleNamespace
 
 import pytest
 
 from services.prefill.channels import Channels
-from services.prefill.sender import LAYERS_AHEAD, Delivered, Push
+from services.prefill.sender import (
+    HELD_AFTER_S,
+    LAYERS_AHEAD,
+    STALL_TIMEOUT_S,
+    Delivered,
+    Push,
+)
+from services.prefill.work import Work
 from tests.deadlines import SOON_S
 from tests.services.prefill.conftest import NUM_TOKENS, PRUNING, MakeJob
 from tests.services.prefill.receiver import GRANT, Receiver
@@ -46,6 +54,31 @@ def test_a_stalled_worker_stops_the_engine_s_wait(
             push.send(layer)
     assert len(layers) > LAYERS_AHEAD
     assert 0.2 <= time.monotonic() - started_s < 10
+
+
+def test_a_held_prompt_is_passed_over_until_it_stalls(
+    model: DecoderModel,
+    ends: "SimpleQueue[Delivered | WinnowError]",
+    make_job: MakeJob,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s = 0.0
+    clock = SimpleNamespace(monotonic=lambda: now_s)
+    monkeypatch.setattr("services.prefill.sender.time", clock)
+    push = Push("127.0.0.1:1", encoder(model), ends.put)  # nobody takes its layers
+    work = Work(make_job(), 1, 0, push=push)
+    layers, _ = prefill_all(model, range(1, NUM_TOKENS + 1), PRUNING)
+    for layer in layers[:LAYERS_AHEAD]:
+        assert push.wait_for_room()
+        push.send(layer)
+    assert not push.wait_for_room()
+    assert work.can_go_on  # its layers may leave in a moment
+    now_s = HELD_AFTER_S
+    assert not work.can_go_on
+    now_s = STALL_TIMEOUT_S
+    assert work.can_go_on  # to end
+    with pytest.raises(DeliveryFailed, match="took no KV for 15 s"):
+        push.send(layers[LAYERS_AHEAD])
 
 
 def test_a_worker_that_takes_everything_and_says_nothing_is_not_waited_for(

@@ -16,7 +16,7 @@ from tests.winnow.drive import (
 from tests.winnow.methods.small_runs import GREEDY, NUM_KV_HEADS, SMALL, answer
 from winnow.catalog import COMPRESSIONS, METHODS
 from winnow.decoder import DecoderModel
-from winnow.engine.prefill import PrefillResult
+from winnow.engine.prefill import PrefillResult, PrefillRun
 from winnow.kv import LayerKV
 from winnow.methods import method_class
 from winnow.models import load_model
@@ -190,3 +190,31 @@ def test_the_memory_to_reserve_is_no_more_than_can_be_needed(
 def test_methods_are_known_without_loading_torch() -> None:
     code = "import sys, winnow.pruning_settings; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("num_tokens", [9, 20, 24, 25, N])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_work_left_is_known_where_the_cut_is(
+    model: DecoderModel, method: str, num_tokens: int
+) -> None:
+    settings = replace(SMALL, method=method, threshold=0.0)  # ASL cuts at its latest layer
+    run = PrefillRun(model, prompt(num_tokens), settings)
+    while not run.finished:
+        left_then = run.layer_tokens_left - run.next_layer_tokens
+        run.compute_layer()
+        assert run.layer_tokens_left == left_then
+    assert run.layer_tokens_left == 0
+
+
+@pytest.mark.parametrize("latest_layer", [None, 3])
+@pytest.mark.parametrize("method", ["asl", "asl-2pass"])
+def test_the_work_left_shrinks_by_a_cut_that_comes_early(
+    model: DecoderModel, method: str, latest_layer: int | None
+) -> None:
+    settings = replace(SMALL, method=method, threshold=1.2, latest_layer=latest_layer)
+    run = PrefillRun(model, prompt(N), settings)
+    run.compute_layer()
+    left_then = run.layer_tokens_left - run.next_layer_tokens
+    run.compute_layer()
+    assert run.result().report.selection_layer == 1
+    assert run.layer_tokens_left < left_then
