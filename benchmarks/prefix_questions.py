@@ -109,7 +109,8 @@ def _transformers(path: Path) -> Ask:
             (idx for idx, (a, b) in enumerate(zip(prompt, cached, strict=False)) if a != b),
             min(len(cached), len(prompt) - 1),
         )
-        cache.crop(common)
+        if common < len(cached):
+            cache.crop(common - len(cached))
         model(torch.tensor([prompt[common:]]), past_key_values=cache, logits_to_keep=1)
         cached = prompt
 

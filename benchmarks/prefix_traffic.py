@@ -50,7 +50,7 @@ def mixed_documents(quick: bool) -> list[dict[str, Any]]:
         size = "0" if cache == "off" else "512MiB"
         flags = ["--prefill-replicas", "2", "--prefix-cache-bytes", size]
         if affinity == "off":
-            flags.append("--no-prefix-affinity")
+            flags += ["--prefix-affinity", "false"]
         with running_service(*flags) as url:
             found = asyncio.run(_ask_all(url, prompts))
         rows.append({"prefix cache": cache, "affinity": affinity} | _summary(*found))

@@ -129,7 +129,8 @@ def build_app(settings: Settings) -> serve.Application:
 
 def _prefill_routing(settings: Settings) -> dict[str, Any]:
     """Nothing, which leaves it to Serve, unless there is a prefix store to choose."""
-    if settings.prefix_cache_bytes == 0 or settings.prefill_replicas == 1:
+    holds_any = settings.prefix_cache_bytes > 0 and settings.prefill_replicas > 1
+    if not (holds_any and settings.prefix_affinity):
         return {}
     router = {
         "request_router_class": _PREFILL_ROUTER,

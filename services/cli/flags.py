@@ -83,6 +83,7 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
         "prefill_attempts",
         "prefix_cache_bytes",
         "prefix_cache_device",
+        "prefix_affinity",
     ),
     "Decode workers": _WORKER["Decode workers"],
     "Processes": (

@@ -245,6 +245,11 @@ class Settings(BaseModel):
         description="where that memory is: device (beside the model) or host, from which a GPU "
         "fetches what it needs",
     )
+    prefix_affinity: bool = Field(
+        True,
+        description="prompts go to the prefill worker that holds most of their beginning, unless "
+        "it has too much to do; false: to any that is free",
+    )
     max_waiting_prefills: Count = Field(64, description="prompts waiting per prefill worker")
     max_open_prefills: Count = Field(
         4,
