@@ -14,7 +14,7 @@ from torch import Tensor
 from winnow import methods
 from winnow.attention import PrefillAttention
 from winnow.decoder import DecoderModel
-from winnow.engine.prefix.lease import Lease
+from winnow.engine.prefix.prompt_blocks import PromptBlocks
 from winnow.engine.prefix.store import PrefixStore
 from winnow.engine.token_states import TokenStates, Work
 from winnow.errors import InvalidRequest, PromptTooLong
@@ -84,14 +84,14 @@ class PrefillRun:
         self._num_prompt_tokens = len(token_ids)
         self._method = methods.create(settings, len(token_ids), model.shape)
         self._no_prefix_reason = "off" if store is None else self._method.no_prefix_reason()
-        self._lease: Lease | None = None
+        self._blocks: PromptBlocks | None = None
         if store is not None and self._no_prefix_reason is None:
-            self._lease = Lease(store, token_ids, cache_salt)
-            weakref.finalize(self, store.abandon, self._lease.close).atexit = False
+            self._blocks = PromptBlocks(store, token_ids, cache_salt)
+            weakref.finalize(self, store.abandon, self._blocks.close).atexit = False
         self._token_ids = torch.tensor(token_ids, device=model.device)
         self._work = Work()
         self._tokens = TokenStates(
-            model, self._token_ids, self._work, self._lease, settings.window_size
+            model, self._token_ids, self._work, self._blocks, settings.window_size
         )
         self._restarted = False
         self._layer_idx = 0
@@ -139,10 +139,10 @@ class PrefillRun:
 
     def close(self) -> None:
         """Let go of the prefix store; a run that is not finished must not go on."""
-        if self._lease is not None:
-            self._lease.count(self._num_prompt_tokens, self._num_cached_tokens)
-            self._lease.close()
-            self._lease = None
+        if self._blocks is not None:
+            self._blocks.count(self._num_prompt_tokens, self._num_cached_tokens)
+            self._blocks.close()
+            self._blocks = None
 
     def _prune(self, attention: PrefillAttention) -> tuple[LayerKV | None, Cut | None]:
         """The layer's kept KV, and the cut to apply after it, if any."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from winnow.attention import PrefillAttention, ScatteredAttention
 from winnow.decoder import DecoderModel, Rope
-from winnow.engine.prefix.lease import Lease
+from winnow.engine.prefix.prompt_blocks import PromptBlocks
 from winnow.engine.prefix.storage import DamagedBlock
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ class TokenStates:
     """The tokens at `positions` [N]. A layer computes the last of them, and has the others cached.
 
     token_ids: [N] int64, at positions 0 to N - 1.
-    lease: the blocks of the prompt, which may be longer; None: every layer computes all tokens.
+    blocks: the blocks of the prompt, which may be longer; None: every layer computes all tokens.
     min_computed: the number of last tokens that every layer computes, cached or not.
     work: to which this run's is added.
     """
@@ -41,13 +41,13 @@ class TokenStates:
         model: DecoderModel,
         token_ids: Tensor,
         work: Work,
-        lease: Lease | None = None,
+        blocks: PromptBlocks | None = None,
         min_computed: int = 1,
     ) -> None:
         self._model = model
         self._token_ids = token_ids
         self._work = work
-        self._lease = lease
+        self._blocks = blocks
         self._last_start = max(0, len(token_ids) - min_computed)
         self._layer_idx = 0  # the next one
         self.positions = torch.arange(len(token_ids), device=model.device)
@@ -82,14 +82,14 @@ class TokenStates:
             self._layer_idx, self._hidden, _from(self._start, self._rope), attention
         )
         self._work.layer_tokens += self.num_computed
-        if self._lease is not None:
-            self._lease.grow(self._layer_idx, attention.keys, attention.values, self._hidden[0])
+        if self._blocks is not None:
+            self._blocks.grow(self._layer_idx, attention.keys, attention.values, self._hidden[0])
         self._layer_idx += 1
         return attention
 
     def _num_cached(self) -> int:
         """The tokens that the next layer need not compute."""
-        cached = 0 if self._lease is None else self._lease.num_cached(self._layer_idx)
+        cached = 0 if self._blocks is None else self._blocks.num_cached(self._layer_idx)
         return min(cached, self._last_start)
 
     def _move_start(self) -> None:
@@ -102,22 +102,22 @@ class TokenStates:
         if start > self._start:
             self._hidden = self._hidden[:, start - self._start :]
         elif start < self._start:
-            assert self._lease is not None
-            joining = self._lease.frontier(start, self._start)
+            assert self._blocks is not None
+            joining = self._blocks.frontier(start, self._start)
             self._hidden = torch.cat([joining[None], self._hidden], dim=1)
         self._start = start
 
     def _cached(self) -> Tensor | None:
-        if self._lease is None or self._start == 0:
+        if self._blocks is None or self._start == 0:
             return None
-        return self._lease.keys_and_values(self._layer_idx, self._start, len(self))
+        return self._blocks.keys_and_values(self._layer_idx, self._start, len(self))
 
     def keep(self, kept: Tensor) -> None:
         """Go on with the tokens of these indices only ([num_kept] int64, ascending)."""
         self._hidden = self._without_damage(lambda: self._states(kept))
         self._rope = self._rope[0][:, kept], self._rope[1][:, kept]
         self.positions = self.positions[kept]
-        self._lease, self._start = None, 0
+        self._blocks, self._start = None, 0
 
     def hidden(self) -> Tensor:
         """[N, hidden_size], of all tokens after the last computed layer."""
@@ -133,15 +133,15 @@ class TokenStates:
 
     def _states(self, tokens: Tensor) -> Tensor:
         """Hidden states [1, num_tokens, hidden_size] of some tokens after the last layer."""
-        if self._lease is None or self._start == 0:
+        if self._blocks is None or self._start == 0:
             return self._hidden[:, tokens]
         # Blocks at the beginning may have more layers, and their frontier is after the last.
-        deep = min(self._lease.num_cached(self._layer_idx), self._start)
+        deep = min(self._blocks.num_cached(self._layer_idx), self._start)
         at_frontier = tokens[(tokens >= deep) & (tokens < self._start)] - deep
         own = tokens[tokens >= self._start] - self._start
         parts = [self._recompute(tokens[tokens < deep])]
         if len(at_frontier):
-            parts.append(self._lease.frontier(deep, self._start)[None, at_frontier])
+            parts.append(self._blocks.frontier(deep, self._start)[None, at_frontier])
         return torch.cat([*parts, self._hidden[:, own]], dim=1)
 
     def _recompute(self, tokens: Tensor) -> Tensor:
@@ -149,11 +149,11 @@ class TokenStates:
         hidden = self._model.embed(self._token_ids[None, tokens])
         if not len(tokens):
             return hidden
-        assert self._lease is not None
+        assert self._blocks is not None
         rope = self._rope[0][:, tokens], self._rope[1][:, tokens]
         num_keys = int(tokens[-1]) + 1
         for layer_idx in range(self._layer_idx):
-            cached = self._lease.keys_and_values(layer_idx, num_keys, num_keys)
+            cached = self._blocks.keys_and_values(layer_idx, num_keys, num_keys)
             attention = ScatteredAttention(cached, tokens)
             hidden = self._model.layer(layer_idx, hidden, rope, attention)
         self._work.recomputed_tokens += len(tokens)
@@ -170,9 +170,9 @@ class TokenStates:
 
     def _repair(self, block_idx: int) -> None:
         """Compute the tokens from a damaged block on to where the computed ones start."""
-        assert self._lease is not None
-        self._lease.replace(block_idx)
-        missing = TokenStates(self._model, self._token_ids[: self._start], self._work, self._lease)
+        assert self._blocks is not None
+        self._blocks.replace(block_idx)
+        missing = TokenStates(self._model, self._token_ids[: self._start], self._work, self._blocks)
         for _ in range(self._layer_idx):
             missing.compute_layer(1)
         self._hidden = torch.cat([missing._hidden, self._hidden], dim=1)

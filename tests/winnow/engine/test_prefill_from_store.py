@@ -270,18 +270,24 @@ def test_runs_at_the_same_time_use_what_the_others_have_computed(
     assert store.stats().hit_tokens == 128
 
 
-@given(st.lists(st.integers(0, 2), min_size=12, max_size=24), st.integers(1, 12))
+@pytest.mark.parametrize("location", ["device", "host"])
+@given(data=st.data(), num_blocks=st.integers(1, 12))
 @settings(max_examples=40, derandomize=True, deadline=None)
 def test_runs_in_any_order_within_any_memory_get_what_they_get_from_scratch(
-    models: dict[str, DecoderModel], turns: list[int], num_blocks: int
+    models: dict[str, DecoderModel], location: str, data: st.DataObject, num_blocks: int
 ) -> None:
+    """In host memory, whatever is damaged meanwhile."""
     model, document = models["qwen2"], prompt(64)
-    store = make_store(model, num_blocks * (4 << 12))
+    store = make_store(model, num_blocks * (4 << 12), location)
     prompts = [document[: 20 + 20 * seed] + prompt(30, seed) for seed in range(3)]
     pruning = [replace(FASTKV, fixed_layer=layer_idx) for layer_idx in (2, 1, 3)]
     runs: dict[int, PrefillRun] = {}
     layers: dict[int, list[LayerKV]] = {}
+    turns = data.draw(st.lists(st.integers(0, 3), min_size=12, max_size=24))
     for idx in [*turns, *[0] * 4, *[1] * 4, *[2] * 4]:
+        if idx == 3:
+            damage_any(store, data)
+            continue
         if idx not in runs:
             runs[idx] = PrefillRun(model, prompts[idx], pruning[idx], store=store)
             layers[idx] = []
@@ -294,6 +300,15 @@ def test_runs_in_any_order_within_any_memory_get_what_they_get_from_scratch(
         assert_same(found, prefill(model, prompts[idx], pruning[idx]))
     assert store.stats().num_blocks_in_use == 0
     assert store.stats().used_bytes <= store.stats().max_bytes
+
+
+@torch.inference_mode()
+def damage_any(store: PrefixStore, data: st.DataObject) -> None:
+    """Change a stored tensor that has a checksum, if there is one."""
+    parts = [one for block in store._blocks.values() for one in (*block.layers, block.frontier)]
+    checked = [one for one in parts if one is not None and one.checksum is not None]
+    if checked:
+        data.draw(st.sampled_from(checked)).tensor.view(-1)[7] -= 1.0
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from torch import Tensor
 
 from winnow.decoder import DecoderModel
-from winnow.engine.prefix.lease import Lease
+from winnow.engine.prefix.prompt_blocks import PromptBlocks
 from winnow.engine.prefix.storage import DamagedBlock
 from winnow.engine.prefix.store import Block, PrefixStore
 from winnow.errors import InvalidSetting
@@ -41,10 +41,10 @@ class Run:
     def __init__(self, store: PrefixStore, tokens: tuple[int, ...], salt: str) -> None:
         token_ids = [token for token in tokens for _ in range(BLOCK)]
         self.hashes = store.hashes(token_ids, salt)
-        self.lease = Lease(store, token_ids, salt)
+        self.blocks = PromptBlocks(store, token_ids, salt)
         self.num_tokens = len(token_ids) + 1
         self.layer_idx = 0
-        self.start = min(self.lease.num_cached(0), self.num_tokens - 1)
+        self.start = min(self.blocks.num_cached(0), self.num_tokens - 1)
 
     def step(self) -> None:
         while True:
@@ -54,20 +54,20 @@ class Run:
                 self.repair(damage.idx)
 
     def repair(self, block_idx: int) -> None:
-        first, until = self.lease.replace(block_idx) * BLOCK, self.start
+        first, until = self.blocks.replace(block_idx) * BLOCK, self.start
         assert first <= until
         for layer_idx in range(self.layer_idx):
-            self.start = min(self.lease.num_cached(layer_idx), first)
+            self.start = min(self.blocks.num_cached(layer_idx), first)
             self.give(layer_idx, until)
         self.start = min(self.start, first)
 
     def _compute(self, layer_idx: int, num_tokens: int) -> None:
-        start = min(self.lease.num_cached(layer_idx), num_tokens - 1)
+        start = min(self.blocks.num_cached(layer_idx), num_tokens - 1)
         if start < self.start and layer_idx:
-            joining = self.lease.frontier(start, self.start)
+            joining = self.blocks.frontier(start, self.start)
             assert torch.equal(joining, self.hidden(layer_idx - 1, self.start)[start:])
         if start:
-            both = self.lease.keys_and_values(layer_idx, start, num_tokens)
+            both = self.blocks.keys_and_values(layer_idx, start, num_tokens)
             assert torch.equal(both[:, :, :start], self.layer(layer_idx, num_tokens)[:, :, :start])
         self.start = start
         self.give(layer_idx, num_tokens)
@@ -75,7 +75,7 @@ class Run:
 
     def give(self, layer_idx: int, num_tokens: int) -> None:
         keys, values = self.layer(layer_idx, num_tokens)
-        self.lease.grow(layer_idx, keys, values, self.hidden(layer_idx, num_tokens)[self.start :])
+        self.blocks.grow(layer_idx, keys, values, self.hidden(layer_idx, num_tokens)[self.start :])
 
     def layer(self, layer_idx: int, num_tokens: int) -> Tensor:
         parts = [content((one, layer_idx), 2, 2, BLOCK, 16) for one in self.hashes]
@@ -116,13 +116,13 @@ class Machine(RuleBasedStateMachine):
 
     @rule(run=consumes(runs))
     def close(self, run: Run) -> None:
-        run.lease.close()
-        run.lease.close()  # has no further effect
+        run.blocks.close()
+        run.blocks.close()  # has no further effect
         self.open.remove(run)
 
     @rule(run=consumes(runs))
     def drop(self, run: Run) -> None:
-        self.store.abandon(run.lease.close)
+        self.store.abandon(run.blocks.close)
         self.open.remove(run)
         self.store.release_abandoned()
 
@@ -156,19 +156,19 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def users_are_counted(self) -> None:
-        uses = [block for run in self.open for block in run.lease._blocks]
+        uses = [block for run in self.open for block in run.blocks._blocks]
         assert all(block.num_users == uses.count(block) for block in self.blocks())
         idle = {block for block in self.store._blocks.values() if not block.num_users}
         assert set(self.store._idle.values()) == idle
         assert all(block.depth for block in idle)
 
     def blocks(self) -> set[Block]:
-        uses = {block for run in self.open for block in run.lease._blocks}
+        uses = {block for run in self.open for block in run.blocks._blocks}
         return uses | set(self.store._blocks.values())
 
     def teardown(self) -> None:
         for run in self.open:
-            run.lease.close()
+            run.blocks.close()
         assert self.store.stats().num_blocks_in_use == 0
 
 
@@ -201,9 +201,9 @@ def test_the_least_recently_used_leaves_are_evicted(model: DecoderModel) -> None
     for tokens in ((1, 1), (2, 2), (1, 1), (3,)):
         run = Run(store, tokens, "")
         run.step()
-        run.lease.close()
+        run.blocks.close()
     one, two, three = (Run(store, tokens, "") for tokens in ((1, 1), (2, 2), (3,)))
-    assert [run.lease.num_cached(0) for run in (one, two, three)] == [16, 8, 8]
+    assert [run.blocks.num_cached(0) for run in (one, two, three)] == [16, 8, 8]
     assert set(store.held()) == {*one.hashes, two.hashes[0], *three.hashes}
     assert store.stats().evicted_blocks == 1
     assert store.stats().used_bytes == 2 * chain

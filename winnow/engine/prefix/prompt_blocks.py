@@ -10,7 +10,7 @@ from winnow.engine.prefix.storage import DamagedBlock, Stored
 from winnow.engine.prefix.store import Block, PrefixStore
 
 
-class Lease:
+class PromptBlocks:
     """Holds the blocks of a prompt: no other run evicts them, and all see how far each has come.
 
     Each method that reads raises DamagedBlock with the index of the block.
@@ -79,6 +79,7 @@ class Lease:
         ):
             end = start + self.block_tokens
             if block.depth > layer_idx:
+                self._lent.pop(block, None)  # another run has given it a later one
                 continue
             growing = growing and block.depth == layer_idx and start >= offset and end <= num_tokens
             tokens = slice(start, end)
