@@ -14,12 +14,13 @@ class PrefillReport:
     where the selected tokens were recomputed from position 0.
     rho: (layer, relative rank variance) for each layer that ASL evaluated.
     computed_share: layer-tokens computed / (num_layers * num_prompt_tokens), up to 1; for a method
-    with two passes the sum of both, up to 2.
+    with two passes the sum of both, up to 2. Above that only where selected tokens were computed
+    twice, see `num_recomputed_tokens`.
     kv_bytes_full, kv_bytes_kept: keys and values of every token, and of the kept entries.
     layer_entries: kept KV entries per layer, summed over KV heads.
     num_cached_tokens: tokens that layer 0 took from the prefix store.
     num_recomputed_tokens: selected ones of those that had to be computed alone up to the cut.
-    saved_layer_tokens: layer-tokens that were not computed because of the prefix store.
+    saved_layer_tokens: layer-tokens that were not computed because of the prefix store; at least 0.
     no_prefix_reason: why the prefix store was not used: `off`, or the method's `needs_all_queries`
     or `drops_from_layer_0`; None if it was.
     """

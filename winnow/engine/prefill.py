@@ -194,7 +194,9 @@ class PrefillRun:
             layer_entries=tuple(self._layer_entries),
             num_cached_tokens=self._num_cached_tokens,
             num_recomputed_tokens=self._work.recomputed_tokens,
-            saved_layer_tokens=self._layer_tokens - self._work.layer_tokens,
+            # Less than nothing where another run has overtaken this one: what it selects then is
+            # computed alone, after layers in which it was computed already.
+            saved_layer_tokens=max(0, self._layer_tokens - self._work.layer_tokens),
             no_prefix_reason=self._no_prefix_reason,
         )
         hidden = self._tokens.hidden() if keep_hidden else None

@@ -89,7 +89,8 @@ class TokenStates:
 
     def _num_cached(self) -> int:
         """The tokens that the next layer need not compute."""
-        cached = 0 if self._blocks is None else self._blocks.num_cached(self._layer_idx)
+        blocks = self._blocks  # other threads ask how much is left, while `keep` may unset it
+        cached = 0 if blocks is None else blocks.num_cached(self._layer_idx)
         return min(cached, self._last_start)
 
     def _move_start(self) -> None:

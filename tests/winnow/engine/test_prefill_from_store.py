@@ -21,6 +21,7 @@ from winnow.methods import method_class
 from winnow.methods.base import Cut, LayerView
 from winnow.models import load_model
 from winnow.pruning_settings import PruningSettings
+from winnow.wire.messages import report_from_proto, report_to_proto
 
 BLOCK = 16
 WITH_PREFIX = [name for name in METHODS if method_class(name).no_prefix_reason() is None]
@@ -268,6 +269,23 @@ def test_runs_at_the_same_time_use_what_the_others_have_computed(
         assert_same((done, run.result(keep_hidden=True)), prefill(model, token_ids, full))
     assert [run.result().report.num_cached_tokens for run in runs] == [0, 64, 64]
     assert store.stats().hit_tokens == 128
+
+
+def test_a_run_that_was_overtaken_may_save_nothing(models: dict[str, DecoderModel]) -> None:
+    """Its selected tokens were computed in the layers before, and are computed again alone."""
+    model, document = models["llama"], prompt(160)
+    store, token_ids = make_store(model), document + prompt(10, 1)
+    pruning = replace(FASTKV, fixed_layer=2, select_tokens=120)
+    run = PrefillRun(model, token_ids, pruning, store=store)
+    layers = [run.compute_layer(), run.compute_layer()]
+    prefill(model, document + prompt(5, 2), UNPRUNED, store)
+    layers += all_layers(run)
+    found = [layer for layer in layers if layer is not None], run.result(keep_hidden=True)
+    assert_same(found, prefill(model, token_ids, pruning))
+    report = found[1].report
+    assert report.num_recomputed_tokens > 0
+    assert report.saved_layer_tokens == 0
+    assert report_from_proto(report_to_proto(report)) == report
 
 
 @pytest.mark.parametrize("location", ["device", "host"])
