@@ -33,9 +33,21 @@ class Slots:
         num_bytes: int,
         allocate: Callable[[tuple[int, ...]], Tensor],
     ) -> None:
-        self._chunk_shape = (max(1, _CHUNK_BYTES // num_bytes), *shape)
+        per_chunk = max(1, _CHUNK_BYTES // num_bytes)
+        self._chunk_shape = (per_chunk, *shape)
+        self._chunk_bytes = per_chunk * num_bytes
         self._allocate = allocate
         self._chunks: list[_Chunk] = []
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Of all chunks, in use or not."""
+        return len(self._chunks) * self._chunk_bytes
+
+    @property
+    def next_bytes(self) -> int:
+        """What `take` would allocate now."""
+        return 0 if any(chunk.free for chunk in self._chunks) else self._chunk_bytes
 
     def take(self) -> tuple[Tensor, Callable[[], None]]:
         """A tensor with any values, and what is to be called when it is not used any more."""

@@ -18,6 +18,10 @@ class DamagedBlock(Exception):
         self.idx = idx
 
 
+class StorageFull(Exception):
+    """There is no memory for another tensor of its shape, unless one of that shape goes."""
+
+
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Stored:
     """A tensor in its storage, whose memory is used again when this object is gone.
@@ -35,24 +39,43 @@ class Storage:
     in_host_memory: they are kept there, pinned if the device is a GPU. Each is checked by its
     checksum when it is fetched; both are computed on the device, so the way is checked as well.
 
+    max_bytes: of all memory taken from the system, but for the first piece of each shape.
+
     Copies do not wait for the device. They are ordered because one thread makes them on one stream.
     """
 
-    def __init__(self, device: torch.device, *, in_host_memory: bool) -> None:
+    def __init__(
+        self, device: torch.device, *, in_host_memory: bool, max_bytes: int | None = None
+    ) -> None:
         self._device = device
         self._in_host_memory = in_host_memory
+        self._max_bytes = max_bytes
         self._slots: dict[tuple[torch.Size, torch.dtype], Slots] = {}
 
     def put(self, tensor: Tensor) -> Stored:
-        """Copy a tensor whose bytes are a multiple of 8."""
+        """Copy a tensor whose bytes are a multiple of 8.  Raises StorageFull."""
+        checksum = _checksum(tensor) if self._in_host_memory else None
         key = tensor.shape, tensor.dtype
         if key not in self._slots:
             self._slots[key] = self._slots_for(tensor)
-        copy, give_back = self._slots[key].take()
-        copy.copy_(tensor, non_blocking=True)
-        stored = Stored(copy, _checksum(tensor) if self._in_host_memory else None)
+        slots = self._slots[key]
+        self._require_room(slots)
+        copy, give_back = slots.take()
+        stored = Stored(copy, checksum)
         weakref.finalize(stored, give_back).atexit = False
+        copy.copy_(tensor, non_blocking=True)
         return stored
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Memory taken from the system, in use or not."""
+        return sum(slots.allocated_bytes for slots in self._slots.values())
+
+    def _require_room(self, slots: Slots) -> None:
+        if self._max_bytes is None or not slots.allocated_bytes:
+            return
+        if slots.next_bytes and self.allocated_bytes + slots.next_bytes > self._max_bytes:
+            raise StorageFull(f"{self.allocated_bytes:,} bytes of {self._max_bytes:,} are taken")
 
     def _slots_for(self, tensor: Tensor) -> Slots:
         device = torch.device("cpu") if self._in_host_memory else self._device
@@ -61,7 +84,10 @@ class Storage:
 
         @torch.inference_mode(mode=False)  # or it could only be written to in that mode
         def allocate(shape: tuple[int, ...]) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
+            try:
+                return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
+            except RuntimeError as error:  # torch's, of all allocators that have no memory left
+                raise StorageFull(str(error)) from error
 
         return Slots(tuple(tensor.shape), tensor.nbytes, allocate)
 

@@ -1,5 +1,6 @@
 """The prefix store: keys, values and hidden states of prompts' beginnings, for later prompts."""
 
+import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,10 +10,14 @@ from torch import Tensor
 from winnow.checks import require_choice
 from winnow.decoder import DecoderModel
 from winnow.engine.prefix.hashes import BLOCK_TOKENS, block_hashes, prefix_salt
-from winnow.engine.prefix.storage import Storage, Stored
+from winnow.engine.prefix.storage import Storage, StorageFull, Stored
 from winnow.errors import InvalidSetting
 
+logger = logging.getLogger(__name__)
+
 LOCATIONS = ("device", "host")
+# Memory is taken in pieces, and blocks of other depths leave gaps in them.
+_SPARE_BYTES = 64 << 20
 
 
 @dataclass(slots=True, eq=False)
@@ -79,7 +84,11 @@ class PrefixStore:
         assert block_tokens % 8 == 0, "checksums are of 64-bit words"
         shape = model.shape
         self.block_tokens = block_tokens
-        self.storage = Storage(model.device, in_host_memory=location == "host")
+        self.storage = Storage(
+            model.device,
+            in_host_memory=location == "host",
+            max_bytes=max_bytes + _SPARE_BYTES,
+        )
         self._fingerprint = model.fingerprint
         self._layer_bytes = shape.kv_bytes(block_tokens * shape.num_kv_heads)
         self._frontier_bytes = block_tokens * shape.hidden_size * shape.dtype.itemsize
@@ -190,31 +199,57 @@ class PrefixStore:
         num_bytes = self._layer_bytes + (0 if block.depth else self._frontier_bytes)
         if block.dropped or not self._make_room(num_bytes):
             return False
-        stored = self.storage.put(layer)
+        stored = self._put(layer)
+        if stored is None:
+            return False
         self._used_bytes += num_bytes
         block.frontier = Stored(frontier)
         block.layers.append(stored)
         return True
 
     def settle(self, block: Block) -> None:
-        """Replace the view that `grow` was given by a copy in the store's own memory."""
+        """Replace the view that `grow` was given by a copy in the store's own memory.
+
+        Without memory for it the block is removed, as are those that follow it.
+        """
         assert block.frontier is not None
-        block.frontier = self.storage.put(block.frontier.tensor)
+        stored = self._put(block.frontier.tensor)
+        if stored is not None:
+            block.frontier = stored
+        elif not block.dropped:
+            self._remove_with_children(block)
+
+    def _put(self, tensor: Tensor) -> Stored | None:
+        """A copy of a tensor; None if all the memory for such tensors is held by runs."""
+        while True:
+            try:
+                return self.storage.put(tensor)
+            except StorageFull as full:
+                if not self._idle:
+                    logger.warning("the prefix store cannot keep a block: %s", full)
+                    return None
+            self._evict()
 
     def _make_room(self, num_bytes: int) -> bool:
         self.release_abandoned()
         while self._used_bytes + num_bytes > self._max_bytes and self._idle:
-            _, block = self._idle.popitem(last=False)
-            self._remove(block)
-            self._free(block)
-            self._evicted_blocks += 1
+            self._evict()
         return self._used_bytes + num_bytes <= self._max_bytes
+
+    def _evict(self) -> None:
+        """Free the least recently used block; it has both keys and values, and hidden states."""
+        _, block = self._idle.popitem(last=False)
+        self._remove(block)
+        self._free(block)
+        self._evicted_blocks += 1
 
     def drop(self, block: Block) -> None:
         """Remove a damaged block and all that follow it; runs that hold them keep them."""
-        if block.dropped:
-            return
-        self._damaged_blocks += 1
+        if not block.dropped:
+            self._damaged_blocks += 1
+            self._remove_with_children(block)
+
+    def _remove_with_children(self, block: Block) -> None:
         self._remove(block)
         doomed = [block]
         while doomed:

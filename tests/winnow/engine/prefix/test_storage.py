@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from winnow.engine.prefix.storage import DamagedBlock, Storage
+from winnow.engine.prefix import slots
+from winnow.engine.prefix.storage import DamagedBlock, Storage, StorageFull
 
 CPU = torch.device("cpu")
 
@@ -45,3 +46,30 @@ def test_memory_is_used_again_when_nobody_has_what_was_stored() -> None:
     place = first.tensor.data_ptr()
     del first
     assert storage.put(torch.zeros(2, 8)).tensor.data_ptr() == place
+
+
+def test_takes_no_more_memory_than_it_may_but_for_the_first_piece_of_each_shape(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(slots, "_CHUNK_BYTES", 128)
+    storage = Storage(CPU, in_host_memory=False, max_bytes=256)
+    stored = [storage.put(torch.randn(16)) for _ in range(4)]
+    with pytest.raises(StorageFull, match="256 bytes of 256 are taken"):
+        storage.put(torch.randn(16))
+    storage.put(torch.randn(8))
+    assert storage.allocated_bytes == 384
+    del stored[0]
+    storage.put(torch.randn(16))
+    assert storage.allocated_bytes == 384
+
+
+def test_a_system_without_memory_fills_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(CPU, in_host_memory=False)
+
+    def no_memory(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no memory left")
+
+    with monkeypatch.context() as patch, pytest.raises(StorageFull, match="no memory left"):
+        patch.setattr(torch, "empty", no_memory)
+        storage.put(torch.ones(8))
+    assert torch.equal(storage.put(torch.ones(8)).tensor, torch.ones(8))

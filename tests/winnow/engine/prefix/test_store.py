@@ -1,4 +1,5 @@
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from torch import Tensor
 
 from winnow.decoder import DecoderModel
+from winnow.engine.prefix import slots
+from winnow.engine.prefix import store as store_module
 from winnow.engine.prefix.prompt_blocks import PromptBlocks
-from winnow.engine.prefix.storage import DamagedBlock
+from winnow.engine.prefix.storage import DamagedBlock, Storage, StorageFull, Stored
 from winnow.engine.prefix.store import Block, PrefixStore
 from winnow.errors import InvalidSetting
 from winnow.models import load_model
@@ -207,3 +210,49 @@ def test_the_least_recently_used_leaves_are_evicted(model: DecoderModel) -> None
     assert set(store.held()) == {*one.hashes, two.hashes[0], *three.hashes}
     assert store.stats().evicted_blocks == 1
     assert store.stats().used_bytes == 2 * chain
+
+
+def test_gaps_that_shallow_blocks_leave_do_not_take_more_memory(
+    model: DecoderModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of one layer have many hidden states, those of four have many keys and values."""
+    chunk, max_bytes = 16 << 10, 256 << 10
+    monkeypatch.setattr(slots, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(store_module, "_SPARE_BYTES", 2 * chunk)
+    store = PrefixStore(model, max_bytes, block_tokens=BLOCK)
+    random = Random(0)
+    for depths in ((1,), (4,), (1, 4), (1,)):
+        for _ in range(100):
+            tokens = random.choice([(1, 2), (3,), tuple(random.choices(range(10**6), k=6))])
+            run = Run(store, tokens, "")
+            for _ in range(random.choice(depths)):
+                run.step()
+            run.blocks.close()
+            assert store.storage.allocated_bytes <= max_bytes + 2 * chunk
+    assert store.stats().used_bytes > max_bytes / 2
+
+
+def test_without_memory_for_a_copy_a_run_goes_on_and_leaves_the_store_in_order(
+    model: DecoderModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = PrefixStore(model, 1 << 20, block_tokens=BLOCK)
+
+    def full(*_: object) -> Stored:
+        raise StorageFull("no memory left")
+
+    first, second = Run(store, (1, 2), ""), Run(store, (3,), "")
+    first.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "put", full)
+        second.step()
+        first.step()  # has to copy what it computed, and cannot
+        first.step()
+        for run in (first, second):
+            run.blocks.close()
+    stats = store.stats()
+    assert (stats.num_blocks, stats.num_blocks_in_use, stats.used_bytes) == (0, 0, 0)
+    assert stats.damaged_blocks == 0
+    again = Run(store, (1, 2), "")
+    again.step()
+    again.blocks.close()
+    assert store.stats().num_blocks == 2
