@@ -72,6 +72,7 @@ def evaluate_turns(
     plan: TurnPlan,
     model: LocalModel,
     store_bytes: int,
+    store_device: str,
     folder: Path,
     *,
     progress: Console,
@@ -83,7 +84,7 @@ def evaluate_turns(
     """
     require_lengths(plan.lengths, model)
     model.require_runs(plan.variants, max(plan.lengths) - TASK.max_new_tokens, TASK.max_new_tokens)
-    store = PrefixStore(model.decoder, store_bytes)
+    store = PrefixStore(model.decoder, store_bytes, location=store_device)
     answering = Answering(model, store)
     total = plan.num_samples * len(plan.lengths) * len(plan.ways()) * plan.num_turns
     records = list(

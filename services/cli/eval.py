@@ -119,6 +119,7 @@ def _run_turns(args: argparse.Namespace, settings: Settings) -> None:
         plan,
         open_local_model(args, settings, settings.pruning),
         int(settings.prefix_cache_bytes) or _TURNS_STORE_BYTES,
+        settings.prefix_cache_device,
         args.output,
         progress=Console(stderr=True),
         result=Console(),

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from evals.turns import run
 from services.cli.main import main
+from winnow.engine.prefix.store import PrefixStore
 
 NUM_TURNS, NUM_SAMPLES = 3, 2
 WAYS = [
@@ -75,6 +77,22 @@ def test_prints_a_table_per_figure(
     assert "1,024 tokens, 1 conversation\n" in shown
     for words in ("score, %", "layer-tokens computed, %", "time to first token, s", *WAYS[:2]):
         assert words in shown
+
+
+def test_the_store_is_where_the_settings_say(
+    tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = []
+
+    class Seen(PrefixStore):
+        def __init__(self, *args: Any, location: str = "device") -> None:
+            super().__init__(*args, location=location)
+            where.append(location)
+
+    monkeypatch.setattr(run, "PrefixStore", Seen)
+    more = ("--samples", "1", "--turns", "1", "--prefix-cache-device", "host")
+    assert main(flags(tiny_models["llama"], tmp_path / "run", *more)) == 0
+    assert where == ["host"]
 
 
 @pytest.mark.parametrize(
