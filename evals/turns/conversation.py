@@ -31,16 +31,13 @@ def conversation(
     depths = sorted(rng.random() for _ in statements)
     filler = Supply(essay(rng))
 
-    def ask(key: str, num_pieces: int) -> Example:
-        question = Question(templates.NEEDLE_ONE, {"noun": "number", "query": key}, (needles[key],))
-        context = " ".join(hide(statements, depths, filler.first(num_pieces)))
-        return question.around(TASK, index, context)
+    def ask(key: str, context: str) -> Example:
+        fields = {"noun": "number", "query": key}
+        return Question(templates.NEEDLE_ONE, fields, (needles[key],)).around(TASK, index, context)
 
-    longest = max(needles, key=lambda key: count(ask(key, 0).prompt()))
-    fits = most_that_fit(lambda num_pieces: ask(longest, num_pieces), length, count)
-    return [
-        Question(templates.NEEDLE_ONE, {"noun": "number", "query": key}, (value,)).around(
-            TASK, index, fits.context
-        )
-        for key, value in needles.items()
-    ]
+    def make(num_pieces: int) -> Example:
+        return ask(longest, " ".join(hide(statements, depths, filler.first(num_pieces))))
+
+    longest = max(needles, key=lambda key: count(ask(key, "").prompt()))
+    context = most_that_fit(make, length, count).context
+    return [ask(key, context) for key in needles]

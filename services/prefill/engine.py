@@ -27,6 +27,11 @@ from winnow.wire import Header, TransferEncoder
 logger = logging.getLogger(__name__)
 
 
+def store_for(job: PrefillJob, store: PrefixStore | None) -> PrefixStore | None:
+    """None for log-probabilities of the prompt: they need the hidden states of all tokens."""
+    return None if job.num_prompt_logprobs is not None else store
+
+
 class PrefillEngine:
     """Used by one thread, except that a push reports its end on its own."""
 
@@ -96,8 +101,7 @@ class PrefillEngine:
         work.push = self._open_push(work)
 
     def _open_run(self, job: PrefillJob) -> PrefillRun:
-        """Without the store for log-probabilities: they need the hidden states of all tokens."""
-        store = None if job.num_prompt_logprobs is not None else self._store
+        store = store_for(job, self._store)
         return PrefillRun(
             self._model, job.token_ids, job.pruning, store=store, cache_salt=job.cache_salt
         )

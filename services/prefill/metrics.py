@@ -150,6 +150,9 @@ class PrefillMetrics(Metrics):
             "Blocks that failed their checksum, and were dropped",
         )
         self.prefix_blocks = self._gauge("winnow_prefix_blocks", "Blocks in the prefix store")
+        self.prefix_blocks_in_use = self._gauge(
+            "winnow_prefix_blocks_in_use", "Those that prompts hold now, which are not evicted"
+        )
         self.prefix_bytes = self._gauge("winnow_prefix_resident_bytes", "Memory that they take")
         self.prefix_limit_bytes = self._gauge(
             "winnow_prefix_limit_bytes", "prefix_cache_bytes; 0 without a prefix store"
@@ -159,6 +162,7 @@ class PrefillMetrics(Metrics):
         """Read the gauges of the prefix store from `stats` at scrape time; call it once."""
         self._seen = stats()
         self.prefix_blocks.set_function(lambda: stats().num_blocks)
+        self.prefix_blocks_in_use.set_function(lambda: stats().num_blocks_in_use)
         self.prefix_bytes.set_function(lambda: stats().used_bytes)
         self.prefix_limit_bytes.set(stats().max_bytes)
 

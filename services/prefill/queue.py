@@ -17,7 +17,7 @@ from services.common.jobs import PrefillJob, PrefillOutcome
 from services.common.routing_stats import RoutingStats, short_hash
 from services.common.tls import PeerTls
 from services.prefill.channels import Channels
-from services.prefill.engine import PrefillEngine, cancelled
+from services.prefill.engine import PrefillEngine, cancelled, store_for
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.work import Work
 from winnow import methods
@@ -120,9 +120,13 @@ class PrefillQueue:
     def _work(self, job: PrefillJob) -> Work:
         num_tokens = len(job.token_ids)
         method = methods.create(job.pruning, num_tokens, self._model.shape)
+        store = store_for(job, self._store)
+        if store is not None and method.no_prefix_reason() is None:
+            num_tokens = max(1, num_tokens - store.num_held(job.token_ids, job.cache_salt))
         num_scored = 0 if job.num_prompt_logprobs is None else num_tokens - job.scored_from
         return Work(
             job,
+            num_tokens,
             method.layer_tokens_left(0, num_tokens),
             scoring_layer_tokens(self._model, num_scored),
         )

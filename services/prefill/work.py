@@ -18,6 +18,7 @@ from winnow.tokens import PromptLogprobs
 class Work:
     """A job in progress; cancelling `outcome` cancels it. Times are those of time.monotonic().
 
+    num_to_compute: tokens that its first layer will compute, as far as was known when it came.
     run_layer_tokens, scoring_layer_tokens: what its prefill and its log-probabilities will cost.
     is_open: it was chosen once; from then on only the engine's thread ends it.
     is_over: the engine has nothing more to compute for it.
@@ -25,6 +26,7 @@ class Work:
     """
 
     job: PrefillJob
+    num_to_compute: int
     run_layer_tokens: int
     scoring_layer_tokens: int
     outcome: "Future[PrefillOutcome]" = field(default_factory=Future)
@@ -59,7 +61,7 @@ class Work:
 
     @property
     def next_layer_tokens(self) -> int:
-        return len(self.job.token_ids) if self.run is None else self.run.next_layer_tokens
+        return self.num_to_compute if self.run is None else self.run.next_layer_tokens
 
     @property
     def layer_tokens_left(self) -> int:
@@ -68,10 +70,10 @@ class Work:
 
     @property
     def tokens_left(self) -> int:
-        """The share of the prompt's work that is left, in tokens of the prompt."""
+        """The share of the prompt's work that is left, in tokens that are computed."""
         run = self.run  # the engine's thread lets go of it at the end
         left = self.run_layer_tokens if run is None else run.layer_tokens_left
-        return len(self.job.token_ids) * left // self.run_layer_tokens
+        return self.num_to_compute * left // self.run_layer_tokens
 
     def close(self) -> None:
         """Free what it holds; called by the engine's thread when it is over."""

@@ -121,14 +121,15 @@ def test_tells_routers_the_blocks_it_holds_by_their_hashes(
 def test_tells_routers_what_is_still_to_be_computed(
     queue: PrefillQueue, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one prompt whose first layer has been computed, and of another that waits."""
+    """Of one prompt whose first layer has been computed, and of others that wait."""
     reports: list[RoutingStats | None] = []
     compute_layer = PrefillRun.compute_layer
 
     def report(run: PrefillRun) -> LayerKV | None:
         layer = compute_layer(run)
         if not reports:
-            queue.submit(make_job("waits"))
+            queue.submit(make_job("waits", cache_salt="another"))
+            queue.submit(make_job("follows"))
             reports.append(queue.routing_stats())
         return layer
 
@@ -138,6 +139,7 @@ def test_tells_routers_what_is_still_to_be_computed(
     assert stats is not None
     assert 0 < stats.work["runs"] < NUM_TOKENS
     assert stats.work["waits"] == NUM_TOKENS
+    assert stats.work["follows"] == NUM_TOKENS - NUM_CACHED
 
 
 def test_without_a_store_there_is_nothing_to_route_by(

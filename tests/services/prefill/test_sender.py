@@ -66,7 +66,7 @@ def test_a_held_prompt_is_passed_over_until_it_stalls(
     clock = SimpleNamespace(monotonic=lambda: now_s)
     monkeypatch.setattr("services.prefill.sender.time", clock)
     push = Push("127.0.0.1:1", encoder(model), ends.put)  # nobody takes its layers
-    work = Work(make_job(), 1, 0, push=push)
+    work = Work(make_job(), 1, 1, 0, push=push)
     layers, _ = prefill_all(model, range(1, NUM_TOKENS + 1), PRUNING)
     for layer in layers[:LAYERS_AHEAD]:
         assert push.wait_for_room()

@@ -4,6 +4,7 @@ import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from torch import Tensor
 
@@ -68,7 +69,8 @@ class PrefixStore:
     location: `device` keeps the blocks beside the model, `host` in host memory, pinned for a GPU.
     block_tokens: a multiple of 8.
 
-    One thread, the one that runs the model, uses it; `stats`, `held` and `abandon` are for all.
+    One thread, the one that runs the model, uses it; `stats`, `held`, `num_held` and `abandon` are
+    for all.
     Raises InvalidSetting for less memory than one layer of a block takes.
     """
 
@@ -139,16 +141,25 @@ class PrefixStore:
         blocks = tuple(self._blocks.values())  # a copy, since the owner may change the dictionary
         return {block.hash: depth for block in blocks if (depth := block.depth)}
 
-    def abandon(self, release: Callable[[], None]) -> None:
-        """Call `release` on the owner's thread, at the latest when it opens the next prompt."""
-        self._abandoned.append(release)
+    def num_held(self, token_ids: Sequence[int], cache_salt: str) -> int:
+        """The number of a prompt's tokens, from the first on, that layer 0 need not compute now."""
+        held = takewhile(self._holds, self.hashes(token_ids, cache_salt))
+        return self.block_tokens * sum(1 for _ in held)
 
-    # For the thread that runs the model
+    def _holds(self, block_hash: bytes) -> bool:
+        block = self._blocks.get(block_hash)
+        return block is not None and block.depth > 0
 
     def hashes(self, token_ids: Sequence[int], cache_salt: str) -> list[bytes]:
         """The hashes of a prompt's whole blocks."""
         salt = prefix_salt(self._fingerprint, cache_salt)
         return block_hashes(token_ids, salt, self.block_tokens)
+
+    def abandon(self, release: Callable[[], None]) -> None:
+        """Call `release` on the owner's thread, at the latest when it opens the next prompt."""
+        self._abandoned.append(release)
+
+    # For the thread that runs the model
 
     def take(self, hashes: Sequence[bytes], parent: Block | None = None) -> list[Block]:
         """Hold a chain of blocks below `parent`; those that the store lacks have depth 0."""
