@@ -38,6 +38,7 @@ class Slots:
         self._chunk_bytes = per_chunk * num_bytes
         self._allocate = allocate
         self._chunks: list[_Chunk] = []
+        self._with_free: dict[_Chunk, None] = {}  # those of them that have free slots
 
     @property
     def allocated_bytes(self) -> int:
@@ -47,20 +48,26 @@ class Slots:
     @property
     def next_bytes(self) -> int:
         """What `take` would allocate now."""
-        return 0 if any(chunk.free for chunk in self._chunks) else self._chunk_bytes
+        return 0 if self._with_free else self._chunk_bytes
 
     def take(self) -> tuple[Tensor, Callable[[], None]]:
         """A tensor with any values, and what is to be called when it is not used any more."""
-        chunk = next((chunk for chunk in self._chunks if chunk.free), None) or self._add_chunk()
+        chunk = next(iter(self._with_free), None) or self._add_chunk()
         idx = chunk.free.pop()
+        if not chunk.free:
+            del self._with_free[chunk]
         return chunk.tensor[idx], partial(self._give_back, chunk, idx)
 
     def _add_chunk(self) -> _Chunk:
         tensor = self._allocate(self._chunk_shape)
-        self._chunks.append(_Chunk(tensor, list(range(len(tensor)))[::-1]))
-        return self._chunks[-1]
+        chunk = _Chunk(tensor, list(range(len(tensor)))[::-1])
+        self._chunks.append(chunk)
+        self._with_free[chunk] = None
+        return chunk
 
     def _give_back(self, chunk: _Chunk, idx: int) -> None:
         chunk.free.append(idx)
+        self._with_free[chunk] = None
         if len(chunk.free) == len(chunk.tensor) and len(self._chunks) > 1:
             self._chunks.remove(chunk)
+            del self._with_free[chunk]
