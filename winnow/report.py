@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from winnow.versions import set_fields
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillReport:
@@ -39,6 +41,8 @@ class PrefillReport:
     num_recomputed_tokens: int = 0
     saved_layer_tokens: int = 0
     no_prefix_reason: str | None = "off"
+
+    __setstate__ = set_fields
 
     @property
     def num_computed_tokens(self) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from winnow.pruning_settings import PruningSettings
 from winnow.report import PrefillReport
 from winnow.tokens import PromptLogprobs
+from winnow.versions import set_fields
 from winnow.wire import Ticket
 
 
@@ -37,6 +38,8 @@ class PrefillJob:
     scored_from: int = 0
     gives_way: bool = False
     cache_salt: str = ""
+
+    __setstate__ = set_fields
 
 
 @dataclass(frozen=True, slots=True)
