@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from services.common.ports import free_port
+from tests.deadlines import SOON_S
 from tests.deploy.prometheus import Prometheus
 from tests.deploy.stack import DOCKERFILE, OURS, Stack
 from tests.e2e.winnow_process import ROOT, winnow
@@ -69,7 +70,7 @@ def test_the_stack_answers_and_is_scraped(stack: Stack, tmp_path: Path) -> None:
     admin_url = f"http://127.0.0.1:{stack.ports['gateway WINNOW_ADMIN_PORT']}"
     prometheus = Prometheus(tmp_path, f"{admin_url}/metrics/targets")
     try:
-        deadline_s = time.monotonic() + 30
+        deadline_s = time.monotonic() + SOON_S
         while len(prometheus_roles(prometheus)) < 4:
             assert time.monotonic() < deadline_s, prometheus_roles(prometheus)
             time.sleep(0.5)
