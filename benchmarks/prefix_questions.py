@@ -22,11 +22,7 @@ from examples.demo import running_service
 
 MODEL, QUESTION_TOKENS, NUM_LATER, MAX_TOKENS = "0.5b", 64, 3, 4
 CACHE_BYTES = "2GiB"
-PRUNED = {"method": "asl", "threshold": 0.0, "latest_layer": 11, "min_layer": 7}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "winnow unpruned": {"method": "full"},
-    "winnow pruned": PRUNED,
-}
+PRUNED: dict[str, Any] = {"method": "asl", "threshold": 0.0, "latest_layer": 11, "min_layer": 7}
 
 # Seconds to the first token of a prompt, and the layer-tokens computed if they are known.
 Ask = Callable[[list[int]], Awaitable[tuple[float, float | None]]]
@@ -43,18 +39,20 @@ def questions(folder: Path, quick: bool, peer_url: str | None) -> list[dict[str,
 async def _compare(
     path: Path, url: str, peer_url: str | None, lengths: list[int], rounds: int
 ) -> list[dict[str, Any]]:
-    rows = []
+    rows, transformers = [], _transformers(path)
     async with (
         httpx.AsyncClient(base_url=url, timeout=600) as ours,
         httpx.AsyncClient(base_url=peer_url or url, timeout=600) as peers,
     ):
         for num_tokens in lengths:
+            sizes = {"select_tokens": num_tokens // 8, "kv_budget": num_tokens // 8}
             contestants = {
-                name: _service(ours, MODEL, s, num_tokens) for name, s in SETTINGS.items()
+                "winnow unpruned": _service(ours, MODEL, {"method": "full"}),
+                "winnow pruned": _service(ours, MODEL, PRUNED | sizes),
+                "transformers": transformers,
             }
-            contestants["transformers"] = _transformers(path)
             if peer_url is not None:
-                contestants["peer"] = _service(peers, await _model_of(peers), None, num_tokens)
+                contestants["peer"] = _service(peers, await _model_of(peers), None)
             found: dict[str, list[tuple[float, float, float | None]]] = {n: [] for n in contestants}
             for round_idx in range(rounds + 1):
                 for name, ask in contestants.items():
@@ -77,15 +75,11 @@ def _random_tokens(count: int) -> list[int]:
     return torch.randint(1000, 30_000, (count,)).tolist()
 
 
-def _service(
-    client: httpx.AsyncClient, model: str, pruning: dict[str, Any] | None, num_tokens: int
-) -> Ask:
-    """pruning: None for a service that knows none; its budgets are an eighth of the prompt."""
-    sizes = {"select_tokens": num_tokens // 8, "kv_budget": num_tokens // 8}
-    winnow = None if pruning is None else pruning if "threshold" not in pruning else pruning | sizes
+def _service(client: httpx.AsyncClient, model: str, pruning: dict[str, Any] | None) -> Ask:
+    """pruning: None for a service that knows none."""
 
     async def ask(prompt: list[int]) -> tuple[float, float | None]:
-        answer = await complete(client, prompt, MAX_TOKENS, winnow, model)
+        answer = await complete(client, prompt, MAX_TOKENS, pruning, model)
         told = answer.usage.get("winnow")
         return answer.ttft_s, None if told is None else told["computed_share"]
 

@@ -1,4 +1,4 @@
-"""Waiting for processes to end.
+"""Looking at processes, and waiting for them to end.
 
 psutil's own wait_procs can raise FileNotFoundError for one that ends at that very moment.
 """
@@ -17,6 +17,14 @@ def left_alive(processes: Iterable[psutil.Process], timeout_s: float) -> list[ps
         time.sleep(0.05)
         alive = [process for process in alive if _is_alive(process)]
     return alive
+
+
+def title(process: psutil.Process) -> str:
+    """Its command line, which Ray sets to what a worker does; empty if it cannot be read."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def _is_alive(process: psutil.Process) -> bool:

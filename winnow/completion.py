@@ -84,8 +84,6 @@ def prefill_into(
     store, cache_salt: see PrefillRun.
     """
     with closing(PrefillRun(model, token_ids, pruning, store=store, cache_salt=cache_salt)) as run:
-        while not run.finished:
-            layer = run.compute_layer()
-            if layer is not None:
-                reservation.write_layer(layer)
+        for layer in run.layers():
+            reservation.write_layer(layer)
         return run.result()

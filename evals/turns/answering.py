@@ -85,11 +85,7 @@ class Answering:
     def _prefill(self, token_ids: Sequence[int], pruning: PruningSettings, way: Way) -> _Prefilled:
         store = self._store if way.reuse == STORE else None
         run = PrefillRun(self._model.decoder, token_ids, pruning, store=store, cache_salt=str(way))
-        layers = []
-        while not run.finished:
-            layer = run.compute_layer()
-            if layer is not None:
-                layers.append(layer)
+        layers = list(run.layers())
         result = run.result()
         report = result.report
         return _Prefilled(layers, result.final_hidden, report.next_position, report.computed_share)

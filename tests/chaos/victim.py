@@ -18,6 +18,7 @@ import redis
 from tests.chaos.holdings import Holdings, registered_pids
 from tests.chaos.linked_stack import LinkedStack
 from tests.deploy.stack import START_TIMEOUT_S
+from tests.processes import title
 from tests.services.exposed import samples, value
 from winnow.v1 import decode_pb2 as pb
 from winnow.v1.decode_pb2_grpc import DecodeStub
@@ -308,13 +309,13 @@ class Victim:
         """All processes of Python: Winnow's and Ray's."""
         yield from (self._process(name) for name in WORKERS)
         service = psutil.Process(self.stack.processes["gateway"].pid)
-        yield from (p for p in service.children(recursive=True) if _title(p).startswith("ray::"))
+        yield from (p for p in service.children(recursive=True) if title(p).startswith("ray::"))
 
     def replica(self, name: str) -> psutil.Process:
         """Ray's process of the gateway or of prefill; raises NoReplica."""
         service = psutil.Process(self.stack.processes["gateway"].pid)
         for process in service.children(recursive=True):
-            if REPLICAS[name] in _title(process):
+            if REPLICAS[name] in title(process):
                 return process
         raise NoReplica(name)
 
@@ -351,10 +352,3 @@ def _held(status: pb.StatusResponse) -> dict[str, int]:
     names = ("running_sequences", "reserved_requests", "pages_used", "pages_reserved")
     held = {name: getattr(status, name) for name in (*names, "open_transfers")}
     return {name: count for name, count in held.items() if count}
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""

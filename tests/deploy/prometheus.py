@@ -2,17 +2,19 @@
 
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from services.common.ports import free_port
+from tests.deadlines import SOON_S
 from tests.e2e.winnow_process import ROOT
 
 
 class Prometheus:
-    """A Prometheus with the shipped configuration, at a faster pace."""
+    """A Prometheus with the shipped configuration, at a faster pace; it answers from the start."""
 
     def __init__(self, folder: Path, targets_url: str) -> None:
         config = (ROOT / "deploy/prometheus/prometheus.yaml").read_text()
@@ -32,6 +34,23 @@ class Prometheus:
                 ],
                 stderr=log,
             )
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait_until_ready(self) -> None:
+        deadline_s = time.monotonic() + SOON_S
+        while not self._is_ready():
+            assert time.monotonic() < deadline_s, "Prometheus does not become ready"
+            time.sleep(0.1)
+
+    def _is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/-/ready", timeout=10).is_success
+        except httpx.TransportError:
+            return False
 
     def get(self, path: str, **parameters: str) -> Any:
         answer = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=10).json()

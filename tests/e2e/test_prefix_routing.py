@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
 from tests.e2e.winnow_process import FREE_PORTS, WinnowServe
+from tests.processes import title
 from tests.services.exposed import value
 from winnow import BatchJob, SamplingParams, Winnow
 
@@ -119,12 +119,6 @@ def _answer(service: WinnowServe, job: BatchJob) -> str:
 
 
 def _kill_a_prefill_worker(service: WinnowServe) -> None:
-    def title(process: psutil.Process) -> str:
-        try:
-            return " ".join(process.cmdline())
-        except psutil.NoSuchProcess:
-            return ""
-
     next(one for one in service.processes() if ":Prefill" in title(one)).kill()
 
 

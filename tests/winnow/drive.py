@@ -48,7 +48,7 @@ def prefill_all(
     store: PrefixStore | None = None,
 ) -> tuple[list[LayerKV], PrefillResult]:
     run = PrefillRun(model, token_ids, settings, store=store)
-    return [layer for layer in all_layers(run) if layer is not None], run.result()
+    return list(run.layers()), run.result()
 
 
 def make_engine(

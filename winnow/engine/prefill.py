@@ -5,7 +5,7 @@ and cancels one by closing or dropping it.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,6 +113,13 @@ class PrefillRun:
     def layer_tokens_left(self) -> int:
         """Tokens of all layers to come; before the cut an estimate, as Method.layer_tokens_left."""
         return self._method.layer_tokens_left(self._layer_idx, self.next_layer_tokens)
+
+    def layers(self) -> Iterator[LayerKV]:
+        """Compute all layers that are left, and give each one's kept KV."""
+        while not self.finished:
+            layer = self.compute_layer()
+            if layer is not None:
+                yield layer
 
     @torch.inference_mode()
     def compute_layer(self) -> LayerKV | None:

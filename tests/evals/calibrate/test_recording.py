@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from evals.calibrate.recording import RecordedModel
+from tests.winnow.drive import prefill_all
 from winnow.attention import AttentionCall
 from winnow.decoder import DecoderModel, Rope
-from winnow.engine.prefill import PrefillResult, PrefillRun
-from winnow.kv import LayerKV
 from winnow.models import load_model
 from winnow.pruning_settings import PruningSettings
 
@@ -45,26 +44,14 @@ def model(tiny_models: dict[str, Path]) -> DecoderModel:
     return load_model(tiny_models["qwen3"])
 
 
-def prefill(
-    model: DecoderModel, tokens: list[int], settings: PruningSettings
-) -> tuple[list[LayerKV], PrefillResult]:
-    run = PrefillRun(model, tokens, settings)
-    layers = []
-    while not run.finished:
-        layer = run.compute_layer()
-        if layer is not None:
-            layers.append(layer)
-    return layers, run.result()
-
-
 @pytest.mark.parametrize("case", TRIED)
 def test_a_recorded_prompt_is_pruned_as_the_engine_prunes_it(
     case: str, model: DecoderModel
 ) -> None:
     recorded = RecordedModel(model, 16)
-    prefill(recorded, TOKENS, TRIED["full"])
-    layers, result = prefill(recorded, TOKENS, TRIED[case])
-    expected_layers, expected = prefill(model, TOKENS, TRIED[case])
+    prefill_all(recorded, TOKENS, TRIED["full"])
+    layers, result = prefill_all(recorded, TOKENS, TRIED[case])
+    expected_layers, expected = prefill_all(model, TOKENS, TRIED[case])
     assert result.report == expected.report
     assert torch.equal(result.final_hidden, expected.final_hidden)
     for layer, other in zip(layers, expected_layers, strict=True):
@@ -75,23 +62,23 @@ def test_a_recorded_prompt_is_pruned_as_the_engine_prunes_it(
 def test_a_prompt_is_computed_once(model: DecoderModel) -> None:
     recorded = CountedModel(model, 16)
     for case in ("snapkv", "full", "fastkv", "asl", "a wide window"):
-        prefill(recorded, TOKENS, TRIED[case])
+        prefill_all(recorded, TOKENS, TRIED[case])
     assert recorded.computed == model.shape.num_layers
 
 
 def test_another_prompt_is_not_answered_from_the_recording(model: DecoderModel) -> None:
     recorded = RecordedModel(model, 16)
     other = [*TOKENS[:-1], 7]
-    prefill(recorded, TOKENS, TRIED["full"])
+    prefill_all(recorded, TOKENS, TRIED["full"])
     assert torch.equal(
-        prefill(recorded, other, TRIED["snapkv"])[1].final_hidden,
-        prefill(model, other, TRIED["snapkv"])[1].final_hidden,
+        prefill_all(recorded, other, TRIED["snapkv"])[1].final_hidden,
+        prefill_all(model, other, TRIED["snapkv"])[1].final_hidden,
     )
 
 
 def test_one_token_at_a_time_goes_to_the_model(model: DecoderModel) -> None:
     recorded = RecordedModel(model, 16)
-    prefill(recorded, TOKENS, TRIED["full"])
+    prefill_all(recorded, TOKENS, TRIED["full"])
     token = torch.tensor([[5]])
 
     def last(model: DecoderModel) -> torch.Tensor:
