@@ -10,6 +10,8 @@ import sys
 from datetime import UTC, datetime
 from textwrap import indent
 
+from winnow.errors import WinnowError
+
 _OURS = ("winnow", "services")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -57,6 +59,15 @@ def _whole_message(formatter: logging.Formatter, record: logging.LogRecord) -> s
     return f"{record.getMessage()}\n{formatter.formatException(record.exc_info)}"
 
 
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """A WinnowError is an answer to the caller: Serve's line about it takes no traceback."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, WinnowError):
+        record.msg, record.args = f"{record.getMessage()} {type(error).__name__}: {error}", None
+        record.exc_info = record.exc_text = None
+    return True
+
+
 def configure_logging(level: str, log_format: str) -> None:
     """Send Winnow's logs, and warnings of other libraries, to standard error.
 
@@ -67,3 +78,4 @@ def configure_logging(level: str, log_format: str) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for name in _OURS:
         logging.getLogger(name).setLevel(level.upper())
+    logging.getLogger("ray.serve").addFilter(_in_one_line)

@@ -66,3 +66,27 @@ def test_a_traceback_is_indented() -> None:
     first, *traceback = lines("error", "text")
     assert first.endswith("broke")
     assert traceback and all(line.startswith("  ") for line in traceback)
+
+
+ERRORS_OF_A_REPLICA = """
+import logging
+from services.common.logs import configure_logging
+from winnow.errors import DeliveryFailed
+configure_logging("info", "text")
+for error in (DeliveryFailed("at 100% of the KV, CANCELLED"), ZeroDivisionError("ours")):
+    try:
+        raise error
+    except Exception:
+        logging.getLogger("ray.serve").exception("Request failed.")
+"""
+
+
+def test_only_what_is_no_answer_has_a_traceback_in_serve_s_log() -> None:
+    command = [sys.executable, "-c", ERRORS_OF_A_REPLICA]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    answer, broke, *traceback = done.stderr.splitlines()
+    wanted = "ERROR ray.serve Request failed. DeliveryFailed: at 100% of the KV, CANCELLED"
+    assert answer.endswith(wanted)
+    assert broke.endswith("ERROR ray.serve Request failed.")
+    assert traceback[0].strip().startswith("Traceback")
+    assert traceback[-1].strip() == "ZeroDivisionError: ours"
