@@ -12,8 +12,9 @@ KERNEL_SIZES = (7, 15, 31, 63)
 MAX_WINDOW = max(WINDOW_SIZES)
 # ASL's thresholds. Above 1: the variance may have risen since min_layer.
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5)
-# select_tokens, as multiples of kv_budget.
-SELECT_FACTORS = (1.0, 1.5)
+# select_tokens, as shares of kv_budget: few tokens from a late layer on cost no more than many from
+# an early one.
+SELECT_SHARES = (0.25, 0.5, 1.0)
 
 UNPRUNED_VARIANT = Variant(MethodSpec(UNPRUNED, UNPRUNED, MappingProxyType({})), None)
 
@@ -36,10 +37,10 @@ class Budgets:
     num_tokens: int
     kv_budget: int
 
-    @property
-    def select_tokens(self) -> tuple[int, ...]:
-        sizes = (round(factor * self.kv_budget) for factor in SELECT_FACTORS)
-        return tuple(size for size in sizes if size < self.num_tokens)
+    def select_tokens(self, window_size: int) -> list[int]:
+        """Numbers of tokens to select, each above the window."""
+        sizes = {round(share * self.kv_budget) for share in SELECT_SHARES}
+        return sorted(size for size in sizes if window_size < size < self.num_tokens)
 
 
 def kv_grid(budgets: Budgets) -> list[Variant]:
@@ -70,11 +71,15 @@ def around(tried: Variant, grid: Sequence[Variant]) -> list[Variant]:
     ]
 
 
-def layer_grid(num_layers: int) -> Sequence[int]:
-    """Fixed layers from a fifth to three quarters of the depth, a dozen at most."""
-    first, last = num_layers // 5, num_layers * 3 // 4
-    step = max(1, (last - first) // 8)
-    return range(first, min(last, num_layers - 2) + 1, step)
+def layer_grid(num_layers: int) -> list[int]:
+    """Fixed layers: all in the middle third of the depth, every second one around it.
+
+    A layer may find what its neighbours do not, so none of those that matter is left out.
+    """
+    first, last = num_layers // 5, min(num_layers * 3 // 4, num_layers - 2)
+    middle = range(num_layers // 3, num_layers * 2 // 3 + 1)
+    around = {*range(middle[0], first - 1, -2), *range(middle[-1], last + 1, 2)}
+    return sorted(layer for layer in {*middle, *around} if layer <= last)
 
 
 def fixed_layers(budgets: Budgets, observation: dict[str, Any], num_layers: int) -> list[Variant]:
@@ -90,7 +95,7 @@ def fixed_layers(budgets: Budgets, observation: dict[str, Any], num_layers: int)
             kv_budget=budgets.kv_budget,
             **observation,
         )
-        for select_tokens in budgets.select_tokens
+        for select_tokens in budgets.select_tokens(observation["window_size"])
         for layer_idx in layer_grid(num_layers)
     ]
 
@@ -113,6 +118,6 @@ def observers(budgets: Budgets, observation: dict[str, Any], num_layers: int) ->
             kv_budget=None,
             **observation,
         )
-        for select_tokens in budgets.select_tokens
+        for select_tokens in budgets.select_tokens(observation["window_size"])
         for observed in observed_layers(num_layers)
     ]

@@ -1,4 +1,8 @@
-"""Scores by selection layer, evened out: one layer's luck on a few prompts is not believed."""
+"""Scores by selection layer, evened out: luck on a few prompts is not believed.
+
+A layer's scores are evened out with those of more and fewer tokens selected there, not with the
+layers beside it: in real models layers that find the answer alternate with layers that do not.
+"""
 
 from collections.abc import Sequence
 
@@ -8,26 +12,30 @@ from evals.variants import Variant
 
 
 class LayerCurve:
-    """Answers at fixed layers, one curve for each number of selected tokens."""
+    """Answers at fixed layers, with each number of selected tokens.
+
+    layers: those that were measured, ascending.
+    """
 
     def __init__(self, measured: Measured, fixed: Sequence[Variant]) -> None:
         self._measured = measured
-        self._curves: dict[int, dict[int, Variant]] = {}
+        self._by_layer: dict[int, dict[int, Variant]] = {}
         for tried in fixed:
             options = tried.spec.options
-            self._curves.setdefault(options["select_tokens"], {})[options["fixed_layer"]] = tried
-
-    def layers(self, select_tokens: int) -> list[int]:
-        """Those that were measured, ascending."""
-        return sorted(self._curves[select_tokens])
+            layer = self._by_layer.setdefault(options["fixed_layer"], {})
+            layer[options["select_tokens"]] = tried
+        self.layers = tuple(sorted(self._by_layer))
 
     def score(self, prompt: Prompt, select_tokens: int, layer_idx: int) -> float:
-        """The mean over the measured layer nearest to a layer and the ones beside it."""
-        curve, layers = self._curves[select_tokens], self.layers(select_tokens)
-        place = min(range(len(layers)), key=lambda idx: abs(layers[idx] - layer_idx))
-        near = layers[max(0, place - 1) : place + 2]
-        scores = [self._measured.of(curve[layer], prompt).score for layer in near]
-        return sum(scores) / len(scores)
+        """The mean over a number of selected tokens and the ones beside it.
+
+        Of the measured layer nearest to `layer_idx`.
+        """
+        layer = self._by_layer[min(self.layers, key=lambda one: abs(one - layer_idx))]
+        sizes = sorted(layer)
+        place = sizes.index(select_tokens)
+        near = sizes[max(0, place - 1) : place + 2]
+        return sum(self._measured.of(layer[size], prompt).score for size in near) / len(near)
 
     def kept(self, prompts: Sequence[Prompt], select_tokens: int, layers: Sequence[int]) -> float:
         """Share of the unpruned score, with a selection layer for each prompt."""
@@ -39,14 +47,12 @@ class LayerCurve:
         return pruned / full if full else 1.0
 
     def figures(self, tried: Variant, prompts: Sequence[Prompt]) -> Tradeoff:
-        """A measured variant's figures: what it kept, or what its layers' neighbours did if less.
-
-        A prompt too short to be cut counts as cut at the last layer of the curve.
-        """
+        """A measured variant's figures: what it kept, or what its layers did if less."""
         select_tokens = tried.spec.options["select_tokens"]
-        last = self.layers(select_tokens)[-1]
         records = [self._measured.of(tried, prompt) for prompt in prompts]
-        layers = [last if r.selection_layer is None else r.selection_layer for r in records]
+        layers = [
+            record.selection_layer for record in records if record.selection_layer is not None
+        ]
         own = self._measured.share_kept(tried, prompts)
         prefill = sum(record.computed_share for record in records) / len(records)
         return Tradeoff(min(own, self.kept(prompts, select_tokens, layers)), prefill)

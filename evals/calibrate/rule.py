@@ -29,12 +29,7 @@ class Rule:
     select_tokens: int
 
     def layer_for(self, rho: Sequence[tuple[int, float]]) -> int:
-        """Where it selects on a prompt, from rho relative to any layer up to min_layer.
-
-        Of a prompt too short to be cut there is no rho; it counts as cut at the latest layer.
-        """
-        if not rho:
-            return self.latest_layer
+        """Where it selects on a prompt, from rho relative to any layer up to min_layer."""
         by_layer = dict(rho)
         first = by_layer[self.min_layer] or _NO_VARIANCE
         for layer_idx in range(self.min_layer, self.latest_layer):
@@ -76,7 +71,7 @@ class RuleSearch:
 
     def _rules(self) -> Iterator[Rule]:
         for select_tokens, observed in self._observers:
-            for latest in self._curve.layers(select_tokens):
+            for latest in self._curve.layers:
                 for min_layer in range(observed - 1, latest):
                     for threshold in THRESHOLDS:
                         yield Rule(observed, min_layer, threshold, latest, select_tokens)
@@ -95,7 +90,7 @@ class RuleSearch:
         """Of the layer-tokens, with this selection layer."""
         num_tokens = self._measured.unpruned(prompt).num_prompt_tokens
         whole = (layer_idx + 1) / self._num_layers
-        return whole + (1 - whole) * min(1.0, rule.select_tokens / num_tokens)
+        return whole + (1 - whole) * rule.select_tokens / num_tokens
 
     def variant(self, rule: Rule, kv_budget: int) -> Variant:
         """ASL with this rule, and the observers' window and kernel."""

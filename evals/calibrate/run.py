@@ -249,7 +249,7 @@ class _Calibration:
             "full": UNPRUNED_VARIANT,
             "asl, defaults": variant(
                 "asl",
-                select_tokens=chosen.spec.options["select_tokens"],
+                select_tokens=kv_budget,
                 kv_budget=kv_budget,
                 **paper,
             ),

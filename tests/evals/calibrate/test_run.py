@@ -148,13 +148,14 @@ def test_a_model_that_cannot_answer_its_tasks_is_refused(
     assert not (tmp_path / "winnow.json").exists()
 
 
-def test_some_prompts_may_be_too_short_to_be_cut(
-    tiny_models: dict[str, Path], tmp_path: Path
-) -> None:
+def test_prompts_may_differ_in_length(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     rows = [{"prompt": "a quick dog. " * (10 + 2 * n)} for n in range(10)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert calibrate(tiny_models["llama"], tmp_path, "--kv", "40") == 0
     lines = (tmp_path / "run" / SAMPLES_FILE).read_text().splitlines()
-    reasons = {json.loads(line)["no_selection_reason"] for line in lines}
-    assert "short_prompt" in reasons
+    records = [json.loads(line) for line in lines]
+    selecting = [r for r in records if r["method"].startswith(("asl:", "fastkv:"))]
+    assert {
+        r["no_selection_reason"] for r in selecting if "latest_layer=null" not in r["method"]
+    } == {None}
     assert json.loads((tmp_path / "winnow.json").read_text())["kv_budget"] == 40

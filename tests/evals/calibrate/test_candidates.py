@@ -1,0 +1,84 @@
+"""What is tried, and how one layer's answers are evened out."""
+
+import pytest
+
+from evals.calibrate.candidates import UNPRUNED_VARIANT, Budgets, fixed_layers, layer_grid
+from evals.calibrate.curve import LayerCurve
+from evals.calibrate.measured import Measured
+from evals.records import Record
+
+OBSERVATION = {"window_size": 16, "kernel_size": 31}
+
+
+@pytest.mark.parametrize("num_layers", [4, 6, 12, 30, 32, 80])
+def test_no_layer_of_the_middle_third_is_left_out(num_layers: int) -> None:
+    grid = layer_grid(num_layers)
+    assert {*range(num_layers // 3, num_layers * 2 // 3)} <= {*grid}
+    assert grid == sorted(set(grid))
+    assert 0 < grid[0]
+    assert grid[-1] < num_layers - 1
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "kv_budget", "window_size", "sizes"),
+    [
+        (4000, 1000, 32, [250, 500, 1000]),
+        (4000, 100, 32, [50, 100]),
+        (4000, 40, 32, [40]),
+        (41, 40, 8, [10, 20, 40]),
+    ],
+)
+def test_tokens_selected_are_above_the_window_and_within_the_budget(
+    num_tokens: int, kv_budget: int, window_size: int, sizes: list[int]
+) -> None:
+    assert Budgets(num_tokens, kv_budget).select_tokens(window_size) == sizes
+
+
+def record(method: str, score: float, layer_idx: int | None) -> Record:
+    return Record(
+        num_prompt_tokens=4000,
+        num_answer_tokens=5,
+        selection_layer=layer_idx,
+        no_selection_reason=None,
+        rho=(),
+        computed_share=0.6,
+        kv_bytes_full=4,
+        kv_bytes_kept=1,
+        prefill_s=1.0,
+        seconds=1.0,
+        task="passkey",
+        length=4096,
+        index=0,
+        method=method,
+        budget=None,
+        depth=None,
+        answer="",
+        references=("1",),
+        score=score,
+    )
+
+
+def test_a_layer_that_finds_what_its_neighbours_miss_keeps_its_score() -> None:
+    fixed = fixed_layers(Budgets(4000, 1000), OBSERVATION, 30)
+    records = [
+        record(one.method, float(layer == 17), layer)
+        for one in fixed
+        for layer in [one.spec.options["fixed_layer"]]
+    ]
+    measured = Measured([record(UNPRUNED_VARIANT.method, 1.0, None), *records])
+    curve = LayerCurve(measured, fixed)
+    kept = {
+        one.spec.options["fixed_layer"]: curve.figures(one, [("passkey", 0)]).kept for one in fixed
+    }
+    assert {layer for layer, share in kept.items() if share} == {17}
+    assert kept[17] == 1.0
+
+
+def test_one_number_of_tokens_alone_is_not_believed() -> None:
+    fixed = fixed_layers(Budgets(4000, 1000), OBSERVATION, 30)
+    lucky = next(one for one in fixed if one.spec.options["select_tokens"] == 250)
+    records = [
+        record(one.method, float(one is lucky), one.spec.options["fixed_layer"]) for one in fixed
+    ]
+    measured = Measured([record(UNPRUNED_VARIANT.method, 1.0, None), *records])
+    assert LayerCurve(measured, fixed).figures(lucky, [("passkey", 0)]).kept == 0.5
