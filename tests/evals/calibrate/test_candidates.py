@@ -15,7 +15,7 @@ def test_no_layer_of_the_middle_third_is_left_out(num_layers: int) -> None:
     grid = layer_grid(num_layers)
     assert {*range(num_layers // 3, num_layers * 2 // 3)} <= {*grid}
     assert grid == sorted(set(grid))
-    assert 0 < grid[0]
+    assert grid[0] > 0
     assert grid[-1] < num_layers - 1
 
 
