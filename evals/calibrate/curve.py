@@ -6,6 +6,7 @@ layers beside it: in real models layers that find the answer alternate with laye
 
 from collections.abc import Sequence
 
+from evals.calibrate.folds import Outcome
 from evals.calibrate.measured import Measured, Prompt, mean_over_tasks
 from evals.calibrate.target import Tradeoff
 from evals.variants import Variant
@@ -56,3 +57,9 @@ class LayerCurve:
         own = self._measured.share_kept(tried, prompts)
         prefill = sum(record.computed_share for record in records) / len(records)
         return Tradeoff(min(own, self.kept(prompts, select_tokens, layers)), prefill)
+
+    def outcome(self, tried: Variant, prompt: Prompt) -> Outcome:
+        """What a prompt scores and computes with a fixed layer."""
+        options = tried.spec.options
+        score = self.score(prompt, options["select_tokens"], options["fixed_layer"])
+        return Outcome(score, self._measured.of(tried, prompt).computed_share)

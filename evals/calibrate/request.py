@@ -1,6 +1,6 @@
 """What a calibration is asked for, and what it gives."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from evals.calibrate.measured import Result
@@ -48,13 +48,14 @@ class Found:
 
     searched: the chosen settings' result on the prompts of the search.
     cross_validated: share kept when each fold is answered by what the others would have chosen.
+    left_out: the unpruned score of the tasks that the model does not answer.
     """
 
     settings: dict[str, Any]
     chosen: Result
     searched: Result
-    cross_validated: float | None
     table: tuple[Result, ...]
     curve: tuple[Result, ...]
-    left_out: dict[str, float]
     reached: bool
+    cross_validated: float | None = None
+    left_out: dict[str, float] = field(default_factory=dict)

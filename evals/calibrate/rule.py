@@ -10,6 +10,7 @@ from itertools import repeat
 
 from evals.calibrate.candidates import THRESHOLDS, variant
 from evals.calibrate.curve import LayerCurve
+from evals.calibrate.folds import Outcome
 from evals.calibrate.measured import Measured, Prompt
 from evals.calibrate.target import Target, Tradeoff
 from evals.variants import Variant
@@ -46,28 +47,33 @@ class RuleSearch:
         self,
         measured: Measured,
         curve: LayerCurve,
-        prompts: Sequence[Prompt],
         observers: Sequence[Variant],
         num_layers: int,
     ) -> None:
-        self._measured, self._curve, self._prompts = measured, curve, prompts
+        self._measured, self._curve = measured, curve
         self._num_layers = num_layers
         self._observers = {
             (one.spec.options["select_tokens"], one.spec.options["observed_layers"]): one
             for one in observers
         }
 
-    def finalists(self, target: Target) -> list[Rule]:
-        """The most promising rules, one for each way in which they choose layers."""
+    def finalists(self, prompts: Sequence[Prompt], target: Target) -> list[Rule]:
+        """The best rules by some prompts, one for each way in which they choose layers."""
         by_choice: dict[tuple[int, ...], tuple[Rule, Tradeoff]] = {}
         for rule in self._rules():
-            layers = self._layers(rule)
-            found = self._figures(rule, layers)
+            layers = [self._layer(rule, prompt) for prompt in prompts]
+            found = self._figures(rule, prompts, layers)
             if target.reached_by(found) and (rule.select_tokens, *layers) not in by_choice:
                 by_choice[rule.select_tokens, *layers] = (rule, found)
         adaptive = [found for choice, found in by_choice.items() if len(set(choice[1:])) > 1]
         ordered = sorted(adaptive, key=lambda one: target.order(one[1]))
         return [rule for rule, _ in ordered[:_FINALISTS]]
+
+    def outcome(self, rule: Rule, prompt: Prompt) -> Outcome:
+        """What a prompt would score and compute."""
+        layer_idx = self._layer(rule, prompt)
+        score = self._curve.score(prompt, rule.select_tokens, layer_idx)
+        return Outcome(score, self._share(rule, prompt, layer_idx))
 
     def _rules(self) -> Iterator[Rule]:
         for select_tokens, observed in self._observers:
@@ -76,15 +82,13 @@ class RuleSearch:
                     for threshold in THRESHOLDS:
                         yield Rule(observed, min_layer, threshold, latest, select_tokens)
 
-    def _layers(self, rule: Rule) -> list[int]:
+    def _layer(self, rule: Rule, prompt: Prompt) -> int:
         observer = self._observers[rule.select_tokens, rule.observed_layers]
-        return [rule.layer_for(self._measured.of(observer, prompt).rho) for prompt in self._prompts]
+        return rule.layer_for(self._measured.of(observer, prompt).rho)
 
-    def _figures(self, rule: Rule, layers: Sequence[int]) -> Tradeoff:
-        kept = self._curve.kept(self._prompts, rule.select_tokens, layers)
-        return Tradeoff(
-            kept, sum(map(self._share, repeat(rule), self._prompts, layers)) / len(layers)
-        )
+    def _figures(self, rule: Rule, prompts: Sequence[Prompt], layers: Sequence[int]) -> Tradeoff:
+        kept = self._curve.kept(prompts, rule.select_tokens, layers)
+        return Tradeoff(kept, sum(map(self._share, repeat(rule), prompts, layers)) / len(layers))
 
     def _share(self, rule: Rule, prompt: Prompt, layer_idx: int) -> float:
         """Of the layer-tokens, with this selection layer."""

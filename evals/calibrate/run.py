@@ -1,7 +1,8 @@
 """A calibration from its plan to the settings: search on some prompts, report on others."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from evals.calibrate.candidates import (
     variant,
 )
 from evals.calibrate.curve import LayerCurve
+from evals.calibrate.folds import Choose, Outcome, cross_validate
 from evals.calibrate.measured import Measured, Prompt
 from evals.calibrate.prompts import PromptsTask
 from evals.calibrate.request import Found, Request
@@ -68,8 +70,9 @@ class _Calibration:
         budgets = self._budgets()
         observation = self._observation(budgets)
         fixed = self._measure_layers(budgets, observation)
-        chosen, candidates = self._choose(budgets, observation, fixed)
-        return self._report(chosen, candidates, budgets, observation, fixed, left_out)
+        chosen, validated = self._choose(budgets, observation, fixed)
+        found = self._report(chosen, budgets, observation, fixed)
+        return replace(found, cross_validated=validated, left_out=left_out)
 
     # Stages
 
@@ -147,21 +150,44 @@ class _Calibration:
 
     def _choose(
         self, budgets: Budgets, observation: dict[str, Any], fixed: list[Variant]
-    ) -> tuple[Variant, list[Variant]]:
-        """The best of all that was measured, ASL's finalists included; and what it was among."""
+    ) -> tuple[Variant, float | None]:
+        """The best of all that was measured, and the share that its kind keeps cross-validated.
+
+        ASL's rules are tried only if they earn it: there are thousands, and one that happens to fit
+        the prompts of the search is always among them.
+        """
         measured = Measured(self._run.records)
         prompts, num_layers = self._prompts(measured), self._request.num_layers
+        curve = LayerCurve(measured, fixed)
         watched = observers(budgets, observation, num_layers)
-        rules = RuleSearch(measured, LayerCurve(measured, fixed), prompts, watched, num_layers)
-        finalists = [
-            rules.variant(rule, budgets.kv_budget) for rule in rules.finalists(self._request.target)
-        ]
+        rules = RuleSearch(measured, curve, watched, num_layers)
+        by_layer = cross_validate(self._choose_layer(curve, fixed), prompts, measured)
+        by_rule = cross_validate(self._choose_rule(rules), prompts, measured)
+        finalists: list[Variant] = []
+        if self._request.target.prefers(by_rule, by_layer):
+            found = rules.finalists(prompts, self._request.target)
+            finalists = [rules.variant(rule, budgets.kv_budget) for rule in found]
         measured = self._measure(finalists, self._search, "finalists")
         candidates = [*finalists, *fixed]  # of equals, ASL
         chosen = self._best(LayerCurve(measured, fixed), candidates, prompts)
         if chosen is None:
             raise self._unreached(measured, candidates)
-        return chosen, candidates
+        validated = by_rule if chosen in finalists else by_layer
+        return chosen, None if validated is None else validated.kept
+
+    def _choose_layer(self, curve: LayerCurve, fixed: Sequence[Variant]) -> Choose:
+        def choose(prompts: Sequence[Prompt]) -> Callable[[Prompt], Outcome] | None:
+            best = self._best(curve, fixed, prompts)
+            return None if best is None else partial(curve.outcome, best)
+
+        return choose
+
+    def _choose_rule(self, rules: RuleSearch) -> Choose:
+        def choose(prompts: Sequence[Prompt]) -> Callable[[Prompt], Outcome] | None:
+            found = rules.finalists(prompts, self._request.target)
+            return partial(rules.outcome, found[0]) if found else None
+
+        return choose
 
     def _unreached(self, measured: Measured, candidates: Sequence[Variant]) -> InvalidSetting:
         results = [measured.result(one, self._prompts(measured)) for one in candidates]
@@ -206,11 +232,9 @@ class _Calibration:
     def _report(
         self,
         chosen: Variant,
-        candidates: Sequence[Variant],
         budgets: Budgets,
         observation: dict[str, Any],
         fixed: Sequence[Variant],
-        left_out: dict[str, float],
     ) -> Found:
         """The chosen settings beside the usual ones, on prompts that had no say."""
         measured = Measured(self._run.records)
@@ -228,10 +252,8 @@ class _Calibration:
             settings=_settings(chosen, rival),
             chosen=calibrated,
             searched=result,
-            cross_validated=self._cross_validated(measured, curve, candidates, searched),
             table=table,
             curve=tuple(measured.result(one, searched) for one in fixed),
-            left_out=left_out,
             reached=keep is None or calibrated.kept.high >= keep,
         )
 
@@ -260,28 +282,6 @@ class _Calibration:
         if rival is not None and rival != chosen:
             rows[f"best fixed layer, {rival.spec.options['fixed_layer']}"] = rival
         return rows
-
-    def _cross_validated(
-        self,
-        measured: Measured,
-        curve: LayerCurve,
-        candidates: Sequence[Variant],
-        prompts: Sequence[Prompt],
-    ) -> float | None:
-        """Share kept where each prompt's fold is answered by what the other folds choose.
-
-        None where the other folds find nothing that reaches the target.
-        """
-        scores, full = 0.0, 0.0
-        for fold in range(min(4, self._request.num_samples)):
-            own = [prompt for prompt in prompts if prompt[1] % 4 == fold]
-            others = [prompt for prompt in prompts if prompt[1] % 4 != fold]
-            best = self._best(curve, candidates, others)
-            if best is None:
-                return None
-            scores += sum(measured.of(best, prompt).score for prompt in own)
-            full += sum(measured.unpruned(prompt).score for prompt in own)
-        return scores / full if full else None
 
 
 def _settings(chosen: Variant, rival: Variant | None) -> dict[str, Any]:

@@ -45,6 +45,18 @@ class Target:
         reaching = [one for one in tried if self.reached_by(figures(one))]
         return min(reaching, key=lambda one: self.order(figures(one)), default=None)
 
+    def prefers(self, one: Tradeoff | None, other: Tradeoff | None) -> bool:
+        """Whether `one` is better: nearer to the target, or beyond it by more.  None is worst."""
+        return self._rank(one) < self._rank(other)
+
+    def _rank(self, found: Tradeoff | None) -> tuple[float, ...]:
+        if found is None:
+            return (2,)
+        if self.reached_by(found):
+            return (0, *self.order(found))
+        by_prefill, by_score = (found.prefill, -found.kept), (-found.kept, found.prefill)
+        return (1, *(by_score if self.prefill is None else by_prefill))
+
     def __str__(self) -> str:
         if self.prefill is not None:
             return f"computes {self.prefill:.1%} of prefill"

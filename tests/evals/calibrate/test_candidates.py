@@ -5,7 +5,7 @@ import pytest
 from evals.calibrate.candidates import UNPRUNED_VARIANT, Budgets, fixed_layers, layer_grid
 from evals.calibrate.curve import LayerCurve
 from evals.calibrate.measured import Measured
-from evals.records import Record
+from tests.evals.calibrate.records import record
 
 OBSERVATION = {"window_size": 16, "kernel_size": 31}
 
@@ -32,30 +32,6 @@ def test_tokens_selected_are_above_the_window_and_within_the_budget(
     num_tokens: int, kv_budget: int, window_size: int, sizes: list[int]
 ) -> None:
     assert Budgets(num_tokens, kv_budget).select_tokens(window_size) == sizes
-
-
-def record(method: str, score: float, layer_idx: int | None) -> Record:
-    return Record(
-        num_prompt_tokens=4000,
-        num_answer_tokens=5,
-        selection_layer=layer_idx,
-        no_selection_reason=None,
-        rho=(),
-        computed_share=0.6,
-        kv_bytes_full=4,
-        kv_bytes_kept=1,
-        prefill_s=1.0,
-        seconds=1.0,
-        task="passkey",
-        length=4096,
-        index=0,
-        method=method,
-        budget=None,
-        depth=None,
-        answer="",
-        references=("1",),
-        score=score,
-    )
 
 
 def test_a_layer_that_finds_what_its_neighbours_miss_keeps_its_score() -> None:

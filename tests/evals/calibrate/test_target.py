@@ -36,3 +36,14 @@ def test_shares(text: str, value: float) -> None:
 def test_what_is_no_share_is_refused(text: str) -> None:
     with pytest.raises(InvalidSetting, match=r"--keep .* is not a share like 65%"):
         parse_share("keep", text)
+
+
+def test_what_misses_the_target_is_worse_and_nothing_is_worst() -> None:
+    keep, prefill = Target(0.97, None), Target(None, 0.6)
+    assert keep.prefers(Tradeoff(0.97, 0.9), Tradeoff(0.96, 0.3))
+    assert keep.prefers(Tradeoff(0.96, 0.9), Tradeoff(0.95, 0.3))
+    assert prefill.prefers(Tradeoff(0.4, 0.6), Tradeoff(0.9, 0.61))
+    assert prefill.prefers(Tradeoff(0.9, 0.6), Tradeoff(0.8, 0.5))
+    assert keep.prefers(Tradeoff(0.0, 1.0), None)
+    assert not keep.prefers(None, None)
+    assert not keep.prefers(Tradeoff(0.98, 0.5), Tradeoff(0.98, 0.5))
