@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tests.winnow.kernels.compiled import Compiled, compile_launches
-from winnow.kernels.gpu import attention
+from winnow.kernels.gpu import activation, attention, norm, rope, scatter
+from winnow.kernels.rope import HeadNorms, RingSlots
 
 CAPABILITIES = (80, 90)
 MAX_REGISTERS = 128  # four blocks of four warps fit onto a processor
@@ -70,3 +71,44 @@ def test_attention_loads_pages_in_vectors(
     assert attend.narrow_loads <= 2  # of the new key and value
     assert attend.shared_bytes <= 96 << 10
     assert kernels["_combine"].vector_loads > 0
+
+
+@pytest.mark.parametrize("size", [896, 4096, 8192])
+def test_norms_load_and_store_vectors(capability: int, size: int) -> None:
+    tokens, weight = meta(8, size), meta(size)
+    kernels = compile_one_each(capability, lambda: norm.add_rms_norm(tokens, tokens, weight, 1e-5))
+    kernel = kernels["_rms_norm"]
+    assert kernel.vector_loads >= 3  # hidden, residual, weight
+    assert kernel.vector_stores >= 2
+    assert kernel.narrow_loads == 0
+
+
+def test_silu_mul_loads_and_stores_vectors(capability: int) -> None:
+    kernels = compile_one_each(capability, lambda: activation.silu_mul(meta(8, 2 * 4864)))
+    kernel = kernels["_silu_mul"]
+    assert (kernel.vector_loads, kernel.vector_stores, kernel.narrow_loads) == (2, 1, 0)
+
+
+@pytest.mark.parametrize("head_dim", attention.HEAD_DIMS)
+def test_rotation_loads_and_stores_vectors(capability: int, head_dim: int) -> None:
+    norms = HeadNorms(meta(head_dim), meta(head_dim), 1e-6)
+    ring = RingSlots(meta(999, head_dim), indices(8, 32))
+    table = meta(8, head_dim)
+    kernels = compile_one_each(
+        capability, lambda: rope.rotate(meta(8, 48, head_dim), table, table, 32, 8, norms, ring)
+    )
+    kernel = kernels["_rotate"]
+    assert kernel.vector_loads >= 2
+    assert kernel.vector_stores >= 4  # each half, in place and in the ring
+    assert kernel.narrow_loads <= 6  # of the tables and norms, which all heads share
+
+
+@pytest.mark.parametrize("head_dim", attention.HEAD_DIMS)
+def test_scattering_loads_and_stores_vectors(capability: int, head_dim: int) -> None:
+    entries = (meta(999, head_dim), meta(999, head_dim), meta(999, dtype=torch.int32))
+    kernels = compile_one_each(capability, lambda: scatter.scatter(entries, indices(999), entries))
+    kernel = kernels["_scatter"]
+    per_thread = 32 * head_dim * 2 // (128 * 16)
+    assert kernel.vector_loads >= 2 * per_thread
+    assert kernel.vector_stores >= 2 * per_thread
+    assert kernel.narrow_loads == 0

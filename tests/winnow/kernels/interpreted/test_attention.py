@@ -15,7 +15,7 @@ EDGES = [[1, 2], [15, 16], [17, 33], [0, 0], [64, 65]]
 def random_step(pages: Pages, group: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """A query, key and value per row, as views into one product, as a fused projection has them."""
     num_rows, num_kv_heads = pages.lengths.shape
-    heads = (num_kv_heads * group, num_kv_heads, num_kv_heads)
+    heads = [num_kv_heads * group, num_kv_heads, num_kv_heads]
     product = torch.randn(num_rows, sum(heads), head_dim).to(pages.keys.dtype)
     query, new_keys, new_values = torch.split(product, heads, dim=1)
     return query, new_keys, new_values
