@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.winnow.kernels.compiled import Compiled, compile_launches
-from winnow.kernels.gpu import activation, attention, norm, rope, scatter
+from winnow.kernels.gpu import activation, attention, norm, recompression, rope, scatter
 from winnow.kernels.rope import HeadNorms, RingSlots
 
 CAPABILITIES = (80, 90)
@@ -112,3 +112,21 @@ def test_scattering_loads_and_stores_vectors(capability: int, head_dim: int) -> 
     assert kernel.vector_loads >= 2 * per_thread
     assert kernel.vector_stores >= 2 * per_thread
     assert kernel.narrow_loads == 0
+
+
+@pytest.mark.parametrize("head_dim", attention.HEAD_DIMS)
+def test_recompression_loads_pages_in_vectors(capability: int, head_dim: int) -> None:
+    pages, table, lengths = meta(99, 16, head_dim), indices(64, 150), indices(64)
+
+    def recompress() -> None:
+        queries = meta(64, 4, 32, head_dim)
+        recompression.window_scores(queries, pages, table, lengths, 0.125)
+        pool = (pages, meta(99, 16, head_dim), meta(99, 16, dtype=torch.int32))
+        recompression.compact(pool, table, indices(64, 2048), lengths)
+
+    kernels = compile_one_each(capability, recompress)
+    assert list(kernels) == ["_normalisers", "_shares", "_compact"]
+    for kernel in kernels.values():
+        assert kernel.vector_loads >= 4
+        assert kernel.narrow_loads == 0
+    assert kernels["_compact"].vector_stores >= 8
