@@ -7,7 +7,8 @@ from winnow.kernels import activation, norm
 from winnow.kernels.gpu import activation as activation_on_gpu
 from winnow.kernels.gpu import norm as norm_on_gpu
 
-TOLERANCES = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# In bfloat16 the interpreter cuts off what PyTorch rounds: one last place for each of three times.
+TOLERANCES = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 3 * 2**-7}
 SIZES = (64, 96, 576, 1000, 2048)
 
 pytestmark = [
@@ -33,7 +34,7 @@ def test_rms_norm_after_the_residual_equals_its_reference(
     weight, tolerance = torch.randn(size).to(dtype), TOLERANCES[dtype]
     normed, total = norm_on_gpu.add_rms_norm(hidden, residual, weight, 1e-6)
     expected = norm.add_rms_norm(hidden, residual, weight, 1e-6)
-    torch.testing.assert_close(total, expected[1], atol=0, rtol=tolerance / 2)
+    torch.testing.assert_close(total, expected[1], atol=0, rtol=tolerance / 3)
     torch.testing.assert_close(normed, expected[0], atol=tolerance, rtol=tolerance)
 
 
