@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_every_kernel_equals_its_reference_in_the_interpreter() -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     folder = Path(__file__).parent / "interpreted"

@@ -30,7 +30,7 @@ def answers(
 ) -> dict[str, list[int]]:
     engine = make_engine(model)
     for num_tokens in (1, 16, 33):
-        sampling = replace(GREEDY, max_tokens=6)
+        sampling = replace(GREEDY, max_tokens=5)
         own = spec(str(num_tokens), num_tokens, sampling, **recompression)
         admit(engine, own, prompt(num_tokens, seed=num_tokens), settings)
     tokens = decode_all(engine)

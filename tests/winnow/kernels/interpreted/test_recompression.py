@@ -15,7 +15,7 @@ from winnow.pruning_settings import Recompression
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 WINDOW = 8
-LENGTHS = (8, 9, 15, 16, 17, 33, 64, 65, 100)
+LENGTHS = (8, 9, 16, 17, 65, 100)
 
 
 def heads_in_pages(
