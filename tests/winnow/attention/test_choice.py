@@ -1,6 +1,7 @@
 """Which backend reads the pages."""
 
 import logging
+import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -28,3 +29,9 @@ def test_where_the_kernel_cannot_run_pages_are_gathered_and_one_line_says_so(
         assert isinstance(decode_backend(pool("cuda"), 4), GatherBackend)
     (record,) = caplog.records
     assert "decode copies pages, because the attention kernel fails here" in record.getMessage()
+
+
+def test_the_engines_load_no_kernel_before_a_cuda_device_needs_it() -> None:
+    imports = "import sys, winnow.local, winnow.engine.decode"
+    code = f"{imports}; sys.exit('winnow.kernels.gpu' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
