@@ -39,6 +39,7 @@ DOORS = {
         "winnow/gguf/tokenizer.py",
     ),
     "gguf": ("winnow/gguf/",),
+    "triton": ("winnow/kernels/gpu/",),
 }
 # What each part may import of ours; of parts within each other the innermost one counts.
 OURS = ("winnow", "services", "evals")

@@ -1,6 +1,7 @@
 """Attention implementations: within a prompt (prefill), and over KV pages (decode)."""
 
 from winnow.attention.calls import ATTENTION_NAME, AttentionCall
+from winnow.attention.choice import decode_backend
 from winnow.attention.decode import DecodeBackend, PagedKV, StepAttention, StepPlan
 from winnow.attention.gather import GatherBackend
 from winnow.attention.prefill import PrefillAttention, ScatteredAttention, causal_attention
@@ -16,4 +17,5 @@ __all__ = [
     "StepAttention",
     "StepPlan",
     "causal_attention",
+    "decode_backend",
 ]

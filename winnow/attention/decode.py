@@ -1,7 +1,7 @@
 """Decode attention: one new token per row attends to paged keys and values.
 
-A DecodeBackend reads the pages: `GatherBackend` copies and masks them, on any device. A kernel that
-reads them in place would be another backend.
+A DecodeBackend reads the pages: `GatherBackend` copies and masks them, on any device; the kernel of
+`PagedBackend` reads them in place, on CUDA devices.
 """
 
 from dataclasses import dataclass
@@ -43,6 +43,10 @@ class PagedKV(Protocol):
     def gather(self, layer_idx: int, plan: StepPlan) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer for the step: each [B, H_kv, P * page_size, D]."""
 
+    @property
+    def vectors(self) -> Tensor:
+        """All pages' keys, then all their values: [2 * num_pages * page_size, D]."""
+
 
 Plan = TypeVar("Plan")
 
@@ -53,11 +57,19 @@ class DecodeBackend(Protocol, Generic[Plan]):
     def plan(self, rows: list[int], positions: Tensor) -> Plan:
         """Make room for a new token of each row.  positions: [B]."""
 
-    def append(self, layer_idx: int, plan: Plan, keys: Tensor, values: Tensor) -> None:
-        """Write the new tokens' entries of a layer.  keys, values: [B, H_kv, D]."""
+    def attend(
+        self,
+        layer_idx: int,
+        plan: Plan,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        """Write the new tokens' entries of a layer, then attend to all entries of each head.
 
-    def attend(self, layer_idx: int, plan: Plan, query: Tensor, scaling: float) -> Tensor:
-        """Attend to all entries of each head.  query and the result: [B, H, 1, D]."""
+        keys, values: [B, H_kv, D].  query and the result: [B, H, 1, D].
+        """
 
 
 class StepAttention(Generic[Plan]):
@@ -80,5 +92,6 @@ class StepAttention(Generic[Plan]):
     ) -> Tensor:
         self.scaling = scaling
         self.queries.append(query[:, :, 0])
-        self._backend.append(layer_idx, self._plan, key[:, :, 0], value[:, :, 0])
-        return self._backend.attend(layer_idx, self._plan, query, scaling)
+        return self._backend.attend(
+            layer_idx, self._plan, query, key[:, :, 0], value[:, :, 0], scaling
+        )

@@ -44,13 +44,18 @@ class GatherBackend:
         entry = torch.arange(num_slots, device=self._pool.device)
         return RowGroup(group, step, entry < step.lengths[..., None])
 
-    def append(self, layer_idx: int, plan: list[RowGroup], keys: Tensor, values: Tensor) -> None:
-        for group in plan:
-            self._pool.append(layer_idx, group.step, keys[group.rows], values[group.rows])
-
-    def attend(self, layer_idx: int, plan: list[RowGroup], query: Tensor, scaling: float) -> Tensor:
+    def attend(
+        self,
+        layer_idx: int,
+        plan: list[RowGroup],
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float,
+    ) -> Tensor:
         output = torch.empty_like(query)
         for group in plan:
+            self._pool.append(layer_idx, group.step, keys[group.rows], values[group.rows])
             output[group.rows] = self._attend(layer_idx, group, query[group.rows], scaling)
         return output
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from winnow.attention import GatherBackend, StepAttention
+from winnow.attention import StepAttention, decode_backend
 from winnow.decoder import DecoderModel
 from winnow.engine.kv_pool import KVPool
 from winnow.engine.sequence import Sequence
@@ -42,7 +42,8 @@ class ModelRunner:
 
     def __init__(self, model: DecoderModel, pool: KVPool) -> None:
         self.model = model
-        self._backend = GatherBackend(pool)
+        shape = pool.shape
+        self._backend = decode_backend(pool, shape.num_heads // shape.num_kv_heads)
 
     def run(self, batch: list[Sequence]) -> StepResult:
         """The next token of every sequence, or its error.

@@ -1,0 +1,9 @@
+"""Every test draws the same numbers each time."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
