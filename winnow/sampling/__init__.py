@@ -17,14 +17,12 @@ can be float64, whose precision a long tail of rare tokens needs.
 Precision: logits, penalties and weights are float32, as the model gives them; noise, the weights in
 the second round and the sums that decide top-p among sorted candidates are float64. A greedy row is
 an argmax.
+
+A change by which some seed gives another token needs a new SAMPLER_VERSION
+(winnow/sampler_version.py).
 """
 
 from winnow.sampling.batch import Sampled, SampledBatch, sample_batch
 from winnow.sampling.state import SamplingState
 
-# Version of the mapping from (seed, position, logits) to a token. Raise it whenever some seed gives
-# another token. 1: inverse transform of one number per (seed, position). docs/generation.md says
-# what a difference between two workers means.
-SAMPLER_VERSION = 2
-
-__all__ = ["SAMPLER_VERSION", "Sampled", "SampledBatch", "SamplingState", "sample_batch"]
+__all__ = ["Sampled", "SampledBatch", "SamplingState", "sample_batch"]

@@ -1,6 +1,7 @@
 """The distribution of the next token, as documented, row by row in float64; draws to compare."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,13 @@ from torch import Tensor
 from winnow.errors import NotFinite
 from winnow.sampling import Sampled, SamplingState, sample_batch
 from winnow.sampling_params import SamplingParams
+
+EVERYTHING: dict[str, Any] = {
+    "repetition_penalty": 1.3,
+    "presence_penalty": 0.4,
+    "frequency_penalty": 0.2,
+    "logit_bias": {3: 1.5, 700: -2.0},
+}
 
 
 def probabilities(
@@ -53,6 +61,26 @@ def state(
     made = SamplingState(params, seed, position - len(generated), prompt)
     made.extend(generated)
     return made
+
+
+def mixed_states() -> list[SamplingState]:
+    """Rows of every kind, some with log-probabilities."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 0, "num_logprobs": 5} | EVERYTHING,
+        {},
+        {"temperature": 0.7, "num_logprobs": 2},
+        {"min_p": 0.05},
+        {"top_k": 7, "top_p": 0.8},
+        {"top_k": 40, "min_p": 0.01, "temperature": 1.4, "num_logprobs": 0} | EVERYTHING,
+        {"top_p": 0.9},
+        {"top_p": 0.5, "top_k": 2000, "temperature": 2.0},
+        {"min_tokens": 9, "stop_token_ids": frozenset({1, 5}), "top_p": 0.99},
+    ]
+    return [
+        state(SamplingParams(**changes), 30 + 3 * idx, seed=idx, prompt=(4, 9), generated=(9, 3, 3))
+        for idx, changes in enumerate(kinds)
+    ]
 
 
 def outcomes(

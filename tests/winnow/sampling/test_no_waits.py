@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.winnow.sampling.test_sample_batch import mixed_states
+from tests.winnow.sampling.reference import mixed_states
 from winnow.sampling import sample_batch
 
 WAITING = (

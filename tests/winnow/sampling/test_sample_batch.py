@@ -5,45 +5,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.winnow.sampling.reference import outcomes, state, tokens
+from tests.winnow.sampling.reference import EVERYTHING, mixed_states, outcomes, state, tokens
 from winnow.errors import NotFinite
-from winnow.sampling import SAMPLER_VERSION, Sampled, SamplingState, noise
+from winnow.sampler_version import SAMPLER_VERSION
+from winnow.sampling import Sampled, noise
 from winnow.sampling_params import SamplingParams
 from winnow.tokens import TokenLogprobs
 
 LOGITS = torch.tensor([0.0, 1.0, 2.0, 3.0, -1.0]).log_softmax(-1)
 GREEDY = SamplingParams(temperature=0)
-EVERYTHING: dict[str, Any] = {
-    "repetition_penalty": 1.3,
-    "presence_penalty": 0.4,
-    "frequency_penalty": 0.2,
-    "logit_bias": {3: 1.5, 700: -2.0},
-}
 
 
 def drawn(params: SamplingParams, logits: Tensor, count: int = 200) -> set[int]:
     """Every token that is drawn at `count` positions."""
     return set(tokens(logits.expand(count, -1), [state(params, at) for at in range(count)]))
-
-
-def mixed_states() -> list[SamplingState]:
-    """Rows of every kind, some with log-probabilities."""
-    kinds: list[dict[str, Any]] = [
-        {"temperature": 0},
-        {"temperature": 0, "num_logprobs": 5} | EVERYTHING,
-        {},
-        {"temperature": 0.7, "num_logprobs": 2},
-        {"min_p": 0.05},
-        {"top_k": 7, "top_p": 0.8},
-        {"top_k": 40, "min_p": 0.01, "temperature": 1.4, "num_logprobs": 0} | EVERYTHING,
-        {"top_p": 0.9},
-        {"top_p": 0.5, "top_k": 2000, "temperature": 2.0},
-        {"min_tokens": 9, "stop_token_ids": frozenset({1, 5}), "top_p": 0.99},
-    ]
-    return [
-        state(SamplingParams(**changes), 30 + 3 * idx, seed=idx, prompt=(4, 9), generated=(9, 3, 3))
-        for idx, changes in enumerate(kinds)
-    ]
 
 
 @pytest.mark.parametrize("vocab_size", [20, 256, 3000, 40_000])
