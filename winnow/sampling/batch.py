@@ -12,7 +12,7 @@ from winnow.sampling.device import rows_on
 from winnow.sampling.draw import draw
 from winnow.sampling.filters import Kind
 from winnow.sampling.logprobs import logprob_columns
-from winnow.sampling.shaping import shaped
+from winnow.sampling.shaping import HIGHEST_LOGIT, shaped
 from winnow.sampling.state import SamplingState
 from winnow.tokens import TokenLogprobs
 
@@ -60,15 +60,16 @@ def sample_batch(
 ) -> SampledBatch:
     """Sample the next token of each row; the device is not waited for.
 
-    logits: [B, V] float32; not changed.
+    logits: [B, V] float32, of up to ±HIGHEST_LOGIT, above which they count as not finite; not
+    changed.
     eos_token_ids: of the model. They are not sampled before a row's `min_tokens`, nor are its own
     stop tokens.
     """
     maxima = block_maxima(logits)
-    is_finite = maxima.amax(-1).isfinite() & logits.amin(-1).isfinite()
+    is_finite = (maxima.amax(-1) <= HIGHEST_LOGIT) & (logits.amin(-1) >= -HIGHEST_LOGIT)
     changed = shaped(logits, states, eos_token_ids)
     changed_maxima = maxima if changed is logits else block_maxima(changed)
-    tokens = first_best(changed, changed_maxima)  # of greedy rows; cheap enough for all
+    tokens = first_best(changed, changed_maxima)  # of greedy rows; it costs little for all
     for rows in _alike(states):
         index = rows_on(rows, logits.device)
         own = [states[row] for row in rows]

@@ -5,7 +5,6 @@ A token's noise has its id as counter, a block's -1 - its index.
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,8 +14,6 @@ from winnow.sampling.filters import Filters
 from winnow.sampling.noise import exponential, noise_keys
 from winnow.sampling.state import SamplingState
 
-_MASK64 = (1 << 64) - 1
-
 
 def draw(logits: Tensor, maxima: Tensor, states: Sequence[SamplingState]) -> Tensor:
     """A token of each row: [R] int64.
@@ -25,19 +22,12 @@ def draw(logits: Tensor, maxima: Tensor, states: Sequence[SamplingState]) -> Ten
     states: of the rows; their filters are of one kind.
     """
     entrants = _Entrants(logits, maxima, states)
-    keys = _keys(states, logits.device)
+    keys = to_device(noise_keys((one.seed, one.position) for one in states), logits.device)
     counters = torch.arange(-1, -1 - maxima.shape[1], -1, device=logits.device)
     block = (entrants.totals / exponential(keys, counters)).argmax(-1, keepdim=True)
     ids = block_ids(block)
     winner = (entrants.of_block(block) / exponential(keys, ids)).argmax(-1, keepdim=True)
     return ids.gather(1, winner)[:, 0]
-
-
-def _keys(states: Sequence[SamplingState], device: torch.device) -> Tensor:
-    pairs = [(state.seed & _MASK64, state.position) for state in states]
-    columns = np.array(pairs, dtype=np.uint64).view(np.int64).T.copy()
-    seeds, positions = to_device(columns, device)
-    return noise_keys(seeds, positions)
 
 
 class _Entrants:
@@ -59,7 +49,7 @@ class _Entrants:
 
     def _enter(self, rows: slice, maxima: Tensor) -> None:
         logits, filters = self._logits[rows], self._filters.of_rows(rows)
-        weights = (logits - self._best[rows]).mul_(filters.inverse_temperature.float()).softmax(-1)
+        weights = filters.weights(logits)
         cut = filters.cut(logits, maxima[rows], weights)
         if cut is None:
             self.totals[rows] = block_sums(weights)

@@ -22,7 +22,8 @@ from winnow.sampling.threshold_search import ThresholdSearch
 from winnow.sampling_params import SamplingParams
 
 _MAX_SORTED = 1024
-_COLDEST = 2.0**-100  # below it, 1 / temperature would be no finite float32
+# Lower temperatures count as this one: logits of up to HIGHEST_LOGIT can be divided by it.
+_COLDEST = 2.0**-27
 
 
 class Kind(Enum):
@@ -46,14 +47,15 @@ class Kind(Enum):
 class Filters:
     """The temperatures and filters of rows of one kind.
 
-    table: [R, 4] float64: 1 / temperature, which is finite; top_k and top_p, inf where they are
-    off; min_p.  max_top_k: 0 if no row has one.
+    table: [R, 4] float64: 1 / temperature; top_k and top_p, inf where they are off; min_p.
+    max_top_k: 0 if no row has one.  has_temperature: whether one is not 1.
     """
 
     kind: Kind
     table: Tensor
     max_top_k: int
     has_top_p: bool
+    has_temperature: bool
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], device: torch.device) -> "Filters":
@@ -71,6 +73,7 @@ class Filters:
             to_device(np.array(table, dtype=np.float64), device),
             max_top_k=max(one.top_k for one in params),
             has_top_p=any(one.top_p < 1 for one in params),
+            has_temperature=any(one.temperature != 1 for one in params),
         )
 
     def of_rows(self, rows: slice) -> "Filters":
@@ -93,11 +96,16 @@ class Filters:
     def min_p(self) -> Tensor:
         return self.table[:, 3:4]
 
+    def weights(self, logits: Tensor) -> Tensor:
+        """The probabilities before any filter: [R, V] float32."""
+        if self.has_temperature:
+            logits = logits * self.inverse_temperature.float()
+        return logits.softmax(-1)
+
     def cut(self, logits: Tensor, maxima: Tensor, weights: Tensor) -> Cut | None:
         """What is kept of each row; None if everything is.
 
-        logits, weights: [R, V] float32; weights are proportional to exp(logits / temperature).
-        maxima: of the logits' blocks.
+        logits: [R, V] float32.  weights: theirs, from `weights`.  maxima: of the logits' blocks.
         """
         if self.kind is Kind.UNFILTERED:
             return None

@@ -15,7 +15,7 @@ from winnow.sampling.device import to_device
 from winnow.sampling.state import SamplingState, TokenCounts
 from winnow.sampling_params import SamplingParams
 
-_HIGHEST = torch.finfo(torch.float32).max
+HIGHEST_LOGIT = 2.0**100  # 1.3e30: divided by the lowest temperature it is a float32 still
 
 
 def shaped(
@@ -42,7 +42,7 @@ def shaped(
         ends = [
             (row, np.array([*eos_token_ids, *stops], np.int64)) for row, stops in waiting.items()
         ]
-        changed.view(-1).index_fill_(0, _index(changed, ends), -_HIGHEST)
+        changed.view(-1).index_fill_(0, _index(changed, ends), -HIGHEST_LOGIT)
     return changed
 
 
@@ -68,7 +68,7 @@ def _penalize(logits: Tensor, rows: Sequence[_Penalized]) -> None:
     index = _index(logits, [(one.row, one.counts.ids) for one in rows])
     values = logits.view(-1)[index]
     values = torch.where(values > 0, values / divisor, values * divisor) - offset
-    logits.view(-1)[index] = values.clamp_(-_HIGHEST, _HIGHEST)  # a penalty may be near zero
+    logits.view(-1)[index] = values.clamp_(-HIGHEST_LOGIT, HIGHEST_LOGIT)  # for penalties near 0
 
 
 def _index(logits: Tensor, tokens_of_rows: Sequence[tuple[int, NDArray[np.int64]]]) -> Tensor:

@@ -40,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 PROMPT, GENERATED = (0, 1, 1, 4), (1, 6, 6, 6)
-COUNT = 6000
+COUNT = 3000
 
 
 def few() -> Tensor:

@@ -16,9 +16,13 @@ def mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
+def keys_of(*rows: tuple[int, int]) -> torch.Tensor:
+    return torch.from_numpy(noise_keys(rows))
+
+
 @given(seed=INT64, position=st.integers(0, 2**40), counter=st.integers(-2000, 2**20))
 def test_noise_is_splitmix64s(seed: int, position: int, counter: int) -> None:
-    keys = noise_keys(torch.tensor([seed, 1]), torch.tensor([position, 1]))
+    keys = keys_of((seed, position), (1, 1))
     key = mix(mix((seed + 0x9E3779B97F4A7C15) & _MASK) ^ position)
     assert int(keys[0]) & _MASK == key
     uniform = ((mix((key + counter * 0x9E3779B97F4A7C15) & _MASK) >> 12) + 0.5) / 2**52
@@ -27,7 +31,7 @@ def test_noise_is_splitmix64s(seed: int, position: int, counter: int) -> None:
 
 
 def test_noise_is_exponential_and_never_0() -> None:
-    keys = noise_keys(torch.arange(100), torch.arange(100))
+    keys = keys_of(*((at, at) for at in range(100)))
     found = exponential(keys, torch.arange(1000)).flatten()
     assert bool((found > 0).all() and found.isfinite().all())
     counts = torch.histc((-found).exp(), bins=50, min=0, max=1)
@@ -37,11 +41,12 @@ def test_noise_is_exponential_and_never_0() -> None:
 @pytest.mark.parametrize("shift", [1, 256])
 def test_neighbours_are_independent(shift: int) -> None:
     """Of seed, position and counter."""
-    one = exponential(noise_keys(torch.tensor([5]), torch.tensor([9])), torch.arange(20_000))[0]
+    counters = torch.arange(20_000)
+    one = exponential(keys_of((5, 9)), counters)[0]
     others = [
-        exponential(noise_keys(torch.tensor([5 + shift]), torch.tensor([9])), torch.arange(20_000)),
-        exponential(noise_keys(torch.tensor([5]), torch.tensor([9 + shift])), torch.arange(20_000)),
-        exponential(noise_keys(torch.tensor([5]), torch.tensor([9])), torch.arange(20_000) + shift),
+        exponential(keys_of((5 + shift, 9)), counters),
+        exponential(keys_of((5, 9 + shift)), counters),
+        exponential(keys_of((5, 9)), counters + shift),
     ]
     for other in others:
         assert abs(float(torch.corrcoef(torch.stack([one, other[0]]))[0, 1])) < 0.03
