@@ -104,6 +104,7 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.prefill
 	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.transfer
 	$(BIN)/python -m benchmarks.end_to_end
 	$(BIN)/python -m benchmarks.overload

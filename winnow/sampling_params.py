@@ -62,10 +62,20 @@ class SamplingParams:
         return self.repetition_penalty != 1.0
 
     @property
+    def penalizes(self) -> bool:
+        """Whether the logits depend on the tokens so far."""
+        penalties = self.presence_penalty or self.frequency_penalty
+        return bool(penalties) or self.repetition_penalty != 1
+
+    @property
+    def filters(self) -> bool:
+        """Whether min-p, top-k or top-p excludes tokens."""
+        return self.min_p > 0 or self.top_k > 0 or self.top_p < 1
+
+    @property
     def takes_likeliest(self) -> bool:
         """True if each token is the one that the model itself gives the highest logit."""
-        shaped = self.presence_penalty or self.frequency_penalty or self.logit_bias
-        return self.temperature == 0 and self.repetition_penalty == 1 and not shaped
+        return self.temperature == 0 and not self.penalizes and not self.logit_bias
 
     def ends(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
         """The tokens that end a completion, given the model's EOS tokens."""

@@ -22,7 +22,8 @@ class WorkerRecord:
 
     address, kv_address: host:port of Decode and of KvTransfer. model_name is informational; models
     are compared by fingerprint. running: sequences in the batch plus requests waiting for KV.
-    features: from FEATURES, or unknown ones of newer releases.
+    features: from FEATURES, or unknown ones of newer releases.  sampler_version: 1 of those that
+    do not tell it.
     """
 
     worker_id: str
@@ -36,6 +37,7 @@ class WorkerRecord:
     running: int
     draining: bool = False
     features: tuple[str, ...] = ()
+    sampler_version: int = 1
 
     KIND: ClassVar = "worker"
 

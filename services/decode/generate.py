@@ -19,6 +19,7 @@ from services.decode.take_over import Fetcher
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.outputs import StepOutput
 from winnow.errors import EngineFailed, LeaseExpired, ModelMismatch, WinnowError
+from winnow.sampler_version import SAMPLER_VERSION, require_same_sampler
 from winnow.v1 import decode_pb2 as pb
 from winnow.v1.decode_pb2_grpc import DecodeServicer
 from winnow.wire import WIRE_VERSIONS, Grant
@@ -88,6 +89,8 @@ class GenerateServicer(DecodeServicer):
                 f"this worker has {fingerprint}"
             )
         spec = spec_from_request(message, self._engine.model.vocab_size)
+        if message.HasField("origin"):
+            require_same_sampler(spec.sampling, message.sampler_version)
         request = await self._admission.admit(spec, Grant.issue(message.wire_versions))
         try:
             own.add_event("admitted")
@@ -113,6 +116,7 @@ class GenerateServicer(DecodeServicer):
             reserved_pages=request.reservation.num_pages,
             wire_version=request.grant.wire_version,
             transfer_secret=request.grant.secret,
+            sampler_version=SAMPLER_VERSION,
         )
 
     async def _next_before_lease_ends(

@@ -14,6 +14,7 @@ from services.decode.metrics import OUT, DecodeMetrics
 from winnow.engine.kv_pool import KVPool
 from winnow.engine.sequence import Sequence
 from winnow.errors import TransferMalformed, UnknownReservation, WinnowError
+from winnow.sampler_version import require_same_sampler
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire import Header, Ticket, TransferEncoder
 
@@ -37,6 +38,7 @@ class KvGiver:
             asked = _parse(body)
             request = self._admission.find(asked.request_id)
             request.grant.require_fetch(asked.fetch_token)
+            require_same_sampler(request.spec.sampling, asked.sampler_version)
             yield from self._give(request, asked)
         except WinnowError as error:
             logger.warning("fetch refused: %s", error)

@@ -21,6 +21,7 @@ from winnow.errors import (
 )
 from winnow.kv import LayerKV, SequenceState
 from winnow.report import PrefillReport
+from winnow.sampler_version import SAMPLER_VERSION
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire import Header, ReceiveBuffer, Trailer, TransferDecoder
 
@@ -68,6 +69,7 @@ class Fetcher:
             into_request_id=request.spec.request_id,
             wire_version=ticket.wire_version,
             transfer_token=ticket.token,
+            sampler_version=SAMPLER_VERSION,
         )
         with open_channel(origin.kv_address, self._peers) as channel:
             fetch = channel.unary_stream(

@@ -30,6 +30,7 @@ from services.decode.take_over import Fetcher
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.kv_pool import KVPoolConfig
 from winnow.models import load_model
+from winnow.sampler_version import SAMPLER_VERSION
 from winnow.wire import WIRE_VERSIONS
 
 logger = logging.getLogger(__name__)
@@ -209,6 +210,7 @@ class DecodeWorker:
             running=stats.running_sequences + stats.reserved_requests,
             draining=self.admission.draining,
             features=FEATURES,
+            sampler_version=SAMPLER_VERSION,
         )
 
 

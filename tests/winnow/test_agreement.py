@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from winnow.agreement import count_agreeing, kl_lower_bound, same_likeliest
-from winnow.sampling import token_logprobs
+from winnow.sampling import Sampled, SamplingState, sample_batch
 from winnow.sampling_params import SamplingParams
 from winnow.tokens import PromptLogprobs, TokenLogprobs
 
@@ -17,7 +17,11 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
 
 def top(logits: torch.Tensor, num: int = 20) -> TokenLogprobs:
-    return token_logprobs(logits, 0, num)
+    params = SamplingParams(temperature=0, num_logprobs=num)
+    (sampled,) = sample_batch(logits[None], [SamplingState(params, 0, 1)]).read()
+    assert isinstance(sampled, Sampled)
+    assert sampled.logprobs is not None
+    return sampled.logprobs
 
 
 def kl(p: torch.Tensor, q: torch.Tensor) -> float:

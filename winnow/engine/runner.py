@@ -1,6 +1,7 @@
 """ModelRunner: the forward pass of one decode batch, and sampling of each next token."""
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,7 +10,8 @@ from winnow.attention import StepAttention, decode_backend
 from winnow.decoder import DecoderModel
 from winnow.engine.kv_pool import KVPool
 from winnow.engine.sequence import Sequence
-from winnow.errors import EngineFailed
+from winnow.errors import EngineFailed, NotFinite
+from winnow.sampling import Sampled, sample_batch
 from winnow.tokens import Token
 
 
@@ -53,9 +55,7 @@ class ModelRunner:
         if not batch:
             return StepResult()
         hidden, queries = self._forward(batch)
-        logits = self.model.logits(hidden)
-        tokens = {seq: self._sample(seq, row) for seq, row in zip(batch, logits, strict=True)}
-        return StepResult(tokens, queries)
+        return StepResult(self._sample(batch, hidden), queries)
 
     def _forward(self, batch: list[Sequence]) -> tuple[Tensor, StepQueries | None]:
         """The hidden states to sample each next token from: [B, hidden_size].
@@ -73,7 +73,7 @@ class ModelRunner:
     def _forward_tokens(self, going: list[Sequence]) -> tuple[Tensor, StepQueries]:
         """Feed each sequence's last token through all layers: [B, hidden_size]."""
         model = self.model
-        tokens = torch.tensor([[seq.history.generated[-1]] for seq in going], device=model.device)
+        tokens = torch.tensor([[seq.sampling.generated[-1]] for seq in going], device=model.device)
         positions = torch.tensor([seq.next_position - 1 for seq in going], device=model.device)
         attention = StepAttention(self._backend, [seq.row for seq in going], positions)
         hidden, rope = model.embed(tokens), model.rope(positions[:, None])
@@ -81,9 +81,22 @@ class ModelRunner:
             hidden = model.layer(layer_idx, hidden, rope, attention)
         return hidden[:, 0], StepQueries(going, attention.queries, attention.scaling)
 
-    def _sample(self, seq: Sequence, logits: Tensor) -> Token | EngineFailed:
-        try:
-            token = seq.take(logits, self.model)
-        except EngineFailed as error:
-            return error
-        return replace(token, finish_reason=seq.finish_reason(self.model))
+    def _sample(
+        self, batch: list[Sequence], hidden: Tensor
+    ) -> dict[Sequence, Token | EngineFailed]:
+        """Each sequence's next token, replayed or sampled.  hidden: [B, hidden_size]."""
+        new = [row for row, seq in enumerate(batch) if seq.next_replayed is None]
+        sampled: Iterator[Sampled | NotFinite] = iter(())
+        if new:
+            logits = self.model.logits(torch.stack([hidden[row] for row in new]))
+            states = [batch[row].sampling for row in new]
+            sampled = iter(sample_batch(logits, states, self.model.eos_token_ids).read())
+        tokens: dict[Sequence, Token | EngineFailed] = {}
+        for seq in batch:
+            replayed = seq.next_replayed
+            outcome = next(sampled) if replayed is None else Sampled(replayed)
+            if isinstance(outcome, Sampled):
+                tokens[seq] = seq.take(outcome, self.model)
+            else:
+                tokens[seq] = outcome
+        return tokens

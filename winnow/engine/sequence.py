@@ -17,7 +17,7 @@ from winnow.engine.kv_manager import KVManager
 from winnow.engine.kv_pool import KVPool
 from winnow.engine.query_ring import QueryRing
 from winnow.kv import LayerKV, SequenceState
-from winnow.sampling import TokenHistory, sample, token_logprobs
+from winnow.sampling import Sampled, SamplingState
 from winnow.tokens import FinishReason, Token
 
 
@@ -174,8 +174,8 @@ class Reservation:
 class Sequence:
     """One running sequence.
 
-    num_tokens: prompt and generated tokens.  next_position: position of the next token in the
-    model; below num_tokens where prefill recomputed the selected tokens from position 0.
+    next_position: position of the next token in the model; below num_tokens where prefill
+    recomputed the selected tokens from position 0.
     """
 
     def __init__(
@@ -197,9 +197,13 @@ class Sequence:
         self.budget = spec.recompression.decode_budget
         self.swapped: list[LayerKV] = []  # its KV while it is swapped out to host memory
         self.waits = False  # whether it is swapped out
-        self.num_tokens = spec.num_prompt_tokens
         self.next_position = next_position
-        self.history = TokenHistory(prompt=spec.prompt_token_ids)
+        self.sampling = SamplingState(
+            spec.sampling,
+            spec.sampling.seed + sequence_idx,
+            spec.num_prompt_tokens,
+            spec.prompt_token_ids,
+        )
         self._replayed = spec.replayed[sequence_idx] if spec.replayed else ()
 
     def go_on(self, state: SequenceState) -> None:
@@ -208,13 +212,12 @@ class Sequence:
             self.final_hidden = None
         if state.at_floor:
             self.budget = self.spec.recompression.decode_floor
-        self.history.generated.extend(state.token_ids)
-        self.num_tokens += len(state.token_ids)
+        self.sampling.extend(state.token_ids)
 
     def state(self) -> SequenceState:
         """What another worker needs to continue, besides the KV and the query window."""
         return SequenceState(
-            token_ids=tuple(self.history.generated),
+            token_ids=tuple(self.sampling.generated),
             next_position=self.next_position,
             recompressed_entries=self.reservation.recompressed_entries,
             at_floor=self.budget != self.spec.recompression.decode_budget,
@@ -233,45 +236,36 @@ class Sequence:
         return self.spec.limit_at(self.budget)
 
     @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens."""
+        return self.sampling.position
+
+    @property
     def num_generated(self) -> int:
-        return len(self.history.generated)
+        return len(self.sampling.generated)
 
     @property
     def is_new(self) -> bool:
         """Whether the last token was sampled, not replayed."""
         return self.num_generated > len(self._replayed)
 
-    def take(self, logits: Tensor, model: DecoderModel) -> Token:
-        """Append the next token, sampled from logits [vocab_size] or replayed; raises NotFinite."""
-        sampling = self.spec.sampling
-        token_id = self._next_replayed()
-        if token_id is None:
-            token_id = sample(
-                logits,
-                sampling,
-                self.num_tokens,
-                self.history,
-                seed=sampling.seed + self.sequence_idx,
-                end_token_ids=sampling.stop_token_ids | model.eos_token_ids,
-            )
-        self.history.generated.append(token_id)
-        self.num_tokens += 1
-        self.next_position += 1
-        logprobs = (
-            None
-            if sampling.num_logprobs is None
-            else token_logprobs(logits, token_id, sampling.num_logprobs)
-        )
-        return Token(self.sequence_idx, token_id, logprobs)
-
-    def _next_replayed(self) -> int | None:
+    @property
+    def next_replayed(self) -> int | None:
+        """The next token if it is replayed; None if it is to be sampled."""
         at = self.num_generated
         return self._replayed[at] if at < len(self._replayed) else None
 
-    def finish_reason(self, model: DecoderModel) -> FinishReason | None:
+    def take(self, sampled: Sampled, model: DecoderModel) -> Token:
+        """Append the next token."""
+        self.sampling.extend((sampled.token_id,))
+        self.next_position += 1
+        reason = self._finish_reason(model)
+        return Token(self.sequence_idx, sampled.token_id, sampled.logprobs, reason)
+
+    def _finish_reason(self, model: DecoderModel) -> FinishReason | None:
         """Why the sequence ends with its last token; None if it goes on."""
         sampling = self.spec.sampling
-        if self.history.generated[-1] in sampling.ends(model.eos_token_ids):
+        if self.sampling.generated[-1] in sampling.ends(model.eos_token_ids):
             return FinishReason.STOP
         at_limit = self.num_generated >= sampling.max_tokens
         if at_limit or self.num_tokens >= model.max_positions:

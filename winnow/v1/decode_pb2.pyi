@@ -35,7 +35,7 @@ CODEC_UNSPECIFIED: Codec
 CODEC_RAW: Codec
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model_fingerprint", "num_prompt_tokens", "num_sequences", "max_prompt_entries", "sampling", "recompression", "prompt_token_ids", "wire_versions", "replayed", "origin", "assured")
+    __slots__ = ("request_id", "model_fingerprint", "num_prompt_tokens", "num_sequences", "max_prompt_entries", "sampling", "recompression", "prompt_token_ids", "wire_versions", "replayed", "origin", "assured", "sampler_version")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,7 @@ class GenerateRequest(_message.Message):
     REPLAYED_FIELD_NUMBER: _ClassVar[int]
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     ASSURED_FIELD_NUMBER: _ClassVar[int]
+    SAMPLER_VERSION_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model_fingerprint: str
     num_prompt_tokens: int
@@ -60,7 +61,8 @@ class GenerateRequest(_message.Message):
     replayed: _containers.RepeatedCompositeFieldContainer[ReplayedTokens]
     origin: Origin
     assured: bool
-    def __init__(self, request_id: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_sequences: _Optional[int] = ..., max_prompt_entries: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., recompression: _Optional[_Union[Recompression, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., wire_versions: _Optional[_Iterable[int]] = ..., replayed: _Optional[_Iterable[_Union[ReplayedTokens, _Mapping]]] = ..., origin: _Optional[_Union[Origin, _Mapping]] = ..., assured: _Optional[bool] = ...) -> None: ...
+    sampler_version: int
+    def __init__(self, request_id: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_sequences: _Optional[int] = ..., max_prompt_entries: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., recompression: _Optional[_Union[Recompression, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., wire_versions: _Optional[_Iterable[int]] = ..., replayed: _Optional[_Iterable[_Union[ReplayedTokens, _Mapping]]] = ..., origin: _Optional[_Union[Origin, _Mapping]] = ..., assured: _Optional[bool] = ..., sampler_version: _Optional[int] = ...) -> None: ...
 
 class Origin(_message.Message):
     __slots__ = ("kv_address", "request_id", "fetch_token")
@@ -73,18 +75,20 @@ class Origin(_message.Message):
     def __init__(self, kv_address: _Optional[str] = ..., request_id: _Optional[str] = ..., fetch_token: _Optional[bytes] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("request_id", "fetch_token", "into_request_id", "wire_version", "transfer_token")
+    __slots__ = ("request_id", "fetch_token", "into_request_id", "wire_version", "transfer_token", "sampler_version")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     FETCH_TOKEN_FIELD_NUMBER: _ClassVar[int]
     INTO_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SAMPLER_VERSION_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     fetch_token: bytes
     into_request_id: str
     wire_version: int
     transfer_token: bytes
-    def __init__(self, request_id: _Optional[str] = ..., fetch_token: _Optional[bytes] = ..., into_request_id: _Optional[str] = ..., wire_version: _Optional[int] = ..., transfer_token: _Optional[bytes] = ...) -> None: ...
+    sampler_version: int
+    def __init__(self, request_id: _Optional[str] = ..., fetch_token: _Optional[bytes] = ..., into_request_id: _Optional[str] = ..., wire_version: _Optional[int] = ..., transfer_token: _Optional[bytes] = ..., sampler_version: _Optional[int] = ...) -> None: ...
 
 class ReplayedTokens(_message.Message):
     __slots__ = ("token_ids",)
@@ -178,20 +182,22 @@ class Moved(_message.Message):
     def __init__(self) -> None: ...
 
 class Admitted(_message.Message):
-    __slots__ = ("worker_id", "kv_address", "lease_s", "reserved_pages", "wire_version", "transfer_secret")
+    __slots__ = ("worker_id", "kv_address", "lease_s", "reserved_pages", "wire_version", "transfer_secret", "sampler_version")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     KV_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
     RESERVED_PAGES_FIELD_NUMBER: _ClassVar[int]
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_SECRET_FIELD_NUMBER: _ClassVar[int]
+    SAMPLER_VERSION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     kv_address: str
     lease_s: float
     reserved_pages: int
     wire_version: int
     transfer_secret: bytes
-    def __init__(self, worker_id: _Optional[str] = ..., kv_address: _Optional[str] = ..., lease_s: _Optional[float] = ..., reserved_pages: _Optional[int] = ..., wire_version: _Optional[int] = ..., transfer_secret: _Optional[bytes] = ...) -> None: ...
+    sampler_version: int
+    def __init__(self, worker_id: _Optional[str] = ..., kv_address: _Optional[str] = ..., lease_s: _Optional[float] = ..., reserved_pages: _Optional[int] = ..., wire_version: _Optional[int] = ..., transfer_secret: _Optional[bytes] = ..., sampler_version: _Optional[int] = ...) -> None: ...
 
 class Prefilled(_message.Message):
     __slots__ = ("attempt", "report")

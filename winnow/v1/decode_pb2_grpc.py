@@ -66,7 +66,7 @@ class DecodeServicer:
 
         Errors: RESOURCE_EXHAUSTED (no pages or no place in the batch now; in mid-stream `preempted`: it
         gave way to others and has to be computed anew), INVALID_ARGUMENT (can never fit, or parameters
-        out of range), FAILED_PRECONDITION (other model, or no common wire version), UNAVAILABLE
+        out of range), FAILED_PRECONDITION (other model or sampler, or no common wire version), UNAVAILABLE
         (draining; `delivery_failed`: a running request could not be fetched), ABORTED (lease ran out
         before the KV came), INTERNAL (the engine failed).
         """
@@ -247,7 +247,8 @@ class KvTransferServicer:
         `sequence` set). The request's Generate call says `moved` before the first frame.
 
         Errors: INVALID_ARGUMENT (a message that cannot be read), NOT_FOUND (no such request, or none that
-        runs here any more), PERMISSION_DENIED (not its token), INTERNAL (the engine does not let go).
+        runs here any more), PERMISSION_DENIED (not its token), FAILED_PRECONDITION (another sampler, and
+        the request is not greedy), INTERNAL (the engine does not let go).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

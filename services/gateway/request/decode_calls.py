@@ -56,6 +56,7 @@ class DecodeCalls:
         """Look for a worker that fetches the prompt, which keeps running meanwhile."""
         if self._next is None and self.current.grant.allows_fetch:
             self._stopped, self._fetching = False, None
+            request = replace(request, sampler_version=self.current.sampler_version)
             self._next = asyncio.create_task(self._move(request, self.current.origin))
             self._next.add_done_callback(note_error)  # its error may never be awaited
 
@@ -121,10 +122,15 @@ class DecodeCalls:
             raise RequestCancelled("the prompt needs no worker any more")
 
     async def _sought(self, request: PromptRequest, give_up_s: float) -> GenerateCall:
+        is_told = False
         while True:
             try:
                 return await self._admitted(request)
-            except NOBODY_TAKES_IT:
+            except NOBODY_TAKES_IT as error:
                 if time.monotonic() > give_up_s:
                     raise
+                if not is_told:
+                    about = {"request_id": request.request_id}
+                    logger.info("no other worker takes it yet: %s", error, extra=about)
+                    is_told = True
                 await asyncio.sleep(_PAUSE_S)

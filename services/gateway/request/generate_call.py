@@ -23,6 +23,7 @@ from winnow.errors import (
 )
 from winnow.model_files import ModelDescription
 from winnow.pruning_settings import PruningSettings
+from winnow.sampler_version import sampler_of
 from winnow.sampling_params import SamplingParams
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire import FIRST_WITH_FETCH, WIRE_VERSIONS, Grant
@@ -51,8 +52,14 @@ class PromptRequest:
     replayed: tuple[tuple[int, ...], ...] = ()  # as in GenerationSpec
     origin: pb.Origin | None = None  # where it is already running
     assured: bool = False  # as in GenerationSpec
+    sampler_version: int | None = None  # of the worker that has sampled its tokens so far
     num_prompt_logprobs: int | None = None  # as in PrefillJob
     cache_salt: str = ""  # as in PrefillJob
+
+    def keeps_its_tokens_at(self, sampler_version: int) -> bool:
+        """Whether a worker with that sampler goes on with the tokens that would have come."""
+        is_sampled = self.sampling.temperature > 0 and self.sampler_version is not None
+        return not is_sampled or sampler_version == self.sampler_version
 
 
 class GenerateCall:
@@ -68,6 +75,7 @@ class GenerateCall:
         self.worker_id: str = admitted.worker_id
         self.kv_address: str = admitted.kv_address
         self.grant = grant_in(admitted)
+        self.sampler_version = sampler_of(admitted.sampler_version)
         self._request_id = request_id
         self._peeked: pb.GenerateEvent | None = None
         self._call = call
@@ -140,7 +148,23 @@ def _able(workers: list[WorkerRecord], request: PromptRequest) -> list[WorkerRec
         able = [worker for worker in able if MIN_TOKENS in worker.features]
     if workers and not able:
         raise NoDecodeWorker(f"none of {len(workers)} decode workers is new enough for the request")
-    return able
+    return _with_its_sampler(able, request)
+
+
+def _with_its_sampler(workers: list[WorkerRecord], request: PromptRequest) -> list[WorkerRecord]:
+    """The workers whose sampler gives the request's tokens, then the others.
+
+    One that still runs elsewhere goes to no others: raises NoDecodeWorker if there are no more.
+    """
+    same = [one for one in workers if request.keeps_its_tokens_at(one.sampler_version)]
+    if request.origin is None:
+        return same + [one for one in workers if one not in same]
+    if workers and not same:
+        raise NoDecodeWorker(
+            f"none of {len(workers)} decode workers has the request's sampler version, "
+            f"{request.sampler_version}"
+        )
+    return same
 
 
 def _verdict(refusals: list[WinnowError]) -> WinnowError:
@@ -212,4 +236,5 @@ def _to_proto(request: PromptRequest, model: ModelDescription) -> pb.GenerateReq
         replayed=[pb.ReplayedTokens(token_ids=token_ids) for token_ids in request.replayed],
         origin=request.origin,
         assured=request.assured,
+        sampler_version=request.sampler_version or 0,
     )

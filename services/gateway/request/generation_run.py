@@ -134,6 +134,7 @@ class PromptRun(Run):
         is_lost = not isinstance(error, Preempted)
         if is_lost:
             self._calls.current.suspect()
+        sampler_version = self._calls.current.sampler_version if num_generated else None
         await self._free()
         self._calls = self._no_calls()
         self._asked = replace(
@@ -141,11 +142,18 @@ class PromptRun(Run):
             request_id=f"{self.request.request_id}.{stats.migrations}",
             replayed=self._replayed(),
             assured=self._asked.assured or not is_lost,
+            sampler_version=sampler_version,
         )
         try:
             await self._calls.admit_elsewhere(self._asked, _PATIENCE_S if is_lost else math.inf)
         except NOBODY_TAKES_IT as none:
             raise NoDecodeWorker(f"{error.message}; nobody took over: {none.message}") from none
+        if not self._asked.keeps_its_tokens_at(self._calls.current.sampler_version):
+            self._warn(
+                "sampler version %d goes on where %d began: a valid answer, but not the seed's",
+                self._calls.current.sampler_version,
+                sampler_version,
+            )
         self._begin_prefill()
 
     def _replayed(self) -> tuple[tuple[int, ...], ...]:

@@ -19,6 +19,7 @@ from winnow.engine.prefill import PrefillResult
 from winnow.errors import WinnowError
 from winnow.kv import LayerKV
 from winnow.pruning_settings import PruningSettings
+from winnow.sampler_version import SAMPLER_VERSION
 from winnow.sampling_params import SamplingParams
 from winnow.v1 import decode_pb2 as pb
 from winnow.v1.decode_pb2_grpc import DecodeStub
@@ -57,6 +58,7 @@ class Client:
             "sampling": sampling_to_proto(GREEDY),
             "recompression": recompression_to_proto(UNPRUNED.decode_side),
             "wire_versions": WIRE_VERSIONS,
+            "sampler_version": SAMPLER_VERSION,
         }
         return pb.GenerateRequest(**(values | changes))
 

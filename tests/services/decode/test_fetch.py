@@ -18,7 +18,7 @@ from tests.deadlines import SOON_S
 from tests.services.decode.client import GREEDY, PROMPT, Call, Client, error_of
 from tests.services.decode.conftest import StartWorker
 from tests.winnow.drive import UNPRUNED
-from winnow.errors import DeliveryFailed, TransferForged, UnknownReservation
+from winnow.errors import DeliveryFailed, TransferForged, TransferMismatch, UnknownReservation
 from winnow.pruning_settings import PruningSettings
 from winnow.sampling_params import SamplingParams
 from winnow.tokens import Token
@@ -193,6 +193,43 @@ async def test_only_the_worker_that_was_chosen_may_fetch(two: Two) -> None:
             await fetch(two.here, request_id="r", fetch_token=token)
     tokens, moved = await read(call)  # runs on untouched
     assert (len(tokens), moved) == (LONG.max_tokens - 3, False)
+
+
+@pytest.mark.parametrize("told", [{}, {"sampler_version": 1}, {"sampler_version": 3}])
+async def test_a_worker_with_another_sampler_cannot_fetch_what_is_sampled(
+    two: Two, told: dict[str, int]
+) -> None:
+    """One that does not tell its version has the first one."""
+    call = await two.begin(sampling=sampling_to_proto(SAMPLED))
+    early, _ = await read(call, 3)
+    token = two.here.grants["r"].fetch_token
+    with pytest.raises(TransferMismatch, match=r"is [13]; this worker has 2"):
+        await fetch(two.here, request_id="r", fetch_token=token, **told)
+    late, moved = await read(call)  # runs on untouched
+    assert (len(early + late), moved) == (SAMPLED.max_tokens, False)
+
+
+async def test_what_another_sampler_has_begun_is_not_taken_over(two: Two) -> None:
+    call = await two.begin(sampling=sampling_to_proto(SAMPLED))
+    early, _ = await read(call, 3)
+    asked = {"origin": two.origin(), "sampling": sampling_to_proto(SAMPLED), "sampler_version": 0}
+    refused = two.there.generate(two.there.request("moved", **asked))
+    error = await error_of(refused)
+    assert isinstance(error, TransferMismatch)
+    assert "sampler version of the other side is 1; this worker has 2" in error.message
+    late, moved = await read(call)
+    assert (len(early + late), moved) == (SAMPLED.max_tokens, False)
+
+
+async def test_greedy_requests_move_between_samplers(two: Two) -> None:
+    expected = await whole(two)
+    old = await two.begin()
+    early, _ = await read(old, 20)
+    new = await two.move(sampler_version=0)
+    late, moved = await read(old)
+    assert moved
+    rest, _ = await read(new)
+    assert [*early, *late, *rest] == expected
 
 
 async def test_what_does_not_run_cannot_be_fetched(two: Two) -> None:

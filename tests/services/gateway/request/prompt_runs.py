@@ -1,7 +1,7 @@
 """Prompts run through the parts of a service, without REST or gRPC before them."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -82,3 +82,39 @@ async def small_and_large(
             await service.until_idle()
         finally:
             await large.stop()
+
+
+def worker_of(service: TestService, run: PromptRun) -> DecodeWorker:
+    (worker,) = (w for w in service.workers if w.worker_id == run._calls.current.worker_id)
+    return worker
+
+
+async def kill_worker_of(service: TestService, run: PromptRun) -> None:
+    """Its connections break, and the registry forgets it."""
+    worker = worker_of(service, run)
+    await worker.stop()
+    service.workers.remove(worker)
+
+
+async def answers(
+    service: TestService,
+    run: PromptRun,
+    harm_after: int | None = None,
+    harm: Callable[[TestService, PromptRun], Awaitable[None]] = kill_worker_of,
+) -> list[list[int]]:
+    """Each sequence's token ids; the worker is harmed after that many steps."""
+    token_ids: list[list[int]] = [[] for _ in range(run.request.num_sequences)]
+    num_steps = 0
+    async with run:
+        await run.admit()
+        async with aclosing(run.tokens()) as steps:
+            async for tokens in steps:
+                num_steps += 1
+                for token in tokens:
+                    token_ids[token.sequence_idx].append(token.token_id)
+                if num_steps == harm_after:
+                    await harm(service, run)
+                if len(run._ended) == run.request.num_sequences:
+                    break
+        await run.finish()
+    return token_ids

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,10 +25,13 @@ from tests.services.exposed import value
 from tests.services.gateway.request.prompt_runs import (
     LARGE,
     REQUEST,
+    answers,
     complete,
+    kill_worker_of,
     make_run,
     parts_of,
     small_and_large,
+    worker_of,
 )
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from winnow.errors import (
@@ -58,42 +61,6 @@ async def several(model_path: Path, redis_url: str) -> AsyncIterator[TestService
 async def parts(several: TestService) -> AsyncIterator[Service]:
     async with parts_of(several) as parts:
         yield parts
-
-
-def worker_of(service: TestService, run: PromptRun) -> DecodeWorker:
-    (worker,) = (w for w in service.workers if w.worker_id == run._calls.current.worker_id)
-    return worker
-
-
-async def kill_worker_of(service: TestService, run: PromptRun) -> None:
-    """Its connections break, and the registry forgets it."""
-    worker = worker_of(service, run)
-    await worker.stop()
-    service.workers.remove(worker)
-
-
-async def answers(
-    service: TestService,
-    run: PromptRun,
-    harm_after: int | None = None,
-    harm: Callable[[TestService, PromptRun], Awaitable[None]] = kill_worker_of,
-) -> list[list[int]]:
-    """Each sequence's token ids; the worker is harmed after that many steps."""
-    token_ids: list[list[int]] = [[] for _ in range(run.request.num_sequences)]
-    num_steps = 0
-    async with run:
-        await run.admit()
-        async with aclosing(run.tokens()) as steps:
-            async for tokens in steps:
-                num_steps += 1
-                for token in tokens:
-                    token_ids[token.sequence_idx].append(token.token_id)
-                if num_steps == harm_after:
-                    await harm(service, run)
-                if len(run._ended) == run.request.num_sequences:
-                    break
-        await run.finish()
-    return token_ids
 
 
 async def test_the_answer_is_what_it_would_have_been(several: TestService, parts: Service) -> None:

@@ -1,0 +1,142 @@
+"""min-p, top-k and top-p without sorting the vocabulary: each row gets a threshold.
+
+In the order of descending logits, equal ones by ascending token id, each keeps a beginning:
+
+    min-p  the tokens with at least min_p of the highest probability
+    top-k  the first k
+    top-p  of what these two keep, each token before which less than top_p of the total lies
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from winnow.sampling.blocks import top_tokens
+from winnow.sampling.cut import Cut
+from winnow.sampling.device import to_device
+from winnow.sampling.threshold_search import ThresholdSearch
+from winnow.sampling_params import SamplingParams
+
+_MAX_SORTED = 1024
+# Lower temperatures count as this one: logits of up to HIGHEST_LOGIT can be divided by it.
+_COLDEST = 2.0**-27
+
+
+class Kind(Enum):
+    """How a row's threshold is found."""
+
+    UNFILTERED = auto()
+    MIN_P = auto()  # min-p alone: computed
+    SORTED = auto()  # top_k up to _MAX_SORTED: so many logits are sorted
+    SEARCHED = auto()  # otherwise: by bisection
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> "Kind":
+        if 0 < params.top_k <= _MAX_SORTED:
+            return cls.SORTED
+        if params.top_k or params.top_p < 1:
+            return cls.SEARCHED
+        return cls.MIN_P if params.min_p else cls.UNFILTERED
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Filters:
+    """The temperatures and filters of rows of one kind.
+
+    table: [R, 4] float64: 1 / temperature; top_k and top_p, inf where they are off; min_p.
+    max_top_k: 0 if no row has one.  has_temperature: whether one is not 1.
+    """
+
+    kind: Kind
+    table: Tensor
+    max_top_k: int
+    has_top_p: bool
+    has_temperature: bool
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], device: torch.device) -> "Filters":
+        table = [
+            (
+                1 / max(one.temperature, _COLDEST),
+                one.top_k or np.inf,
+                one.top_p if one.top_p < 1 else np.inf,
+                one.min_p,
+            )
+            for one in params
+        ]
+        return cls(
+            Kind.of(params[0]),
+            to_device(np.array(table, dtype=np.float64), device),
+            max_top_k=max(one.top_k for one in params),
+            has_top_p=any(one.top_p < 1 for one in params),
+            has_temperature=any(one.temperature != 1 for one in params),
+        )
+
+    def of_rows(self, rows: slice) -> "Filters":
+        """The filters of some of the rows."""
+        return replace(self, table=self.table[rows])
+
+    @property
+    def inverse_temperature(self) -> Tensor:
+        return self.table[:, 0:1]
+
+    @property
+    def top_k(self) -> Tensor:
+        return self.table[:, 1:2]
+
+    @property
+    def top_p(self) -> Tensor:
+        return self.table[:, 2:3]
+
+    @property
+    def min_p(self) -> Tensor:
+        return self.table[:, 3:4]
+
+    def weights(self, logits: Tensor) -> Tensor:
+        """The probabilities before any filter: [R, V] float32."""
+        if self.has_temperature:
+            logits = logits * self.inverse_temperature.float()
+        return logits.softmax(-1)
+
+    def cut(self, logits: Tensor, maxima: Tensor, weights: Tensor) -> Cut | None:
+        """What is kept of each row; None if everything is.
+
+        logits: [R, V] float32.  weights: theirs, from `weights`.  maxima: of the logits' blocks.
+        """
+        if self.kind is Kind.UNFILTERED:
+            return None
+        if self.kind is Kind.SORTED:
+            return self._sorted_cut(logits, maxima, weights)
+        best = maxima.amax(-1, keepdim=True)
+        cut = self._min_p_cut(best)
+        if self.kind is Kind.MIN_P:
+            return cut
+        search = ThresholdSearch(logits, weights, best, self.inverse_temperature)
+        if self.max_top_k:
+            cut = cut.tighter(search.by_count(self.top_k))
+        if self.has_top_p:
+            cut = cut.tighter(search.by_mass(self.top_p * search.mass(cut)))
+        return cut
+
+    def _min_p_cut(self, best: Tensor) -> Cut:
+        """Its threshold is the highest number that is too low, so nothing that is kept is a tie."""
+        lowest = (best + self.min_p.log() / self.inverse_temperature).float()
+        too_low = lowest.nextafter(torch.full_like(lowest, -torch.inf))
+        return Cut(too_low, torch.zeros_like(best), torch.zeros_like(self.min_p), has_ties=False)
+
+    def _sorted_cut(self, logits: Tensor, maxima: Tensor, weights: Tensor) -> Cut:
+        values, _ = top_tokens(logits, maxima, min(self.max_top_k, logits.shape[1]))
+        relative = ((values - values[:, :1]).double() * self.inverse_temperature).exp()
+        ranks = torch.arange(values.shape[1], device=values.device)
+        kept = relative * ((ranks < self.top_k) & (relative >= self.min_p))
+        before = kept.cumsum(-1) - kept
+        is_kept = (kept > 0) & (before < self.top_p * kept.sum(-1, keepdim=True))
+        last = is_kept.sum(-1, keepdim=True).sub_(1).clamp_(min=0)  # -1 where logits are NaN
+        threshold = values.gather(1, last)
+        num_ties = last + 1 - (values > threshold).sum(-1, keepdim=True)
+        weight = weights.amax(-1, keepdim=True) * relative.gather(1, last).float()
+        return Cut(threshold, weight, num_ties.double())

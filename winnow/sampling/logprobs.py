@@ -1,0 +1,20 @@
+"""Log-probabilities under the raw logits, of the chosen and the likeliest tokens."""
+
+import torch
+from torch import Tensor
+
+from winnow.sampling.blocks import top_tokens
+from winnow.sampling.device import chunks
+
+
+def logprob_columns(logits: Tensor, maxima: Tensor, tokens: Tensor, num_top: int) -> Tensor:
+    """For each row the token's log-probability, then the top ones, then their token ids.
+
+    logits: [R, V] float32.  maxima: of their blocks.  tokens: [R].
+    Returns [R, 1 + 2 * num_top] float64, in which token ids are exact.
+    """
+    best = [logits[rows].softmax(-1).amax(-1, keepdim=True) for rows in chunks(logits)]
+    log_total = maxima.amax(-1, keepdim=True) - torch.cat(best).log_()
+    chosen = logits.gather(1, tokens[:, None])
+    values, ids = top_tokens(logits, maxima, num_top)
+    return torch.cat([(chosen - log_total).double(), (values - log_total).double(), ids], dim=1)
