@@ -1,0 +1,30 @@
+"""Copies from host memory to the device that the host does not wait for.
+
+On CUDA a copy from pageable memory waits for all work on the stream, and one from pinned memory for
+nothing; PyTorch does not reuse the pinned memory before it is copied.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+
+def indices_to_device(indices: Sequence[ArrayLike], device: torch.device) -> list[Tensor]:
+    """Integer arrays as int64 tensors on the device, all in one copy."""
+    arrays = [np.asarray(array) for array in indices]
+    sizes = [array.size for array in arrays]
+    packed = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
+    for part, array in zip(torch.split(packed, sizes), arrays, strict=True):
+        part.view(array.shape).numpy()[...] = array
+    parts = torch.split(packed.to(device, non_blocking=True), sizes)
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
+def tensor_to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor itself if it is on the device; else a copy, and it may change afterwards."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
