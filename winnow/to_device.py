@@ -15,11 +15,8 @@ from torch import Tensor
 def indices_to_device(indices: Sequence[ArrayLike], device: torch.device) -> list[Tensor]:
     """Integer arrays as int64 tensors on the device, all in one copy."""
     arrays = [np.asarray(array) for array in indices]
-    sizes = [array.size for array in arrays]
-    packed = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
-    for part, array in zip(torch.split(packed, sizes), arrays, strict=True):
-        part.view(array.shape).numpy()[...] = array
-    parts = torch.split(packed.to(device, non_blocking=True), sizes)
+    packed = torch.from_numpy(np.concatenate(arrays, axis=None, dtype=np.int64))
+    parts = torch.split(tensor_to_device(packed, device), [array.size for array in arrays])
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
