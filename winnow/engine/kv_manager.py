@@ -75,8 +75,8 @@ class KVManager:
     def release(self, *rows: int) -> None:
         """Free rows, their pages and their reservations.
 
-        Reservations are freed even if the device fails; pages that a row still holds then are freed
-        when the row is next written.
+        Reservations are freed even if freeing pages fails; pages that a row still holds then are
+        freed when the row is next written.
         """
         with self._lock, contextlib.ExitStack() as steps:  # runs in reverse order
             for row in rows:
