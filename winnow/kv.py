@@ -84,10 +84,7 @@ def pack_layer(
     kept: per KV head, ascending token indices [num_kept].
     """
     index = torch.cat(kept)
-    head = torch.repeat_interleave(
-        torch.arange(len(kept), device=keys.device),
-        torch.tensor([len(k) for k in kept], device=keys.device),
-    )
+    head = torch.cat([torch.full_like(own, head_idx) for head_idx, own in enumerate(kept)])
     return LayerKV(
         layer_idx=layer_idx,
         keys=keys[head, index],

@@ -7,7 +7,9 @@ A DecodeBackend reads the pages: `GatherBackend` copies and masks them, on any d
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -31,8 +33,8 @@ class PagedKV(Protocol):
     page_size: int
     device: torch.device
 
-    def lengths(self, rows: list[int]) -> Tensor:
-        """Entries per head of the given rows: [len(rows), L, H_kv] int64."""
+    def lengths(self, rows: list[int]) -> NDArray[np.int64]:
+        """Entries per head of the given rows: [len(rows), L, H_kv]."""
 
     def plan_step(self, rows: list[int], positions: Tensor) -> StepPlan:
         """Make room for one more entry in every head of the rows; returns where it goes."""

@@ -10,18 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from winnow.attention.decode import PagedKV, StepPlan
+from winnow.to_device import indices_to_device
 
 _SHORT_PAGES = 32  # up to here, padding costs less than separate calls for shorter rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowGroup:
-    """Rows of similar length: their indices in the batch [b] int64, and the plan to read them.
+    """Rows of similar length, and the plan to read them.
 
+    rows: their indices in the batch [b] int64; a slice if they are the whole batch.
     visible: [L, b, H_kv, P * page_size] bool, False after a head's last entry.
     """
 
-    rows: Tensor
+    rows: Tensor | slice
     step: StepPlan
     visible: Tensor
 
@@ -33,16 +35,20 @@ class GatherBackend:
         self._pool = pool
 
     def plan(self, rows: list[int], positions: Tensor) -> list[RowGroup]:
+        groups = self._of_like_length(rows)
+        if len(groups) == 1:
+            return [self._group(slice(None), rows, positions)]
+        indices = indices_to_device(groups, self._pool.device)
         return [
-            self._group(group, [rows[idx] for idx in group.tolist()], positions[group])
-            for group in self._of_like_length(rows)
+            self._group(index, [rows[idx] for idx in group], positions[index])
+            for group, index in zip(groups, indices, strict=True)
         ]
 
-    def _group(self, group: Tensor, rows: list[int], positions: Tensor) -> RowGroup:
+    def _group(self, index: Tensor | slice, rows: list[int], positions: Tensor) -> RowGroup:
         step = self._pool.plan_step(rows, positions)
         num_slots = step.pages.shape[-1] * self._pool.page_size
         entry = torch.arange(num_slots, device=self._pool.device)
-        return RowGroup(group, step, entry < step.lengths[..., None])
+        return RowGroup(index, step, entry < step.lengths[..., None])
 
     def attend(
         self,
@@ -70,14 +76,14 @@ class GatherBackend:
         )
         return output.reshape(num_rows, -1, 1, head_dim)
 
-    def _of_like_length(self, rows: list[int]) -> list[Tensor]:
+    def _of_like_length(self, rows: list[int]) -> list[list[int]]:
         """Row indices, grouped so that lengths in a group differ by less than a factor of two.
 
         A row's length is that of its longest head; all rows up to _SHORT_PAGES are one group.
         """
         pool = self._pool
         groups: dict[int, list[int]] = {}
-        for idx, length in enumerate(pool.lengths(rows).amax((1, 2)).tolist()):
+        for idx, length in enumerate(pool.lengths(rows).max((1, 2)).tolist()):
             num_pages = max(length // pool.page_size + 1, _SHORT_PAGES)
             groups.setdefault((num_pages - 1).bit_length(), []).append(idx)
-        return [torch.tensor(group, device=pool.device) for group in groups.values()]
+        return list(groups.values())

@@ -57,9 +57,10 @@ def _head_budgets(scores: Tensor, budget: int) -> list[int]:
     num_kv_heads, num_entries = scores.shape
     total = num_kv_heads * budget
     best = descending_order(scores.flatten())[:total]
-    counts = (best // num_entries).bincount(minlength=num_kv_heads)  # B_i
-    fifths = (_ALPHA_PARTS - 1) * counts + budget
-    budgets = fifths // _ALPHA_PARTS
-    left = total - int(budgets.sum())
-    budgets[descending_order(fifths % _ALPHA_PARTS)[:left]] += 1
-    return [int(head) for head in budgets]
+    counts = (best // num_entries).bincount(minlength=num_kv_heads).tolist()  # B_i
+    fifths = [(_ALPHA_PARTS - 1) * count + budget for count in counts]
+    budgets = [own // _ALPHA_PARTS for own in fifths]
+    by_loss = sorted(range(num_kv_heads), key=lambda head: -(fifths[head] % _ALPHA_PARTS))
+    for head in by_loss[: total - sum(budgets)]:
+        budgets[head] += 1
+    return budgets

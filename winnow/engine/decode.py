@@ -22,6 +22,7 @@ from winnow.engine.scheduler import Schedule, Scheduler
 from winnow.engine.sequence import Reservation, Sequence
 from winnow.errors import EngineFailed, WinnowError
 from winnow.kv import SequenceState
+from winnow.to_device import tensor_to_device
 from winnow.tokens import Token
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class DecodeEngine:
         final_hidden: [hidden_size], of the last prompt token.  next_position: position of the first
         new token, from the prefill report.
         """
-        hidden = final_hidden.to(device=self.model.device, dtype=self.model.shape.dtype)
+        hidden = self._on_device(final_hidden)
         self.scheduler.join(reservation, lambda: reservation.begin(hidden, next_position))
 
     def resume(
@@ -106,8 +107,11 @@ class DecodeEngine:
         states: of its unfinished sequences, by sequence_idx.  final_hidden: as in `start`; used
         only for a sequence without a token.
         """
-        hidden = final_hidden.to(device=self.model.device, dtype=self.model.shape.dtype)
+        hidden = self._on_device(final_hidden)
         self.scheduler.join(reservation, lambda: reservation.resume(states, hidden))
+
+    def _on_device(self, final_hidden: Tensor) -> Tensor:
+        return tensor_to_device(final_hidden.to(self.model.shape.dtype), self.model.device)
 
     def taken_out(
         self, reservation: Reservation, timeout_s: float

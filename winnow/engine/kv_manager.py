@@ -46,12 +46,12 @@ class KVManager:
     def settle(self, row: int, extra_entries: int, cap: int, *, assured: bool = False) -> None:
         """Lower a row's reservation to what it holds and what it can still grow to.
 
-        extra_entries, cap: as in `KVPool.pages_within_reach`.  assured: set all of that aside for
-        it; any other row can be preempted from then on.
+        extra_entries, cap: as in `PageTable.pages_within_reach`.  assured: set all of that aside
+        for it; any other row can be preempted from then on.
         """
         with self._lock:
-            most = self.pool.pages_within_reach(row, extra_entries, cap)
-            held = self.pool.pages_held(row)
+            most = self.pool.table.pages_within_reach(row, extra_entries, cap)
+            held = self.pool.table.pages_held(row)
             self._promises.change(row, Promise(most, most if assured else held))
             if not assured:
                 self._promises.loosen(row)
@@ -59,7 +59,7 @@ class KVManager:
     def claim(self, rows: list[int]) -> bool:
         """Set aside the pages that these rows' next step takes; False if there are too few."""
         with self._lock:
-            return self._promises.secure(self.pool.pages_after_step(rows))
+            return self._promises.secure(self.pool.table.pages_after_step(rows))
 
     def evict(self, row: int) -> None:
         """Free a row's pages and set none aside; call `readmit` before writing it again."""
@@ -75,8 +75,8 @@ class KVManager:
     def release(self, *rows: int) -> None:
         """Free rows, their pages and their reservations.
 
-        Reservations are freed even if the device fails; pages that a row still holds then are freed
-        when the row is next written.
+        Reservations are freed even if freeing pages fails; pages that a row still holds then are
+        freed when the row is next written.
         """
         with self._lock, contextlib.ExitStack() as steps:  # runs in reverse order
             for row in rows:

@@ -49,7 +49,7 @@ class Preemptor:
         if not able:
             return False
         lengths = self._pool.lengths([seq.row for seq in able])  # [B, L, H_kv]
-        seq = able[int(lengths.flatten(1).sum(1).argmax())]
+        seq = able[int(lengths.sum((1, 2)).argmax())]
         seq.budget = seq.spec.recompression.decode_floor
         self._recompressor.cut(seq)
         self._count(shrunk=1)
@@ -115,7 +115,7 @@ class Preemptor:
         for layer in seq.swapped:
             self._pool.write_layer(seq.row, layer)
             if seq.ring is not None:
-                seq.ring.seed(layer.layer_idx, layer.window_queries.to(self._pool.device))
+                seq.ring.seed(layer.layer_idx, layer.window_queries)
         return seq
 
     def drop(self, seq: Sequence) -> None:

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from winnow.engine.kv_pool import KVPool
+from winnow.to_device import tensor_to_device
 
 
 class QueryRing:
@@ -26,7 +27,8 @@ class QueryRing:
     def seed(self, layer_idx: int, window_queries: Tensor) -> None:
         """Store a layer's window queries [num_heads, <= w, head_dim], oldest first."""
         self._count = window_queries.shape[1]
-        self._vectors[self._slots[layer_idx, :, : self._count]] = window_queries
+        queries = tensor_to_device(window_queries, self._vectors.device)
+        self._vectors[self._slots[layer_idx, :, : self._count]] = queries
 
     def push(self, queries: Tensor) -> None:
         """Add the newest token's queries of all layers: [L, num_heads, head_dim]."""

@@ -34,7 +34,7 @@ class Recompressor:
         if not observed:
             return
         stacked = queries.stacked()
-        longest = self._pool.lengths([seq.row for seq in sequences]).amax((1, 2)).tolist()
+        longest = self._pool.lengths([seq.row for seq in sequences]).max((1, 2))
         for idx, seq, ring in observed:
             ring.push(stacked[:, idx])
             if longest[idx] > seq.growth_limit:

@@ -12,6 +12,7 @@ from winnow.engine.kv_pool import KVPool
 from winnow.engine.sequence import Sequence
 from winnow.errors import EngineFailed, NotFinite
 from winnow.sampling import Sampled, sample_batch
+from winnow.to_device import indices_to_device
 from winnow.tokens import Token
 
 
@@ -73,10 +74,11 @@ class ModelRunner:
     def _forward_tokens(self, going: list[Sequence]) -> tuple[Tensor, StepQueries]:
         """Feed each sequence's last token through all layers: [B, hidden_size]."""
         model = self.model
-        tokens = torch.tensor([[seq.sampling.generated[-1]] for seq in going], device=model.device)
-        positions = torch.tensor([seq.next_position - 1 for seq in going], device=model.device)
+        newest = [seq.sampling.generated[-1] for seq in going]
+        at = [seq.next_position - 1 for seq in going]
+        tokens, positions = indices_to_device([newest, at], model.device)
         attention = StepAttention(self._backend, [seq.row for seq in going], positions)
-        hidden, rope = model.embed(tokens), model.rope(positions[:, None])
+        hidden, rope = model.embed(tokens[:, None]), model.rope(positions[:, None])
         for layer_idx in range(model.shape.num_layers):
             hidden = model.layer(layer_idx, hidden, rope, attention)
         return hidden[:, 0], StepQueries(going, attention.queries, attention.scaling)

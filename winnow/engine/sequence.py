@@ -77,7 +77,7 @@ class Reservation:
         if sequence_idx not in self._rings:
             row = self.rows[sequence_idx]
             self._rings[sequence_idx] = QueryRing(pool, row, self.spec.recompression.window_size)
-        self._rings[sequence_idx].seed(layer.layer_idx, layer.window_queries.to(pool.device))
+        self._rings[sequence_idx].seed(layer.layer_idx, layer.window_queries)
 
     def reset(self) -> None:
         """Drop all KV written so far, before another attempt."""

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from winnow.errors import NotFinite
 from winnow.sampling.blocks import block_maxima, first_best
-from winnow.sampling.device import rows_on
 from winnow.sampling.draw import draw
 from winnow.sampling.filters import Kind
 from winnow.sampling.logprobs import logprob_columns
 from winnow.sampling.shaping import HIGHEST_LOGIT, shaped
 from winnow.sampling.state import SamplingState
+from winnow.to_device import indices_to_device
 from winnow.tokens import TokenLogprobs
 
 
@@ -71,7 +71,7 @@ def sample_batch(
     changed_maxima = maxima if changed is logits else block_maxima(changed)
     tokens = first_best(changed, changed_maxima)  # of greedy rows; it costs little for all
     for rows in _alike(states):
-        index = rows_on(rows, logits.device)
+        index = _row_indices(rows, logits.device)
         own = [states[row] for row in rows]
         drawn = draw(_rows(changed, index), _rows(changed_maxima, index), own)
         tokens.index_copy_(0, index, drawn)
@@ -92,6 +92,10 @@ def _alike(states: Sequence[SamplingState]) -> list[list[int]]:
     return list(groups.values())
 
 
+def _row_indices(rows: list[int], device: torch.device) -> Tensor:
+    return indices_to_device([rows], device)[0]
+
+
 def _rows(values: Tensor, index: Tensor) -> Tensor:
     """The rows of a tensor, which is not copied if that is all of them."""
     return values if len(index) == len(values) else values.index_select(0, index)
@@ -110,7 +114,7 @@ def _with_logprobs(
     if not rows:
         return columns
     most = min(max(number for number in asked if number is not None), logits.shape[1])
-    index = rows_on(rows, logits.device)
+    index = _row_indices(rows, logits.device)
     logits, maxima, tokens = (_rows(values, index) for values in (logits, maxima, tokens))
     found = logprob_columns(logits, maxima, tokens, most)
     wide = columns.new_zeros(len(states), found.shape[1])

@@ -4,12 +4,13 @@ Reducing whole blocks reads memory at full speed; what follows looks into a few 
 last block may be shorter.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 BLOCK_SIZE = 256
+_CPU_ROWS = 4  # what is computed of so many stays in the cache
 
 
 def block_maxima(logits: Tensor) -> Tensor:
@@ -63,3 +64,10 @@ def top_tokens(logits: Tensor, maxima: Tensor, count: int) -> tuple[Tensor, Tens
     ids = block_ids(maxima.topk(count, -1).indices)
     candidates = at(logits, ids, -torch.inf).topk(count, -1)
     return candidates.values, ids.gather(1, candidates.indices)
+
+
+def chunks(values: Tensor) -> Iterator[slice]:
+    """The rows of a [R, V] tensor in as many steps as the device needs."""
+    num_rows = _CPU_ROWS if values.device.type == "cpu" else len(values)
+    for start in range(0, len(values), num_rows):
+        yield slice(start, start + num_rows)

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from winnow.sampling.blocks import at, block_ids, block_sums
-from winnow.sampling.device import chunks, to_device
+from winnow.sampling.blocks import at, block_ids, block_sums, chunks
 from winnow.sampling.filters import Filters
 from winnow.sampling.noise import exponential, noise_keys
 from winnow.sampling.state import SamplingState
+from winnow.to_device import array_to_device
 
 
 def draw(logits: Tensor, maxima: Tensor, states: Sequence[SamplingState]) -> Tensor:
@@ -22,7 +22,7 @@ def draw(logits: Tensor, maxima: Tensor, states: Sequence[SamplingState]) -> Ten
     states: of the rows; their filters are of one kind.
     """
     entrants = _Entrants(logits, maxima, states)
-    keys = to_device(noise_keys((one.seed, one.position) for one in states), logits.device)
+    keys = array_to_device(noise_keys((one.seed, one.position) for one in states), logits.device)
     counters = torch.arange(-1, -1 - maxima.shape[1], -1, device=logits.device)
     block = (entrants.totals / exponential(keys, counters)).argmax(-1, keepdim=True)
     ids = block_ids(block)

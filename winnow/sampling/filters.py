@@ -17,9 +17,9 @@ from torch import Tensor
 
 from winnow.sampling.blocks import top_tokens
 from winnow.sampling.cut import Cut
-from winnow.sampling.device import to_device
 from winnow.sampling.threshold_search import ThresholdSearch
 from winnow.sampling_params import SamplingParams
+from winnow.to_device import array_to_device
 
 _MAX_SORTED = 1024
 # Lower temperatures count as this one: logits of up to HIGHEST_LOGIT can be divided by it.
@@ -70,7 +70,7 @@ class Filters:
         ]
         return cls(
             Kind.of(params[0]),
-            to_device(np.array(table, dtype=np.float64), device),
+            array_to_device(np.array(table, dtype=np.float64), device),
             max_top_k=max(one.top_k for one in params),
             has_top_p=any(one.top_p < 1 for one in params),
             has_temperature=any(one.temperature != 1 for one in params),

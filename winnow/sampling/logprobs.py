@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from winnow.sampling.blocks import top_tokens
-from winnow.sampling.device import chunks
+from winnow.sampling.blocks import chunks, top_tokens
 
 
 def logprob_columns(logits: Tensor, maxima: Tensor, tokens: Tensor, num_top: int) -> Tensor:

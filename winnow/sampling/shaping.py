@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from winnow.sampling.device import to_device
 from winnow.sampling.state import SamplingState, TokenCounts
 from winnow.sampling_params import SamplingParams
+from winnow.to_device import array_to_device
 
 HIGHEST_LOGIT = 2.0**100  # 1.3e30: divided by the lowest temperature it is a float32 still
 
@@ -37,7 +37,7 @@ def shaped(
     if biased:
         index = _index(changed, [(row, one.bias_ids) for row, one in biased.items()])
         bias = np.concatenate([one.bias for one in biased.values()])
-        changed.view(-1).index_add_(0, index, to_device(bias, logits.device))
+        changed.view(-1).index_add_(0, index, array_to_device(bias, logits.device))
     if waiting:
         ends = [
             (row, np.array([*eos_token_ids, *stops], np.int64)) for row, stops in waiting.items()
@@ -64,7 +64,7 @@ def _penalize(logits: Tensor, rows: Sequence[_Penalized]) -> None:
     divisors = spread([one.params.repetition_penalty for one in rows])
     offsets = spread([one.params.presence_penalty for one in rows]) * (generated > 0)
     offsets += spread([one.params.frequency_penalty for one in rows]) * generated
-    divisor, offset = to_device(np.stack([divisors, offsets]), logits.device)
+    divisor, offset = array_to_device(np.stack([divisors, offsets]), logits.device)
     index = _index(logits, [(one.row, one.counts.ids) for one in rows])
     values = logits.view(-1)[index]
     values = torch.where(values > 0, values / divisor, values * divisor) - offset
@@ -75,4 +75,4 @@ def _index(logits: Tensor, tokens_of_rows: Sequence[tuple[int, NDArray[np.int64]
     """Indices into the flattened logits."""
     size = logits.shape[1]
     flat = np.concatenate([row * size + token_ids for row, token_ids in tokens_of_rows])
-    return to_device(flat, logits.device)
+    return array_to_device(flat, logits.device)

@@ -132,16 +132,7 @@ async def test_the_thread_ends_when_every_batch_fails_though_the_device_lives(
 
 
 # What asks the device something, of a pool.
-_DEVICE_CALLS = (
-    "_truncate",
-    "_grow",
-    "_blank",
-    "lengths",
-    "plan_step",
-    "pages_held",
-    "pages_within_reach",
-    "pages_after_step",
-)
+_DEVICE_CALLS = ("_blank", "plan_step", "place_queries", "read_layer", "write_layer")
 
 
 def dies(*_: object) -> None:

@@ -147,7 +147,7 @@ def test_rows_that_cannot_be_cleared_are_free_for_others_all_the_same(
     for row in rows:
         pool.write_layer(row, layer_of(0, (20, 20)))
     with monkeypatch.context() as patch:
-        patch.setattr(KVPool, "_truncate", dies)
+        patch.setattr(KVPool, "clear", dies)
         with pytest.raises(RuntimeError, match="CUDA error"):
             memory.release(*rows)
     assert memory.stats().pages_reserved == 0
