@@ -18,11 +18,15 @@ from tests.winnow.no_waiting import META, no_waiting
 from winnow.decoder import DecoderModel
 from winnow.engine.decode import DecodeEngine
 from winnow.models import load_model
+from winnow.sampling import Sampled, SampledBatch
 
 
 @pytest.fixture(autouse=True)
 def tokens_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("winnow.engine.sequence.sample", lambda *_, **__: 7)
+    def read(batch: SampledBatch) -> list[Sampled]:
+        return [Sampled(7)] * len(batch.positions)
+
+    monkeypatch.setattr(SampledBatch, "read", read)
 
 
 def on_meta(model: DecoderModel, rows: int = 32) -> DecodeEngine:
