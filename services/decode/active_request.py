@@ -133,6 +133,7 @@ class ActiveRequest:
         """Treat an error in the block (out of memory, a broken GPU) as an engine failure.
 
         It is posted to the Generate call at once, which would otherwise wait until the lease ends.
+        The transfer ends with the error itself, so `close` need not cancel it.
         """
         try:
             yield
@@ -141,6 +142,7 @@ class ActiveRequest:
             logger.exception("KV could not be put in place", extra=about)
             self._engine.note_failure()
             failure = EngineFailed(f"KV could not be put in place: {error}")
+            self._cancel_transfer = None
             self.post(failure)
             raise failure from error
 
