@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import settings
 
 from tests.certificates import authority, tls_files  # noqa: F401 - fixtures
 from tests.guarded_redis import guarded  # noqa: F401 - a fixture
@@ -14,6 +15,8 @@ from tests.side_by_side import SideBySide, in_order
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+settings.register_profile("winnow", deadline=None)  # a busy machine is slow now and then
+settings.load_profile("winnow")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

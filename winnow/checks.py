@@ -35,6 +35,15 @@ def require_type(name: str, value: object, declared: Any) -> None:  # noqa: ANN4
         raise InvalidSetting(f"{name} is {value!r}; it must be {_TYPE_NAMES[declared]}", param=name)
 
 
+def require_token_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    """Raise InvalidSetting for a token that the vocabulary does not have."""
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidSetting(
+                f"{name} has token {token_id}; the vocabulary has {vocab_size}", param=name
+            )
+
+
 def require_choice(name: str, value: object, choices: Iterable[object]) -> None:
     if value not in choices:
         known = ", ".join(map(str, choices))

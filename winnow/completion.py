@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
+from winnow.checks import require_token_ids
 from winnow.decoder import DecoderModel
 from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.outputs import StepOutput
@@ -59,7 +60,12 @@ def generation_spec(
     pruning: PruningSettings,
     sampling: SamplingParams,
 ) -> GenerationSpec:
-    """The decode request for one prompt with these pruning and sampling settings."""
+    """The decode request for one prompt with these pruning and sampling settings.
+
+    Raises InvalidSetting for a token that the model does not have.
+    """
+    require_token_ids("logit_bias", sampling.logit_bias, model.vocab_size)
+    require_token_ids("stop_token_ids", sampling.stop_token_ids, model.vocab_size)
     num_tokens = len(token_ids)
     return GenerationSpec(
         request_id=request_id,

@@ -26,12 +26,19 @@ class LayerCurve:
             layer = self._by_layer.setdefault(options["fixed_layer"], {})
             layer[options["select_tokens"]] = tried
         self.layers = tuple(sorted(self._by_layer))
+        self._scores: dict[tuple[Prompt, int, int], float] = {}  # asked for by thousands of rules
 
     def score(self, prompt: Prompt, select_tokens: int, layer_idx: int) -> float:
         """The mean over a number of selected tokens and the ones beside it.
 
         Of the measured layer nearest to `layer_idx`.
         """
+        asked = (prompt, select_tokens, layer_idx)
+        if asked not in self._scores:
+            self._scores[asked] = self._mean_score(*asked)
+        return self._scores[asked]
+
+    def _mean_score(self, prompt: Prompt, select_tokens: int, layer_idx: int) -> float:
         layer = self._by_layer[min(self.layers, key=lambda one: abs(one - layer_idx))]
         sizes = sorted(layer)
         place = sizes.index(select_tokens)

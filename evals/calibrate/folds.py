@@ -33,6 +33,8 @@ def cross_validate(
     None if the others of a fold choose nothing, or there is only one fold.
     """
     num_folds = min(_MAX_FOLDS, len({index for _, index in prompts}))
+    if num_folds < 2:
+        return None
     outcomes: list[Outcome] = []
     for fold in range(num_folds):
         chosen = choose([prompt for prompt in prompts if prompt[1] % num_folds != fold])

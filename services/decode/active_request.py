@@ -76,17 +76,20 @@ class ActiveRequest:
 
         Raises StaleAttempt unless the attempt is the newest, UnknownReservation after `close`.
         """
-        with self._lock:
-            self._require_open()
-            if attempt <= self._attempt:
-                raise StaleAttempt(f"attempt {attempt} came after attempt {self._attempt}")
-            self._attempt = attempt
-            superseded, self._cancel_transfer = self._cancel_transfer, cancel_transfer
-            with self._failure_told():
-                self.reservation.reset()
-            self._last_sign_s = time.monotonic()
-        if superseded is not None:
-            superseded()
+        superseded: Callable[[], object] | None = None
+        try:
+            with self._lock:
+                self._require_open()
+                if attempt <= self._attempt:
+                    raise StaleAttempt(f"attempt {attempt} came after attempt {self._attempt}")
+                self._attempt = attempt
+                superseded, self._cancel_transfer = self._cancel_transfer, cancel_transfer
+                with self._failure_told():
+                    self.reservation.reset()
+                self._last_sign_s = time.monotonic()
+        finally:
+            if superseded is not None:
+                superseded()
 
     def expected(self, fingerprint: str, shape: ModelShape, *, running: bool = False) -> Expected:
         """What a transfer may contain: prefill's KV, or with `running` a running sequence's."""

@@ -1,9 +1,9 @@
 """Conversion of a Generate request to the engine's GenerationSpec, with validation."""
 
 import re
-from collections.abc import Iterable
 
 from services.common.messages import recompression_from_proto, sampling_from_proto
+from winnow.checks import require_token_ids
 from winnow.engine.generation_spec import GenerationSpec
 from winnow.errors import InvalidSetting
 from winnow.pruning_settings import Recompression
@@ -21,9 +21,9 @@ def spec_from_request(request: pb.GenerateRequest, vocab_size: int) -> Generatio
         )
     sampling = sampling_from_proto(request.sampling)
     _require_prompt(request, sampling)
-    _require_tokens("prompt_token_ids", request.prompt_token_ids, vocab_size)
-    _require_tokens("logit_bias", sampling.logit_bias, vocab_size)
-    _require_tokens("stop_token_ids", sampling.stop_token_ids, vocab_size)
+    require_token_ids("prompt_token_ids", request.prompt_token_ids, vocab_size)
+    require_token_ids("logit_bias", sampling.logit_bias, vocab_size)
+    require_token_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
     _require_replayed(request, vocab_size)
     return GenerationSpec(
         request_id=request.request_id,
@@ -64,18 +64,10 @@ def _require_replayed(request: pb.GenerateRequest, vocab_size: int) -> None:
             param="replayed",
         )
     for sequence in request.replayed:
-        _require_tokens("replayed", sequence.token_ids, vocab_size)
+        require_token_ids("replayed", sequence.token_ids, vocab_size)
         if len(sequence.token_ids) > request.sampling.max_tokens:
             raise InvalidSetting(
                 f"replayed has {len(sequence.token_ids)} tokens of a sequence; max_tokens is "
                 f"{request.sampling.max_tokens}",
                 param="replayed",
             )
-
-
-def _require_tokens(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
-    highest = max(token_ids, default=0)
-    if highest >= vocab_size:
-        raise InvalidSetting(
-            f"{name} has token {highest}; the vocabulary has {vocab_size}", param=name
-        )

@@ -88,6 +88,23 @@ def test_a_job_that_can_never_run_is_refused_and_frees_the_others(winnow: Winnow
     assert_empty(winnow._engine)
 
 
+@pytest.mark.parametrize(
+    ("name", "sampling"),
+    [
+        ("logit_bias", SamplingParams(logit_bias={500: 100.0})),
+        ("logit_bias", SamplingParams(logit_bias={-1: 1.0})),
+        ("stop_token_ids", SamplingParams(min_tokens=2, stop_token_ids=frozenset({3, 500}))),
+    ],
+)
+def test_a_token_that_the_model_lacks_is_refused(
+    winnow: Winnow, name: str, sampling: SamplingParams
+) -> None:
+    first = BatchJob(winnow.tokenizer.encode(TEXT)[:40], FULL, sampling)
+    with pytest.raises(InvalidSetting, match=rf"{name} has token (500|-1); the vocabulary has"):
+        list(winnow.generate_many([first, *jobs(winnow)[:1]]))
+    assert_empty(winnow._engine)
+
+
 def test_says_beforehand_what_would_be_refused(tiny_models: dict[str, Path]) -> None:
     winnow = Winnow.load(tiny_models["llama"], kv_memory_bytes=400_000)
     sampling = SamplingParams(max_tokens=8)

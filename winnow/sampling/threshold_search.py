@@ -38,6 +38,7 @@ class ThresholdSearch:
         threshold = self._lowest_below_limit(mass, self._mass_above)
         weight = self._weight_at(threshold)
         num_ties = ((mass - self._mass_above(threshold)) / weight).ceil()
+        num_ties = num_ties.clamp_(min=1)  # a mass so small that it is 0 keeps the likeliest token
         return Cut(threshold, weight, num_ties)
 
     def mass(self, cut: Cut) -> Tensor:

@@ -1,6 +1,7 @@
 """Decode workers with this release's sampler beside those that know of no versions."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ from services.decode.worker import DecodeWorker
 from services.gateway.request.generate_call import PromptRequest
 from services.gateway.request.generation_run import PromptRun
 from services.gateway.request.run import Service
+from tests.deadlines import SOON_S
 from tests.services.gateway.request.prompt_runs import (
     REQUEST,
     answers,
@@ -26,6 +28,7 @@ from tests.services.gateway.request.prompt_runs import (
     worker_of,
 )
 from tests.services.gateway.service import TestService, running_service
+from winnow.engine.outputs import StepOutput
 from winnow.sampler_version import SAMPLER_VERSION
 from winnow.v1 import decode_pb2 as pb
 
@@ -74,6 +77,28 @@ async def old_workers(
                 await service.until_idle()
 
 
+def slow_down(worker: DecodeWorker) -> None:
+    """So that a request outlasts the start of another worker."""
+    step = worker.engine.step
+
+    def slow_step() -> list[StepOutput]:
+        time.sleep(0.003)
+        return step()
+
+    worker.engine.step = slow_step  # type: ignore[method-assign]
+
+
+async def until_known(parts: Service, worker: DecodeWorker) -> None:
+    """Wait until the router may choose the worker."""
+    async with asyncio.timeout(SOON_S):
+        while not await is_known(parts, worker):  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.05)
+
+
+async def is_known(parts: Service, worker: DecodeWorker) -> bool:
+    return worker.worker_id in {one.worker_id for one in await parts.router.candidates()}
+
+
 Harm = Callable[[TestService, PromptRun], Awaitable[None]]
 
 
@@ -82,11 +107,13 @@ async def harmed(
 ) -> PromptRun:
     """A run whose worker is harmed once a worker of this release has joined; then it goes."""
     new = DecodeWorker(service.workers[0]._settings)
+    for old in service.workers:
+        slow_down(old)
 
     async def join_and_harm(service: TestService, run: PromptRun) -> None:
         await new.start()
         service.workers.append(new)
-        await asyncio.sleep(0.6)  # until the router has seen it
+        await until_known(parts, new)
         await harm(service, run)
 
     run = make_run(parts, request)
