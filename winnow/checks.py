@@ -1,6 +1,6 @@
 """Validation of outside values; each check raises InvalidSetting with the value and the limit."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from winnow.errors import InvalidSetting
@@ -35,9 +35,9 @@ def require_type(name: str, value: object, declared: Any) -> None:  # noqa: ANN4
         raise InvalidSetting(f"{name} is {value!r}; it must be {_TYPE_NAMES[declared]}", param=name)
 
 
-def require_token_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
+def require_token_ids(name: str, token_ids: Collection[int], vocab_size: int) -> None:
     """Raise InvalidSetting for a token that the vocabulary does not have."""
-    for token_id in token_ids:
+    for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= token_id < vocab_size:
             raise InvalidSetting(
                 f"{name} has token {token_id}; the vocabulary has {vocab_size}", param=name

@@ -90,9 +90,7 @@ class KVPool:
     def probe(self) -> None:
         """Raise RuntimeError if the device has failed.  Writes to no row's page."""
         self._blank(torch.zeros(1, dtype=torch.int64, device=self.device))
-        float(
-            self._entries[0, 0, 0]
-        )  # synchronizes with the device, which reports errors only then
+        float(self._entries[0, 0, 0])  # waits for the device, which reports errors only then
 
     # Whole layers
 

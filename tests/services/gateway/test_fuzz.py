@@ -49,12 +49,12 @@ def drawn_requests() -> list[tuple[str, bytes]]:
     drawn: list[tuple[str, bytes]] = []
 
     @given(path=PATHS, changes=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4))
-    @settings(max_examples=200, deadline=None, derandomize=True)
+    @settings(max_examples=200, derandomize=True)
     def draw_changed(path: str, changes: dict[str, Any]) -> None:
         drawn.append((path, json.dumps(USUAL | changes).encode()))
 
     @given(path=PATHS, body=st.binary(max_size=60))
-    @settings(max_examples=100, deadline=None, derandomize=True)
+    @settings(max_examples=100, derandomize=True)
     def draw_junk(path: str, body: bytes) -> None:
         drawn.append((path, body))
 
@@ -83,7 +83,7 @@ async def test_whatever_comes_over_grpc_is_an_ask_or_an_error(service: TestServi
     read = 0
 
     @given(message=st.binary(max_size=80), more=st.binary(max_size=20))
-    @settings(max_examples=1500, deadline=None, derandomize=True)
+    @settings(max_examples=1500, derandomize=True)
     def ask(message: bytes, more: bytes) -> None:
         nonlocal read
         usual = pb.CompleteRequest(model=MODEL_NAME, text="a").SerializeToString()

@@ -31,7 +31,7 @@ def make(num_queries: int, num_keys: int, num_groups: int) -> tuple[Tensor, Tens
 
 @pytest.mark.parametrize("num_groups", [1, 3])
 @given(num_keys=st.integers(1, 40), data=st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_last_tokens_attend_to_all_before_them(
     num_groups: int, num_keys: int, data: st.DataObject
 ) -> None:
@@ -48,7 +48,7 @@ def test_the_last_tokens_attend_to_all_before_them(
 
 @pytest.mark.parametrize("num_groups", [1, 3])
 @given(positions=st.sets(st.integers(0, 29), min_size=1).map(sorted))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_scattered_tokens_attend_to_all_before_each(num_groups: int, positions: list[int]) -> None:
     query, key, value = make(len(positions), 30, num_groups)
     cached = torch.cat([key, value])

@@ -16,7 +16,7 @@ ADAKV = PruningSettings(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     num_kv_heads=st.integers(1, 4),
     group=st.integers(1, 3),

@@ -17,7 +17,7 @@ from winnow.scoring import observed_attention
 BASE = PruningSettings(window_size=4, kernel_size=3, kv_budget=8, select_tokens=8)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.integers(1, 3),
     st.integers(1, 3),

@@ -43,7 +43,7 @@ def test_importance_equals_the_formula(n: int, kernel_size: int, window: int, gr
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(num_entries=st.integers(1, 25), block=st.integers(1, 30), seed=st.integers(0, 2**32))
 def test_redundancy_equals_the_formula_in_blocks_of_any_size(
     num_entries: int, block: int, seed: int
@@ -64,7 +64,7 @@ def test_of_equal_keys_the_last_is_not_redundant() -> None:
     assert scores[3] < scores[1] < scores[0]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     window=st.integers(1, 4),
     more=st.integers(2, 20),

@@ -55,7 +55,7 @@ ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(ACTIONS)
 def test_pages_are_accounted_and_contents_kept_through_any_history(
     actions: list[tuple[Any, ...]],

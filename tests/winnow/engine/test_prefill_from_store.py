@@ -136,7 +136,7 @@ def conversations(draw: st.DrawFn) -> list[list[int]]:
     threshold=st.sampled_from([0.2, 0.9, 1.2]),
     num_blocks=st.integers(1, 12),
 )
-@settings(max_examples=40, derandomize=True, deadline=None)
+@settings(max_examples=40, derandomize=True)
 def test_any_conversation_within_any_memory_gets_what_it_gets_from_scratch(
     models: dict[str, DecoderModel],
     location: str,
@@ -290,7 +290,7 @@ def test_a_run_that_was_overtaken_may_save_nothing(models: dict[str, DecoderMode
 
 @pytest.mark.parametrize("location", ["device", "host"])
 @given(data=st.data(), num_blocks=st.integers(1, 12))
-@settings(max_examples=40, derandomize=True, deadline=None)
+@settings(max_examples=40, derandomize=True)
 def test_runs_in_any_order_within_any_memory_get_what_they_get_from_scratch(
     models: dict[str, DecoderModel], location: str, data: st.DataObject, num_blocks: int
 ) -> None:

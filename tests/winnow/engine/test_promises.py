@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -106,7 +106,6 @@ def test_refusals_name_what_is_missing() -> None:
     promises.give(1, Promise(40, 20))
 
 
-@settings(deadline=None)
 @given(PAGES, PAGES)
 def test_what_a_row_may_come_to_hold_never_rises(most: int, sure: int) -> None:
     promises = Promises(NUM_PAGES, NUM_ROWS, OVERCOMMIT)

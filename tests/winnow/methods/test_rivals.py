@@ -57,7 +57,7 @@ def test_accumulated_attention_equals_the_formula_in_blocks_of_any_size(
     torch.testing.assert_close(mass.sum(1), torch.full((num_heads,), float(num_tokens)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     num_kv_heads=st.integers(1, 3),
     group=st.integers(1, 3),
@@ -122,7 +122,7 @@ def test_streaming_keeps_the_sinks_and_the_last(
 # PyramidInfer
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     num_layers=st.integers(1, 80),
     budget=st.integers(1, 3000),

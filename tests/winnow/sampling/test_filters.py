@@ -40,7 +40,7 @@ def kept(params: SamplingParams, logits: Tensor) -> list[bool]:
     return list(keeps.tolist())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.integers(-12, 12), min_size=1, max_size=600),
     st.fixed_dictionaries(

@@ -18,7 +18,7 @@ BASE = PruningSettings(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(masses_and_settings())
 def test_asl_equals_the_formulas(case: tuple[list[Tensor], PruningSettings]) -> None:
     masses, config = case
@@ -82,7 +82,7 @@ def test_the_best_tokens_of_one_layer_and_the_window_are_the_formulas() -> None:
     assert chosen.tolist() == expected.kept
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     num_tokens=st.integers(2, 40),
     num_kv_heads=st.integers(1, 3),

@@ -45,7 +45,7 @@ def test_the_untouched_transfer_is_taken() -> None:
     assert feed_all(FRAMES).complete
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_no_flipped_bit_yields_another_transfer(data: st.DataObject) -> None:
     frame_idx = data.draw(st.integers(0, len(FRAMES) - 1))
@@ -56,7 +56,7 @@ def test_no_flipped_bit_yields_another_transfer(data: st.DataObject) -> None:
         feed_all([*FRAMES[:frame_idx], bytes(damaged), *FRAMES[frame_idx + 1 :]])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(frame_idx=st.integers(0, len(FRAMES) - 1), junk=st.binary(max_size=200))
 def test_junk_in_place_of_a_frame_is_refused(frame_idx: int, junk: bytes) -> None:
     if junk != FRAMES[frame_idx]:
@@ -64,7 +64,7 @@ def test_junk_in_place_of_a_frame_is_refused(frame_idx: int, junk: bytes) -> Non
             feed_all([*FRAMES[:frame_idx], junk, *FRAMES[frame_idx + 1 :]])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_any_cut_frame_is_refused(data: st.DataObject) -> None:
     frame_idx = data.draw(st.integers(0, len(FRAMES) - 1))

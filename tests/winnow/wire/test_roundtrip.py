@@ -62,7 +62,7 @@ def test_every_tensor_comes_back_bit_for_bit(dtype: torch.dtype) -> None:
     assert decoder.complete
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.lists(st.integers(0, 40), min_size=3, max_size=3), min_size=1, max_size=4),
     window=st.integers(0, 8),

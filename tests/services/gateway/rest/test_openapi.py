@@ -104,7 +104,6 @@ def ask_all(operation: Operation, url: str, mode: GenerationMode) -> set[int]:
     @given(case=operation.as_strategy(generation_mode=mode), num_options=st.integers(0, 2))
     @settings(
         max_examples=NUM_EXAMPLES,
-        deadline=None,
         derandomize=True,
         database=None,
         suppress_health_check=list(HealthCheck),

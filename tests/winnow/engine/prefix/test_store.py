@@ -182,7 +182,7 @@ def test_any_order_of_runs_leaves_the_store_consistent(model: DecoderModel, loca
 
     Here.model, Here.location = model, location
     case = Here.TestCase
-    case.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+    case.settings = settings(max_examples=60, stateful_step_count=30)
     case().runTest()
 
 
