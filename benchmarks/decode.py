@@ -9,9 +9,10 @@ same run. `transformers` is its forward pass on a batch of equal lengths with a 
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -21,38 +22,79 @@ from benchmarks.shapes import model_path
 from winnow.decoder import DecoderModel
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.generation_spec import GenerationSpec
+from winnow.engine.graph import Recorder
 from winnow.engine.kv_pool import KVPoolConfig
-from winnow.kv import LayerKV, ModelShape
-from winnow.models import load_model
+from winnow.engine.outputs import StepOutput
+from winnow.kv import KvDtype, LayerKV, ModelShape
+from winnow.pruning_settings import Recompression
 from winnow.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from winnow.grammar.constraint import CompiledGrammar  # loads llguidance and transformers
 
 ROUNDS = 3
 
 
-def random_layer(shape: ModelShape, layer_idx: int, context: int) -> LayerKV:
-    num_entries = context * shape.num_kv_heads
-    return LayerKV(
-        layer_idx=layer_idx,
-        keys=torch.randn(num_entries, shape.head_dim, dtype=shape.dtype),
-        values=torch.randn(num_entries, shape.head_dim, dtype=shape.dtype),
-        positions=torch.arange(context, dtype=torch.int32).repeat(shape.num_kv_heads),
-        head_lengths=(context,) * shape.num_kv_heads,
-        window_queries=torch.zeros(shape.num_heads, 0, shape.head_dim, dtype=shape.dtype),
-    )
+def random_layer(
+    shape: ModelShape, layer_idx: int, context: int, num_queries: int, device: torch.device
+) -> LayerKV:
+    with device:
+        num_entries = context * shape.num_kv_heads
+        return LayerKV(
+            layer_idx=layer_idx,
+            keys=torch.randn(num_entries, shape.head_dim, dtype=shape.dtype),
+            values=torch.randn(num_entries, shape.head_dim, dtype=shape.dtype),
+            positions=torch.arange(context, dtype=torch.int32).repeat(shape.num_kv_heads),
+            head_lengths=(context,) * shape.num_kv_heads,
+            window_queries=torch.randn(
+                shape.num_heads, num_queries, shape.head_dim, dtype=shape.dtype
+            ),
+        )
 
 
-def our_step(model: DecoderModel, batch: int, context: int, steps: int) -> Callable[[], object]:
+def our_step(
+    model: DecoderModel,
+    batch: int,
+    context: int,
+    steps: int,
+    recompression: Recompression = Recompression(),  # noqa: B008 - frozen
+    kv_dtype: KvDtype = "auto",
+    new_recorder: Callable[[], Recorder] | None = None,
+    grammar: "CompiledGrammar | None" = None,
+    temperature: float = 0,
+) -> Callable[[], list[StepOutput]]:
     """An engine with `batch` running sequences; each call is one step."""
-    engine = DecodeEngine(model, pool_config=KVPoolConfig(4 << 30), max_batch_size=batch)
-    sampling = SamplingParams(max_tokens=steps + 2, temperature=0, ignore_eos=True)
+    pool_config = _pool_for(model.shape, batch, context + steps, kv_dtype)
+    engine = DecodeEngine(
+        model, pool_config=pool_config, max_batch_size=batch, new_recorder=new_recorder
+    )
+    sampling = SamplingParams(
+        max_tokens=steps + 2, temperature=temperature, ignore_eos=grammar is None
+    )
+    window = recompression.window_size if recompression.observes else 0
     for idx in range(batch):
-        request = GenerationSpec(str(idx), context, context, sampling)
+        request = GenerationSpec(
+            str(idx),
+            context,
+            context,
+            replace(sampling, seed=idx),
+            recompression=recompression,
+            grammar=grammar,
+        )
         reservation = engine.reserve(request)
         for layer_idx in range(model.shape.num_layers):
-            reservation.write_layer(random_layer(model.shape, layer_idx, context))
+            layer = random_layer(model.shape, layer_idx, context, window, model.device)
+            reservation.write_layer(layer)
         engine.start(reservation, torch.randn(model.shape.hidden_size), context)
     engine.step()  # the first token comes from prefill's hidden state
     return engine.step
+
+
+def _pool_for(shape: ModelShape, batch: int, entries: int, kv_dtype: KvDtype) -> KVPoolConfig:
+    """Room for every sequence, its last queries and the ends of pages included."""
+    num_entries = batch * shape.num_layers * shape.num_kv_heads * (entries + 64)
+    memory_bytes = shape.kv_bytes(num_entries, kv_dtype) * 5 // 4 + (64 << 20)
+    return KVPoolConfig(memory_bytes, kv_dtype=kv_dtype)
 
 
 def their_step(path: Path, shape: ModelShape, batch: int, context: int) -> Callable[[], object]:
@@ -97,6 +139,8 @@ def read_bandwidth() -> float:
 def compare(
     name: str, path: Path, batches: list[int], contexts: list[int], steps: int
 ) -> Iterator[dict[str, Any]]:
+    from winnow.models import load_model  # noqa: PLC0415 - benchmarks.gpu runs without its imports
+
     bandwidth = read_bandwidth()
     model = load_model(path, dtype="bfloat16")
     shape = model.shape

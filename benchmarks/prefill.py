@@ -26,9 +26,10 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.report import arguments, show, write_json
 from benchmarks.shapes import model_path
+from winnow.decoder import DecoderModel
 from winnow.defaults import scaled_defaults
 from winnow.engine.prefill import PrefillRun
-from winnow.models import load_model
+from winnow.kv import ModelShape
 from winnow.pruning_settings import PruningSettings
 
 THEIRS, UNPRUNED = "transformers", "full"
@@ -36,11 +37,11 @@ CONTESTANTS = (THEIRS, UNPRUNED, "fastkv", "asl")
 SELECT_SHARE = 8  # one in eight tokens is selected
 
 
-def settings_for(contestant: str, num_layers: int, num_tokens: int) -> PruningSettings:
+def settings_for(contestant: str, shape: ModelShape, num_tokens: int) -> PruningSettings:
     """Select an eighth of the tokens at half depth, with a KV budget of the same size."""
     budget = max(64, num_tokens // SELECT_SHARE)
-    half = num_layers // 2 - 1
-    base = scaled_defaults(num_layers)
+    half = shape.num_layers // 2 - 1
+    base = scaled_defaults(shape)
     if contestant == UNPRUNED:
         return replace(base, method=UNPRUNED)
     pruned = replace(base, select_tokens=budget, kv_budget=budget)
@@ -61,10 +62,14 @@ def transformers_prefill(path: Path) -> Callable[[list[int]], float]:
 
 
 def our_prefill(path: Path, contestant: str) -> Callable[[list[int]], float]:
-    model = load_model(path, dtype="bfloat16")
+    from winnow.models import load_model  # noqa: PLC0415 - benchmarks.gpu runs without its imports
 
+    return prefill_by(load_model(path, dtype="bfloat16"), contestant)
+
+
+def prefill_by(model: DecoderModel, contestant: str) -> Callable[[list[int]], float]:
     def prefill(token_ids: list[int]) -> float:
-        settings = settings_for(contestant, model.shape.num_layers, len(token_ids))
+        settings = settings_for(contestant, model.shape, len(token_ids))
         run = PrefillRun(model, token_ids, settings)
         while not run.finished:
             run.compute_layer()  # its KV is dropped here; the service sends it to decode

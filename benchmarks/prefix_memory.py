@@ -19,7 +19,7 @@ def memory(folder: Path, quick: bool) -> list[dict[str, Any]]:
     """What the store says it takes, and what the process takes more than with a full pass alone."""
     model = load_model(model_path("tiny" if quick else "0.5b", folder))
     store = PrefixStore(model, MAX_BYTES)
-    settings = scaled_defaults(model.shape.num_layers)
+    settings = scaled_defaults(model.shape)
     prompt_bytes = model.shape.kv_bytes(
         PROMPT_TOKENS * model.shape.num_layers * model.shape.num_kv_heads
     )

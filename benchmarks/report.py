@@ -39,12 +39,22 @@ def _text(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def cpu_kind() -> str:
+    """The CPU's name, and which bfloat16 products it has."""
+    text = Path("/proc/cpuinfo").read_text()
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    names = {key.strip(): value.strip() for key, value in fields.items()}
+    flags = {"avx512_bf16", "amx_bf16"} & set(names.get("flags", "").split())
+    return f"{names.get('model name', platform.machine())}, {', '.join(sorted(flags)) or 'no bf16'}"
+
+
 def write_json(path: Path | None, name: str, rows: Sequence[dict[str, Any]]) -> None:
     """Write the rows and the machine they were measured on to `path`, if there is one."""
     if path is None:
         return
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     machine |= {"python": platform.python_version(), "machine": platform.machine()}
+    machine |= {"cpu": cpu_kind()}
     path.write_text(
         json.dumps({"benchmark": name, "machine": machine, "rows": list(rows)}, indent=1)
     )

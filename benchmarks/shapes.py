@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from winnow.local import DEFAULT_MODEL
+EMBEDDED = Path(__file__).parents[1] / "models" / "winnow-tiny"
 
 # The sizes of Qwen2.5-0.5B, with a smaller vocabulary: the LM head is not what is measured.
 HALF_BILLION: dict[str, Any] = {
@@ -24,19 +24,20 @@ HALF_BILLION: dict[str, Any] = {
 }
 
 
-def model_path(name: str, folder: Path) -> Path:
+def model_path(name: str, folder: Path, **changes: Any) -> Path:  # noqa: ANN401 - of HALF_BILLION
     """Path of a model: `tiny` is the embedded one; `0.5b` a random bfloat16 one saved in `folder`.
 
     The tokenizer of the random one knows bytes and numbers.
     """
     if name == "tiny":
-        return DEFAULT_MODEL
+        return EMBEDDED
     path = folder / name
     if not path.exists():
         torch.manual_seed(0)
-        model: Any = Qwen2ForCausalLM(Qwen2Config(**HALF_BILLION))
+        config = HALF_BILLION | changes
+        model: Any = Qwen2ForCausalLM(Qwen2Config(**config))
         model.to(torch.bfloat16).save_pretrained(path)
-        _save_tokenizer(path, HALF_BILLION["vocab_size"])
+        _save_tokenizer(path, config["vocab_size"])
     return path
 
 

@@ -26,6 +26,8 @@ from benchmarks.prefill import measure, settings_for
 from benchmarks.shapes import model_path
 from examples.demo import running_service
 from services.common.openmp import SHORT_WAITS
+from winnow.kv import ModelShape
+from winnow.model_files import describe_model
 from winnow.models import load_model
 
 MODEL, METHOD = "0.5b", "fastkv"
@@ -55,7 +57,7 @@ class Parts:
 def measure_parts(path: Path, case: Case) -> Parts:
     prefill_s = median(measure(path, METHOD, case.prompt_tokens, rounds=3)["seconds"])
     model = load_model(path, dtype="bfloat16")
-    entries = settings_for(METHOD, model.shape.num_layers, case.prompt_tokens).kv_budget
+    entries = settings_for(METHOD, model.shape, case.prompt_tokens).kv_budget
     assert entries is not None
     step = our_step(model, case.clients, entries, 4 * case.answer_tokens)
     return Parts(prefill_s, seconds_per_step(step, case.answer_tokens))
@@ -68,9 +70,11 @@ def measure_parts_apart(path: Path, case: Case) -> Parts:
     return Parts(**json.loads(done.stdout.splitlines()[-1]))
 
 
-async def measure_service(url: str, case: Case, num_layers: int) -> tuple[float, list[TimedAnswer]]:
+async def measure_service(
+    url: str, case: Case, shape: ModelShape
+) -> tuple[float, list[TimedAnswer]]:
     """Seconds for all clients together, and their answers."""
-    settings = settings_for(METHOD, num_layers, case.prompt_tokens)
+    settings = settings_for(METHOD, shape, case.prompt_tokens)
     names = ("method", "fixed_layer", "select_tokens", "kv_budget")
     winnow = {name: getattr(settings, name) for name in names}
     prompts = torch.randint(0, 1000, (case.clients + 1, case.prompt_tokens)).tolist()
@@ -90,8 +94,9 @@ def compare(folder: Path, quick: bool) -> list[dict[str, Any]]:
     """The benchmark's result, in one row."""
     case, path = QUICK if quick else WHOLE, model_path(MODEL, folder)
     parts = measure_parts_apart(path, case)
+    shape = describe_model(path).shape
     with running_service("--model", str(path)) as url:
-        service_s, answers = asyncio.run(measure_service(url, case, num_layers=24))
+        service_s, answers = asyncio.run(measure_service(url, case, shape))
     last_prompt_s = max(answer.ttft_s for answer in answers)
     beside, alone = _paces(answers, last_prompt_s)
     return [

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 from evals.calibrate.recording import RecordedModel
@@ -16,6 +15,8 @@ from winnow.defaults import override, pruning_defaults
 from winnow.engine.kv_pool import KVPoolConfig
 from winnow.engine.prefix.store import PrefixStore
 from winnow.errors import InvalidSetting
+from winnow.hub.reference import short_name
+from winnow.kv import KvDtype
 from winnow.model_files import describe_model
 from winnow.models import load_model
 from winnow.tokenizer import load_tokenizer
@@ -27,9 +28,11 @@ class LocalModel:
     pruning: overrides the model's own settings; the variant's settings override both.
     record_window: compute a prompt's layers once for all its variants, none of which may have a
     wider window; None: each answer is computed, and timed, on its own.
-    prefix_cache_bytes, prefix_cache_device: as in Winnow.load. A variant's prompts share beginnings
-    with one another, but not with those of other variants, which would be timed as if they had
-    computed them. Not used with record_window.
+    quantize, dequantize, kv_dtype, prefix_cache_bytes, prefix_cache_device,
+    prefix_cache_device_bytes: as in Winnow.load.
+    A variant's prompts share beginnings with one another, but not with those of other variants,
+    which would be timed as if they had computed them. The prefix cache is not used with
+    record_window.
     """
 
     def __init__(
@@ -39,6 +42,9 @@ class LocalModel:
         device: str,
         dtype: str,
         max_model_len: int | None,
+        quantize: str | None = None,
+        dequantize: bool = False,
+        kv_dtype: KvDtype = "auto",
         kv_memory_bytes: int,
         max_batch_size: int,
         pruning: dict[str, Any],
@@ -46,11 +52,17 @@ class LocalModel:
         record_window: int | None = None,
         prefix_cache_bytes: int = 0,
         prefix_cache_device: str = "device",
+        prefix_cache_device_bytes: int = 1 << 30,
     ) -> None:
         """Raises UnusableModel, InvalidSetting, or InvalidRequest for a missing chat template."""
-        self._name = Path(model).name
+        self._name = short_name(model)
         self._description = describe_model(
-            model, device=device, dtype=dtype, max_model_len=max_model_len
+            model,
+            device=device,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            quantize=quantize,
+            dequantize=dequantize,
         )
         self._pruning = override(pruning_defaults(self._description), pruning)
         self.tokenizer = load_tokenizer(self._description.path)
@@ -63,10 +75,18 @@ class LocalModel:
             device=device,
             dtype=dtype,
             max_model_len=max_model_len,
+            quantize=quantize,
+            dequantize=dequantize,
         )
         self._record_window = record_window
-        self._prefix_cache = prefix_cache_bytes, prefix_cache_device
-        self.pool_config = KVPoolConfig(kv_memory_bytes)
+        self._open_prefix_store = partial(
+            PrefixStore.within,
+            prefix_cache_bytes=prefix_cache_bytes,
+            prefix_cache_device=prefix_cache_device,
+            prefix_cache_device_bytes=prefix_cache_device_bytes,
+            kv_dtype=kv_dtype,
+        )
+        self.pool_config = KVPoolConfig(kv_memory_bytes, kv_dtype=kv_dtype)
         self._max_batch_size = max_batch_size
 
     @cached_property
@@ -80,10 +100,15 @@ class LocalModel:
         if self._record_window is not None:
             model = RecordedModel(model, self._record_window)
         else:
-            store = PrefixStore.within(model, *self._prefix_cache)
+            store = self.prefix_store
         return Winnow(
             model, self.tokenizer, self._pruning, self.pool_config, self._max_batch_size, store
         )
+
+    @cached_property
+    def prefix_store(self) -> PrefixStore | None:
+        """None for 0 bytes."""
+        return self._open_prefix_store(self.decoder)
 
     @property
     def max_positions(self) -> int:
@@ -97,6 +122,7 @@ class LocalModel:
         return {
             "model": self._name,
             "fingerprint": self._description.fingerprint,
+            "kv_dtype": self.pool_config.kv_dtype,
             "pruning": asdict(self._pruning),
         }
 
@@ -110,7 +136,7 @@ class LocalModel:
         self, variants: Sequence[Variant], num_prompt_tokens: int, max_new_tokens: int
     ) -> None:
         for variant in variants:
-            self.settings(variant).require_fits(self._description.shape.num_layers)
+            self.settings(variant).require_fits(self._description.shape)
         for variant in variants:
             self._require_memory(variant, num_prompt_tokens, max_new_tokens)
 

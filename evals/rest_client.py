@@ -1,8 +1,9 @@
 """Client of a service's REST API: raises the service's errors, retries when it is busy."""
 
+import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -93,6 +94,35 @@ class RestClient:
                     return self._body(response)
                 pause_s = _pause_s(response)
             time.sleep(pause_s)
+
+    def stream(self, path: str, body: Mapping[str, Any]) -> Generator[dict[str, Any] | None]:
+        """Post a request and yield the JSON of its events; None for a sign of life between them.
+
+        Closing the iterator ends the request.  Raises the service's own error, at any time.
+        """
+        try:
+            with self._http.stream("POST", path, json={**body, "stream": True}) as response:
+                if not response.is_success:
+                    response.read()
+                    self._body(response)
+                for line in response.iter_lines():
+                    if line.startswith("data: {"):
+                        yield self._event(line.removeprefix("data: "))
+                    elif line.startswith(":"):
+                        yield None
+        except httpx.RequestError as error:
+            raise WinnowError(f"{self.url} does not answer: {error!r}") from error
+
+    def _event(self, text: str) -> dict[str, Any]:
+        try:
+            event: dict[str, Any] = json.loads(text)
+            failure = event.get("error")
+            if failure is None:
+                return event
+            error = error_class(failure["code"])(failure["message"], param=failure["param"])
+        except (ValueError, KeyError, TypeError) as fault:
+            raise self.no_winnow_service(fault) from fault
+        raise error
 
     def no_winnow_service(self, error: Exception) -> InvalidSetting:
         """The error to raise for a response that failed to parse with `error`."""

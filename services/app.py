@@ -107,8 +107,11 @@ def build_app(settings: Settings) -> serve.Application:
         .options(
             num_replicas=settings.prefill_replicas,
             max_ongoing_requests=_MAX_ONGOING,
-            ray_actor_options=_worker_resources(
-                settings, settings.prefill_num_cpus, settings.prefill_replicas
+            **_worker_resources(
+                settings,
+                settings.prefill_num_cpus,
+                settings.prefill_replicas,
+                settings.prefill_ranks,
             ),
             **_prefill_routing(settings),
             **_shutdown(settings),
@@ -146,8 +149,11 @@ def _decode(settings: Settings) -> serve.Application | None:
         cast(serve.Deployment, Decode)
         .options(
             num_replicas=settings.decode_workers,
-            ray_actor_options=_worker_resources(
-                settings, settings.decode_num_cpus, settings.decode_workers
+            **_worker_resources(
+                settings,
+                settings.decode_num_cpus,
+                settings.decode_workers,
+                settings.decode_ranks,
             ),
             **_shutdown(settings),
         )
@@ -155,12 +161,28 @@ def _decode(settings: Settings) -> serve.Application | None:
     )
 
 
-def _worker_resources(settings: Settings, num_cpus: float, num_workers: int) -> dict[str, Any]:
-    threads = settings.threads_per_worker(num_workers)
-    return {
+def _worker_resources(
+    settings: Settings, num_cpus: float, num_workers: int, num_ranks: int
+) -> dict[str, Any]:
+    """What Ray sets aside for a worker: for several ranks a placement group on one node.
+
+    It is one bundle, because the ranks are processes of the worker's actor, and an actor sees the
+    GPUs of its own bundle only.
+    """
+    threads = settings.threads_per_worker(num_workers * num_ranks)
+    num_gpus = settings.gpus_per_worker(num_ranks)
+    actor = {
         "num_cpus": num_cpus,
-        "num_gpus": settings.gpus_per_worker,
+        "num_gpus": num_gpus,
         "runtime_env": _environment(str(threads), **_WORKER_ENVIRONMENT),
+    }
+    bundle = {name: count for name, count in (("CPU", num_cpus), ("GPU", num_gpus)) if count}
+    if num_ranks == 1 or not bundle:
+        return {"ray_actor_options": actor}
+    return {
+        "ray_actor_options": actor,
+        "placement_group_bundles": [bundle],
+        "placement_group_strategy": "STRICT_PACK",
     }
 
 

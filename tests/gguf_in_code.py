@@ -23,8 +23,12 @@ ARCHITECTURES = {
     "phi3": "phi3",
     "olmo2": "olmo2",
     "smollm3": "smollm3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
 }
 _PAIRED = {"llama", "mistral", "mixtral", "smollm3"}
+_GEMMAS = {"gemma", "gemma2", "gemma3_text"}
 _CONTROL, _NORMAL = 3, 1
 
 
@@ -88,7 +92,7 @@ def _network_values(config: Any) -> dict[str, Any]:
         "{arch}.attention.key_length": head_dim,
         "{arch}.attention.value_length": head_dim,
         "{arch}.rope.dimension_count": head_dim,
-        "{arch}.rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        "{arch}.rope.freq_base": float(_rope(config)["rope_theta"]),
         "{arch}.vocab_size": config.vocab_size,
         "general.file_type": 0,
     }
@@ -98,7 +102,17 @@ def _network_values(config: Any) -> dict[str, Any]:
             values["{arch}.expert_used_count"] = config.num_experts_per_tok
     if hasattr(config, "moe_intermediate_size"):
         values["{arch}.expert_feed_forward_length"] = config.moe_intermediate_size
+    if config.model_type in _GEMMAS - {"gemma"}:
+        values["{arch}.attention.sliding_window"] = config.sliding_window
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            values[f"{{arch}}.{name}"] = float(getattr(config, name) or 0)
     return values
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    """Of full layers, where layers differ."""
+    rope: dict[str, Any] = config.rope_parameters
+    return rope.get("full_attention", rope)
 
 
 def _token_values(folder: Path, config: Any) -> dict[str, Any]:
@@ -146,6 +160,8 @@ def _tensors(config: Any, folder: Path) -> dict[str, np.ndarray]:
             heads = config.num_attention_heads if ".attn_q." in own else config.num_key_value_heads
             shape = data.shape
             data = data.reshape(heads, 2, -1, *shape[1:]).swapaxes(1, 2).reshape(shape).copy()
+        if config.model_type in _GEMMAS and own.endswith("norm.weight"):
+            data = data + 1
         found[own] = data
     return found
 

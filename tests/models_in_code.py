@@ -8,13 +8,19 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainer
 from tokenizers.models import BPE
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
+    FalconH1Config,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
+    NemotronHConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 
 VOCAB_SIZE = 320
@@ -24,12 +30,62 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL_TOKENS = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+# With layers that have a state in the place of keys and values, or (falcon_h1) beside them.
+RECURRENT_FAMILIES = ("lfm2", "qwen3_next", "qwen3_5", "bamba", "falcon_h1", "nemotron_h")
+_LINEAR: dict[str, Any] = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+    "pad_token_id": 0,
+}
+_MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 16,
+    "pad_token_id": 0,
+}
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
 _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
     "qwen2": (Qwen2Config, {}),
     "qwen3": (Qwen3Config, {"head_dim": 16}),
     "mistral": (MistralConfig, {"sliding_window": None}),
     "phi3": (Phi3Config, {"pad_token_id": 0}),
+    "lfm2": (
+        Lfm2Config,
+        {
+            "layer_types": ["conv", "full_attention"] * 2,
+            "block_auto_adjust_ff_dim": False,
+            "pad_token_id": 0,
+        },
+    ),
+    "qwen3_next": (Qwen3NextConfig, _LINEAR | _EXPERTS),
+    "qwen3_5": (Qwen3_5TextConfig, _LINEAR),
+    "bamba": (BambaConfig, _MAMBA | {"attn_layer_indices": [1, 3]}),
+    "falcon_h1": (FalconH1Config, _MAMBA | {"mamba_d_ssm": 128}),
+    "nemotron_h": (  # a layer is attention, a state, or an MLP
+        NemotronHConfig,
+        {
+            "layers_block_type": ["mamba", "attention", "mlp", "mamba"],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 2,
+            "chunk_size": 16,
+            "head_dim": 16,
+            "pad_token_id": 0,
+        },
+    ),
 }
 
 
@@ -48,6 +104,14 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
         "eos_token_id": 0,
     }
     return cls(**(sizes | own | changes))
+
+
+def long_rope(original: int) -> dict[str, Any]:
+    """Settings of a model with other tables for sequences of more than `original` tokens."""
+    factors = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [4.0] * 8}
+    kind = {"rope_type": "longrope", "rope_theta": 10_000.0}
+    rope = {**kind, **factors, "original_max_position_embeddings": original}
+    return {"rope_parameters": rope, "original_max_position_embeddings": original}
 
 
 def save_tiny_model(

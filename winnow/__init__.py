@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from winnow.errors import WinnowError
+from winnow.grammar import Grammar
 from winnow.pruning_settings import PruningSettings
 from winnow.sampling_params import SamplingParams
 
@@ -14,7 +15,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["BatchJob", "Completion", "PruningSettings", "SamplingParams", "Winnow", "WinnowError"]
+__all__ = [
+    "BatchJob",
+    "Completion",
+    "Grammar",
+    "PruningSettings",
+    "SamplingParams",
+    "Winnow",
+    "WinnowError",
+]
 
 # Imported on first use, since these modules load torch and transformers.
 _LAZY = {

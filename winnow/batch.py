@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from winnow.adapters.slots import LoadedAdapter
 from winnow.completion import Completion, CompletionStream, generation_spec, prefill_into
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.outputs import StepOutput
@@ -11,6 +12,8 @@ from winnow.engine.prefill import PrefillResult, require_prompt
 from winnow.engine.prefix.store import PrefixStore
 from winnow.engine.sequence import Reservation
 from winnow.errors import Overloaded
+from winnow.grammar import Grammar
+from winnow.grammar.compiler import GrammarCompiler
 from winnow.pruning_settings import PruningSettings
 from winnow.sampling_params import SamplingParams
 from winnow.text_stream import TextStream
@@ -22,6 +25,8 @@ class BatchJob:
     """One prompt with its own pruning and sampling; the text ends before a `stop` string.
 
     cache_salt: only prompts with the same one share cached beginnings.
+    grammar: what the text must match, if it ends before max_tokens.
+    adapter: that answers; None: the model alone does.
     """
 
     token_ids: Sequence[int]
@@ -29,6 +34,8 @@ class BatchJob:
     sampling: SamplingParams
     stop: tuple[str, ...] = ()
     cache_salt: str = ""
+    grammar: Grammar | None = None
+    adapter: LoadedAdapter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +70,14 @@ class BatchRun:
     """
 
     def __init__(
-        self, engine: DecodeEngine, tokenizer: Tokenizer, store: PrefixStore | None = None
+        self,
+        engine: DecodeEngine,
+        tokenizer: Tokenizer,
+        grammars: GrammarCompiler,
+        store: PrefixStore | None = None,
     ) -> None:
         self._engine = engine
+        self._grammars = grammars
         self._tokenizer = tokenizer
         self._store = store
         self._running: dict[str, _Running] = {}
@@ -90,7 +102,10 @@ class BatchRun:
         """Prefill a job and add it to the batch; False if there is no room for it now."""
         model = self._engine.model
         require_prompt(model, job.token_ids)
-        spec = generation_spec(str(job_idx), model, job.token_ids, job.pruning, job.sampling)
+        grammar = self._grammars.compile(job.grammar) if job.grammar is not None else None
+        spec = generation_spec(
+            str(job_idx), model, job.token_ids, job.pruning, job.sampling, grammar, job.adapter
+        )
         try:
             reservation = self._engine.reserve(spec)
         except Overloaded:
@@ -103,7 +118,7 @@ class BatchRun:
         self._running[spec.request_id] = _Running(
             job_idx,
             reservation,
-            CompletionStream(result.report, iter(())),
+            CompletionStream(result.report),
             TextStream(self._tokenizer, job.stop, min_tokens=job.sampling.min_tokens),
             [],
             started_s,
@@ -128,8 +143,13 @@ class BatchRun:
         return result
 
     def _take(self, output: StepOutput) -> Iterator[BatchResult]:
-        """Record a job's token; yield its result if the token is the last one."""
-        running = self._running[output.request_id]
+        """Record a job's token; yield its result if the token is the last one.
+
+        A step that reads two tokens may go past a stop string.
+        """
+        running = self._running.get(output.request_id)
+        if running is None:
+            return
         stream = running.stream
         running.pieces.append(stream.take(output, running.text))
         if stream.finish_reason is None:
@@ -149,4 +169,5 @@ class BatchRun:
         for running in self._running.values():
             self._engine.release(running.reservation)
         self._running.clear()
-        self._engine.step()  # frees the released pages
+        while self._engine.stats().running_sequences:
+            self._engine.step()  # frees the released pages

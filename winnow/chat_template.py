@@ -12,8 +12,8 @@ from jinja2 import Template, TemplateError, TemplateSyntaxError
 from winnow.errors import InvalidRequest, InvalidSetting
 from winnow.marked_text import CLIENT, FINAL, MarkedText, joined, mark
 from winnow.template_environment import TemplateEnvironment, bounded_time
+from winnow.tool_support import Message, Tool, ToolSupport, probe
 
-Message = Mapping[str, Any]
 # Names that chat_template_kwargs may not set.
 RESERVED = frozenset(
     {
@@ -22,7 +22,7 @@ RESERVED = frozenset(
     }
 )
 _MAX_REASON_CHARS = 300
-_DEFAULT = "default"
+_DEFAULT, _TOOL_USE = "default", "tool_use"
 # Messages that probe which roles and content forms a template renders, and what it adds to them.
 _PROBE = "winnowprobe"
 _PROBED: Mapping[str, Sequence[str]] = {
@@ -30,6 +30,8 @@ _PROBED: Mapping[str, Sequence[str]] = {
     "system": ("system", "user"),
     "assistant": ("user", "assistant", "user"),
 }
+_WITH_RESULT = ("user", "assistant", "tool")
+_OWN: Mapping[str, Mapping[str, str]] = {"tool": {"tool_call_id": "winnowid1"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,8 @@ def require_template_kwargs(kwargs: Mapping[str, Any]) -> None:
 class ChatTemplate:
     """A model's chat template. Thread-safe.
 
-    sources: Jinja sources by name.  variables: the tokenizer's, such as bos_token.
+    sources: Jinja sources by name; the one named tool_use is for conversations with tools.
+    variables: the tokenizer's, such as bos_token.
     kwargs: the operator's chat_template_kwargs; a request's override them.
     allow_special_tokens: treat text that clients write as the template's own.
     """
@@ -91,60 +94,82 @@ class ChatTemplate:
         self._sources = sources
         self._variables = {**variables, **kwargs}
         self._client = 0 if allow_special_tokens else CLIENT
+        self._templates: dict[str, Template] = {}
+        self._supports: dict[bool, ToolSupport] = {}
 
-    def render(self, messages: Sequence[Message], options: ChatOptions) -> str:
+    def render(
+        self, messages: Sequence[Message], options: ChatOptions, tools: Sequence[Tool] = ()
+    ) -> str:
         """Render a conversation; the text that a client wrote is marked.
 
-        messages: each with `role`, and `content` as a string or a list of parts.
+        messages: each with `role`, and `content` as a string or a list of parts; an assistant's may
+        have `tool_calls`.  tools: as in OpenAI's API.
         Raises InvalidRequest if the template cannot be used, or refuses the messages.
         """
         marks = [self._client] * len(messages)
         if options.continue_final_message and messages:
             marks[-1] |= FINAL
+        with _refusals():
+            shown = list(map(self._message, messages, marks))
         rendered = self._render(
-            list(map(self._message, messages, marks)),
+            shown,
             begins_answer=options.begins_answer,
             kwargs=options.template_kwargs,
+            tools=tools,
         )
         return _up_to_final(rendered) if options.continue_final_message else rendered
 
     def samples(self) -> Iterator[str]:
         """Simple conversations as rendered by the template, without a generation prompt."""
-        for roles in _PROBED.values():
-            messages = [{"role": role, "content": _PROBE} for role in roles]
+        for roles in (*_PROBED.values(), _WITH_RESULT):
+            messages = [{"role": role, "content": _PROBE, **_OWN.get(role, {})} for role in roles]
             with contextlib.suppress(InvalidRequest):  # no such role, or not in this order
                 yield self.render(messages, ChatOptions(add_generation_prompt=False))
 
+    def tool_support(self, *, with_tools: bool) -> ToolSupport:
+        """What is shown of a conversation with or without tools."""
+        if with_tools not in self._supports:
+            options = ChatOptions(add_generation_prompt=False)
+            self._supports[with_tools] = probe(
+                lambda messages, tools: self.render(messages, options, tools),
+                with_tools=with_tools,
+            )
+        return self._supports[with_tools]
+
     def _render(
-        self, messages: Sequence[Message], *, begins_answer: bool, kwargs: Mapping[str, Any]
+        self,
+        messages: Sequence[Message],
+        *,
+        begins_answer: bool,
+        kwargs: Mapping[str, Any],
+        tools: Sequence[Tool] = (),
     ) -> str:
-        own = {"messages": messages, "tools": None, "documents": None}
-        template = self._template
-        try:
+        template = self._template(with_tools=bool(tools))
+        with _refusals():
+            own = {"messages": messages, "tools": self._marked(tools) or None, "documents": None}
             context = {**self._variables, **self._marked(kwargs), **own}
             with bounded_time():
                 return template.render(context, add_generation_prompt=begins_answer)
-        except TemplateError as error:
-            reason = error.message or type(error).__name__
-        except Exception as error:  # a template is a program and may fail with any error
-            reason = f"{type(error).__name__}: {error}"
-        reason = " ".join(reason.split())[:_MAX_REASON_CHARS]
-        raise InvalidRequest(
-            f"the model's chat template refuses the messages: {reason}", param="messages"
-        )
 
-    @cached_property
-    def _template(self) -> Template:
-        try:
-            return TemplateEnvironment().from_string(self._source())
-        except TemplateSyntaxError as error:
-            raise InvalidRequest(
-                f"the model's chat template is broken: line {error.lineno}: {error.message}",
-                param="messages",
-            ) from error
+    def _template(self, *, with_tools: bool) -> Template:
+        source = self.source(with_tools=with_tools)
+        if source not in self._templates:
+            try:
+                self._templates[source] = TemplateEnvironment().from_string(source)
+            except TemplateSyntaxError as error:
+                raise InvalidRequest(
+                    f"the model's chat template is broken: line {error.lineno}: {error.message}",
+                    param="messages",
+                ) from error
+        return self._templates[source]
 
-    def _source(self) -> str:
-        """The template named "default", or the only one."""
+    def source(self, *, with_tools: bool = False) -> str:
+        """The template named tool_use for tools, else the one named default, or the only one.
+
+        Raises InvalidRequest if there is none of these.
+        """
+        if with_tools and _TOOL_USE in self._sources:
+            return self._sources[_TOOL_USE]
         if len(self._sources) == 1:
             return next(iter(self._sources.values()))
         if _DEFAULT not in self._sources:
@@ -190,6 +215,24 @@ class ChatTemplate:
             return _PROBE in self._render(messages, begins_answer=True, kwargs={}).lower()
         except InvalidRequest:  # no such role, or another order of roles is required
             return False
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Context manager: raises InvalidRequest for any error, since a template is a program."""
+    try:
+        yield
+        return
+    except InvalidRequest:
+        raise
+    except TemplateError as error:
+        reason = error.message or type(error).__name__
+    except Exception as error:  # also of messages that are nested too deep to be marked
+        reason = f"{type(error).__name__}: {error}"
+    reason = " ".join(reason.split())[:_MAX_REASON_CHARS]
+    raise InvalidRequest(
+        f"the model's chat template refuses the messages: {reason}", param="messages"
+    )
 
 
 def _as_parts(texts: Iterable[str]) -> list[dict[str, str]]:

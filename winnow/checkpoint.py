@@ -16,12 +16,20 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from winnow.dry_run import RECORDER, require_decoder, require_known_attention, require_plain_loop
+from winnow.dry_run import RECORDER, require_known_attention, require_plain_loop
 from winnow.errors import UnusableModel
 from winnow.folder_errors import as_unusable
 from winnow.gguf.header import read_header
-from winnow.gguf.weights import weights
+from winnow.gguf.weights import GgufTensor, weights
 from winnow.model_files import ModelDescription, load_config
+from winnow.network import Network
+from winnow.quantization.dequantize import (
+    ReadTensor,
+    dequantized_tensors,
+    require_free,
+    require_same,
+)
+from winnow.text_part import TENSOR_NAMES, without_other_parts
 from winnow.weight_files import StoredTensor, stored_tensors
 
 _META = torch.device("meta")
@@ -31,25 +39,64 @@ _NAMES_SHOWN = 5
 def require_sound(description: ModelDescription) -> None:
     """Raise UnusableModel unless the files match the network and Winnow can run its layers."""
     with as_unusable(f"model {description.path} cannot be loaded"):
-        config = load_config(description.path)
+        config = network_config(description)
         stored = _stored_tensors(description, config)
         _require_layers(description, stored)
-        network = _empty_network(config)
-        require_decoder(description, network)
+        network = empty_network(config)
+        parts = Network(network)
         if getattr(config, "quantization_config", None) is None:
             _require_all_placed(description, network, stored)
-        require_known_attention(description, network)
-        require_plain_loop(description, network)
+        require_known_attention(description, parts)
+        require_plain_loop(description, network, parts)
+
+
+def network_config(description: ModelDescription) -> Any:  # noqa: ANN401
+    """The configuration of the network that is built, whose weights may be dequantized before."""
+    config = load_config(description.path)
+    if description.is_dequantized:
+        del config.quantization_config
+    return config
+
+
+def tensors_to_load(description: ModelDescription) -> Mapping[str, GgufTensor | ReadTensor]:
+    """The tensors of a GGUF file, or of a checkpoint that is dequantized; none is read yet."""
+    if not description.path.is_dir():
+        return weights(read_header(description.path), description.shape.dtype)
+    return _dequantized(description)
+
+
+def require_room(description: ModelDescription, device: str) -> None:
+    """Tell what dequantizing a model will take; raise UnusableModel if more than is free."""
+    assert description.quantization is not None
+    require_free(
+        description.path,
+        _dequantized(description),
+        description.quantization.name,
+        device,
+        is_int8=description.quantize is not None,
+    )
+
+
+def require_same_as_dequantized(description: ModelDescription, network: Any) -> None:  # noqa: ANN401
+    """Raise UnusableModel if a library computes something else than the files' weights."""
+    if description.quantization is not None and description.quantization.form is not None:
+        require_same(network, _dequantized(description), description.path)
+
+
+def _dequantized(description: ModelDescription) -> dict[str, ReadTensor]:
+    path, quantization = description.path, description.quantization
+    assert quantization is not None, "others are loaded from their files"
+    table = stored_tensors(path, getattr(load_config(path), "transformers_weights", None))
+    return dequantized_tensors(table, quantization, description.shape.dtype)
 
 
 def _stored_tensors(description: ModelDescription, config: Any) -> Mapping[str, StoredTensor]:  # noqa: ANN401
     path = description.path
-    if path.is_dir():
+    if path.is_dir() and not description.is_dequantized:
         return stored_tensors(path, getattr(config, "transformers_weights", None))
-    found = weights(read_header(path), description.shape.dtype)
     return {
-        name: StoredTensor(tensor.entry.file, tensor.shape, tensor.dtype)
-        for name, tensor in found.items()
+        name: StoredTensor(tensor.file, tensor.shape, tensor.dtype)
+        for name, tensor in tensors_to_load(description).items()
     }
 
 
@@ -62,7 +109,8 @@ def _require_layers(description: ModelDescription, stored: Collection[str]) -> N
         )
 
 
-def _empty_network(config: Any) -> Any:  # noqa: ANN401 - each family has its own class
+def empty_network(config: Any) -> Any:  # noqa: ANN401 - each family has its own class
+    """The network on the meta device; raises UnusableModel if its attention is its own."""
     try:
         with _META:
             network: Any = AutoModelForCausalLM.from_config(
@@ -87,7 +135,7 @@ def _require_all_placed(
     wanted = {name: tensor.dtype for name, tensor in network.state_dict().items()}
     loading = LoadStateDictConfig(
         device_map={"": _META},
-        weight_mapping=get_model_conversion_mapping(network),  # type: ignore[arg-type]
+        weight_mapping=get_model_conversion_mapping(network, key_mapping=TENSOR_NAMES),  # type: ignore[arg-type]
         dtype=network.dtype,
     )
     with _no_progress_bar():
@@ -97,7 +145,7 @@ def _require_all_placed(
     require_complete(
         description,
         missing,
-        found.unexpected_keys,
+        without_other_parts(found.unexpected_keys),
         other_shapes=[f"{k} {list(has)} for {list(is_)}" for k, has, is_ in found.mismatched_keys],
         not_converted=found.conversion_errors,
         whole_numbers=[

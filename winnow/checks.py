@@ -44,6 +44,20 @@ def require_token_ids(name: str, token_ids: Collection[int], vocab_size: int) ->
             )
 
 
+def require_first_gpu(device: str) -> None:
+    """Raise InvalidSetting for another GPU than the first that the process sees.
+
+    Triton's launches and CUDA's graphs take the process's current one, which is the first.
+    """
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and index not in ("", "0"):
+        raise InvalidSetting(
+            f"device is {device}; it must be cuda, the first GPU that the process sees. "
+            f"CUDA_VISIBLE_DEVICES={index} makes it that one",
+            param="device",
+        )
+
+
 def require_choice(name: str, value: object, choices: Iterable[object]) -> None:
     if value not in choices:
         known = ", ".join(map(str, choices))

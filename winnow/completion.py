@@ -1,9 +1,11 @@
 """One completion: the requests to the engines for it, and its result."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import TypeVar
 
+from winnow.adapters.slots import LoadedAdapter
 from winnow.checks import require_token_ids
 from winnow.decoder import DecoderModel
 from winnow.engine.generation_spec import GenerationSpec
@@ -11,11 +13,14 @@ from winnow.engine.outputs import StepOutput
 from winnow.engine.prefill import PrefillResult, PrefillRun
 from winnow.engine.prefix.store import PrefixStore
 from winnow.engine.sequence import Reservation
+from winnow.grammar.constraint import CompiledGrammar
 from winnow.pruning_settings import PruningSettings
 from winnow.report import PrefillReport
 from winnow.sampling_params import SamplingParams
 from winnow.text_stream import TextStream
 from winnow.tokens import FinishReason
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +34,20 @@ class Completion:
 
 
 class CompletionStream:
-    """Iterates over pieces of text as they are generated; the fields are updated on the way."""
+    """Iterates over pieces of text as they are generated; the fields are updated on the way.
 
-    def __init__(self, report: PrefillReport, pieces: Iterator[str]) -> None:
+    Closing its iterator ends the completion early.
+    """
+
+    def __init__(self, report: PrefillReport, pieces: Generator[str] | None = None) -> None:
         self.report = report
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.recompressed_entries = 0
         self._pieces = pieces
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Generator[str]:
+        assert self._pieces is not None
         return self._pieces
 
     def take(self, output: StepOutput, text: TextStream) -> str:
@@ -59,6 +68,8 @@ def generation_spec(
     token_ids: Sequence[int],
     pruning: PruningSettings,
     sampling: SamplingParams,
+    grammar: CompiledGrammar | None = None,
+    adapter: LoadedAdapter | None = None,
 ) -> GenerationSpec:
     """The decode request for one prompt with these pruning and sampling settings.
 
@@ -74,6 +85,8 @@ def generation_spec(
         sampling=sampling,
         recompression=pruning.decode_side,
         prompt_token_ids=tuple(token_ids) if sampling.needs_prompt else (),
+        grammar=grammar,
+        adapter=adapter,
     )
 
 
@@ -85,11 +98,45 @@ def prefill_into(
     store: PrefixStore | None = None,
     cache_salt: str = "",
 ) -> PrefillResult:
-    """Prefill a prompt and write its kept KV into the reservation.
+    """Prefill a prompt, with the reservation's adapter, and write its kept KV into it.
 
     store, cache_salt: see PrefillRun.
     """
-    with closing(PrefillRun(model, token_ids, pruning, store=store, cache_salt=cache_salt)) as run:
-        for layer in run.layers():
-            reservation.write_layer(layer)
+    return run_to_end(prefill_by_layer(reservation, model, token_ids, pruning, store, cache_salt))
+
+
+def prefill_by_layer(
+    reservation: Reservation,
+    model: DecoderModel,
+    token_ids: Sequence[int],
+    pruning: PruningSettings,
+    store: PrefixStore | None = None,
+    cache_salt: str = "",
+) -> Generator[None, None, PrefillResult]:
+    """As `prefill_into`, pausing after each layer; closing it ends the prefill."""
+    run = PrefillRun(
+        model,
+        token_ids,
+        pruning,
+        store=store,
+        cache_salt=cache_salt,
+        adapter=reservation.spec.adapter,
+        is_long=model.description.is_long(reservation.spec.num_positions),
+    )
+    with closing(run):
+        while not run.finished:
+            layer = run.compute_layer()
+            if layer is not None:
+                reservation.write_layer(layer)
+            yield
         return run.result()
+
+
+def run_to_end(steps: Generator[None, None, _T]) -> _T:
+    """What the generator returns, once it has run to its end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: _T = end.value
+            return result

@@ -1,7 +1,8 @@
-"""A model's context length, and the length up to which its rotary tables are constant."""
+"""A model's context length, and the lengths up to which its rotary tables stay the same."""
 
 import math
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 _MOST = 2**31 - 1  # positions are int32 in the cache
@@ -41,9 +42,18 @@ def constant_length(config: Any) -> int:  # noqa: ANN401
     rope = _rope(config)
     if rope.get("rope_type") == "dynamic":
         return positive_int(config, "max_position_embeddings")
-    if rope.get("rope_type") == "longrope":
-        return int(rope["original_max_position_embeddings"])
     return _MOST
+
+
+def short_length(config: Any) -> int | None:  # noqa: ANN401
+    """Sequence length up to which longrope's short tables are due; None for tables of other types.
+
+    Raises ValueError if it is not stated.
+    """
+    rope = _rope(config)
+    if rope.get("rope_type") != "longrope":
+        return None
+    return positive_int(SimpleNamespace(**rope), "original_max_position_embeddings")
 
 
 def _rope(config: Any) -> Mapping[str, Any]:  # noqa: ANN401

@@ -1,22 +1,29 @@
 """Default pruning settings: `winnow.json`, over the model family's, over the paper's scaled."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from winnow.checks import MAX_COUNT
 from winnow.errors import InvalidSetting, UnusableModel
 from winnow.folder_errors import as_unusable
 from winnow.pruning_settings import PruningSettings
 
 if TYPE_CHECKING:
+    from winnow.kv import ModelShape
     from winnow.model_files import ModelDescription
 
 SETTINGS_FILE = "winnow.json"
 # Settings measured for a family: its name, what its configuration has, settings, and their source.
 _FAMILIES_FILE = Path(__file__).parent / "families.json"
+_OF_FULL_LAYERS = (
+    *("kv_budget", "select_tokens"),
+    *("fixed_layer", "latest_layer", "min_layer", "observed_layers"),
+)
 _PAPER_LAYERS = 32  # the depth for which the paper's layer numbers were chosen
 
 
@@ -25,15 +32,14 @@ def pruning_defaults(description: "ModelDescription") -> PruningSettings:
 
     Raises UnusableModel if the file is invalid.
     """
-    num_layers = description.shape.num_layers
-    usual = override(scaled_defaults(num_layers), _family_settings(description))
+    usual = override(scaled_defaults(description.shape), _family_settings(description))
     file = description.folder / SETTINGS_FILE
     if not file.exists():
         return usual
     with as_unusable(f"{file} is not usable"):
         try:
             settings = override(usual, json.loads(file.read_text()))
-            settings.require_fits(num_layers)
+            settings.require_fits(description.shape)
         except InvalidSetting as error:
             raise UnusableModel(f"{file}: {error}") from error
         return settings
@@ -56,13 +62,18 @@ def _family_settings(description: "ModelDescription") -> dict[str, Any]:
     return {}
 
 
-def scaled_defaults(num_layers: int) -> PruningSettings:
+def scaled_defaults(shape: "ModelShape") -> PruningSettings:
     """The paper's settings; below 28 layers, layer numbers are scaled with the depth.
 
     Unlike the paper's, they select at five eighths of the depth at the latest: where the variance
     never falls below the threshold, a prompt would be computed whole (docs/study.md).
+    Where some layers are not full, the full ones next to these numbers are taken, and the window is
+    no longer than theirs; without full layers nothing is pruned.
     """
+    num_layers = shape.num_layers
     latest = round(20 * num_layers / _PAPER_LAYERS)
+    if len(shape.full_layers) < num_layers:
+        return _defaults_between_others(shape, latest)
     if num_layers >= 28:
         return PruningSettings(latest_layer=latest)
     observed = max(1, round(8 * num_layers / _PAPER_LAYERS))
@@ -73,6 +84,25 @@ def scaled_defaults(num_layers: int) -> PruningSettings:
         min_layer=min_layer,
         latest_layer=max(min_layer, min(latest, num_layers - 1)),
         fixed_layer=min(round(15 * num_layers / _PAPER_LAYERS), num_layers - 1),
+    )
+
+
+def _defaults_between_others(shape: "ModelShape", latest: int) -> PruningSettings:
+    """Of a model some of whose layers are not full."""
+    full = shape.full_layers
+    window = min(PruningSettings().window_size, shape.shortest_window or MAX_COUNT)
+    if not full:
+        return PruningSettings(method="full", window_size=window)
+    # The variance over a single layer is 0.
+    observed = min(len(full), max(2, round(8 * len(full) / _PAPER_LAYERS)))
+    earliest = shape.nearest_full(round(10 * shape.num_layers / _PAPER_LAYERS))
+    min_layer = max(earliest, full[observed - 1])
+    return PruningSettings(
+        window_size=window,
+        observed_layers=observed,
+        min_layer=min_layer,
+        latest_layer=max(min_layer, shape.nearest_full(latest)),
+        fixed_layer=shape.nearest_full(round(15 * shape.num_layers / _PAPER_LAYERS)),
     )
 
 
@@ -91,6 +121,25 @@ def override(settings: PruningSettings, changes: dict[str, Any]) -> PruningSetti
     if latest is not None and isinstance(earliest, int) and earliest > latest:
         changes = {"latest_layer": earliest} | changes
     return replace(settings, **changes)
+
+
+def override_for(
+    settings: PruningSettings, changes: Mapping[str, Any], shape: "ModelShape"
+) -> PruningSettings:
+    """`override`, of a model of this shape; raises InvalidSetting for what it cannot honour.
+
+    On a model without full layers that is a budget or a layer too: with method full, its default,
+    they would say nothing. Who names that method knows.
+    """
+    changed = override(settings, dict(changes))
+    changed.require_fits(shape)
+    if not shape.full_layers and "method" not in changes:
+        from winnow.methods.layer_checks import no_full_layer  # noqa: PLC0415 - loads torch
+
+        for name in _OF_FULL_LAYERS:
+            if changes.get(name) is not None:
+                raise no_full_layer(name, changes[name], shape)
+    return changed
 
 
 def parse_change(text: str, kind: str = "a pruning setting") -> tuple[str, Any]:

@@ -17,30 +17,22 @@ from transformers import AttentionInterface
 from winnow.errors import UnusableModel
 from winnow.folder_errors import first_line
 from winnow.model_files import ModelDescription
+from winnow.network import Network
+from winnow.network_parts import mlp_names
 
 logger = logging.getLogger(__name__)
 
 RECORDER = "winnow-recorder"  # attention implementation of networks that are checked here
 
 _META = torch.device("meta")
-_PARTS = ("embed_tokens", "rotary_emb", "layers", "norm")
 _NUM_TOKENS = 4
 # Options that layers pass to their attention without changing its result.
-_WITHOUT_EFFECT = {"scaling", "dropout", "position_ids", "use_cache", "cache_position"}
+_WITHOUT_EFFECT = {
+    *("scaling", "dropout", "position_ids", "use_cache", "cache_position"),
+    *("output_attentions", "output_router_logits"),
+}
+_COMPUTED = {"softcap", "s_aux"}  # as AttentionOptions has them
 _NEVER_FOR_LACK_OF_NUMBERS = (TypeError, AttributeError, KeyError)
-
-
-def require_decoder(description: ModelDescription, network: Any) -> None:  # noqa: ANN401
-    """Raise UnusableModel unless the network has the parts that Winnow runs."""
-    body: Any = getattr(network, "model", None)
-    missing = [part for part in _PARTS if not hasattr(body, part)]
-    missing += [] if hasattr(network, "lm_head") else ["lm_head"]
-    missing += [] if missing or all(hasattr(layer, "mlp") for layer in body.layers) else ["mlp"]
-    if missing:
-        raise UnusableModel(
-            f"{description.path} is a {network.config.model_type}, which Winnow cannot run layer "
-            f"by layer: it has no {', '.join(missing)}"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +52,11 @@ def _record(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    attention_call: list[_Attention],
+    attention_call: list[_Attention] | None = None,
     **options: Any,  # noqa: ANN401 - a family's own
 ) -> tuple[Tensor, None]:
+    if attention_call is None:
+        raise TypeError("its layers do not hand on what their attention is to be called with")
     asked = _Attention(query, key, value, options | {"attention_mask": attention_mask})
     attention_call.append(asked)
     return query.new_empty((*query.shape[:3], value.shape[3])).transpose(1, 2), None
@@ -71,24 +65,33 @@ def _record(
 AttentionInterface.register(RECORDER, _record)
 
 
-def require_known_attention(description: ModelDescription, network: Any) -> None:  # noqa: ANN401
+def require_known_attention(description: ModelDescription, network: Network) -> None:
     for layer_idx in range(description.shape.num_layers):
-        for attention in _attention_of(network, layer_idx):
+        asked = _attention_of(network, layer_idx, description.shape.layers[layer_idx].has_kv)
+        if len(asked) > 1:
+            raise UnusableModel(
+                f"{description.path} is a {network.config.model_type}, whose attention Winnow does "
+                f"not compute: layer {layer_idx} attends {len(asked)} times"
+            )
+        for attention in asked:
             _require_shape(description, network.config.model_type, attention)
-            _require_plain(description, network.config.model_type, layer_idx, attention)
+            _require_computed(description, network.config.model_type, layer_idx, attention)
 
 
 @torch.inference_mode()
-def _attention_of(network: Any, layer_idx: int) -> list[_Attention]:  # noqa: ANN401
+def _attention_of(network: Network, layer_idx: int, has_kv: bool) -> list[_Attention]:
     """The layer's attention calls; empty if they cannot be recorded on the meta device."""
     asked: list[_Attention] = []
     layer = network.model.layers[layer_idx]
-    layer.mlp = nn.Identity()  # routing to experts needs data
+    for name in mlp_names(layer):
+        setattr(layer, name, nn.Identity())  # routing to experts needs data
     positions = torch.arange(_NUM_TOKENS, device=_META)[None]
     try:
-        hidden = network.model.embed_tokens(positions)
-        rope = network.model.rotary_emb(hidden, positions)
-        layer(hidden, attention_mask=None, position_embeddings=rope, attention_call=asked)
+        hidden = network.embed(positions)
+        rope = network.rope(positions, hidden.dtype)
+        network.run_layer(layer_idx, hidden, rope, attention_call=asked)
+        if has_kv and not asked:
+            raise AttributeError("it computes its attention itself")
     except _NEVER_FOR_LACK_OF_NUMBERS as error:
         if not asked:
             family = network.config.model_type
@@ -114,18 +117,20 @@ def _require_shape(description: ModelDescription, family: str, attention: _Atten
         )
 
 
-def _require_plain(
+def _require_computed(
     description: ModelDescription, family: str, layer_idx: int, attention: _Attention
 ) -> None:
-    """Raise UnusableModel unless it is plain scaled dot-product attention to the whole prompt."""
+    """Raise UnusableModel unless the layer's attention is what Winnow computes for it."""
     options = {k: v for k, v in attention.options.items() if v is not None}
-    window = options.pop("sliding_window", description.max_positions)
-    if window < description.max_positions:
+    layer, most = description.shape.layers[layer_idx], description.max_positions
+    asked = min(options.pop("sliding_window", most), most)
+    own = layer.window if layer.attention == "sliding" else most
+    if asked != own:
         raise UnusableModel(
-            f"{description.path}: layer {layer_idx} attends to {window} of "
-            f"{description.max_positions} positions; its cache cannot be pruned by position"
+            f"{description.path}: layer {layer_idx} attends to {asked} of {most} positions, but "
+            f"its configuration makes it a {layer} layer that attends to {own}"
         )
-    if others := sorted(options.keys() - _WITHOUT_EFFECT):
+    if others := sorted(options.keys() - _WITHOUT_EFFECT - _COMPUTED):
         raise UnusableModel(
             f"{description.path} is a {family}, whose attention Winnow does not compute: layer "
             f"{layer_idx} asks for {', '.join(others)}"
@@ -141,13 +146,17 @@ class _Call:
     answer: Tensor
 
 
-def require_plain_loop(description: ModelDescription, network: Any) -> None:  # noqa: ANN401
-    """Raise UnusableModel if the network computes anything between its parts.
+def require_plain_loop(
+    description: ModelDescription,
+    network: Any,  # noqa: ANN401
+    parts: Network,
+) -> None:
+    """Raise UnusableModel if the network computes anything else between its parts than they do.
 
-    description: for its sizes.  network: unusable afterwards.
+    description: for its sizes.  network: of which `parts` are; unusable afterwards.
     """
     family = network.config.model_type
-    calls = _replace_parts(description, network)
+    calls = _replace_parts(description, parts)
     try:
         with torch.inference_mode():
             logits = network(torch.arange(_NUM_TOKENS)[None], use_cache=False).logits
@@ -160,14 +169,22 @@ def require_plain_loop(description: ModelDescription, network: Any) -> None:  # 
         raise UnusableModel(f"family {family} runs its embeddings, layers, norm and head otherwise")
     calls.append(_Call("logits", logits, logits))
     for before, after in pairwise(calls):
-        if after.given.shape == before.answer.shape and not after.given.equal(before.answer):
+        expected_input = _passed_on(before, parts)
+        if after.given.shape == expected_input.shape and not after.given.equal(expected_input):
             raise UnusableModel(
                 f"family {family} computes something between its {before.part} and its "
                 f"{after.part} that Winnow does not"
             )
 
 
-def _replace_parts(description: ModelDescription, network: Any) -> list[_Call]:  # noqa: ANN401
+def _passed_on(call: _Call, network: Network) -> Tensor:
+    """What Winnow makes of a part's output."""
+    if call.part == "embeddings":
+        return network.scales.embedded(call.answer)
+    return network.scales.scaled(call.answer) if call.part == "head" else call.answer
+
+
+def _replace_parts(description: ModelDescription, network: Network) -> list[_Call]:
     """Replace each part's forward with a random output; returns the list that records calls."""
     calls: list[_Call] = []
     shape, body = description.shape, network.model
@@ -187,5 +204,6 @@ def _replace_parts(description: ModelDescription, network: Any) -> list[_Call]: 
         replace(f"layer {layer_idx}", layer, shape.hidden_size)
     replace("norm", body.norm, shape.hidden_size)
     replace("head", network.lm_head, description.vocab_size)
-    body.rotary_emb.forward = lambda *_, **__: (torch.zeros(1), torch.zeros(1))
+    if body.rotary_emb is not None:
+        body.rotary_emb.forward = lambda *_, **__: (torch.zeros(1), torch.zeros(1))
     return calls

@@ -3,6 +3,9 @@
 WinnowError
 ├── InvalidRequest          the request is invalid and must be changed
 │   ├── InvalidSetting      a parameter is out of its range, or settings contradict each other
+│   │   ├── InvalidGrammar  a schema or grammar that cannot be compiled or enforced
+│   │   └── UnusableAdapter  an adapter that is broken, unsupported, or of another model
+│   ├── GrammarFailed       a grammar that became too complex, or does not allow replayed tokens
 │   ├── UnknownParameter    a parameter that the API does not have
 │   ├── UnsupportedParameter  a parameter of OpenAI's API that Winnow does not support
 │   ├── PromptTooLong       more prompt tokens than the model or the operator allows
@@ -29,8 +32,8 @@ WinnowError
 │   ├── TransferMalformed   frames that cannot be parsed, or that contradict the reservation
 │   ├── TransferDamaged     bad checksum, gap, overlap, duplicate, bad digest
 │   ├── TransferForged      the sender does not have the token of the attempt
-│   └── StaleAttempt        a newer attempt was seen, or the KV is already in place
-├── ModelMismatch           the worker has another model than the requested one
+│   └── StaleAttempt        a newer attempt was seen, the KV is in place, or none began for a part
+├── ModelMismatch           the worker has another model or adapter than the requested one
 ├── LeaseExpired            the reservation's KV did not arrive in time
 ├── EngineFailed            the decode engine failed during generation
 │   └── NotFinite           the model produces NaN or inf; another worker would fail as well
@@ -66,6 +69,18 @@ class InvalidRequest(WinnowError):
 
 class InvalidSetting(InvalidRequest):
     code = "invalid_value"
+
+
+class InvalidGrammar(InvalidSetting):
+    code = "invalid_grammar"
+
+
+class UnusableAdapter(InvalidSetting):
+    code = "unusable_adapter"
+
+
+class GrammarFailed(InvalidRequest):
+    code = "grammar_failed"
 
 
 class UnknownParameter(InvalidRequest):
@@ -256,3 +271,8 @@ def _subclasses(cls: type[WinnowError]) -> list[type[WinnowError]]:
 
 _BY_CODE = {cls.code: cls for cls in _subclasses(WinnowError)}
 ERROR_CODES = tuple(_BY_CODE)
+
+
+def one_line(error: BaseException) -> str:
+    """All that an error says, in one line for the log; its class if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

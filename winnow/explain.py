@@ -1,6 +1,5 @@
 """Explains the pruning of one prompt: what each layer kept, and how it ranked the tokens."""
 
-import codecs
 import statistics
 import time
 from collections.abc import Sequence
@@ -10,21 +9,22 @@ import torch
 
 from winnow.batch import BatchJob
 from winnow.completion import Completion
-from winnow.engine.prefill import PrefillRun
+from winnow.engine.prefill import PrefillRun, Watch
+from winnow.engine.score_watch import ScoreWatch
 from winnow.local import Winnow
 from winnow.methods.base import Cut, LayerView
 from winnow.pruning_settings import PruningSettings
 from winnow.report import PrefillReport
 from winnow.sampling_params import SamplingParams
 from winnow.selection import token_scores
-from winnow.tokenizer import Tokenizer
+from winnow.token_scores import TokenScores
 
 FULL = PruningSettings(method="full")
 TIMED_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class LayerScores:
+class LayerRanks:
     """Ranks of the prompt's tokens at one layer, 1 for the best; 0 for tokens not ranked.
 
     Tokens are ranked by the pooled attention they receive from the window. Tokens of the window and
@@ -41,17 +41,20 @@ class Explanation:
 
     pieces: the text of each token; joined they are the prompt. A token that ends inside a character
     is empty; the token that completes it has the whole character.
-    last_layers: per token, the last layer that computed it (in pass one if there are two).
-    layer_scores: of the layers that computed every token, in order; none if all are in the window.
+    scores: at the layer that selected, or the last one.
+    layer_ranks: of the full layers that computed every token, in order; none if all are in the
+    window.
+    selection_full_layer: which of the full layers selected, from 1.
     prefill_s, full_prefill_s: seconds with and without pruning, medians of alternating rounds.
     """
 
     pieces: tuple[str, ...]
     settings: PruningSettings
     report: PrefillReport
-    last_layers: tuple[int, ...]
-    layer_scores: tuple[LayerScores, ...]
+    scores: TokenScores
+    layer_ranks: tuple[LayerRanks, ...]
     num_kv_heads: int
+    selection_full_layer: int | None
     answer: Completion
     full_answer: Completion
     prefill_s: float
@@ -65,18 +68,26 @@ def explain(winnow: Winnow, token_ids: Sequence[int], sampling: SamplingParams) 
     """
     settings = winnow.pruning
     winnow.require_fits(len(token_ids), FULL, sampling)
-    observer = _Observer(settings, len(token_ids), winnow.model.shape.num_layers)
-    report = _prefill(winnow, token_ids, settings, observer)
+    scores = ScoreWatch(settings, len(token_ids), winnow.model.shape)
+    ranks = _RankWatch(settings, len(token_ids))
+
+    def watch(view: LayerView, cut: Cut | None) -> None:
+        ranks(view)
+        scores(view, cut)
+
+    report = _prefill(winnow, token_ids, settings, watch)
     prefill_s, full_prefill_s = _times(winnow, token_ids, settings)
+    shape, layer = winnow.model.shape, report.selection_layer
     jobs = [BatchJob(token_ids, pruning, sampling) for pruning in (settings, FULL)]
     answers = {result.job_idx: result.completion for result in winnow.generate_many(jobs)}
     return Explanation(
-        pieces=tuple(_pieces(winnow.tokenizer, token_ids)),
+        pieces=tuple(winnow.tokenizer.pieces(token_ids)),
         settings=settings,
         report=report,
-        last_layers=tuple(observer.last_layers),
-        layer_scores=tuple(observer.layer_scores),
-        num_kv_heads=winnow.model.shape.num_kv_heads,
+        scores=scores.result(),
+        layer_ranks=tuple(ranks.layers),
+        num_kv_heads=shape.num_kv_heads,
+        selection_full_layer=None if layer is None else shape.place_among_full(layer),
         answer=answers[0],
         full_answer=answers[1],
         prefill_s=prefill_s,
@@ -84,27 +95,17 @@ def explain(winnow: Winnow, token_ids: Sequence[int], sampling: SamplingParams) 
     )
 
 
-class _Observer:
-    """Records, during prefill, the rank of each token and the layer that drops it."""
+class _RankWatch:
+    """Records the ranks of each layer that computes every token."""
 
-    def __init__(self, settings: PruningSettings, num_tokens: int, num_layers: int) -> None:
+    def __init__(self, settings: PruningSettings, num_tokens: int) -> None:
         self._settings = settings
         self._num_tokens = num_tokens
-        self._going_on = torch.arange(num_tokens)
-        self.last_layers = [num_layers - 1] * num_tokens
-        self.layer_scores: list[LayerScores] = []
+        self.layers: list[LayerRanks] = []
 
-    def __call__(self, view: LayerView, cut: Cut | None) -> None:
-        if view.num_tokens == self._num_tokens and view.num_tokens > self._settings.window_size:
-            self.layer_scores.append(LayerScores(view.layer_idx, self._ranks(view)))
-        if cut is None:
-            return
-        kept = cut.kept.cpu()
-        dropped = torch.ones(len(self._going_on), dtype=torch.bool)
-        dropped[kept] = False
-        for token in self._going_on[dropped].tolist():
-            self.last_layers[token] = view.layer_idx
-        self._going_on = self._going_on[kept]
+    def __call__(self, view: LayerView) -> None:
+        if view.num_tokens == self._num_tokens > self._settings.window_size:
+            self.layers.append(LayerRanks(view.layer_idx, self._ranks(view)))
 
     def _ranks(self, view: LayerView) -> tuple[int, ...]:
         scores = token_scores(view.window_mass, self._settings)
@@ -119,9 +120,9 @@ def _prefill(
     winnow: Winnow,
     token_ids: Sequence[int],
     settings: PruningSettings,
-    observer: _Observer | None = None,
+    watch: Watch | None = None,
 ) -> PrefillReport:
-    run = PrefillRun(winnow.model, token_ids, settings, observer)
+    run = PrefillRun(winnow.model, token_ids, settings, watch)
     while not run.finished:
         run.compute_layer()
     return run.result().report
@@ -140,10 +141,3 @@ def _times(
                 torch.cuda.synchronize(winnow.model.device)
             seconds[is_full].append(time.perf_counter() - started_s)
     return statistics.median(seconds[False]), statistics.median(seconds[True])
-
-
-def _pieces(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    pieces = [decoder.decode(tokenizer.token_bytes(token_id)) for token_id in token_ids]
-    pieces[-1] += decoder.decode(b"", final=True)
-    return pieces

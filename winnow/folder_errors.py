@@ -1,4 +1,4 @@
-"""Translation of library errors about a model folder to UnusableModel, with a one-line reason."""
+"""Translation of library errors about a folder to one of Winnow's, with a one-line reason."""
 
 import logging
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def as_unusable(what: str) -> Iterator[None]:
-    """Translate any library error raised inside to UnusableModel: `what`, and the reason.
+def as_unusable(what: str, kind: type[WinnowError] = UnusableModel) -> Iterator[None]:
+    """Translate any library error raised inside to a `kind`: `what`, and the reason.
 
     Every exception class is caught, since broken files can make a library raise any of them.
     """
@@ -21,7 +21,7 @@ def as_unusable(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         logger.debug("%s", what, exc_info=True)
-        raise UnusableModel(f"{what}: {first_line(error)}") from error
+        raise kind(f"{what}: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:

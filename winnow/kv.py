@@ -4,16 +4,38 @@ KV heads of a layer may keep different entries, so a layer is stored flat: the e
 prompt order, then those of head 1, and so on.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from winnow.checks import require_choice
+from winnow.kv_quantization import dequantize, quantize
+from winnow.layer_state import StatePart
+from winnow.layers import FULL, Layer
+
+# How keys and values are held and sent: in the model's dtype, or as kv_quantization.py says.
+KvDtype = Literal["auto", "int8"]
+KV_DTYPES: tuple[KvDtype, ...] = ("auto", "int8")
+_SCALE_BYTES = torch.float16.itemsize
+
+
+def require_kv_dtype(name: str) -> KvDtype:
+    """The name as a KvDtype; raises InvalidSetting for another one."""
+    require_choice("kv_dtype", name, KV_DTYPES)
+    return "int8" if name == "int8" else "auto"
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Model dimensions that the KV cache depends on; `dtype` is the cache's."""
+    """Model dimensions that the KV cache depends on; `dtype` is the model's.
+
+    layers: by default all attend to the whole prompt.
+    states: each layer's, of one sequence; known once the model is loaded.
+    Neither is sent: models of one fingerprint have the same.
+    """
 
     num_layers: int
     num_heads: int
@@ -21,9 +43,77 @@ class ModelShape:
     head_dim: int
     hidden_size: int
     dtype: torch.dtype
+    layers: tuple[Layer, ...] = field(default=(), compare=False)
+    states: tuple[tuple[StatePart, ...], ...] = field(default=(), compare=False)
 
-    def kv_bytes(self, num_entries: int) -> int:
+    def __post_init__(self) -> None:
+        layers = self.layers or (FULL,) * self.num_layers
+        states = self.states or ((),) * self.num_layers
+        assert len(layers) == len(states) == self.num_layers
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "states", states)
+
+    @property
+    def kv_layers(self) -> tuple[int, ...]:
+        """The layers that have keys and values."""
+        return tuple(idx for idx, layer in enumerate(self.layers) if layer.has_kv)
+
+    @property
+    def has_states(self) -> bool:
+        return any(layer.is_recurrent for layer in self.layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one sequence's states."""
+        return sum(part.nbytes for parts in self.states for part in parts)
+
+    def of_kv_layers(self) -> "ModelShape":
+        """The shape of a model with those layers alone that have keys and values."""
+        own = self.kv_layers
+        return replace(
+            self, num_layers=len(own), layers=tuple(self.layers[idx] for idx in own), states=()
+        )
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """The layers that attend to the whole prompt, by which it is pruned."""
+        return tuple(idx for idx, layer in enumerate(self.layers) if layer.is_full)
+
+    @property
+    def shortest_window(self) -> int | None:
+        """The fewest tokens that a layer's window or chunk has; None without one."""
+        return min(
+            (layer.window for layer in self.layers if layer.window is not None), default=None
+        )
+
+    def nearest_full(self, layer_idx: int) -> int:
+        """The full layer next to a layer, the earlier of two; itself if it is one."""
+        return min(self.full_layers, key=lambda idx: abs(idx - layer_idx))
+
+    def layer_name(self, layer_idx: int) -> str:
+        """The number of a layer, and which of the full layers it is where not all are."""
+        if len(self.full_layers) == self.num_layers or layer_idx not in self.full_layers:
+            return str(layer_idx)
+        place = self.place_among_full(layer_idx)
+        return f"{layer_idx}, full layer {place} of {len(self.full_layers)}"
+
+    def place_among_full(self, layer_idx: int) -> int:
+        """Which of the full layers a full one is: 1 for the first."""
+        return self.full_layers.index(layer_idx) + 1
+
+    def part(self, num_kv_heads: int) -> "ModelShape":
+        """The shape with so many of the KV heads, and their query heads."""
+        group = self.num_heads // self.num_kv_heads
+        return replace(self, num_heads=group * num_kv_heads, num_kv_heads=num_kv_heads)
+
+    def unpruned_entries(self, num_tokens: int) -> int:
+        """KV entries of all layers and heads that the token after `num_tokens` attends to."""
+        return self.num_kv_heads * sum(layer.num_kept(num_tokens) for layer in self.layers)
+
+    def kv_bytes(self, num_entries: int, kv_dtype: KvDtype = "auto") -> int:
         """Bytes of keys and values for `num_entries` entries of one KV head."""
+        if kv_dtype == "int8":
+            return 2 * num_entries * (self.head_dim + _SCALE_BYTES)
         return 2 * num_entries * self.head_dim * self.dtype.itemsize
 
 
@@ -35,7 +125,11 @@ class LayerKV:
     positions: [num_entries] int32, ascending within a head.
     head_lengths: entries per KV head; sums to num_entries.
     window_queries: [num_heads, window, head_dim], queries of the last prompt tokens after RoPE;
-    decode seeds its query ring with them.
+    decode seeds its query ring with them.  None of a layer that is not full.
+    scales: [num_entries, 2] float16 of keys and of values, which are int8 then; None: they are of
+    the model's dtype.
+    states: each part's of the layer's state (layer_state.py), after the last token; none for a
+    layer without.  A layer that has nothing but a state has no entries.
     """
 
     layer_idx: int
@@ -44,6 +138,8 @@ class LayerKV:
     positions: Tensor
     head_lengths: tuple[int, ...]
     window_queries: Tensor
+    scales: Tensor | None = None
+    states: tuple[Tensor, ...] = ()
 
     @property
     def num_entries(self) -> int:
@@ -51,8 +147,10 @@ class LayerKV:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and positions; window queries are not counted."""
-        return int(self.keys.nbytes + self.values.nbytes + self.positions.nbytes)
+        """Bytes of keys, values, positions and states; window queries are not counted."""
+        num_bytes = self.keys.nbytes + self.values.nbytes + self.positions.nbytes
+        num_bytes += sum(state.nbytes for state in self.states)
+        return int(num_bytes + (0 if self.scales is None else self.scales.nbytes))
 
     def to(self, device: str) -> "LayerKV":
         """The layer with its tensors on `device`; tensors already there are not copied."""
@@ -62,6 +160,43 @@ class LayerKV:
             values=self.values.to(device),
             positions=self.positions.to(device),
             window_queries=self.window_queries.to(device),
+            scales=None if self.scales is None else self.scales.to(device),
+            states=tuple(state.to(device) for state in self.states),
+        )
+
+    def quantized(self) -> "LayerKV":
+        """The layer with int8 keys and values; itself if it has them."""
+        if self.scales is not None:
+            return self
+        levels, scales = quantize(torch.stack([self.keys, self.values]))
+        return replace(self, keys=levels[0], values=levels[1], scales=scales.T.contiguous())
+
+    def dequantized(self, dtype: torch.dtype) -> "LayerKV":
+        """The layer with keys and values of the model's dtype; itself if it has them."""
+        if self.scales is None:
+            return self
+        keys, values = (
+            dequantize(levels, scales, dtype)
+            for levels, scales in zip((self.keys, self.values), self.scales.T, strict=True)
+        )
+        return replace(self, keys=keys, values=values, scales=None)
+
+    def newest(self, count: int) -> "LayerKV":
+        """The layer with each head's last `count` entries at most; itself if it has no more."""
+        if max(self.head_lengths) <= count:
+            return self
+        kept = [slice(max(own.start, own.stop - count), own.stop) for own in self.head_slices()]
+
+        def of(part: Tensor) -> Tensor:
+            return torch.cat([part[own] for own in kept])
+
+        return replace(
+            self,
+            keys=of(self.keys),
+            values=of(self.values),
+            positions=of(self.positions),
+            head_lengths=tuple(own.stop - own.start for own in kept),
+            scales=None if self.scales is None else of(self.scales),
         )
 
     def head_slices(self) -> list[slice]:
@@ -93,6 +228,24 @@ def pack_layer(
         head_lengths=tuple(len(k) for k in kept),
         window_queries=window_queries,
     )
+
+
+def without_entries(shape: ModelShape, layer_idx: int, device: torch.device) -> LayerKV:
+    """Of a layer that has no keys and values."""
+    nothing = torch.empty((0, shape.head_dim), dtype=shape.dtype, device=device)
+    return LayerKV(
+        layer_idx=layer_idx,
+        keys=nothing,
+        values=nothing,
+        positions=torch.empty(0, dtype=torch.int32, device=device),
+        head_lengths=(0,) * shape.num_kv_heads,
+        window_queries=nothing.expand(shape.num_heads, 0, shape.head_dim),
+    )
+
+
+def named_heads(heads: range) -> str:
+    """Some KV heads, for messages."""
+    return f"heads {heads.start} to {heads.stop - 1}"
 
 
 @dataclass(frozen=True, slots=True)

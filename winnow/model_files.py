@@ -5,21 +5,19 @@ before they load the weights.
 """
 
 import hashlib
-import importlib.util
 import json
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig
 
 from winnow import weight_files
 from winnow.checks import require_range
-from winnow.context_length import constant_length, context_length, positive_int
+from winnow.context_length import constant_length, context_length, positive_int, short_length
 from winnow.errors import UnusableModel
 from winnow.folder_errors import as_unusable
 from winnow.generation_defaults import end_token_ids
@@ -27,13 +25,18 @@ from winnow.gguf import SUFFIX, vocabulary
 from winnow.gguf import header as gguf_header
 from winnow.gguf.config import configuration
 from winnow.gguf.header import is_gguf, model_files, read_header
+from winnow.hub.reference import parse
+from winnow.hub.store import local_model
 from winnow.kv import ModelShape
+from winnow.layers import layers_of
+from winnow.other_networks import require_causal, require_decoder
+from winnow.quantization.methods import Quantization, quantization_of
+from winnow.quantization.settings import Quantize, require_quantize
+from winnow.text_part import text_config
 
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Quantization methods whose weights transformers dequantizes while loading.
-_QUANTIZATIONS = ("fp8",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +45,14 @@ class ModelDescription:
 
     path: the model's folder, or its GGUF file.
     model_type: transformers' name of the family.
-    fingerprint: hex digest of the configuration, the weight files, the cache's dtype, and
-    max_positions if it is not the configuration's.
+    fingerprint: hex digest of the configuration, the weight files, the cache's dtype, what
+    becomes of the weights, and max_positions if it is not the configuration's.
     max_positions: the most tokens of a sequence, prompt and completion together.
     eos_token_ids: of configuration, generation config and tokenizer together.
+    short_positions: the most tokens of a sequence that is rotated by longrope's short tables; None:
+    all sequences have the same tables.
+    quantize: `int8` if its weights become that when they are loaded.
+    quantization: of the files, and whether it is undone.
     """
 
     path: Path
@@ -55,6 +62,18 @@ class ModelDescription:
     vocab_size: int
     max_positions: int
     eos_token_ids: frozenset[int]
+    quantize: Quantize | None = None
+    quantization: Quantization | None = None
+    short_positions: int | None = None
+
+    def is_long(self, num_tokens: int) -> bool:
+        """Whether a sequence of so many tokens, at most, is rotated by longrope's long tables."""
+        return self.short_positions is not None and num_tokens > self.short_positions
+
+    @property
+    def is_dequantized(self) -> bool:
+        """Whether its weights are quantized in the files and not in memory."""
+        return self.quantization is not None and self.quantization.dequantize
 
     @property
     def folder(self) -> Path:
@@ -63,31 +82,56 @@ class ModelDescription:
 
 
 def describe_model(
-    model: str | Path, *, device: str = "cpu", dtype: str = "auto", max_model_len: int | None = None
+    model: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+    quantize: str | None = None,
+    dequantize: bool = False,
 ) -> ModelDescription:
     """Describe a model folder, a GGUF file or a hub model (downloaded if it is not cached).
 
     dtype: `auto` is the checkpoint's own, but bfloat16 for float16 on a CPU, where that is slow.
     max_model_len: overrides the context length; a warning is logged if it is longer.
-    Raises UnusableModel with the reason.
+    quantize: `int8` for weights of 8 bits on a CPU.
+    dequantize: of a quantized checkpoint, when it is loaded.
+    Raises UnusableModel with the reason, or InvalidSetting.
     """
+    quantized_as = require_quantize(quantize, device)
     with as_unusable(f"model {model} cannot be read"):
         path = _resolve(model)
-        config = load_config(path).get_text_config()
+        config = load_config(path)
+        quantization = quantization_of(config, device, dequantize)
+        if quantization is not None:
+            quantization.require_usable(path, quantized_as)
         with as_unusable(f"{_config_file(path)}, of a {config.model_type}, is not usable"):
-            shape = _shape(config, _cache_dtype(config, device, dtype))
+            _require_keys_and_values(path, config)
             max_positions = _max_positions(path, config, max_model_len)
+            shape = shape_of(config, _cache_dtype(config, device, dtype), max_positions)
             vocab_size = positive_int(config, "vocab_size")
-            _require_supported(path, config, max_positions)
+            short_positions = short_length(config)
+            _require_constant_tables(path, config, max_positions)
         return ModelDescription(
             path=path,
             model_type=config.model_type,
-            fingerprint=_fingerprint(path, config, shape, max_positions),
+            fingerprint=_fingerprint(
+                path, config, shape, max_positions, _weights_become(quantized_as, quantization)
+            ),
             shape=shape,
             vocab_size=vocab_size,
             max_positions=max_positions,
             eos_token_ids=_end_token_ids(path, config, vocab_size),
+            quantize=quantized_as,
+            quantization=quantization,
+            short_positions=short_positions,
         )
+
+
+def _weights_become(quantize: Quantize | None, quantization: Quantization | None) -> str:
+    """What is done to weights when they are loaded; two that differ have other answers."""
+    is_dequantized = quantization is not None and quantization.dequantize
+    return f"{'dequantized' if is_dequantized else ''}{quantize or ''}"
 
 
 def _resolve(model: str | Path) -> Path:
@@ -98,16 +142,14 @@ def _resolve(model: str | Path) -> Path:
         return path.absolute()  # links of the hub's cache lead to files with other names
     if path.exists():
         raise UnusableModel(f"model {model} is a file; a model is a folder or a GGUF file")
-    if len(path.parts) != 2 or str(model).startswith((".", "/", "~")):
-        raise UnusableModel(f"model folder {model} does not exist")
-    try:
-        return Path(
-            snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.jinja"])
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    if "://" in str(model):
         raise UnusableModel(
-            f"model {model} is neither a folder nor a model that could be fetched from the hub"
-        ) from error
+            f"model {model} is an address; Winnow reads folders, GGUF files and the hub's models, "
+            "like org/name. Copy it into a folder first (the Helm chart does: model.fetch)"
+        )
+    if (hub_model := parse(str(model))) is None:
+        raise UnusableModel(f"model folder {model} does not exist")
+    return local_model(hub_model).path
 
 
 def _gguf_in(folder: Path) -> Path | None:
@@ -131,7 +173,10 @@ def _config_file(path: Path) -> Path:
 
 
 def load_config(path: Path) -> Any:  # noqa: ANN401 - each family has its own class
-    """Load the configuration of a model folder or a GGUF file; raises UnusableModel."""
+    """Load the configuration of a model folder or a GGUF file, of its text part if it has several.
+
+    Raises UnusableModel.
+    """
     if path.is_file():
         header = read_header(path)
         with as_unusable(f"{path}, of architecture {header.architecture}, is not usable"):
@@ -140,24 +185,12 @@ def load_config(path: Path) -> Any:  # noqa: ANN401 - each family has its own cl
         raise UnusableModel(f"model folder {path} has no config.json")
     with as_unusable(f"{path / 'config.json'} is not usable"):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        _require_known_quantization(path, config)
-        return config
-
-
-def _require_known_quantization(path: Path, config: Any) -> None:  # noqa: ANN401
-    """Raise UnusableModel early: transformers ignores unknown methods, and fails late for most."""
-    for part in (config, config.get_text_config()):
-        quantization = getattr(part, "quantization_config", None)
-        if quantization is None:
-            continue
-        method = quantization.get("quant_method") or "a method without a name"
-        if method not in _QUANTIZATIONS:
-            raise UnusableModel(
-                f"{path} is quantized by {method}, which Winnow does not run; it runs weights of "
-                f"{', '.join(_DTYPES)} or {', '.join(_QUANTIZATIONS)}"
-            )
-        if importlib.util.find_spec("accelerate") is None:
-            raise UnusableModel(f"{path} is quantized by {method}: accelerate is not installed")
+        require_decoder(path, config)
+        text = text_config(config)
+        if text is not config:
+            require_decoder(path, text)
+        require_causal(path, text)
+        return text
 
 
 def _max_positions(path: Path, config: Any, max_model_len: int | None) -> int:  # noqa: ANN401
@@ -174,17 +207,17 @@ def _max_positions(path: Path, config: Any, max_model_len: int | None) -> int:  
     return max_model_len
 
 
-def _require_supported(path: Path, config: Any, max_positions: int) -> None:  # noqa: ANN401
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None) or (["sliding"] if window else [])
-    others = sorted({kind for kind in layer_types if "full" not in kind})
-    if others and (window is None or window < max_positions):
-        shorter = f" (sliding_window {window} of {max_positions} positions)" if window else ""
+def _require_keys_and_values(path: Path, config: Any) -> None:  # noqa: ANN401
+    layers = layers_of(config, positive_int(config, "num_hidden_layers"), sys.maxsize)
+    if all(layer.attention is None for layer in layers):
+        kinds = ", ".join(sorted({str(layer) for layer in layers}))
         raise UnusableModel(
-            f"{path} has {', '.join(others)} layers, which do not attend to the whole prompt"
-            f"{shorter}; their cache cannot be pruned by position"
-            + (f". max_model_len {window} avoids that" if window else "")
+            f"{path} is a {config.model_type}, which Winnow does not run: it has {kinds} layers "
+            "alone, and no keys and values to prune"
         )
+
+
+def _require_constant_tables(path: Path, config: Any, max_positions: int) -> None:  # noqa: ANN401
     if (constant := constant_length(config)) < max_positions:
         raise UnusableModel(
             f"{path} uses {config.rope_parameters['rope_type']} rotary embeddings, which change "
@@ -205,21 +238,33 @@ def _cache_dtype(config: Any, device: str, dtype: str) -> torch.dtype:  # noqa: 
     return torch.bfloat16 if chosen == torch.float16 and device == "cpu" else chosen
 
 
-def _shape(config: Any, dtype: torch.dtype) -> ModelShape:  # noqa: ANN401
+def shape_of(config: Any, dtype: torch.dtype, max_positions: int) -> ModelShape:  # noqa: ANN401
     """The model's dimensions; raises ValueError if they are invalid or inconsistent."""
     num_heads = positive_int(config, "num_attention_heads")
     hidden_size = positive_int(config, "hidden_size")
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    num_kv_heads = _in_every_layer(config, "num_key_value_heads") or num_heads
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} attention heads cannot share {num_kv_heads} KV heads")
+    num_layers = positive_int(config, "num_hidden_layers")
     return ModelShape(
-        num_layers=positive_int(config, "num_hidden_layers"),
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=getattr(config, "head_dim", None) or hidden_size // num_heads,
+        head_dim=_in_every_layer(config, "head_dim") or hidden_size // num_heads,
         hidden_size=hidden_size,
         dtype=dtype,
+        layers=layers_of(config, num_layers, max_positions),
     )
+
+
+def _in_every_layer(config: Any, name: str) -> int | None:  # noqa: ANN401
+    """A size that is the same in all layers; None if it is not stated."""
+    layers = config.per_layer_config if config.is_heterogeneous else [config]
+    sizes = {getattr(layer, name, None) for layer in layers}
+    if len(sizes) > 1:
+        raise ValueError(f"{name} is {', '.join(map(str, sizes))}, depending on the layer")
+    size: int | None = sizes.pop()
+    return size
 
 
 def _end_token_ids(path: Path, config: Any, vocab_size: int) -> frozenset[int]:  # noqa: ANN401
@@ -228,7 +273,13 @@ def _end_token_ids(path: Path, config: Any, vocab_size: int) -> frozenset[int]: 
     return end_token_ids(path, getattr(config, "eos_token_id", None), vocab_size)
 
 
-def _fingerprint(path: Path, config: Any, shape: ModelShape, max_positions: int) -> str:  # noqa: ANN401
+def _fingerprint(
+    path: Path,
+    config: Any,  # noqa: ANN401
+    shape: ModelShape,
+    max_positions: int,
+    weights_become: str,
+) -> str:
     """Digest of the model; processes with different fingerprints do not exchange KV."""
     is_folder = path.is_dir()  # a GGUF file's configuration is one with its weights
     content = json.loads((path / "config.json").read_text()) if is_folder else None
@@ -240,4 +291,5 @@ def _fingerprint(path: Path, config: Any, shape: ModelShape, max_positions: int)
         gguf_header.update_digest(digest, read_header(path))
     if max_positions != config.max_position_embeddings:  # config.json's is in the digest already
         digest.update(str(max_positions).encode())
+    digest.update(weights_become.encode())
     return digest.hexdigest()[:32]

@@ -5,6 +5,7 @@ reason.
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,41 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from winnow.attention import ATTENTION_NAME, causal_attention
-from winnow.checkpoint import require_complete, require_sound
-from winnow.decoder import DecoderModel, TokenBlocks
+from winnow import memory
+from winnow.adapters.layers import attach_stacks, linear_sizes
+from winnow.adapters.ref import AdapterRoom
+from winnow.adapters.slots import AdapterSlots
+from winnow.attention import ATTENTION_NAME, AttentionOptions, causal_attention
+from winnow.checkpoint import (
+    network_config,
+    require_complete,
+    require_room,
+    require_same_as_dequantized,
+    require_sound,
+    tensors_to_load,
+)
+from winnow.checks import require_first_gpu
+from winnow.decoder import MLP_BLOCK_TOKENS, DecoderModel, TokenBlocks
+from winnow.distributed.heads import Split
+from winnow.distributed.weights import loading_options, make_plain, split_head
 from winnow.errors import UnusableModel
 from winnow.folder_errors import as_unusable
-from winnow.gguf.header import read_header
-from winnow.gguf.weights import weights
+from winnow.fused_layer import fuse_layers
+from winnow.layer_state import StatePart
+from winnow.linear import pack_head, pack_int8
 from winnow.model_files import ModelDescription, describe_model, load_config
+from winnow.network import Network
+from winnow.network_parts import mlp_names
 from winnow.proof import require_runs
+from winnow.quantization import while_loading
+from winnow.quantization.settings import require_quantize
+from winnow.text_part import TENSOR_NAMES, without_other_parts
 
 logger = logging.getLogger(__name__)
 
 # Families whose layer-by-layer run the tests compare with transformers; any other family is
 # compared when it is loaded.
 VERIFIED_FAMILIES = frozenset({"llama", "qwen2", "qwen3", "mistral", "phi3"})
-MLP_BLOCK_TOKENS = 2048
 
 
 def load_model(
@@ -36,53 +56,124 @@ def load_model(
     device: str = "cpu",
     dtype: str = "auto",
     max_model_len: int | None = None,
+    quantize: str | None = None,
+    dequantize: bool = False,
     mlp_block_tokens: int = MLP_BLOCK_TOKENS,
+    split: Split | None = None,
+    adapter_room: AdapterRoom | None = None,
 ) -> DecoderModel:
     """Load a decoder from a folder (config, safetensors) or from the hub.
 
-    dtype, max_model_len: see `describe_model`.
-    Raises UnusableModel if it is missing, broken, or of a kind that cannot be pruned.
+    dtype, max_model_len, quantize, dequantize: see `describe_model`.
+    adapter_room: to set aside for adapters; None: it takes none.
+    split: the share of this process, which has joined the ranks' group; see load_on_ranks.
+    Raises UnusableModel if it is missing, broken, or of a kind that cannot be pruned, and
+    InvalidSetting for a GPU that is not the process's first one.
     """
-    description = describe_model(model, device=device, dtype=dtype, max_model_len=max_model_len)
+    if split is None:  # else it is the rank's, which `join` has made the current one
+        require_first_gpu(device)
+    description = describe_model(
+        model,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        quantize=quantize,
+        dequantize=dequantize,
+    )
+    require_quantize(description.quantize, device, 1 if split is None else split.num_ranks)
     require_sound(description)
-    network = _load_network(description, device)
-    decoder = DecoderModel(network, description, torch.device(device))
-    if network.config.model_type not in VERIFIED_FAMILIES:
-        _require_same_as_transformers(decoder, network)
-    for layer in network.model.layers:
-        layer.mlp = TokenBlocks(layer.mlp, mlp_block_tokens)
+    if description.is_dequantized:
+        require_room(description, device)
+    shape = description.shape if split is None else split.shape(description.shape)
+    loaded = _load_network(description, device, split)
+    if description.quantization is not None and not description.is_dequantized:
+        require_same_as_dequantized(description, loaded)
+    decoder = DecoderModel(Network(loaded), description, torch.device(device), shape)
+    if shape.has_states:
+        with as_unusable(f"family {description.model_type} cannot be run layer by layer"):
+            shape = replace(shape, states=_states_of(decoder))
+        decoder = DecoderModel(decoder.network, replace(description, shape=shape), decoder.device)
+    is_verified = description.model_type in VERIFIED_FAMILIES
+    if not is_verified:
+        _require_same_as_transformers(decoder, loaded)
+    del loaded  # or what is packed would be in memory twice
+    network = decoder.network
+    sizes = linear_sizes(network)
+    is_fused = is_verified and fuse_layers(network, shape, mlp_block_tokens)
+    if adapter_room is not None:
+        stacks = attach_stacks(network, sizes, adapter_room, shape.dtype)
+        decoder.adapters = AdapterSlots(stacks, sizes, adapter_room)
+    if not is_fused:
+        for layer in network.model.layers:
+            for name in mlp_names(layer):
+                setattr(layer, name, TokenBlocks(getattr(layer, name), mlp_block_tokens))
+    pack_head(network)
+    pack_int8(network)
+    memory.give_back()
     require_runs(decoder)
     return decoder
 
 
-def _load_network(description: ModelDescription, device: str) -> Any:  # noqa: ANN401
+def _load_network(description: ModelDescription, device: str, split: Split | None) -> Any:  # noqa: ANN401
     with as_unusable(f"model {description.path} cannot be loaded"):
-        load = _load_folder if description.path.is_dir() else _load_gguf
+        in_files = description.path.is_dir() and not description.is_dequantized
+        load = _load_folder if in_files else _load_tensors
         network, found = load(
-            description.path,
+            description,
             dtype=description.shape.dtype,
             attn_implementation=ATTENTION_NAME,
             output_loading_info=True,
+            **({} if split is None else loading_options(split)),
+            **({} if description.quantize is None else while_loading.loading_options()),
         )
-        require_complete(description, found["missing_keys"], found["unexpected_keys"])
+        unexpected = without_other_parts(found["unexpected_keys"])
+        require_complete(description, found["missing_keys"], unexpected)
+        if split is not None:
+            make_plain(network)
+            split_head(network, split)
         return network.eval().requires_grad_(False).to(device)
 
 
-def _load_folder(path: Path, **options: Any) -> Any:  # noqa: ANN401
+def _load_folder(description: ModelDescription, **options: Any) -> Any:  # noqa: ANN401
+    path = description.path
     return AutoModelForCausalLM.from_pretrained(
-        path, local_files_only=True, use_safetensors=True, trust_remote_code=False, **options
+        path,
+        config=load_config(path),
+        key_mapping=TENSOR_NAMES,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        **options,
     )
 
 
-def _load_gguf(path: Path, *, dtype: torch.dtype, **options: Any) -> Any:  # noqa: ANN401
+def _load_tensors(description: ModelDescription, **options: Any) -> Any:  # noqa: ANN401
     """Tensors are dequantized one by one, so that never more than a few are there twice."""
-    config = load_config(path)
+    config = network_config(description)
     with torch.device("meta"):
         network_class: Any = type(AutoModelForCausalLM.from_config(config))
-    state = weights(read_header(path), dtype)
+    state = tensors_to_load(description)
     return network_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, **options
+        None, config=config, state_dict=state, key_mapping=TENSOR_NAMES, **options
     )
+
+
+@torch.inference_mode()
+def _states_of(decoder: DecoderModel) -> tuple[tuple[StatePart, ...], ...]:
+    """What each layer's state consists of, seen where one token has gone through it."""
+    token = torch.zeros((1, 1), dtype=torch.int64, device=decoder.device)
+    hidden, rope = decoder.embed(token), decoder.rope(token)
+    found = []
+    for layer_idx in range(decoder.shape.num_layers):
+        state = decoder.new_state(layer_idx)
+        if state is not None:
+            decoder.layer(layer_idx, hidden, rope, _attend, state)
+        found.append(() if state is None else state.parts)
+    return tuple(found)
+
+
+def _attend(_: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+    return causal_attention(query, key, value, options)
 
 
 @torch.inference_mode()
@@ -112,7 +203,5 @@ def _run_layers(decoder: DecoderModel, token_ids: Tensor) -> Tensor:
     positions = torch.arange(token_ids.shape[1], device=decoder.device)[None]
     hidden, rope = decoder.embed(token_ids), decoder.rope(positions)
     for layer_idx in range(decoder.shape.num_layers):
-        hidden = decoder.layer(
-            layer_idx, hidden, rope, lambda _, q, k, v, scaling: causal_attention(q, k, v, scaling)
-        )
+        hidden = decoder.layer(layer_idx, hidden, rope, _attend)
     return decoder.logits(hidden[:, -1])[0]

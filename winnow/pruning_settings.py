@@ -1,10 +1,14 @@
 """Settings of prompt pruning and KV cache compression."""
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from winnow.catalog import COMPRESSIONS, METHODS, RECOMPRESSIONS, load
 from winnow.checks import MAX_COUNT, require_choice, require_range, require_type
 from winnow.errors import InvalidSetting
+
+if TYPE_CHECKING:
+    from winnow.kv import ModelShape  # loads torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +43,14 @@ class Recompression:
 class PruningSettings:
     """How prompt and KV cache are pruned. Defaults are the paper's for 28 to 48 layers.
 
+    Layers are the model's, counted from 0. Tokens are selected after those with full attention.
+
     method           one of winnow.catalog.METHODS: which tokens continue, and which KV is kept.
     select_tokens    prompt tokens (window included) that continue above the selection layer.
     window_size      last prompt tokens, whose queries score all other tokens (w).
     kernel_size      pooling width over positions, odd (S).
-    observed_layers  layers over which rank variance is taken (L_obs).
-    min_layer        first layer at which ASL may select, counted from 0 (L_min).
+    observed_layers  full layers over which rank variance is taken (L_obs).
+    min_layer        first layer after which ASL may select (L_min).
     threshold        select when relative rank variance falls below it (tau).
     latest_layer     select here at the latest; None: if the threshold is never met, asl does not
                      select, asl-2pass selects at the last layer.
@@ -119,9 +125,9 @@ class PruningSettings:
         method = load(METHODS[self.method])
         return int(method.max_entries(self, num_prompt_tokens, num_kv_heads))
 
-    def require_fits(self, num_layers: int) -> None:
-        """Raise InvalidSetting for a layer that a model with `num_layers` layers lacks."""
-        load(METHODS[self.method]).require_fits(self, num_layers)
+    def require_fits(self, shape: "ModelShape") -> None:
+        """Raise InvalidSetting for what the layers of a model do not allow."""
+        load(METHODS[self.method]).require_fits(self, shape)
 
 
 def _require_window(window_size: int, kernel_size: int) -> None:

@@ -18,13 +18,16 @@ class PrefillReport:
     computed_share: layer-tokens computed / (num_layers * num_prompt_tokens), up to 1; for a method
     with two passes the sum of both, up to 2. Above that only where selected tokens were computed
     twice, see `num_recomputed_tokens`.
-    kv_bytes_full, kv_bytes_kept: keys and values of every token, and of the kept entries.
+    kv_bytes_full, kv_bytes_kept: keys and values of every token that the next one sees, and of the
+    kept entries, in the model's dtype.
     layer_entries: kept KV entries per layer, summed over KV heads.
     num_cached_tokens: tokens that layer 0 took from the prefix store.
     num_recomputed_tokens: selected ones of those that had to be computed alone up to the cut.
     saved_layer_tokens: layer-tokens that were not computed because of the prefix store; at least 0.
-    no_prefix_reason: why the prefix store was not used: `off`, or the method's `needs_all_queries`
-    or `drops_from_layer_0`; None if it was.
+    no_prefix_reason: why the prefix store was not used: `off`, the method's `needs_all_queries` or
+    `drops_from_layer_0`, `no_state` of recurrent layers that the prompt could go on from, or
+    `recurrent_layers` with keys as well; None if it was.
+    state_bytes: of the recurrent layers' states, whose size no prompt changes.
     """
 
     num_prompt_tokens: int
@@ -41,6 +44,7 @@ class PrefillReport:
     num_recomputed_tokens: int = 0
     saved_layer_tokens: int = 0
     no_prefix_reason: str | None = "off"
+    state_bytes: int = 0
 
     __setstate__ = set_fields
 

@@ -4,45 +4,71 @@ The formulas are in docs/architecture.md, with the symbols of SnapKV (arXiv 2404
 (arXiv 2601.07667): window w, N tokens, n = N - w.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from winnow.kernels.softmax import softmax
+from winnow.visibility import first_keys
+
+if TYPE_CHECKING:
+    from winnow.attention import AttentionOptions  # loads transformers
 
 _QUERY_BLOCK = 256
 
 
 def observed_attention(
-    window_queries: Tensor, keys: Tensor, scaling: float, row_weights: Tensor | None = None
+    window_queries: Tensor,
+    keys: Tensor,
+    options: "AttentionOptions",
+    row_weights: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Attention that each token receives from the window, summed over the window's rows.
 
     window_queries: [num_heads, w, head_dim], of the last w tokens, after RoPE.
     keys: [num_kv_heads, N, head_dim], after RoPE.
+    options: of the layer, whose attention this is.
     row_weights: [w] float32, weight of each row; None: 1.
-    Returns [num_heads, N] float32; each head sums to the sum of the weights (w without weights).
+    positions: [N] of the tokens, ascending; None: 0 to N - 1.
+    Returns [num_heads, N] float32; each head sums to the sum of the weights (w without weights),
+    but for what its sink gets.
     Peak memory: [group, w, N] of one KV head.
     """
     num_heads, window, head_dim = window_queries.shape
     num_kv_heads, num_tokens, _ = keys.shape
     queries = window_queries.view(num_kv_heads, -1, head_dim)  # [H_kv, group * w, D]
     future = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu_(1)
+    own = torch.arange(num_tokens - window, num_tokens, device=keys.device)
+    firsts = first_keys(options.layer, own, positions)
+    past = (
+        None if firsts is None else torch.arange(num_tokens, device=keys.device) < firsts[:, None]
+    )
+    sinks = options.grouped_sinks(num_kv_heads)
     mass = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=keys.device)
     for head, out in enumerate(mass.view(num_kv_heads, -1, num_tokens)):
-        logits = (queries[head] @ keys[head].T).float().mul_(scaling)  # [group * w, N]
+        logits = options.logits((queries[head] @ keys[head].T).float())  # [group * w, N]
         logits = logits.view(-1, window, num_tokens)
         logits[:, :, -window:].masked_fill_(future, -torch.inf)
-        attention = logits.softmax(-1)
+        if past is not None:
+            logits.masked_fill_(past, -torch.inf)
+        attention = softmax(logits, None if sinks is None else sinks[head])
         if row_weights is not None:
             attention *= row_weights[:, None]
         torch.sum(attention, dim=1, out=out)
     return mass
 
 
-def accumulated_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+def accumulated_attention(
+    queries: Tensor, keys: Tensor, options: "AttentionOptions", positions: Tensor | None = None
+) -> Tensor:
     """Attention that each token receives from itself and all tokens after it.
 
     queries: [num_heads, N, head_dim] and keys: [num_kv_heads, N, head_dim], after RoPE.
-    Returns [num_heads, N] float32; each head sums to N.
+    options, positions: as for `observed_attention`.
+    Returns [num_heads, N] float32; each head sums to N, but for what its sink gets.
     Peak memory: [group, _QUERY_BLOCK, N] of one KV head.
     """
     num_heads, num_tokens, _ = queries.shape
@@ -50,7 +76,8 @@ def accumulated_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tens
     for start in range(0, num_tokens, _QUERY_BLOCK):
         end = min(start + _QUERY_BLOCK, num_tokens)
         block = queries[:, start:end].contiguous()
-        mass[:, :end] += observed_attention(block, keys[:, :end], scaling)
+        seen = None if positions is None else positions[:end]
+        mass[:, :end] += observed_attention(block, keys[:, :end], options, positions=seen)
     return mass
 
 

@@ -4,7 +4,7 @@ Streamed text never has a partial character and ends at a stop string, at any to
 """
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 from winnow.tokenizer import Tokenizer
 
@@ -12,8 +12,15 @@ from winnow.tokenizer import Tokenizer
 class IncrementalDetokenizer:
     """Converts token ids to text one by one; an incomplete character is held back."""
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        shown_token_ids: Set[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
+        self._shown = shown_token_ids
         self._skips = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -28,7 +35,8 @@ class IncrementalDetokenizer:
 
     def skips(self, token_id: int) -> bool:
         """Whether the token is a control token that is left out of the text."""
-        return self._skips and self._tokenizer.is_special(token_id)
+        skipped = self._skips and token_id not in self._shown
+        return skipped and self._tokenizer.is_special(token_id)
 
 
 class StopMatcher:
@@ -113,7 +121,8 @@ class TextStream:
 
     stop: strings that end the text, included in it only with include_stop_str_in_output; ignored
     for the first `min_tokens` tokens.
-    skip_special_tokens: leave control tokens out of the text; they can be part of a stop string.
+    skip_special_tokens: leave control tokens out of the text, except those of `shown_token_ids`;
+    they can be part of a stop string.
     """
 
     def __init__(
@@ -124,10 +133,13 @@ class TextStream:
         include_stop_str_in_output: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
+        shown_token_ids: Set[int] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
         self._detokenizer = IncrementalDetokenizer(
-            tokenizer, skip_special_tokens=skip_special_tokens
+            tokenizer,
+            skip_special_tokens=skip_special_tokens,
+            shown_token_ids=shown_token_ids,
         )
         self._matcher = StopMatcher(stop, include_stop=include_stop_str_in_output)
         self._shows_end = include_stop_str_in_output

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from winnow.chat_template import ChatOptions, ChatTemplate, Message
+from winnow.chat_template import ChatOptions, ChatTemplate
 from winnow.control_tokens import MarkedEncoder, template_tokens
 from winnow.errors import InvalidRequest, UnusableModel
 from winnow.folder_errors import as_unusable
@@ -18,6 +18,7 @@ from winnow.gguf.header import read_header
 from winnow.gguf.tokenizer import gguf_tokenizer
 from winnow.marked_text import MarkedText
 from winnow.token_bytes import byte_reader
+from winnow.tool_support import Message, Tool
 
 _PLAIN_CHAT = ChatOptions()
 _BACKEND = "TokenizersBackend"  # transformers' class for tokenizers without their own code
@@ -65,6 +66,17 @@ class Tokenizer:
         ids = (i for i in token_ids if not (skip_special_tokens and self.is_special(i)))
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
 
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token; joined, they are `decode`'s result.
+
+        A token that ends inside a character is empty; the one that completes it has all of it.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        pieces = [decoder.decode(self.token_bytes(token_id)) for token_id in token_ids]
+        if pieces:
+            pieces[-1] += decoder.decode(b"", final=True)
+        return pieces
+
     def offsets(self, token_ids: Sequence[int], text: str | None = None) -> list[int]:
         """Start of each token in `text`, which was encoded to `token_ids`, or in `decode`'s result.
 
@@ -72,8 +84,7 @@ class Tokenizer:
         """
         spans = None if text is None else self._spans(token_ids, text)
         if spans is None:
-            decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-            ends = [*accumulate(len(decoder.decode(self.token_bytes(i))) for i in token_ids)]
+            ends = [*accumulate(map(len, self.pieces(token_ids)))]
             return [0, *ends][: len(ends)]
         ends = [0, *accumulate((end for _, end in spans), max)]
         return [start if end > start else ends[idx] for idx, (start, end) in enumerate(spans)]
@@ -111,9 +122,19 @@ class Tokenizer:
                 f"{vocab_size}, up to {vocab_size - 1}"
             )
 
+    def added_token_id(self, text: str) -> int | None:
+        """The added token whose text this is, if there is one."""
+        encoded = text.encode()
+        return next((i for i, added in self._added.items() if added == encoded), None)
+
     def is_special(self, token_id: int) -> bool:
         """Whether the token is special; a completion's text leaves those out by default."""
         return token_id in self._special
+
+    @property
+    def added_token_ids(self) -> Mapping[int, str]:
+        """The tokens that stand beside the base vocabulary, with their text."""
+        return {token_id: content.decode() for token_id, content in self._added.items()}
 
     @cached_property
     def _marked_encoder(self) -> MarkedEncoder:
@@ -135,23 +156,37 @@ class Tokenizer:
         """The tokens that the messages of a conversation cannot produce."""
         return self._marked_encoder.control_ids
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be rendered."""
+        return self._chat_template is not None
+
     def render_chat(
         self, messages: Sequence[Message], options: ChatOptions = _PLAIN_CHAT
     ) -> list[int]:
         """Token ids of a conversation; see `chat_text`."""
         return self.encode(self.chat_text(messages, options), add_special_tokens=False)
 
-    def chat_text(self, messages: Sequence[Message], options: ChatOptions = _PLAIN_CHAT) -> str:
+    def chat_text(
+        self,
+        messages: Sequence[Message],
+        options: ChatOptions = _PLAIN_CHAT,
+        tools: Sequence[Tool] = (),
+    ) -> str:
         """Render a conversation with the chat template; `encode` it without special tokens.
 
-        messages: each with `role`, and `content` as a string or a list of text parts.
-        Raises InvalidRequest if the model has no chat template, or its template refuses them.
+        As in `ChatTemplate.render`.  Raises InvalidRequest if the model has no chat template, too.
         """
+        return self.chat_template.render(messages, options, tools)
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """Raises InvalidRequest if the model has none."""
         if self._chat_template is None:
             raise InvalidRequest(
                 "the model has no chat template; use text completions", param="messages"
             )
-        return self._chat_template.render(messages, options)
+        return self._chat_template
 
 
 def _chat_template(

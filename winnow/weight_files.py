@@ -3,20 +3,19 @@
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from winnow.errors import UnusableModel
 from winnow.folder_errors import as_unusable
+from winnow.weight_index import INDEX, WEIGHTS, missing_shards, weight_map
 
 _SAMPLE_BYTES = 1 << 20
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+_LFS_POINTER = b"version "
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -70,7 +69,7 @@ def stored_tensors(path: Path, name: str | None = None) -> dict[str, StoredTenso
     tensors: dict[str, StoredTensor] = {}
     for file in _loaded_files(path, name):
         with as_unusable(f"weights in {file} are broken"):
-            table = _read_table(file)
+            table = read_table(file)
         for tensor, stored in table.items():
             if tensor in tensors:
                 raise UnusableModel(
@@ -84,25 +83,33 @@ def stored_tensors(path: Path, name: str | None = None) -> dict[str, StoredTenso
 def _loaded_files(path: Path, name: str | None) -> list[Path]:
     """The one file with all weights, or the shards of the index."""
     known = weight_files(path)
-    for candidate in [path / name] if name else [path / _WEIGHTS, path / _INDEX]:
+    for candidate in [path / name] if name else [path / WEIGHTS, path / INDEX]:
         if candidate.suffix == ".json" and candidate.is_file():
-            shards = set(_weight_map(candidate).values())
+            shards = set(weight_map(candidate).values())
             return [file for file in known if file.name in shards]
         if candidate in known:
             return [candidate]
     raise UnusableModel(
-        f"model folder {path} has no {name or f'{_WEIGHTS} and no {_INDEX}'}; its weights are in "
+        f"model folder {path} has no {name or f'{WEIGHTS} and no {INDEX}'}; its weights are in "
         f"{', '.join(file.name for file in known)}"
     )
 
 
-def _read_table(file: Path) -> dict[str, StoredTensor]:
+def read_table(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file, by their name in it."""
     with safe_open(file, framework="pt") as stream:
         slices = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118 - no dict
         return {
             name: StoredTensor(file, tuple(part.get_shape()), _dtype(name, part.get_dtype()))
             for name, part in slices.items()
         }
+
+
+def read_tensor(stored: StoredTensor, name: str) -> Tensor:
+    """name: of the tensor in its file."""
+    with safe_open(stored.file, framework="pt") as stream:
+        tensor: Tensor = stream.get_tensor(name)
+        return tensor
 
 
 def _dtype(tensor: str, name: str) -> torch.dtype:
@@ -113,19 +120,8 @@ def _dtype(tensor: str, name: str) -> torch.dtype:
 
 def _require_known(index: Path, names: set[str]) -> None:
     """Raise UnusableModel if the index names other files, which transformers would read."""
-    named = set(_weight_map(index).values())
-    if named - names:
-        others = ", ".join(sorted(map(repr, named - names)))
-        raise UnusableModel(f"{index} names {others}: no *.safetensors file of the folder")
-
-
-def _weight_map(index: Path) -> Mapping[str, Any]:
-    try:
-        weight_map: Mapping[str, Any] = json.loads(index.read_text())["weight_map"]
-        set(weight_map.values())
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UnusableModel(f"{index} is no index of weights") from error
-    return weight_map
+    if reason := missing_shards(weight_map(index).values(), names):
+        raise UnusableModel(f"{index} names {reason}")
 
 
 def update_digest(digest: "hashlib._Hash", path: Path) -> None:
@@ -143,6 +139,8 @@ def _weight_sample(file: Path) -> bytes:
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
+        if prefix == _LFS_POINTER:
+            raise UnusableModel(f"{file} is a pointer of Git LFS: `git lfs pull` gets the weights")
         if len(prefix) < 8 or (table := struct.unpack("<Q", prefix)[0]) > size - 8:
             raise UnusableModel(f"{file} is not a safetensors file or is cut short")
         head = stream.read(table + _SAMPLE_BYTES)

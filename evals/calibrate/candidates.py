@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evals.variants import UNPRUNED, MethodSpec, Variant
+
+if TYPE_CHECKING:
+    from winnow.kv import ModelShape  # loads torch
 
 WINDOW_SIZES = (8, 16, 32)
 KERNEL_SIZES = (7, 15, 31, 63)
@@ -43,13 +46,14 @@ class Budgets:
         return sorted(size for size in sizes if window_size < size < self.num_tokens)
 
 
-def kv_grid(budgets: Budgets) -> list[Variant]:
-    """Every window and kernel, without a selection."""
+def kv_grid(budgets: Budgets, shape: "ModelShape") -> list[Variant]:
+    """Every window and kernel that the model can have, without a selection."""
+    longest = min(budgets.kv_budget - 1, shape.shortest_window or MAX_WINDOW)
     return [
         variant("snapkv", window_size=w, kernel_size=k, kv_budget=budgets.kv_budget)
         for w in WINDOW_SIZES
         for k in KERNEL_SIZES
-        if w < budgets.kv_budget
+        if w <= longest
     ]
 
 
@@ -71,18 +75,24 @@ def around(tried: Variant, grid: Sequence[Variant]) -> list[Variant]:
     ]
 
 
-def layer_grid(num_layers: int) -> list[int]:
+def layer_grid(shape: "ModelShape") -> list[int]:
     """Fixed layers: all in the middle third of the depth, every second one around it.
 
-    A layer may find what its neighbours do not, so none of those that matter is left out.
+    A layer may find what its neighbours do not, so none of those that matter is left out. Of a
+    model with other layers too, all full ones there are taken.
     """
+    num_layers, full = shape.num_layers, shape.full_layers
     first, last = num_layers // 5, min(num_layers * 3 // 4, num_layers - 2)
+    if len(full) < num_layers:
+        return [layer for layer in full if first <= layer <= last] or [*full]
     middle = range(num_layers // 3, num_layers * 2 // 3 + 1)
     around = {*range(middle[0], first - 1, -2), *range(middle[-1], last + 1, 2)}
     return sorted(layer for layer in {*middle, *around} if layer <= last)
 
 
-def fixed_layers(budgets: Budgets, observation: dict[str, Any], num_layers: int) -> list[Variant]:
+def fixed_layers(
+    budgets: Budgets, observation: dict[str, Any], shape: "ModelShape"
+) -> list[Variant]:
     """Every layer of the grid with every number of selected tokens.
 
     observation: window_size and kernel_size.
@@ -96,22 +106,25 @@ def fixed_layers(budgets: Budgets, observation: dict[str, Any], num_layers: int)
             **observation,
         )
         for select_tokens in budgets.select_tokens(observation["window_size"])
-        for layer_idx in layer_grid(num_layers)
+        for layer_idx in layer_grid(shape)
     ]
 
 
-def observed_layers(num_layers: int) -> list[int]:
-    """An eighth and a quarter of the depth; the latter is the paper's 8 of 32."""
-    return sorted({max(1, round(num_layers / parts)) for parts in (8, 4)})
+def observed_layers(num_full: int) -> list[int]:
+    """An eighth and a quarter of the full layers; the latter is the paper's 8 of 32.
+
+    Two at least, where there are as many: over one the variance is 0.
+    """
+    return sorted({max(min(2, num_full), round(num_full / parts)) for parts in (8, 4)})
 
 
-def observers(budgets: Budgets, observation: dict[str, Any], num_layers: int) -> list[Variant]:
+def observers(budgets: Budgets, observation: dict[str, Any], shape: "ModelShape") -> list[Variant]:
     """ASL that never selects: its rho says where it would, under any threshold."""
     return [
         variant(
             "asl",
             observed_layers=observed,
-            min_layer=observed - 1,
+            min_layer=shape.full_layers[observed - 1],
             threshold=0,
             latest_layer=None,
             select_tokens=select_tokens,
@@ -119,5 +132,5 @@ def observers(budgets: Budgets, observation: dict[str, Any], num_layers: int) ->
             **observation,
         )
         for select_tokens in budgets.select_tokens(observation["window_size"])
-        for observed in observed_layers(num_layers)
+        for observed in observed_layers(len(shape.full_layers))
     ]

@@ -6,21 +6,22 @@ import torch
 from torch import Tensor
 
 from winnow.attention import AttentionCall, PrefillAttention
-from winnow.decoder import DecoderModel, Rope
+from winnow.decoder import DecoderModel
+from winnow.layer_state import LayerState
+from winnow.rotary import RotaryTables
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Layer:
     """What one layer made of all tokens, N of them.
 
-    query: [1, num_heads, min(w, N), head_dim], of the last tokens.
-    key, value: [1, num_kv_heads, N, head_dim].  hidden: [1, N, hidden_size], after the layer.
+    attention: has its keys and values, if it has any, and the last tokens' queries.
+    state: after the last token; None for a layer without.
+    hidden: [1, N, hidden_size], after the layer.
     """
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scaling: float
+    attention: PrefillAttention
+    state: LayerState | None
     hidden: Tensor
 
 
@@ -49,7 +50,7 @@ class RecordedModel(DecoderModel):
     """
 
     def __init__(self, model: DecoderModel, max_window: int) -> None:
-        super().__init__(model._model, model.description, model.device)
+        super().__init__(model._model, model.description, model.device, model.shape)
         self._max_window = max_window
         self._recording: _Recording | None = None
 
@@ -62,26 +63,31 @@ class RecordedModel(DecoderModel):
             known = self._recording = _Recording(token_ids, super().embed(token_ids))
         return known.embedded
 
-    def layer(self, layer_idx: int, hidden: Tensor, rope: Rope, attention: AttentionCall) -> Tensor:
+    def layer(
+        self,
+        layer_idx: int,
+        hidden: Tensor,
+        rope: RotaryTables,
+        attention: AttentionCall,
+        state: LayerState | None = None,
+    ) -> Tensor:
         known = self._recording
         if known is None or known.input_of(layer_idx) is not hidden:
-            return super().layer(layer_idx, hidden, rope, attention)
+            return super().layer(layer_idx, hidden, rope, attention, state)
         assert isinstance(attention, PrefillAttention)
         if not attention.looks_at_most_at(self._max_window):
-            return super().layer(layer_idx, hidden, rope, attention)
+            return super().layer(layer_idx, hidden, rope, attention, state)
         if layer_idx == len(known.layers):
             known.layers.append(self._compute(layer_idx, hidden, rope))
         layer = known.layers[layer_idx]
-        attention.observe(layer.query, layer.key, layer.value, layer.scaling)
+        if self.shape.layers[layer_idx].has_kv:
+            seen = layer.attention
+            attention.observe(seen.queries[None], seen.keys[None], seen.values[None], seen.options)
+        if state is not None and layer.state is not None:
+            state.become(layer.state)
         return layer.hidden
 
-    def _compute(self, layer_idx: int, hidden: Tensor, rope: Rope) -> _Layer:
-        attention = PrefillAttention(self._max_window)
-        output = super().layer(layer_idx, hidden, rope, attention)
-        return _Layer(
-            attention.queries[None],
-            attention.keys[None],
-            attention.values[None],
-            attention.scaling,
-            output,
-        )
+    def _compute(self, layer_idx: int, hidden: Tensor, rope: RotaryTables) -> _Layer:
+        attention, state = PrefillAttention(self._max_window), self.new_state(layer_idx)
+        output = super().layer(layer_idx, hidden, rope, attention, state)
+        return _Layer(attention, state, output)

@@ -1,12 +1,15 @@
 """What a calibration is asked for, and what it gives."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evals.calibrate.measured import Result
 from evals.calibrate.prompts import PromptsTask
 from evals.calibrate.target import Target
 from evals.tasks.base import Task
+
+if TYPE_CHECKING:
+    from winnow.kv import ModelShape  # loads torch
 
 LEAST_PROMPTS = 8  # half are searched on, half held out
 
@@ -17,6 +20,7 @@ class Request:
 
     length: prompt tokens at most.  kv: share of them that each KV head keeps, or their number.
     num_samples: prompts per task to search on; as many others are held out.
+    shape: of the model.
     """
 
     tasks: tuple[Task, ...]
@@ -26,7 +30,7 @@ class Request:
     num_samples: int
     seed: int
     chat: bool
-    num_layers: int
+    shape: "ModelShape"
 
     def to_json(self) -> dict[str, Any]:
         """What a run in the same folder must have in common; the target may be another."""

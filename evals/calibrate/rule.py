@@ -7,6 +7,7 @@ answers at fixed layers, say what any threshold, min_layer and latest_layer woul
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import repeat
+from typing import TYPE_CHECKING
 
 from evals.calibrate.candidates import THRESHOLDS, variant
 from evals.calibrate.curve import LayerCurve
@@ -14,6 +15,9 @@ from evals.calibrate.folds import Outcome
 from evals.calibrate.measured import Measured, Prompt
 from evals.calibrate.target import Target, Tradeoff
 from evals.variants import Variant
+
+if TYPE_CHECKING:
+    from winnow.kv import ModelShape  # loads torch
 
 _NO_VARIANCE = 1e-15
 _FINALISTS = 3
@@ -33,7 +37,9 @@ class Rule:
         """Where it selects on a prompt, from rho relative to any layer up to min_layer."""
         by_layer = dict(rho)
         first = by_layer[self.min_layer] or _NO_VARIANCE
-        for layer_idx in range(self.min_layer, self.latest_layer):
+        for layer_idx in sorted(by_layer):
+            if not self.min_layer <= layer_idx < self.latest_layer:
+                continue
             relative = 1.0 if layer_idx == self.min_layer else by_layer[layer_idx] / first
             if relative < self.threshold:
                 return layer_idx
@@ -48,10 +54,10 @@ class RuleSearch:
         measured: Measured,
         curve: LayerCurve,
         observers: Sequence[Variant],
-        num_layers: int,
+        shape: "ModelShape",
     ) -> None:
         self._measured, self._curve = measured, curve
-        self._num_layers = num_layers
+        self._shape = shape
         self._observers = {
             (one.spec.options["select_tokens"], one.spec.options["observed_layers"]): one
             for one in observers
@@ -78,9 +84,13 @@ class RuleSearch:
     def _rules(self) -> Iterator[Rule]:
         for select_tokens, observed in self._observers:
             for latest in self._curve.layers:
-                for min_layer in range(observed - 1, latest):
+                for min_layer in self._earliest_layers(observed, latest):
                     for threshold in THRESHOLDS:
                         yield Rule(observed, min_layer, threshold, latest, select_tokens)
+
+    def _earliest_layers(self, observed: int, latest: int) -> list[int]:
+        """The full layers below `latest` up to which so many are full."""
+        return [layer for layer in self._shape.full_layers[observed - 1 :] if layer < latest]
 
     def _layer(self, rule: Rule, prompt: Prompt) -> int:
         observer = self._observers[rule.select_tokens, rule.observed_layers]
@@ -93,7 +103,7 @@ class RuleSearch:
     def _share(self, rule: Rule, prompt: Prompt, layer_idx: int) -> float:
         """Of the layer-tokens, with this selection layer."""
         num_tokens = self._measured.unpruned(prompt).num_prompt_tokens
-        whole = (layer_idx + 1) / self._num_layers
+        whole = (layer_idx + 1) / self._shape.num_layers
         return whole + (1 - whole) * rule.select_tokens / num_tokens
 
     def variant(self, rule: Rule, kv_budget: int) -> Variant:

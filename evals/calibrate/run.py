@@ -32,6 +32,7 @@ from evals.tasks.base import Task
 from evals.variants import Variant
 from winnow.defaults import scaled_defaults
 from winnow.errors import InvalidSetting, UnusableModel
+from winnow.methods.layer_checks import require_prunable
 
 LEAST_SCORE = 0.25  # a task that is answered worse unpruned says nothing of pruning
 
@@ -60,6 +61,7 @@ class _Calibration:
 
     def require_possible(self) -> None:
         """Raise what any prompt, or the longest one unpruned, would be refused with."""
+        require_prunable(scaled_defaults(self._request.shape), self._request.shape)
         with self._progress.status("checking that everything asked for can run"):
             everything = range(2 * self._request.num_samples)
             require_runs(self._plan([UNPRUNED_VARIANT], everything), self._model)
@@ -121,7 +123,7 @@ class _Calibration:
                 f"{kv_budget:,}",
                 param="kv",
             )
-        if not kv_grid(Budgets(median, kv_budget)):
+        if not kv_grid(Budgets(median, kv_budget), self._request.shape):
             raise InvalidSetting(
                 f"kv_budget would be {kv_budget:,}; it must be above the narrowest window, 8",
                 param="kv",
@@ -130,7 +132,7 @@ class _Calibration:
 
     def _observation(self, budgets: Budgets) -> dict[str, Any]:
         """The window and the kernel that keep most without a selection, with those beside them."""
-        grid = kv_grid(budgets)
+        grid = kv_grid(budgets, self._request.shape)
         measured = self._measure(grid, self._search, "windows and kernels")
         prompts = self._prompts(measured)
         kept = {one.method: measured.share_kept(one, prompts) for one in grid}
@@ -143,8 +145,8 @@ class _Calibration:
         return {name: options[name] for name in ("window_size", "kernel_size")}
 
     def _measure_layers(self, budgets: Budgets, observation: dict[str, Any]) -> list[Variant]:
-        fixed = fixed_layers(budgets, observation, self._request.num_layers)
-        watched = observers(budgets, observation, self._request.num_layers)
+        fixed = fixed_layers(budgets, observation, self._request.shape)
+        watched = observers(budgets, observation, self._request.shape)
         self._measure([*fixed, *watched], self._search, "selection layers")
         return fixed
 
@@ -157,10 +159,10 @@ class _Calibration:
         the prompts of the search is always among them.
         """
         measured = Measured(self._run.records)
-        prompts, num_layers = self._prompts(measured), self._request.num_layers
+        prompts, shape = self._prompts(measured), self._request.shape
         curve = LayerCurve(measured, fixed)
-        watched = observers(budgets, observation, num_layers)
-        rules = RuleSearch(measured, curve, watched, num_layers)
+        watched = observers(budgets, observation, shape)
+        rules = RuleSearch(measured, curve, watched, shape)
         by_layer = cross_validate(self._choose_layer(curve, fixed), prompts, measured)
         by_rule = cross_validate(self._choose_rule(rules), prompts, measured)
         finalists: list[Variant] = []
@@ -264,7 +266,7 @@ class _Calibration:
         budgets: Budgets,
         observation: dict[str, Any],
     ) -> dict[str, Variant]:
-        defaults = scaled_defaults(self._request.num_layers)
+        defaults = scaled_defaults(self._request.shape)
         kv_budget = budgets.kv_budget
         paper = {"window_size": min(defaults.window_size, kv_budget - 1)}
         rows = {
@@ -280,7 +282,8 @@ class _Calibration:
             "snapkv, calibrated": variant("snapkv", kv_budget=kv_budget, **observation),
         }
         if rival is not None and rival != chosen:
-            rows[f"best fixed layer, {rival.spec.options['fixed_layer']}"] = rival
+            layer = self._request.shape.layer_name(rival.spec.options["fixed_layer"])
+            rows[f"best fixed layer, {layer}"] = rival
         return rows
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from winnow.attention import causal_attention
+from winnow.attention import AttentionOptions, causal_attention
 from winnow.decoder import DecoderModel
 from winnow.kv import LayerKV
 
@@ -63,7 +63,7 @@ class _QuestionAttention:
         self._positions = positions.to(torch.int32)
 
     def __call__(
-        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
         kept, rows = self._kept, self._kept.head_slices()
         keys = [torch.cat([kept.keys[own], new]) for own, new in zip(rows, key[0], strict=True)]
@@ -82,7 +82,7 @@ class _QuestionAttention:
         heads = query.chunk(len(rows), dim=1)  # [1, H / H_kv, T, D] each
         return torch.cat(
             [
-                causal_attention(head, k[None, None], v[None, None], scaling)
+                causal_attention(head, k[None, None], v[None, None], options)
                 for head, k, v in zip(heads, keys, values, strict=True)
             ],
             dim=1,

@@ -17,7 +17,6 @@ from evals.turns.conversation import METRIC, TASK, conversation
 from evals.turns.summary import Place, TurnMeans, TurnRecord, summarize
 from evals.turns.table import print_means
 from evals.variants import UNPRUNED, Variant
-from winnow.engine.prefix.store import PrefixStore
 from winnow.errors import InvalidSetting
 from winnow.methods import method_class
 
@@ -71,21 +70,19 @@ class TurnPlan:
 def evaluate_turns(
     plan: TurnPlan,
     model: LocalModel,
-    store_bytes: int,
-    store_device: str,
     folder: Path,
     *,
     progress: Console,
     result: Console,
 ) -> None:
-    """Answer all conversations, then write and print the results.
+    """Answer all conversations, then write and print the results.  model: with a prefix store.
 
     Raises WinnowError, before anything is written, if something requested cannot run.
     """
     require_lengths(plan.lengths, model)
     model.require_runs(plan.variants, max(plan.lengths) - TASK.max_new_tokens, TASK.max_new_tokens)
-    store = PrefixStore(model.decoder, store_bytes, location=store_device)
-    answering = Answering(model, store)
+    assert model.prefix_store is not None
+    answering = Answering(model, model.prefix_store)
     total = plan.num_samples * len(plan.lengths) * len(plan.ways()) * plan.num_turns
     records = list(
         track(_records(plan, model, answering), "answers", total=total, console=progress)

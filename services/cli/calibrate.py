@@ -103,10 +103,12 @@ def run_calibrate(args: argparse.Namespace, settings: Settings) -> None:
     from winnow.model_files import describe_model  # noqa: PLC0415 - loads transformers
 
     description = describe_model(
-        settings.model,
+        settings.model_source,
         device=settings.device,
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
+        quantize=settings.quantize,
+        dequantize=settings.dequantize,
     )
     output = _output(args, description)
     model = _model(args, settings, description)
@@ -141,7 +143,7 @@ def _request(
         num_samples=num_samples,
         seed=args.seed,
         chat=args.chat,
-        num_layers=description.shape.num_layers,
+        shape=description.shape,
     )
 
 
@@ -174,7 +176,7 @@ def _model(
     args: argparse.Namespace, settings: Settings, description: "ModelDescription"
 ) -> "LocalModel":
     # Over the model's own settings, which this command may have written before.
-    pruning = asdict(scaled_defaults(description.shape.num_layers)) | settings.pruning
+    pruning = asdict(scaled_defaults(description.shape)) | settings.pruning
     return open_local_model(args, settings, pruning, record_window=MAX_WINDOW)
 
 
@@ -190,6 +192,5 @@ def _write(output: Path, found: Found, description: "ModelDescription") -> None:
     """Writes the settings over those of the file, whose other settings stay."""
     known = json.loads(output.read_text()) if output.exists() else {}
     merged = known | found.settings
-    num_layers = description.shape.num_layers
-    override(scaled_defaults(num_layers), merged).require_fits(num_layers)
+    override(scaled_defaults(description.shape), merged).require_fits(description.shape)
     write_json(output, merged)

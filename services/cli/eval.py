@@ -115,11 +115,11 @@ def _run_turns(args: argparse.Namespace, settings: Settings) -> None:
         num_samples=args.samples,
         seed=args.seed,
     )
+    store_bytes = settings.prefix_cache_bytes or _TURNS_STORE_BYTES
+    with_store = settings.model_copy(update={"prefix_cache_bytes": store_bytes})
     evaluate_turns(
         plan,
-        open_local_model(args, settings, settings.pruning),
-        int(settings.prefix_cache_bytes) or _TURNS_STORE_BYTES,
-        settings.prefix_cache_device,
+        open_local_model(args, with_store, settings.pruning),
         args.output,
         progress=Console(stderr=True),
         result=Console(),

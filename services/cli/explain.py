@@ -8,7 +8,8 @@ from pathlib import Path
 
 from services.cli.generate import load_winnow, read_prompt, token_ids_of
 from services.common.settings import Settings
-from services.explain.page import render
+from services.playground.page import report_page
+from services.playground.report import report
 from winnow.errors import InvalidSetting
 from winnow.explain import explain
 from winnow.sampling_params import SamplingParams
@@ -24,7 +25,8 @@ def run_explain(args: argparse.Namespace, settings: Settings) -> None:
     winnow = load_winnow(settings)
     token_ids = token_ids_of(winnow, prompt, chat=args.chat)
     sampling = SamplingParams(max_tokens=args.max_tokens, temperature=0)
-    page = render(explain(winnow, token_ids, sampling), settings.served_name)
+    explanation = explain(winnow, token_ids, sampling)
+    page = report_page(report(explanation, settings.served_name))
     _write(args.output, page)
     sys.stdout.write(f"{args.output}\n")
 

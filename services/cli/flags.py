@@ -8,8 +8,13 @@ from services.common.settings import MAPS, Settings
 from winnow.defaults import parse_change
 
 _WORKER = {
-    "Model": ("model", "model_name", "device", "dtype", "max_model_len"),
+    "Model": (
+        *("model", "revision", "model_name", "device", "dtype", "kv_dtype", "max_model_len"),
+        *("quantize", "dequantize", "tensor_parallel"),
+    ),
+    "Adapters": ("adapters", "max_adapters", "max_adapter_rank"),
     "Decode workers": (
+        "decode_tensor_parallel",
         "decode_host",
         "decode_advertised_host",
         "decode_port",
@@ -22,6 +27,7 @@ _WORKER = {
         "swap_bytes",
         "page_size",
         "max_batch_size",
+        "cuda_graphs",
         "decode_share",
         "lease_s",
         "kv_lease_s",
@@ -42,7 +48,8 @@ DECODE_GROUPS: Mapping[str, Sequence[str]] = _WORKER | {
     "Who may connect": ("redis_ca_file", *_PEERS)
 }
 SERVE_GROUPS: Mapping[str, Sequence[str]] = {
-    "Model": (*_WORKER["Model"], "pruning"),
+    "Model": (*_WORKER["Model"], "model_aliases", "pruning"),
+    "Adapters": _WORKER["Adapters"],
     "Addresses": (
         "host",
         "port",
@@ -61,8 +68,13 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
     ),
     "How many": ("prefill_replicas", "decode_workers", "gateway_replicas"),
     "At its end": ("drain_notice_s",),
-    "What a request gets": ("generation_config",),
-    "Chat": ("chat_template_kwargs", "allow_special_tokens"),
+    "What a request gets": ("generation_config", "playground"),
+    "Chat": (
+        "chat_template_kwargs",
+        "allow_special_tokens",
+        "tool_parser",
+        "reasoning_parser",
+    ),
     "What a request may ask for": (
         "max_prompt_tokens",
         "max_new_tokens",
@@ -78,11 +90,13 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
     ),
     "Quality in use": ("quality_sample", "quality_tasks"),
     "Prefill workers": (
+        "prefill_tensor_parallel",
         "max_waiting_prefills",
         "max_open_prefills",
         "prefill_attempts",
         "prefix_cache_bytes",
         "prefix_cache_device",
+        "prefix_cache_device_bytes",
         "prefix_affinity",
     ),
     "Decode workers": _WORKER["Decode workers"],
@@ -96,15 +110,40 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
     ),
 }
 EVALUATED_GROUPS: Mapping[str, Sequence[str]] = {
-    "Model": ("model", "device", "dtype", "max_model_len", "pruning"),
+    "Model": (
+        *("model", "revision", "device", "dtype", "kv_dtype", "max_model_len"),
+        *("quantize", "dequantize", "pruning"),
+    ),
     "Memory": ("num_threads", "kv_memory_bytes"),
 }
 EVAL_GROUPS: Mapping[str, Sequence[str]] = {
     **EVALUATED_GROUPS,
-    "Memory": (*EVALUATED_GROUPS["Memory"], "prefix_cache_bytes", "prefix_cache_device"),
+    "Memory": (
+        *EVALUATED_GROUPS["Memory"],
+        "prefix_cache_bytes",
+        "prefix_cache_device",
+        "prefix_cache_device_bytes",
+    ),
+}
+FETCH_GROUPS: Mapping[str, Sequence[str]] = {
+    "Model": ("model", "revision"),
+    "Process": ("log_level", "log_format"),
+}
+# Of `winnow chat`, for a model in its own process.
+LOCAL_CHAT = (
+    *("model", "revision", "device", "dtype", "kv_dtype", "max_model_len"),
+    *("quantize", "dequantize"),
+    *("allow_special_tokens", "reasoning_parser"),
+    *("num_threads", "kv_memory_bytes", "prefix_cache_bytes"),
+)
+CHAT_GROUPS: Mapping[str, Sequence[str]] = {
+    "Model in this process": LOCAL_CHAT,
+    "Model of a service": ("model_name",),
+    "Either": ("pruning", "chat_template_kwargs"),
 }
 # redis_url comes only from WINNOW_REDIS_URL or a file: other users can see command lines.
 
+_LISTS = {"adapters": "NAME=FOLDER"}
 _KINDS = {"pruning": "a pruning setting", "chat_template_kwargs": "a template's variable"}
 _METAVARS = {
     "_s": "SECONDS",
@@ -114,14 +153,27 @@ _METAVARS = {
     "_file": "FILE",
     "_origins": "ORIGINS",
     "_tasks": "NAMES",
+    "_aliases": "NAMES",
     "_dir": "DIR",
     "model": "MODEL",
     "generation_config": "SOURCE",
     "allow_special_tokens": "BOOLEAN",
+    "dequantize": "BOOLEAN",
+    "playground": "BOOLEAN",
 }
 _WORDS = (
-    *("otlp_endpoint", "model_name", "namespace", "device", "dtype", "log_level", "log_format"),
-    "max_tokens_policy",
+    *(
+        "otlp_endpoint",
+        "model_name",
+        "revision",
+        "namespace",
+        "device",
+        "dtype",
+        "log_level",
+        "log_format",
+    ),
+    *("max_tokens_policy", "kv_dtype", "cuda_graphs", "tool_parser", "reasoning_parser"),
+    "quantize",
 )
 
 
@@ -147,8 +199,14 @@ def _add_flag(group: argparse._ArgumentGroup, name: str) -> None:
             default=argparse.SUPPRESS,
             help=f"{text}; may be repeated",
         )
-    else:
-        group.add_argument(flag, metavar=_metavar(name), default=argparse.SUPPRESS, help=text)
+        return
+    options: dict[str, Any] = {}
+    if name in _LISTS:
+        options = {"action": "extend", "nargs": "+"}
+    elif field.annotation is bool:
+        options = {"nargs": "?", "const": "true"}
+    metavar = _LISTS.get(name) or _metavar(name)
+    group.add_argument(flag, metavar=metavar, default=argparse.SUPPRESS, help=text, **options)
 
 
 def _default(default: object) -> str:

@@ -9,6 +9,7 @@ import torch
 from services.common.settings import Settings
 from winnow.completion import CompletionStream
 from winnow.errors import InvalidRequest
+from winnow.kv import ModelShape
 from winnow.local import Winnow
 from winnow.sampling_params import SamplingParams
 
@@ -21,28 +22,33 @@ def generate(args: argparse.Namespace, settings: Settings) -> None:
     prompt = read_prompt(args)
     winnow = load_winnow(settings)
     token_ids = token_ids_of(winnow, prompt, chat=args.chat)
-    stream = winnow.stream(token_ids, _sampling(args), tuple(args.stop))
+    stream = winnow.stream(token_ids, _sampling(args), tuple(args.stop), adapter=args.adapter)
     for piece in stream:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
-    sys.stderr.write(f"winnow: {_summary(stream)}\n")
+    sys.stderr.write(f"winnow: {_summary(stream, winnow.model.shape)}\n")
     if stream.report.rho and stream.report.selection_layer is None:
-        sys.stderr.write(f"winnow: {_unpruned(stream, winnow.pruning.threshold)}\n")
+        sys.stderr.write(f"winnow: {_unpruned(stream, winnow)}\n")
 
 
-def load_winnow(settings: Settings) -> Winnow:
+def load_winnow(settings: Settings, prefix_cache_bytes: int = 0) -> Winnow:
     """Load the model and engines for a command that runs in a single process."""
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     return Winnow.load(
-        settings.model,
+        settings.model_source,
         device=settings.device,
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
+        quantize=settings.quantize,
+        dequantize=settings.dequantize,
+        kv_dtype=settings.kv_dtype,
         kv_memory_bytes=settings.kv_memory_bytes,
+        prefix_cache_bytes=prefix_cache_bytes,
         chat_template_kwargs=settings.chat_template_kwargs,
         allow_special_tokens=settings.allow_special_tokens,
+        adapters=settings.adapters,
         **settings.pruning,
     )
 
@@ -52,16 +58,20 @@ def read_prompt(args: argparse.Namespace) -> str:
 
     Raises InvalidRequest if it cannot be read.
     """
-    if args.prompt is not None:
-        return str(args.prompt)
+    return str(args.prompt) if args.prompt is not None else read_text(args.prompt_file)
+
+
+def read_text(file: str) -> str:
+    """The text of a file, or of standard input if it is `-`, without its last line break.
+
+    Raises InvalidRequest if it cannot be read.
+    """
     try:
-        return _read(args.prompt_file).decode().removesuffix("\n")
+        return _read(file).decode().removesuffix("\n")
     except OSError as error:
-        raise InvalidRequest(
-            f"prompt file {args.prompt_file} cannot be read: {error.strerror}"
-        ) from error
+        raise InvalidRequest(f"prompt file {file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"prompt file {args.prompt_file} is not UTF-8: {error}") from error
+        raise InvalidRequest(f"prompt file {file} is not UTF-8: {error}") from error
 
 
 def _read(file: str) -> bytes:
@@ -84,13 +94,13 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
     )
 
 
-def _summary(stream: CompletionStream) -> str:
+def _summary(stream: CompletionStream, shape: ModelShape) -> str:
     """One line about what was done to the prompt."""
     report = stream.report
     where = (
         f"no layer selected ({report.no_selection_reason})"
         if report.selection_layer is None
-        else f"selected after layer {report.selection_layer}"
+        else f"selected after layer {shape.layer_name(report.selection_layer)}"
     )
     return (
         f"{report.num_prompt_tokens:,} prompt tokens, {where}, "
@@ -99,11 +109,12 @@ def _summary(stream: CompletionStream) -> str:
     )
 
 
-def _unpruned(stream: CompletionStream, threshold: float) -> str:
+def _unpruned(stream: CompletionStream, winnow: Winnow) -> str:
     """Why a prompt that was long enough was computed whole, and what to do."""
     layer_idx, least = min(stream.report.rho, key=lambda one: one[1])
     return (
         f"the prompt was computed whole: relative rank variance came down to {least:.2g} (layer "
-        f"{layer_idx}), not below the threshold, {threshold:g}; `winnow calibrate` finds settings "
+        f"{winnow.model.shape.layer_name(layer_idx)}), not below the threshold, "
+        f"{winnow.pruning.threshold:g}; `winnow calibrate` finds settings "
         "for the model, latest_layer a layer that selects in any case"
     )

@@ -24,10 +24,13 @@ def open_local_model(
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     return LocalModel(
-        settings.model,
+        settings.model_source,
         device=settings.device,
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
+        quantize=settings.quantize,
+        dequantize=settings.dequantize,
+        kv_dtype=settings.kv_dtype,
         kv_memory_bytes=settings.kv_memory_bytes,
         max_batch_size=args.batch_size,
         pruning=dict(pruning),
@@ -35,4 +38,5 @@ def open_local_model(
         record_window=record_window,
         prefix_cache_bytes=int(settings.prefix_cache_bytes),
         prefix_cache_device=settings.prefix_cache_device,
+        prefix_cache_device_bytes=int(settings.prefix_cache_device_bytes),
     )

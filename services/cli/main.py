@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeAlias
 
 from services.cli.signals import Interrupts
-from services.common.logs import configure_logging
+from services.common.logs import configure_logging, show_downloads
 from services.common.openmp import SHORT_WAITS
 from winnow.errors import WinnowError
 
@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(_add_command(commands, "serve", "run the service in the foreground"))
     _add_decode(_add_command(commands, "decode", "run a decode worker that joins through Redis"))
+    _add_fetch(_add_command(commands, "fetch", "bring a hub's model to this machine"))
     _add_generate(_add_command(commands, "generate", "answer one prompt in this process"))
+    _add_chat(_add_command(commands, "chat", "talk about a file"))
     _add_explain(_add_command(commands, "explain", "show on a page what was kept of one prompt"))
     _add_eval(_add_command(commands, "eval", "measure how well pruned prompts are answered"))
     _add_calibrate(_add_command(commands, "calibrate", "find pruning settings for a model"))
@@ -117,6 +119,15 @@ def _add_decode(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_decode)
 
 
+def _add_fetch(parser: argparse.ArgumentParser) -> None:
+    from services.cli import flags  # noqa: PLC0415 - loads pydantic
+
+    _add_config_flag(parser)
+    flags.add_settings_flags(parser, flags.FETCH_GROUPS)
+    farewell = "stopped; the same command goes on where it ended"
+    parser.set_defaults(run=_fetch, farewell=farewell)
+
+
 def _add_config_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML file of settings (or WINNOW_CONFIG)"
@@ -144,6 +155,8 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
+    from services.cli import flags  # noqa: PLC0415 - loads pydantic
+
     _add_prompt(parser)
     sampling = parser.add_argument_group("Sampling")
     sampling.add_argument("--max-tokens", type=int, default=256, help="(default: 256)")
@@ -151,7 +164,29 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--top-p", type=float, default=1, help="(default: 1)")
     sampling.add_argument("--seed", type=int, default=0, help="(default: 0)")
     sampling.add_argument("--stop", action="append", default=[], help="ends the answer; repeatable")
+    flags.add_settings_flags(parser, {"Adapters": ("adapters",)})
+    parser.add_argument("--adapter", metavar="NAME", help="that answers (default: the model alone)")
     parser.set_defaults(run=_generate, config=None)
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    from services.cli import flags  # noqa: PLC0415 - loads pydantic
+
+    parser.add_argument("file", metavar="FILE", help="the text to talk about")
+    parser.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="ask a running service, with the key in OPENAI_API_KEY, not a model in this process",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="instructions to the model")
+    parser.add_argument(
+        "--max-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0, metavar="N", help="0 is greedy (default)"
+    )
+    flags.add_settings_flags(parser, flags.CHAT_GROUPS)
+    parser.set_defaults(run=_chat, config=None)
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -181,6 +216,12 @@ def _settings(args: argparse.Namespace) -> "Settings":
     return load_settings(flags.settings_from_flags(args), args.config)
 
 
+def _local_settings(args: argparse.Namespace) -> "Settings":
+    """Of a command whose model is in this process."""
+    show_downloads()
+    return _settings(args)
+
+
 def _serve(args: argparse.Namespace) -> None:
     settings = _settings(args)
     if args.print_config:
@@ -202,6 +243,14 @@ def _decode(args: argparse.Namespace) -> None:
     settings = _settings(args)
     configure_logging(settings.log_level, settings.log_format)
     asyncio.run(run_decode(settings))
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    from services.cli.fetch import fetch  # noqa: PLC0415 - loads the hub's client
+
+    settings = _settings(args)
+    configure_logging(settings.log_level, settings.log_format)
+    print(fetch(settings))
 
 
 def _health(args: argparse.Namespace) -> None:
@@ -230,25 +279,31 @@ def _drain(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from services.cli.generate import generate  # noqa: PLC0415 - loads transformers
 
-    generate(args, _settings(args))
+    generate(args, _local_settings(args))
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from services.cli.chat import chat  # noqa: PLC0415 - loads transformers
+
+    chat(args, _local_settings(args))
 
 
 def _explain(args: argparse.Namespace) -> None:
     from services.cli.explain import run_explain  # noqa: PLC0415 - loads transformers
 
-    run_explain(args, _settings(args))
+    run_explain(args, _local_settings(args))
 
 
 def _eval(args: argparse.Namespace) -> None:
     from services.cli.eval import run_eval  # noqa: PLC0415 - loads tasks
 
-    run_eval(args, _settings(args))
+    run_eval(args, _local_settings(args))
 
 
 def _calibrate(args: argparse.Namespace) -> None:
     from services.cli.calibrate import run_calibrate  # noqa: PLC0415 - loads tasks
 
-    run_calibrate(args, _settings(args))
+    run_calibrate(args, _local_settings(args))
 
 
 def _ready_message(settings: "Settings") -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 
+from services.cli.fetch import with_fetched_model
 from services.cli.signals import StopSignals
 from services.common.ports import free_port, listening
 from services.common.settings import Settings
@@ -56,18 +57,15 @@ def run_service(settings: Settings, progress: Progress, ready: Callable[[Setting
     Raises UnusableModel or InvalidSetting if it cannot start; nothing is left running then.
     """
     settings = with_ports(settings)
-    with (
-        StopSignals() as signals,
-        contextlib.suppress(KeyboardInterrupt),
-        _ray(settings, progress, signals),
-        _application(settings, progress, signals),
-    ):
-        _wait_until_served(settings, progress, signals)
-        ready(settings)
-        signals.wait()
-        signals.raise_next()
-        if signals.number == signal.SIGTERM:
-            _send_clients_elsewhere(settings, progress)
+    with StopSignals() as signals, contextlib.suppress(KeyboardInterrupt):
+        settings = with_fetched_model(settings, signals.check)
+        with _ray(settings, progress, signals), _application(settings, progress, signals):
+            _wait_until_served(settings, progress, signals)
+            ready(settings)
+            signals.wait()
+            signals.raise_next()
+            if signals.number == signal.SIGTERM:
+                _send_clients_elsewhere(settings, progress)
 
 
 def with_ports(settings: Settings) -> Settings:
@@ -96,10 +94,13 @@ def _claim(host: str, port: int, name: str) -> socket.socket:
 def _check(settings: Settings) -> None:
     from services.common.redis_access import require_redis  # noqa: PLC0415 - loads Redis' client
     from services.common.tls import PeerTls, public_credentials  # noqa: PLC0415 - loads gRPC
+    from services.gateway.served_adapters import require_adapters  # noqa: PLC0415 - loads torch
     from services.gateway.served_model import ServedModel  # noqa: PLC0415 - loads transformers
     from winnow.checkpoint import require_sound  # noqa: PLC0415 - loads transformers
 
-    require_sound(ServedModel.load(settings).description)
+    description = ServedModel.load(settings).description
+    require_sound(description)
+    require_adapters(settings, description)
     public_credentials(settings)
     PeerTls.load(settings)
     require_redis(settings)

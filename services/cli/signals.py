@@ -20,7 +20,9 @@ class Interrupts:
 
     KeyboardInterrupt may get lost (in a library's bare `except`, in a finalizer) or take long
     (threads that load weights are joined): the process then exits by itself after _GRACE_S seconds,
-    and at once at a second SIGINT.  farewell: the message it prints then.
+    and at once at a second SIGINT. Whatever error leaves the context after a SIGINT ends the
+    process too: modules in C that are being imported make an ImportError of KeyboardInterrupt.
+    farewell: the message it prints then.
 
     It handles SIGINT even if a script started the command in the background: shells make such a
     command ignore SIGINT, and Python leaves it ignored. Outside the main thread, where signals do
@@ -46,6 +48,8 @@ class Interrupts:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._interrupted and error is not None:
+            self.end_process()
         if self._listens:
             signal.signal(signal.SIGINT, self._before)
             os.close(self._told)
@@ -72,6 +76,32 @@ class Interrupts:
         if interrupted and not select.select([self._watched], [], [], _GRACE_S)[0]:
             self.end_process()
         os.close(self._watched)
+
+
+class FirstInterrupt:
+    """Context in which the first SIGINT is noted in `arrived`; later ones do what they did.
+
+    For work that is to stop while the command goes on.
+    """
+
+    def __init__(self) -> None:
+        self.arrived = False
+
+    def __enter__(self) -> "FirstInterrupt":
+        self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self.arrived = True
+        signal.signal(signal.SIGINT, self._before)
 
 
 class StopSignals:

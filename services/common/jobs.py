@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from winnow.adapters.ref import AdapterRef, kv_variant
 from winnow.pruning_settings import PruningSettings
 from winnow.report import PrefillReport
+from winnow.token_scores import TokenScores
 from winnow.tokens import PromptLogprobs
 from winnow.versions import set_fields
 from winnow.wire import Ticket
@@ -23,6 +25,11 @@ class PrefillJob:
     gives_way: it runs only while no other prompt waits or is computed, and ends with Overloaded
     when one arrives; no metric counts it.
     cache_salt: prompts with another one do not share the prefix cache with it.
+    rank_kv_addresses: where each rank of the decode worker takes the KV of its heads; empty if all
+    goes to kv_address.
+    explains: the outcome is to have `scores`.
+    adapter: that computes the prompt; None: the model alone does.
+    is_long: whether it is rotated by the model's long tables (ModelDescription.is_long).
     """
 
     request_id: str
@@ -38,8 +45,18 @@ class PrefillJob:
     scored_from: int = 0
     gives_way: bool = False
     cache_salt: str = ""
+    rank_kv_addresses: tuple[str, ...] = ()
+    explains: bool = False
+    adapter: AdapterRef | None = None
+    is_long: bool = False
 
     __setstate__ = set_fields
+
+    @property
+    def kv_variant(self) -> str | None:
+        """What tells its KV from the model's other ones."""
+        digest = None if self.adapter is None else self.adapter.digest
+        return kv_variant(digest, is_long=self.is_long)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +77,14 @@ class PrefillTimings:
 
 @dataclass(frozen=True, slots=True)
 class PrefillOutcome:
-    """A prefill worker's response once an attempt's KV is in place, or was not requested."""
+    """A prefill worker's response once an attempt's KV is in place, or was not requested.
+
+    scores: None if they were not requested, or the worker is too old to have them.
+    """
 
     report: PrefillReport
     timings: PrefillTimings
     prompt_logprobs: PromptLogprobs | None = None
+    scores: TokenScores | None = None
+
+    __setstate__ = set_fields

@@ -79,3 +79,12 @@ def configure_logging(level: str, log_format: str) -> None:
     for name in _OURS:
         logging.getLogger(name).setLevel(level.upper())
     logging.getLogger("ray.serve").addFilter(_in_one_line)
+
+
+def show_downloads() -> None:
+    """Write what Winnow says of a hub's models to standard error, for commands without a log."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("winnow: %(message)s"))
+    logger = logging.getLogger("winnow.hub")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)

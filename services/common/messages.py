@@ -6,6 +6,9 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from winnow.adapters.ref import AdapterRef
+from winnow.errors import InvalidGrammar
+from winnow.grammar import Grammar
 from winnow.pruning_settings import Recompression
 from winnow.sampling_params import SamplingParams
 from winnow.tokens import FinishReason, Token, TokenLogprobs
@@ -63,6 +66,28 @@ def _given(message: Message, cls: type[SamplingParams | Recompression]) -> dict[
         for field in fields(cls)
         if field.type != int | None or message.HasField(field.name)
     }
+
+
+def adapter_to_proto(adapter: AdapterRef) -> pb.Adapter:
+    return pb.Adapter(name=adapter.name, digest=adapter.digest, folder=adapter.folder)
+
+
+def adapter_from_proto(message: pb.Adapter) -> AdapterRef:
+    return AdapterRef(message.name, message.digest, message.folder)
+
+
+def grammar_to_proto(grammar: Grammar) -> pb.Grammar:
+    return pb.Grammar(
+        **{grammar.kind: grammar.source}, control_token_ids=sorted(grammar.control_token_ids)
+    )
+
+
+def grammar_from_proto(message: pb.Grammar) -> Grammar:
+    """Raises InvalidGrammar for a message without a source, such as one of a newer release."""
+    kind = message.WhichOneof("source")
+    if kind is None:
+        raise InvalidGrammar("the grammar is of no kind that is known here", param="grammar")
+    return Grammar(kind, getattr(message, kind), frozenset(message.control_token_ids))
 
 
 def tokens_to_proto(tokens: Iterable[Token], recompressed_entries: int) -> pb.Tokens:

@@ -7,7 +7,13 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from services.common.registry import LeasedRecords, MetricsTarget, Record, WorkerRecord
+from services.common.registry import (
+    AdapterRecord,
+    LeasedRecords,
+    MetricsTarget,
+    Record,
+    WorkerRecord,
+)
 from winnow.errors import InvalidSetting, RegistryUnavailable
 
 _RAY_NAMESPACE = "winnow"
@@ -35,6 +41,9 @@ class _RecordsActor:
     async def targets(self) -> list[MetricsTarget]:
         return self._records.live(MetricsTarget)
 
+    async def adapters(self) -> list[AdapterRecord]:
+        return self._records.live(AdapterRecord)
+
 
 class RayRegistry:
     """Calls the actor from any process of the Ray cluster, and starts it if it is missing."""
@@ -57,6 +66,9 @@ class RayRegistry:
     async def targets(self) -> list[MetricsTarget]:
         return list(await self._call(lambda actor: actor.targets.remote()))
 
+    async def adapters(self) -> list[AdapterRecord]:
+        return list(await self._call(lambda actor: actor.adapters.remote()))
+
     async def close(self) -> None:
         """Nothing to close: the actor lives on for other processes."""
 
@@ -69,7 +81,7 @@ class RayRegistry:
             result = await asyncio.wait_for(method(self._actor), timeout_s)
             self._has_answered = True
             return result
-        except (RayError, TimeoutError, ValueError) as error:
+        except (RayError, TimeoutError, ValueError, AttributeError) as error:  # an older actor's
             self._lost = True
             raise RegistryUnavailable(f"the registry actor does not answer: {error!r}") from error
 
@@ -84,6 +96,7 @@ def _find_or_start(name: str) -> Any:  # noqa: ANN401 - an actor handle
             lifetime="detached",
             max_restarts=-1,
             num_cpus=0,
+            scheduling_strategy="DEFAULT",  # not in the placement group of a worker that starts it
         )
         .remote()
     )

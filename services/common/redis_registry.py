@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 from services.common.redis_access import malformed_url, redis_options
 from services.common.registry import (
     KINDS,
+    AdapterRecord,
     MetricsTarget,
     Record,
     RecordT,
@@ -54,6 +55,9 @@ class RedisRegistry:
 
     async def targets(self) -> list[MetricsTarget]:
         return await self._live(MetricsTarget)
+
+    async def adapters(self) -> list[AdapterRecord]:
+        return await self._live(AdapterRecord)
 
     async def _live(self, cls: type[RecordT]) -> list[RecordT]:
         pattern = self._key(cls.KIND, "*")

@@ -1,4 +1,4 @@
-"""Records of live processes (decode workers, metrics endpoints), each under a lease.
+"""Records of live processes (decode workers, metrics endpoints) and adapters, each under a lease.
 
 A process puts its records again before the lease ends; a record whose lease has expired is gone.
 With `redis_url` set the records live in Redis, otherwise in a small Ray actor.
@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 # Features of this release's decode workers that older workers would ignore.
 MIN_TOKENS = "min_tokens"
 FEATURES = (MIN_TOKENS,)
+GRAMMAR = "grammar"  # of those that have the model's tokenizer
+ADAPTERS = "adapters"  # of those that have room for some
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +24,8 @@ class WorkerRecord:
 
     address, kv_address: host:port of Decode and of KvTransfer. model_name is informational; models
     are compared by fingerprint. running: sequences in the batch plus requests waiting for KV.
-    features: from FEATURES, or unknown ones of newer releases.  sampler_version: 1 of those that
-    do not tell it.
+    features: from FEATURES, GRAMMAR, ADAPTERS, or unknown ones of newer releases.
+    sampler_version: 1 of those that do not tell it.
     """
 
     worker_id: str
@@ -54,9 +56,25 @@ class MetricsTarget:
     KIND: ClassVar = "metrics"
 
 
-Record = WorkerRecord | MetricsTarget
-KINDS = (WorkerRecord.KIND, MetricsTarget.KIND)
-RecordT = TypeVar("RecordT", WorkerRecord, MetricsTarget)
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """An adapter that was loaded, or dropped, while the service runs.
+
+    worker_id: the adapter's name.  version: Unix time in nanoseconds; of a name the newest counts.
+    """
+
+    worker_id: str
+    digest: str
+    folder: str
+    version: int
+    is_dropped: bool = False
+
+    KIND: ClassVar = "adapter"
+
+
+Record = WorkerRecord | MetricsTarget | AdapterRecord
+KINDS = (WorkerRecord.KIND, MetricsTarget.KIND)  # of a process
+RecordT = TypeVar("RecordT", WorkerRecord, MetricsTarget, AdapterRecord)
 
 
 def record_to_json(record: Record) -> str:
@@ -94,6 +112,9 @@ class Registry(Protocol):
 
     async def targets(self) -> list[MetricsTarget]:
         """Metrics endpoints whose lease has not expired, sorted by worker_id."""
+
+    async def adapters(self) -> list[AdapterRecord]:
+        """Adapters whose lease has not expired, sorted by name."""
 
     async def close(self) -> None:
         """Close the connection; the records stay."""

@@ -8,7 +8,7 @@ refused with a one-line error.
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -26,11 +26,14 @@ from pydantic import (
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode
 from pydantic_settings.exceptions import SettingsError
 
+from winnow.adapters.ref import DEFAULT_MAX_RANK, AdapterRoom, require_adapter_name
 from winnow.catalog import METHODS
-from winnow.errors import InvalidSetting
+from winnow.checks import require_first_gpu
+from winnow.errors import InvalidSetting, UnusableModel
 from winnow.generation_defaults import FROM_MODEL, NONE
-from winnow.gguf import SUFFIX
+from winnow.hub.reference import HubModel, parse, short_name
 from winnow.pruning_settings import PruningSettings
+from winnow.quantization.settings import Quantize, require_quantize
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "models" / "winnow-tiny"
 ENV_PREFIX = "WINNOW_"
@@ -42,11 +45,13 @@ _TLS_FILES = ("tls_cert_file", "tls_key_file")
 _PEER_FILES = ("peer_cert_file", "peer_key_file", "peer_ca_file")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+")
 
-Port = Annotated[int, Field(ge=0, le=65535)]
-KnownPort = Annotated[int, Field(ge=1, le=65535)]
+MAX_PORT = 65535
+Port = Annotated[int, Field(ge=0, le=MAX_PORT)]
+KnownPort = Annotated[int, Field(ge=1, le=MAX_PORT)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+Alias = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class Settings(BaseModel):
@@ -62,16 +67,62 @@ class Settings(BaseModel):
     # What is served
     model: str = Field(
         str(EMBEDDED_MODEL),
-        description="model folder, GGUF file or hub id (default: the embedded model)",
+        description="model folder, GGUF file, or a hub's model: org/name, org/name@revision, "
+        "org/name:Q4_K_M or org/name/file.gguf (default: the embedded model)",
+    )
+    revision: str | None = Field(
+        None,
+        min_length=1,
+        pattern=r"^[^@:\s]+$",
+        description="branch, tag or commit of a hub's model (default: main)",
     )
     model_name: str | None = Field(
         None,
         min_length=1,
         description="name under which it is served (default: the folder's or file's)",
     )
-    device: str = Field("cpu", description="torch device of the workers: cpu, cuda, cuda:1")
+    model_aliases: Annotated[tuple[Alias, ...], NoDecode] = Field(
+        (),
+        description="further names by which requests may ask for the model, with commas between "
+        "them; * is any name (default: none)",
+    )
+    adapters: Annotated[dict[str, Path], NoDecode] = Field(
+        default_factory=dict,
+        description="folders of LoRA adapters of the model as PEFT saves them, by the names under "
+        "which requests ask for them, like mine=/models/mine",
+    )
+    max_adapters: Annotated[int, Field(ge=0, le=256)] | None = Field(
+        None,
+        description="adapters in a worker's model at once, for which memory is set aside; others "
+        "wait, or take the place of one that no request uses (default: as many as `adapters` has)",
+    )
+    max_adapter_rank: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None,
+        description="highest rank of an adapter (default: the highest of `adapters`, or "
+        f"{DEFAULT_MAX_RANK} without any)",
+    )
+    device: str = Field(
+        "cpu",
+        description="torch device of the workers: cpu or cuda, the first GPU that each sees "
+        "(CUDA_VISIBLE_DEVICES chooses)",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto, float32, bfloat16 or float16; auto is the checkpoint's"
+    )
+    kv_dtype: Literal["auto", "int8"] = Field(
+        "auto",
+        description="keys and values on the network, in decode workers' pools and in the prefix "
+        "cache: auto (the dtype) or int8, which takes about half of 16 bits' memory",
+    )
+    quantize: Quantize | None = Field(
+        None,
+        description="int8: weights become 8 bits when they are loaded, on a CPU, which halves "
+        "bfloat16's memory and decodes faster (default: they stay as they are)",
+    )
+    dequantize: bool = Field(
+        False,
+        description="true: a quantized checkpoint's weights become the dtype when they are loaded, "
+        "so that no library of its method is needed; the log tells the memory before",
     )
     max_model_len: Annotated[int, Field(ge=2, le=2**31 - 1)] | None = Field(
         None,
@@ -99,6 +150,19 @@ class Settings(BaseModel):
         description="true: the text of a control token in a message is that token; false: it is "
         "text like any other",
     )
+    tool_parser: Literal["auto", "hermes", "llama3_json", "mistral", "json", "off"] = Field(
+        "auto",
+        description="form in which the model writes calls of tools: auto goes by its template, "
+        "json is one that any model can be told of, off refuses tools",
+    )
+    reasoning_parser: Literal["auto", "think", "off"] = Field(
+        "auto",
+        description="think: what stands between <think> and </think> is told apart as reasoning; "
+        "auto: if the chat template has such tags; off: it is text of the answer",
+    )
+    playground: bool = Field(
+        True, description="false: no page to try the service out is served at `/`"
+    )
 
     # Where it listens
     host: str = Field("127.0.0.1", min_length=1, description="address of the HTTP and gRPC APIs")
@@ -121,7 +185,11 @@ class Settings(BaseModel):
         None, description="address they announce to gateway and prefill (default: decode_host)"
     )
     decode_port: Port = Field(0, description="port of Decode; 0 is any free one")
-    kv_port: Port = Field(0, description="port of KvTransfer; 0 is any free one")
+    kv_port: Port = Field(
+        0,
+        description="port of KvTransfer; 0 is any free one; process r of tensor_parallel has the "
+        "r-th after it",
+    )
     decode_advertised_port: KnownPort | None = Field(
         None, description="port of Decode as they announce it, behind NAT (default: decode_port)"
     )
@@ -162,7 +230,20 @@ class Settings(BaseModel):
         0, description="cores that Ray sets aside per gateway"
     )
     worker_num_gpus: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="GPUs that Ray sets aside per worker (default: 1 on a cuda device)"
+        None,
+        description="GPUs that Ray sets aside per worker (default: on a cuda device one per "
+        "process of tensor_parallel)",
+    )
+    tensor_parallel: Annotated[int, Field(ge=1, le=64)] = Field(
+        1,
+        description="processes on one machine, each with its own GPU, that share every layer of a "
+        "worker's model; it must divide the model's heads and KV heads",
+    )
+    prefill_tensor_parallel: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        None, description="the same of prefill workers (default: tensor_parallel)"
+    )
+    decode_tensor_parallel: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        None, description="the same of decode workers (default: tensor_parallel)"
     )
     redis_url: SecretStr | None = Field(
         None, description="registry of workers in Redis (default: an actor of Ray's)"
@@ -229,6 +310,11 @@ class Settings(BaseModel):
     )
     page_size: Count = Field(16, le=1024, description="KV entries per page")
     max_batch_size: Count = Field(64, le=4096, description="sequences decoded together")
+    cuda_graphs: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: on a GPU, decode steps are recorded at the start and replayed; off: "
+        "launched kernel by kernel",
+    )
     decode_share: Annotated[float, Field(gt=0, le=1)] = Field(
         0.1,
         description="while a prompt is prefilled on a decode worker's cores, it takes this share "
@@ -244,6 +330,13 @@ class Settings(BaseModel):
         "device",
         description="where that memory is: device (beside the model) or host, from which a GPU "
         "fetches what it needs",
+    )
+    prefix_cache_device_bytes: ByteSize = Field(
+        ByteSize(1 << 30),
+        ge=0,
+        description="with prefix_cache_device: host, a prefill worker on a GPU keeps what was used "
+        "last in this much memory beside the model, and the rest in host memory; 0: all in host "
+        "memory; on a CPU it is not used",
     )
     prefix_affinity: bool = Field(
         True,
@@ -324,9 +417,14 @@ class Settings(BaseModel):
         if not model:
             raise ValueError("it names no model")
         try:
-            return str(Path(model).absolute()) if Path(model).exists() else model
+            if Path(model).exists():
+                return str(Path(model).absolute())
+            parse(model)
         except OSError:  # the name is too long; `describe_model` reports it
             return model
+        except UnusableModel as error:
+            raise ValueError(error.message) from error
+        return model
 
     @field_validator("generation_config")
     @classmethod
@@ -341,7 +439,7 @@ class Settings(BaseModel):
         """Make the path absolute, as for `model`."""
         return None if path is None else path.resolve()
 
-    @field_validator("cors_allowed_origins", "quality_tasks", mode="before")
+    @field_validator("cors_allowed_origins", "quality_tasks", "model_aliases", mode="before")
     @classmethod
     def _split_list(cls, listed: object) -> object:
         """Split the single string that variables and flags give."""
@@ -384,21 +482,134 @@ class Settings(BaseModel):
             raise ValueError("redis_ca_file is set, but redis_url does not begin with rediss://")
         return self
 
+    @model_validator(mode="after")
+    def _revision_of_a_hub_model(self) -> Self:
+        if self.revision is None:
+            return self
+        if (hub_model := parse(self.model)) is None:
+            raise ValueError(f"revision is set, but model {self.model} is none of a hub")
+        if "@" in self.model:
+            raise ValueError(
+                f"revision is {self.revision}, but model {self.model} names {hub_model.revision}"
+            )
+        return self
+
+    @property
+    def hub_model(self) -> HubModel | None:
+        """The hub's model that is to be loaded; None for a folder or file of this machine."""
+        hub_model = parse(self.model)
+        if hub_model is None or self.revision is None:
+            return hub_model
+        return replace(hub_model, revision=self.revision)
+
+    @property
+    def model_source(self) -> str:
+        """The model as `load_model` takes it, with its revision."""
+        return self.model if self.revision is None else str(self.hub_model)
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _named_folders(cls, adapters: object) -> object:
+        """Split NAME=FOLDER pairs, which variables and flags give with spaces between them."""
+        if isinstance(adapters, str):
+            adapters = adapters.split()
+        if not isinstance(adapters, list):
+            return adapters
+        pairs = [str(pair).partition("=") for pair in adapters]
+        for name, equals, folder in pairs:
+            if not (equals and folder):
+                raise ValueError(f"{name!r} is not NAME=FOLDER")
+        if len({name for name, _, _ in pairs}) < len(pairs):
+            raise ValueError("a name is there twice")
+        return {name: folder for name, _, folder in pairs}
+
+    @field_validator("adapters")
+    @classmethod
+    def _sound_adapters(cls, adapters: dict[str, Path]) -> dict[str, Path]:
+        for name in adapters:
+            require_adapter_name(name)
+        return {name: folder.resolve() for name, folder in adapters.items()}
+
+    @model_validator(mode="after")
+    def _room_for_adapters(self) -> Self:
+        for name in (self.served_name, *self.model_aliases):
+            if name in self.adapters:
+                raise ValueError(f"adapter {name} has a name of the model itself")
+        if self.max_adapters is not None and self.max_adapters < len(self.adapters):
+            raise ValueError(
+                f"max_adapters is {self.max_adapters}; adapters names {len(self.adapters)}"
+            )
+        num_ranks = max(self.prefill_ranks, self.decode_ranks)
+        if num_ranks > 1 and (self.adapters or self.max_adapters):
+            raise ValueError(
+                f"adapters run on one process per worker; tensor_parallel is {num_ranks}"
+            )
+        return self
+
+    def adapter_room(self) -> AdapterRoom | None:
+        """What each worker sets aside for adapters; None: nothing.
+
+        Raises UnusableAdapter for a folder without an adapter's configuration.
+        """
+        from winnow.adapters.description import room_for  # noqa: PLC0415 - loads torch
+
+        return room_for(self.adapters, self.max_adapters, self.max_adapter_rank)
+
     @property
     def served_name(self) -> str:
         """The model's name in the API."""
-        return self.model_name or Path(self.model).name.removesuffix(SUFFIX)
+        return self.model_name or short_name(self.model)
 
     @property
     def scheme(self) -> str:
         """URL scheme of the REST API."""
         return "http" if self.tls_cert_file is None else "https"
 
+    @model_validator(mode="after")
+    def _one_gpu_per_rank(self) -> Self:
+        require_first_gpu(self.device)
+        num_ranks = max(self.prefill_ranks, self.decode_ranks)
+        if num_ranks > 1 and self.device not in ("cpu", "cuda"):
+            raise ValueError(
+                f"device is {self.device}; with tensor_parallel {num_ranks} it is cuda, of which "
+                "each process takes its own, or cpu"
+            )
+        if num_ranks > 1 and self.gpus_per_worker(num_ranks) < num_ranks and self.device == "cuda":
+            raise ValueError(
+                f"worker_num_gpus is {self.worker_num_gpus:g}; with tensor_parallel {num_ranks} on "
+                f"cuda a worker needs {num_ranks}, one for each of its processes"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quantizes_whole_models(self) -> Self:
+        require_quantize(self.quantize, self.device, max(self.prefill_ranks, self.decode_ranks))
+        return self
+
+    @model_validator(mode="after")
+    def _one_port_per_rank(self) -> Self:
+        last = self.kv_port + self.decode_ranks - 1
+        if self.kv_port and last > MAX_PORT:
+            raise ValueError(
+                f"kv_port is {self.kv_port}; with tensor_parallel {self.decode_ranks} the last "
+                f"process has port {last}, and the limit is {MAX_PORT}"
+            )
+        return self
+
     @property
-    def gpus_per_worker(self) -> float:
+    def prefill_ranks(self) -> int:
+        """Processes of a prefill worker."""
+        return self.prefill_tensor_parallel or self.tensor_parallel
+
+    @property
+    def decode_ranks(self) -> int:
+        """Processes of a decode worker."""
+        return self.decode_tensor_parallel or self.tensor_parallel
+
+    def gpus_per_worker(self, num_ranks: int) -> float:
         if self.worker_num_gpus is not None:
             return self.worker_num_gpus
-        return 1.0 if self.device.startswith("cuda") else 0.0
+        return float(num_ranks) if self.device.startswith("cuda") else 0.0
 
     @property
     def prefill_crowds_decode(self) -> bool:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -21,11 +22,14 @@ from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.outputs import StepOutput
 from winnow.engine.sequence import Sequence
 from winnow.errors import EngineFailed, StaleAttempt, UnknownReservation, WinnowError
-from winnow.kv import LayerKV, ModelShape, SequenceState
+from winnow.kv import LayerKV, SequenceState
+from winnow.model_files import ModelDescription
 from winnow.report import PrefillReport
 from winnow.wire import Expected, Grant, Trailer
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _STEP_TIMEOUT_S = 10.0  # enough for a step of a large batch, with its recompressions
 
@@ -91,25 +95,41 @@ class ActiveRequest:
             if superseded is not None:
                 superseded()
 
-    def expected(self, fingerprint: str, shape: ModelShape, *, running: bool = False) -> Expected:
+    def expected(self, model: ModelDescription, *, running: bool = False) -> Expected:
         """What a transfer may contain: prefill's KV, or with `running` a running sequence's."""
         spec = self.reservation.spec
         return Expected(
             grant=self.grant,
-            fingerprint=fingerprint,
-            shape=shape,
+            fingerprint=spec.fingerprint_of(model),
+            shape=model.shape,
             num_prompt_tokens=spec.num_prompt_tokens,
             max_entries=spec.max_entries if running else spec.max_prompt_entries,
             max_window=spec.recompression.window_size,
             max_generated=spec.sampling.max_tokens if running else None,
+            max_in_windows=spec.all_entries if running else None,
         )
 
     def write_layer(self, attempt: int, layer: LayerKV, sequence_idx: int = 0) -> None:
         """Copy a layer into the reservation's pages.  Raises as `begin_attempt` does."""
+        with self._writing(attempt):
+            self.reservation.write_layer(layer, sequence_idx)
+
+    def write_own_heads(self, attempt: int, layer: LayerKV) -> None:
+        """As `write_layer`, of a layer with the heads of this process alone."""
+        with self._writing(attempt):
+            self.reservation.write_own_heads(layer)
+
+    def at_row(self, attempt: int, act: Callable[[int], T]) -> T | None:
+        """As Reservation.at_row.  Raises as `begin_attempt` does."""
+        with self._writing(attempt):
+            return self.reservation.at_row(act)
+
+    @contextlib.contextmanager
+    def _writing(self, attempt: int) -> Iterator[None]:
         with self._lock:
             self._require_newest(attempt)
             with self._failure_told():
-                self.reservation.write_layer(layer, sequence_idx)
+                yield
             self._last_sign_s = time.monotonic()
 
     def arrive(self, attempt: int, trailer: Trailer) -> None:

@@ -3,12 +3,18 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 
 from grpc.aio import ServicerContext
 
-from services.common.messages import report_to_proto, tokens_to_proto
+from services.common.messages import (
+    adapter_from_proto,
+    grammar_from_proto,
+    report_to_proto,
+    tokens_to_proto,
+)
 from services.common.rpc import abort_aio
 from services.common.tracing import Span, context_in, span
 from services.decode.active_request import ActiveRequest, Event, KVArrived, Move
@@ -16,9 +22,19 @@ from services.decode.admission import Admission
 from services.decode.metrics import DecodeMetrics
 from services.decode.spec import spec_from_request
 from services.decode.take_over import Fetcher
+from winnow.adapters.slots import LoadedAdapter
 from winnow.engine.decode import DecodeEngine
+from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.outputs import StepOutput
-from winnow.errors import EngineFailed, LeaseExpired, ModelMismatch, WinnowError
+from winnow.errors import (
+    EngineFailed,
+    InvalidGrammar,
+    LeaseExpired,
+    ModelMismatch,
+    WinnowError,
+)
+from winnow.grammar.compiler import GrammarCompiler
+from winnow.grammar.constraint import CompiledGrammar
 from winnow.sampler_version import SAMPLER_VERSION, require_same_sampler
 from winnow.v1 import decode_pb2 as pb
 from winnow.v1.decode_pb2_grpc import DecodeServicer
@@ -35,16 +51,21 @@ class WorkerIdentity:
     """The worker's identity. kv_address: host:port of KvTransfer; lease_s: seconds without any KV.
 
     sign_of_life_s: interval of keepalive events while a request receives KV or waits for memory.
+    rank_kv_addresses: those of all ranks, if each receives the KV of its heads.
     """
 
     worker_id: str
     kv_address: str
     lease_s: float
     sign_of_life_s: float
+    rank_kv_addresses: tuple[str, ...] = ()
 
 
 class GenerateServicer(DecodeServicer):
-    """Serves Decode.  drain: drains the worker; open_transfers: the number of open pushes."""
+    """Serves Decode.  drain: drains the worker; open_transfers: the number of open pushes.
+
+    grammars: None if this worker cannot take requests with a grammar.
+    """
 
     def __init__(
         self,
@@ -56,6 +77,7 @@ class GenerateServicer(DecodeServicer):
         drain: Callable[[float], Awaitable[int]],
         open_transfers: Callable[[], int],
         default_drain_s: float,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self._identity = identity
         self._engine = engine
@@ -65,6 +87,7 @@ class GenerateServicer(DecodeServicer):
         self._drain = drain
         self._open_transfers = open_transfers
         self._default_drain_s = default_drain_s
+        self._grammars = grammars
 
     async def Generate(self, request: pb.GenerateRequest, context: ServicerContext) -> None:
         """Ends with OK after the last token, or with one typed error; always frees everything."""
@@ -82,15 +105,20 @@ class GenerateServicer(DecodeServicer):
     async def _generate(
         self, message: pb.GenerateRequest, context: ServicerContext, own: Span
     ) -> None:
-        fingerprint = self._engine.model.fingerprint
-        if message.model_fingerprint != fingerprint:
-            raise ModelMismatch(
-                f"the request is for model {message.model_fingerprint}; "
-                f"this worker has {fingerprint}"
-            )
+        self._require_model(message.model_fingerprint)
         spec = spec_from_request(message, self._engine.model.vocab_size)
         if message.HasField("origin"):
             require_same_sampler(spec.sampling, message.sampler_version)
+        if message.HasField("grammar"):
+            spec = replace(spec, grammar=await self._compiled(message.grammar))
+        async with self._adapter(message) as adapter:
+            await self._run(replace(spec, adapter=adapter), message, context, own)
+        logger.info("finished", extra={"request_id": message.request_id})
+
+    async def _run(
+        self, spec: GenerationSpec, message: pb.GenerateRequest, context: ServicerContext, own: Span
+    ) -> None:
+        """Admit the request and stream its tokens; its pages are free when it ends."""
         request = await self._admission.admit(spec, Grant.issue(message.wire_versions))
         try:
             own.add_event("admitted")
@@ -105,7 +133,47 @@ class GenerateServicer(DecodeServicer):
             await _stream_tokens(request, context, self._identity.sign_of_life_s)
         finally:
             self._admission.remove(request)
-        logger.info("finished", extra={"request_id": message.request_id})
+
+    def _require_model(self, asked: str) -> None:
+        fingerprint = self._engine.model.fingerprint
+        if asked != fingerprint:
+            raise ModelMismatch(f"the request is for model {asked}; this worker has {fingerprint}")
+
+    @asynccontextmanager
+    async def _adapter(self, message: pb.GenerateRequest) -> AsyncIterator[LoadedAdapter | None]:
+        """Context manager: the request's adapter, which stays in its slot meanwhile."""
+        if not message.HasField("adapter"):
+            yield None
+            return
+        used = await self._used(message.adapter)
+        try:
+            yield used
+        finally:
+            used.end_use()
+
+    async def _used(self, message: pb.Adapter) -> LoadedAdapter:
+        adapters, ref = self._engine.model.adapters, adapter_from_proto(message)
+        if adapters is None:
+            raise ModelMismatch(
+                f"this worker has no room for adapter {ref.name}: max_adapters is 0"
+            )
+        return await asyncio.to_thread(adapters.use, ref)
+
+    async def LoadAdapter(
+        self, request: pb.LoadAdapterRequest, context: ServicerContext
+    ) -> pb.LoadAdapterResponse:
+        try:
+            self._require_model(request.model_fingerprint)
+            (await self._used(request.adapter)).end_use()
+        except WinnowError as error:
+            logger.warning("adapter %s: %s", request.adapter.name, error)
+            await abort_aio(context, error)
+        return pb.LoadAdapterResponse()
+
+    async def _compiled(self, message: pb.Grammar) -> CompiledGrammar:
+        if self._grammars is None:
+            raise InvalidGrammar("this worker has no tokenizer, which grammars need")
+        return await asyncio.to_thread(self._grammars.compile, grammar_from_proto(message))
 
     def _admitted(self, request: ActiveRequest) -> pb.Admitted:
         identity = self._identity
@@ -117,6 +185,7 @@ class GenerateServicer(DecodeServicer):
             wire_version=request.grant.wire_version,
             transfer_secret=request.grant.secret,
             sampler_version=SAMPLER_VERSION,
+            rank_kv_addresses=identity.rank_kv_addresses,
         )
 
     async def _next_before_lease_ends(

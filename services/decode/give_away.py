@@ -14,6 +14,7 @@ from services.decode.metrics import OUT, DecodeMetrics
 from winnow.engine.kv_pool import KVPool
 from winnow.engine.sequence import Sequence
 from winnow.errors import TransferMalformed, UnknownReservation, WinnowError
+from winnow.model_files import ModelDescription
 from winnow.sampler_version import require_same_sampler
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire import Header, Ticket, TransferEncoder
@@ -25,11 +26,11 @@ class KvGiver:
     """Serves KvTransfer.Fetch."""
 
     def __init__(
-        self, admission: Admission, metrics: DecodeMetrics, fingerprint: str, pool: KVPool
+        self, admission: Admission, metrics: DecodeMetrics, model: ModelDescription, pool: KVPool
     ) -> None:
         self._admission = admission
         self._metrics = metrics
-        self._fingerprint = fingerprint
+        self._model = model
         self._pool = pool
 
     def fetch(self, body: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -55,23 +56,26 @@ class KvGiver:
     def _frames(
         self, request: ActiveRequest, seq: Sequence, asked: pb.FetchRequest, left: int
     ) -> Iterator[bytes]:
-        shape = self._pool.shape
+        shape = self._model.shape
         header = Header(
             request_id=asked.into_request_id,
             attempt=1,
             ticket=Ticket(asked.wire_version, asked.transfer_token),
-            fingerprint=self._fingerprint,
+            fingerprint=seq.spec.fingerprint_of(self._model),
             shape=shape,
             num_prompt_tokens=seq.spec.num_prompt_tokens,
             sequence_idx=seq.sequence_idx,
             sequences_left=left,
+            kv_dtype=self._pool.kv_dtype,
         )
         encoder = TransferEncoder(header)
         yield encoder.header()
         for layer_idx in range(shape.num_layers):
             if seq.reservation.cancelled:
                 raise UnknownReservation(f"request {request.spec.request_id} has ended")
-            yield from encoder.layer(seq.read_layer(self._pool, layer_idx))
+            layer = seq.read_layer(self._pool, layer_idx)
+            window = shape.layers[layer_idx].window
+            yield from encoder.layer(layer if window is None else layer.newest(window))
         hidden = torch.zeros(shape.hidden_size) if seq.final_hidden is None else seq.final_hidden
         yield encoder.trailer(hidden, request.report, seq.state())
 

@@ -35,6 +35,10 @@ class DecodeMetrics(Metrics):
             "winnow_kv_used_ratio", "Pages with entries, of all; what a pool is scaled by"
         )
         self.kv_bytes = self._gauge("winnow_kv_resident_bytes", "Keys and values held")
+        self.state_bytes = self._gauge(
+            "winnow_state_resident_bytes",
+            "States of recurrent layers, of every place in the batch, in use or not",
+        )
         self.kv_unpruned_bytes = self._gauge(
             "winnow_kv_unpruned_bytes", "Keys and values that the same sequences have unpruned"
         )
@@ -104,6 +108,9 @@ class DecodeMetrics(Metrics):
             "winnow_decode_batch_size", "Sequences per step", BATCH_BUCKETS
         )
         self.draining = self._gauge("winnow_draining", "1 while the worker admits nothing more")
+        self.adapters_loaded = self._gauge(
+            "winnow_adapters_loaded", "Adapters in the model's slots, used or not"
+        )
         self.device_memory_bytes = self._gauge(
             "winnow_device_memory_bytes",
             "Memory of the GPU that tensors take; 0 on a CPU, see process_resident_memory_bytes",

@@ -1,121 +1,121 @@
 """KvTransfer.Push: receives prefill's KV into a request's reservation."""
 
-import contextlib
-import logging
 import threading
-from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import grpc
+import torch
 
 from services.common.rpc import abort
 from services.common.tracing import context_in, span
 from services.decode.active_request import ActiveRequest
 from services.decode.admission import Admission
+from services.decode.frames import Buffers, first_frame, receipt_of, refusal_logged, take_frames
+from services.decode.kv_server import MAX_OPEN_TRANSFERS
 from services.decode.metrics import DecodeMetrics
-from winnow.errors import TransferDamaged, WinnowError
-from winnow.kv import LayerKV, ModelShape
-from winnow.v1 import decode_pb2 as pb
-from winnow.wire import ReceiveBuffer, Trailer, TransferDecoder, read_header
-
-logger = logging.getLogger(__name__)
-
-MAX_OPEN_TRANSFERS = 32  # prompts that prefill workers compute for this one, paused ones too
-FIRST_FRAME_TIMEOUT_S = 10.0
+from services.decode.parts import BEGIN_TIMEOUT_S, RankedParts, take_part
+from winnow.errors import Overloaded, WinnowError
+from winnow.model_files import ModelDescription
+from winnow.wire import Header, ReceiveBuffer, TransferDecoder, read_header
 
 
 class KvReceiver:
-    """Serves KvTransfer.Push, at most MAX_OPEN_TRANSFERS at once, each with a receive buffer."""
+    """Serves KvTransfer.Push, each transfer with a receive buffer.
+
+    parts: of a worker of several ranks; None: all KV comes here.
+    """
 
     def __init__(
         self,
         admission: Admission,
         metrics: DecodeMetrics,
-        fingerprint: str,
-        shape: ModelShape,
+        model: ModelDescription,
+        device: torch.device,
+        parts: RankedParts | None = None,
     ) -> None:
         self._admission = admission
         self._metrics = metrics
-        self._fingerprint = fingerprint
-        self._shape = shape
-        self._buffers = deque(ReceiveBuffer() for _ in range(MAX_OPEN_TRANSFERS))
+        self._model = model
+        self._parts = parts
+        self._buffers = Buffers(device)
+        self._may_begin = threading.BoundedSemaphore(MAX_OPEN_TRANSFERS)
 
     @property
     def open_transfers(self) -> int:
-        return MAX_OPEN_TRANSFERS - len(self._buffers)
+        return self._buffers.num_lent
 
     def push(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         """The serialized receipt, after everything was received, checked and written."""
         try:
             parent = context_in(context.invocation_metadata())
-            with span("kv.receive", parent, is_server=True), self._lent_buffer() as buffer:
+            with span("kv.receive", parent, is_server=True), self._buffers.lent() as buffer:
                 return self._receive(frames, context, buffer)
         except WinnowError as error:
             self._metrics.transfers_failed.labels(error.code).inc()
             abort(context, error)
 
-    @contextlib.contextmanager
-    def _lent_buffer(self) -> Iterator[ReceiveBuffer]:
-        buffer = self._buffers.pop()  # one per thread, so there is always one
-        try:
-            yield buffer
-        finally:
-            self._buffers.append(buffer)
-
     def _receive(
         self, frames: Iterator[bytes], context: grpc.ServicerContext, buffer: ReceiveBuffer
     ) -> bytes:
-        with _refusal_logged():
-            first = _first_frame(frames, context)
+        with refusal_logged():
+            first = first_frame(frames, context)
             header = read_header(first)
-        with _refusal_logged(header.request_id):
+        with refusal_logged(header.request_id):
+            if self._parts is not None and header.heads is not None and header.heads.start > 0:
+                return take_part(self._parts.arrivals, first, frames, context.cancel, buffer)
             request = self._admission.find(header.request_id)
-            decoder = TransferDecoder(request.expected(self._fingerprint, self._shape), buffer)
+            expected = request.expected(self._model)
+            if self._parts is not None and header.heads is not None:
+                expected = self._parts.expected(expected)
+            decoder = TransferDecoder(expected, buffer)
             decoder.feed(first)
-            request.begin_attempt(header.attempt, context.cancel)
-            try:
-                _take_frames(frames, decoder, request, header.attempt)
-            except BaseException:  # a refusal, or grpc's exception when the sender has gone
-                request.drop_attempt(header.attempt)
-                raise
-        self._metrics.received_bytes.inc(decoder.payload_bytes)
-        receipt = pb.PushReceipt(payload_bytes=decoder.payload_bytes, num_layers=decoder.num_layers)
-        return bytes(receipt.SerializeToString())
+            with self._begun():
+                request.begin_attempt(header.attempt, context.cancel)
+                try:
+                    self._take(frames, decoder, request, header)
+                except BaseException:  # a refusal, or grpc's exception when the sender has gone
+                    request.drop_attempt(header.attempt)
+                    raise
+        return receipt_of(decoder)
 
+    @contextmanager
+    def _begun(self) -> Iterator[None]:
+        """Around an attempt, so that there are MAX_OPEN_TRANSFERS at most.  Raises Overloaded.
 
-@contextlib.contextmanager
-def _refusal_logged(request_id: str | None = None) -> Iterator[None]:
-    try:
-        yield
-    except WinnowError as error:
-        about = {"request_id": request_id} if request_id else {}
-        logger.warning("transfer refused: %s", error, extra=about)
-        raise
+        It waits no longer than parts wait for their attempt: it has a thread that the parts of
+        others may need.
+        """
+        if not self._may_begin.acquire(timeout=BEGIN_TIMEOUT_S):
+            raise Overloaded(
+                f"{MAX_OPEN_TRANSFERS} transfers are open, and none ended in {BEGIN_TIMEOUT_S:g} s"
+            )
+        try:
+            yield
+        finally:
+            self._may_begin.release()
 
-
-def _take_frames(
-    frames: Iterator[bytes], decoder: TransferDecoder, request: ActiveRequest, attempt: int
-) -> None:
-    """Write the layers into the reservation; start the request only after the last check."""
-    trailer = None
-    for frame in frames:
-        event = decoder.feed(frame)
-        if isinstance(event, LayerKV):
-            request.write_layer(attempt, event)
-        elif isinstance(event, Trailer):
-            trailer = event
-    decoder.require_complete()
-    assert trailer is not None
-    request.arrive(attempt, trailer)
-
-
-def _first_frame(frames: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-    """The first frame; a sender that sends none in time is cancelled, which frees its thread."""
-    watchdog = threading.Timer(FIRST_FRAME_TIMEOUT_S, context.cancel)
-    watchdog.start()
-    try:
-        return next(frames)
-    except StopIteration as error:
-        raise TransferDamaged("transfer ended before its header") from error
-    finally:
-        watchdog.cancel()
+    def _take(
+        self,
+        frames: Iterator[bytes],
+        decoder: TransferDecoder,
+        request: ActiveRequest,
+        header: Header,
+    ) -> None:
+        """Write the layers into the reservation; start the request only after the last check."""
+        attempt, heads = header.attempt, header.heads
+        if heads is None:
+            trailer = take_frames(
+                frames, decoder, lambda layer: request.write_layer(attempt, layer)
+            )
+            num_bytes = decoder.payload_bytes
+        else:
+            assert self._parts is not None
+            whole = request.expected(self._model)
+            with self._parts.arriving(request, header, whole) as own:
+                with own.part(heads):  # `request` cancels this one
+                    trailer = take_frames(frames, decoder, lambda layer: own.add(heads, layer))
+                    own.count(decoder.payload_bytes)
+                num_bytes = self._parts.collect(request, attempt, own)
+        request.arrive(attempt, trailer)
+        self._metrics.received_bytes.inc(num_bytes)

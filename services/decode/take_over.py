@@ -16,7 +16,6 @@ from winnow.errors import (
     DeliveryFailed,
     TransferDamaged,
     TransferMalformed,
-    TransferMismatch,
     WinnowError,
 )
 from winnow.kv import LayerKV, SequenceState
@@ -43,8 +42,6 @@ class Fetcher:
 
     def begin(self, request: ActiveRequest, origin: pb.Origin) -> None:
         """Start a fetch and return; the request will run, or receive a DeliveryFailed."""
-        if not request.grant.allows_fetch:
-            raise TransferMismatch(f"wire version {request.grant.wire_version} has no Fetch")
         self._threads.submit(self._run, request, origin)
 
     def stop(self) -> None:
@@ -91,9 +88,9 @@ class Fetcher:
         self._metrics.sequences_moved.labels(IN).inc(len(arrivals.states))
 
     def _take(self, frames: Iterable[bytes], request: ActiveRequest) -> "_Arrivals":
-        expected = request.expected(self._model.fingerprint, self._model.shape, running=True)
+        expected = request.expected(self._model.description, running=True)
         arrivals = _Arrivals(request.spec.num_sequences, self._model)
-        buffer, decoder = ReceiveBuffer(), None
+        buffer, decoder = ReceiveBuffer(self._model.device), None
         for frame in frames:
             decoder = decoder or TransferDecoder(expected, buffer)
             event = decoder.feed(frame)

@@ -15,7 +15,15 @@ from services.common.exposition import new_worker_id
 from services.common.heartbeat import Heartbeat
 from services.common.metrics import start_metrics_server
 from services.common.open_registry import open_registry
-from services.common.registry import FEATURES, MetricsTarget, Record, WorkerRecord
+from services.common.ranks import load_worker_model
+from services.common.registry import (
+    ADAPTERS,
+    FEATURES,
+    GRAMMAR,
+    MetricsTarget,
+    Record,
+    WorkerRecord,
+)
 from services.common.settings import Settings
 from services.common.tls import PeerTls
 from services.decode.admission import Admission
@@ -23,13 +31,21 @@ from services.decode.control_server import ControlServer
 from services.decode.engine_thread import EngineThread
 from services.decode.generate import GenerateServicer, WorkerIdentity
 from services.decode.give_away import KvGiver
+from services.decode.grammars import load_grammar_compiler
 from services.decode.kv_server import KvServer
 from services.decode.metrics import DecodeMetrics
+from services.decode.parts import RankedParts
 from services.decode.push import KvReceiver
+from services.decode.rank import EXTENSION, ServeKv, ServingKv
 from services.decode.take_over import Fetcher
+from winnow.decoder import DecoderModel
+from winnow.distributed.commands import Extend
+from winnow.distributed.ranks import Ranks
+from winnow.distributed.split_pool import SplitPool
 from winnow.engine.decode import DecodeEngine
+from winnow.engine.graph import recorder_for
 from winnow.engine.kv_pool import KVPoolConfig
-from winnow.models import load_model
+from winnow.errors import InvalidSetting
 from winnow.sampler_version import SAMPLER_VERSION
 from winnow.wire import WIRE_VERSIONS
 
@@ -48,6 +64,7 @@ class DecodeWorker:
         self.metrics = DecodeMetrics(settings.served_name)
         self.address = ""  # advertised host:port of Decode, once started
         self.kv_address = ""
+        self.rank_kv_addresses: tuple[str, ...] = ()  # where each rank receives its heads' KV
         self.metrics_port = 0
         self._settings = settings
         self._started = AsyncExitStack()
@@ -93,7 +110,14 @@ class DecodeWorker:
         peers = PeerTls.load(settings)
         registry = await _in_thread(lambda: open_registry(settings))
         started.push_async_callback(registry.close)
-        self.engine = await _in_thread(self._load_engine)
+        model, ranks = await _in_thread(self._load_model)
+        if ranks is not None:
+            started.push_async_callback(_in_thread, ranks.close)
+        self.engine = await _in_thread(lambda: self._make_engine(model, ranks))
+        started.push_async_callback(_in_thread, self.engine.close)
+        self._grammars = await _in_thread(lambda: load_grammar_compiler(model.description))
+        if self._grammars is not None:
+            started.push_async_callback(_in_thread, self._grammars.close)
         self.admission = Admission(self.engine)
         self._engine_thread = EngineThread(
             self.engine,
@@ -101,7 +125,7 @@ class DecodeWorker:
             self.admission.deliver,
             self.admission.fail_all,
             cores=open_shared_cores(settings),
-            num_cores=settings.decode_share * settings.threads_per_worker(settings.decode_workers),
+            num_cores=settings.decode_share * self._num_threads,
         )
         self._engine_thread.start()
         started.push_async_callback(self._engine_thread.stop)
@@ -115,6 +139,7 @@ class DecodeWorker:
             self.kv_address,
             settings.kv_lease_s,
             min(settings.lease_s / 3, _MAX_SIGN_OF_LIFE_S),
+            self.rank_kv_addresses,
         )
         self._control = ControlServer(
             GenerateServicer(
@@ -126,6 +151,7 @@ class DecodeWorker:
                 self.drain,
                 lambda: receiver.open_transfers,
                 settings.drain_timeout_s,
+                self._grammars,
             ),
             peers,
         )
@@ -143,32 +169,67 @@ class DecodeWorker:
     def _start_data_plane(self, started: AsyncExitStack, peers: PeerTls | None) -> KvReceiver:
         """Start KvTransfer, which receives prefill's KV and sends running requests away."""
         settings, model = self._settings, self.engine.model
-        receiver = KvReceiver(self.admission, self.metrics, model.fingerprint, model.shape)
-        giver = KvGiver(self.admission, self.metrics, model.fingerprint, self.engine.pool)
-        server = KvServer(receiver, giver, peers)
+        pool = self.engine.pool
+        parts = RankedParts(pool) if isinstance(pool, SplitPool) else None
+        receiver = KvReceiver(self.admission, self.metrics, model.description, model.device, parts)
+        giver = KvGiver(self.admission, self.metrics, model.description, pool)
+        server = KvServer(receiver, giver, peers, of_several_ranks=parts is not None)
         started.push_async_callback(_in_thread, server.stop)
         self.metrics.transfers_in_flight.set_function(lambda: receiver.open_transfers)
         port = server.start(settings.decode_host, settings.kv_port)
         advertised = _advertised_host(settings)
         self.kv_address = f"{advertised}:{settings.kv_advertised_port or port}"
+        if isinstance(pool, SplitPool) and settings.kv_advertised_port is None:
+            self.rank_kv_addresses = self._serve_on_ranks(pool.ranks, peers)
         return receiver
 
-    def _load_engine(self) -> DecodeEngine:
+    def _serve_on_ranks(self, ranks: Ranks, peers: PeerTls | None) -> tuple[str, ...]:
+        """Have the other ranks receive the KV of their heads; returns every rank's address.
+
+        Behind NAT theirs is not known.  Raises InvalidSetting if a port is taken.
+        """
+        settings, advertised = self._settings, _advertised_host(self._settings)
+        ranks.listen(lambda rank, news: self.engine.note_failure())  # of a PlacingFailed
+        first = settings.kv_port
+        serve = [
+            Extend(ServeKv(settings.decode_host, first and first + rank, peers))
+            for rank in range(1, ranks.num_ranks)
+        ]
+        served = ranks.ask_each(serve, ServingKv)
+        for rank, one in enumerate(served, start=1):
+            if one.refusal is not None:
+                raise InvalidSetting(f"rank {rank}: {one.refusal}", param="kv_port")
+        return (self.kv_address, *(f"{advertised}:{one.port}" for one in served))
+
+    @property
+    def _num_threads(self) -> int:
+        """Threads of each rank."""
         settings = self._settings
-        torch.set_num_threads(settings.threads_per_worker(settings.decode_workers))
-        model = load_model(
-            settings.model,
-            device=settings.device,
-            dtype=settings.dtype,
-            max_model_len=settings.max_model_len,
+        return settings.threads_per_worker(settings.decode_workers * settings.decode_ranks)
+
+    def _load_model(self) -> tuple[DecoderModel, Ranks | None]:
+        torch.set_num_threads(self._num_threads)
+        return load_worker_model(
+            self._settings,
+            self._settings.decode_ranks,
+            self._num_threads,
+            EXTENSION,
         )
+
+    def _make_engine(self, model: DecoderModel, ranks: Ranks | None) -> DecodeEngine:
+        settings = self._settings
         engine = DecodeEngine(
             model,
             pool_config=KVPoolConfig(
-                settings.kv_memory_bytes, settings.page_size, settings.kv_overcommit
+                settings.kv_memory_bytes,
+                settings.page_size,
+                settings.kv_overcommit,
+                settings.kv_dtype,
             ),
             max_batch_size=settings.max_batch_size,
             swap_bytes=settings.swap_bytes,
+            ranks=ranks,
+            new_recorder=recorder_for(model.device, settings.cuda_graphs),
         )
         self._observe(engine)
         return engine
@@ -182,12 +243,14 @@ class DecodeWorker:
         metrics.pages_reserved.set_function(lambda: engine.stats().pool.pages_reserved)
         metrics.pages_free.set_function(lambda: engine.stats().pool.pages_free)
         metrics.kv_bytes.set_function(lambda: engine.stats().pool.kv_bytes_used)
+        metrics.state_bytes.set_function(lambda: engine.pool.states.nbytes)
         metrics.kv_unpruned_bytes.set_function(lambda: engine.stats().kv_unpruned_bytes)
         metrics.swapped_sequences.set_function(lambda: engine.stats().swapped_sequences)
         metrics.swapped_bytes.set_function(lambda: engine.stats().swapped_bytes)
         metrics.running_sequences.set_function(lambda: engine.stats().running_sequences)
         metrics.waiting_requests.set_function(lambda: engine.stats().reserved_requests)
         metrics.device_memory_bytes.set_function(lambda: engine.model.memory_bytes)
+        metrics.adapters_loaded.set_function(lambda: engine.model.num_adapters)
 
     def _records(self) -> list[Record]:
         return [self._record(), self._metrics_target()]
@@ -195,6 +258,11 @@ class DecodeWorker:
     def _metrics_target(self) -> MetricsTarget:
         address = f"{_advertised_host(self._settings)}:{self.metrics_port}"
         return MetricsTarget(self.worker_id, address, "decode", self._settings.served_name)
+
+    def _features(self) -> tuple[str, ...]:
+        """FEATURES, and those that this worker may have."""
+        own = ((GRAMMAR, self._grammars), (ADAPTERS, self.engine.model.adapters))
+        return (*FEATURES, *(name for name, part in own if part is not None))
 
     def _record(self) -> WorkerRecord:
         stats = self.engine.stats()
@@ -209,7 +277,7 @@ class DecodeWorker:
             pages_free=stats.pool.pages_free,
             running=stats.running_sequences + stats.reserved_requests,
             draining=self.admission.draining,
-            features=FEATURES,
+            features=self._features(),
             sampler_version=SAMPLER_VERSION,
         )
 

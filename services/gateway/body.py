@@ -11,7 +11,7 @@ Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 _SHOWN_CHARS = 60
 
 
-def _asks_for_nothing(value: object) -> bool:
+def asks_for_nothing(value: object) -> bool:
     """Whether a value is null or empty: clients send fields that they do not use."""
     return value is None or value in ("", [], {})
 
@@ -38,9 +38,10 @@ class Body(BaseModel):
 
     @classmethod
     def _is_nothing(cls, name: str, value: object) -> bool:
-        field = cls.model_fields.get(name)
+        fields = cls.model_fields.items()
+        field = next((one for own, one in fields if name == (one.alias or own)), None)
         if field is None:
-            return _asks_for_nothing(value)
+            return asks_for_nothing(value)
         is_nullable = type(None) in get_args(field.annotation) or field.annotation is Any
         return value is None and not is_nullable and not field.is_required()
 

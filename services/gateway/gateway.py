@@ -15,14 +15,18 @@ from services.gateway.access.keys import ApiKey
 from services.gateway.access.request_limits import RequestLimits
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.quality.checks import QualityChecks
+from services.gateway.reads import GrammarReads
+from services.gateway.request.load_adapter import load_on_workers
 from services.gateway.request.outcomes import Outcomes
 from services.gateway.request.prefiller import Prefiller
 from services.gateway.request.request import GenerationRequest
 from services.gateway.request.routing import Router
 from services.gateway.request.run import Run, Service
 from services.gateway.request.running_request import RunningRequest, prompt_runs
+from services.gateway.served_adapters import ServedAdapters
 from services.gateway.served_model import ServedModel
-from winnow.errors import DeadlineExceeded, RegistryUnavailable
+from winnow.adapters.description import AdapterDescription
+from winnow.errors import DeadlineExceeded, InvalidGrammar, RegistryUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +60,19 @@ class Gateway:
         self.settings = settings
         self.ending = False
         self.model = ServedModel.load(settings)
-        self.limits = RequestLimits(settings, self.model)
-        self.metrics = GatewayMetrics(settings.served_name, settings.quality_tasks)
-        self.access = Access(settings)
         description = self.model.description
+        self.adapters = ServedAdapters(settings, description, registry)
+        self.limits = RequestLimits(settings, self.model, self.adapters)
+        self.metrics = GatewayMetrics(
+            settings.served_name, settings.quality_tasks, settings.adapters
+        )
+        self.access = Access(settings)
+        self.grammars = self.model.new_grammar_compiler()
+        self.reads = GrammarReads()
+        try:
+            self.grammars.prepare()
+        except InvalidGrammar as error:
+            logger.warning("structured output is refused: it %s", error)
         self._registry = registry
         # Live workers return to an emptied registry with their next heartbeat.
         self._router = Router(
@@ -127,6 +140,17 @@ class Gateway:
                     await _admit_all(runs)
                     yield
 
+    async def load_adapter(self, name: str, folder: str) -> AdapterDescription:
+        """Serve an adapter from now on, once all decode workers have read it.
+
+        Prefill workers read it when the first prompt comes.
+        Raises InvalidSetting, UnusableAdapter, NoDecodeWorker or RegistryUnavailable.
+        """
+        found = await self.adapters.describe(name, folder)
+        await load_on_workers(self._router, found.ref, self.model.description)
+        await self.adapters.add(found)
+        return found
+
     async def readiness(self) -> Readiness:
         """Query the registry and prefill now."""
         try:
@@ -144,6 +168,9 @@ class Gateway:
 
     async def close(self) -> None:
         """Drop quality checks; close the connections to decode workers and to the rate limits."""
+        self.reads.close()
+        await self.adapters.close()
+        await asyncio.to_thread(self.grammars.close)
         await self._checks.close()
         await self.access.close()
         await self._router.close()

@@ -13,6 +13,8 @@ from services.gateway.request.states import ADMISSION, PREFILL, WORKER_LOST
 from winnow.errors import ERROR_CODES
 
 OTHER_TASK = "other"  # a request's task that is not one of the operator's
+MAX_ADAPTER_LABELS = 64  # the first that are asked for; more are counted as OTHER_ADAPTER
+OTHER_ADAPTER = "other"
 CHECK_OUTCOMES = ("done", "dropped", "failed")
 KL_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 FINISH_REASONS = ("stop", "length", "error", "cancelled")
@@ -21,17 +23,18 @@ FINISH_REASONS = ("stop", "length", "error", "cancelled")
 class GatewayMetrics(Metrics):
     """Metrics of one gateway. A request with several prompts counts once per prompt.
 
-    tasks: label values of the quality checks.
+    tasks: label values of the quality checks.  adapters: those known at the start.
     """
 
     role = "gateway"
 
-    def __init__(self, model: str, tasks: Iterable[str] = ()) -> None:
+    def __init__(self, model: str, tasks: Iterable[str] = (), adapters: Iterable[str] = ()) -> None:
         super().__init__(model)
         self._count_requests()
         self._count_tokens()
         self._time_requests()
         self._count_checks({*tasks, OTHER_TASK})
+        self._count_adapters(adapters)
         self.decode_workers = self._gauge(
             "winnow_decode_workers", "Live decode workers that requests can be routed to"
         )
@@ -89,6 +92,25 @@ class GatewayMetrics(Metrics):
         self.request_generated_tokens = self._histogram(
             "winnow_request_generated_tokens", "Tokens generated per prompt", COUNT_BUCKETS
         )
+
+    def _count_adapters(self, adapters: Iterable[str]) -> None:
+        self._adapter_labels = set(sorted(adapters)[:MAX_ADAPTER_LABELS])
+        known = {*self._adapter_labels, OTHER_ADAPTER}
+        self.adapter_requests = self._counter(
+            "winnow_adapter_requests", "Prompts accepted for an adapter", "adapter", known
+        )
+        self.adapter_prompt_tokens = self._counter(
+            "winnow_adapter_prompt_tokens", "Tokens of prompts for an adapter", "adapter", known
+        )
+        self.adapter_generated_tokens = self._counter(
+            "winnow_adapter_generated_tokens", "Tokens that an adapter generated", "adapter", known
+        )
+
+    def adapter_label(self, name: str) -> str:
+        """The label value of an adapter: its name, or OTHER_ADAPTER if there are too many."""
+        if len(self._adapter_labels) < MAX_ADAPTER_LABELS:
+            self._adapter_labels.add(name)
+        return name if name in self._adapter_labels else OTHER_ADAPTER
 
     def _time_requests(self) -> None:
         self.admission_seconds = self._histogram(

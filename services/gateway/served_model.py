@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from services.common.settings import Settings
 from winnow import defaults
+from winnow.distributed.heads import require_divides
 from winnow.generation_defaults import GenerationDefaults, generation_defaults
+from winnow.grammar.compiler import GrammarCompiler
 from winnow.model_files import ModelDescription, describe_model
 from winnow.pruning_settings import PruningSettings
 from winnow.tokenizer import Tokenizer, load_tokenizer
@@ -27,15 +29,19 @@ class ServedModel:
 
     @classmethod
     def load(cls, settings: Settings) -> "ServedModel":
-        """Raises UnusableModel, or InvalidSetting for pruning settings that do not fit it."""
+        """Raises UnusableModel, or InvalidSetting for settings that do not fit it."""
         description = describe_model(
-            settings.model,
+            settings.model_source,
             device=settings.device,
             dtype=settings.dtype,
             max_model_len=settings.max_model_len,
+            quantize=settings.quantize,
+            dequantize=settings.dequantize,
         )
-        pruning = defaults.override(defaults.pruning_defaults(description), settings.pruning)
-        pruning.require_fits(description.shape.num_layers)
+        for num_ranks in (settings.prefill_ranks, settings.decode_ranks):
+            require_divides(num_ranks, description.shape)
+        usual = defaults.pruning_defaults(description)
+        pruning = defaults.override_for(usual, settings.pruning, description.shape)
         generation = generation_defaults(settings.generation_config, description.path)
         logger.info("requests that do not say otherwise get %s", generation.told())
         tokenizer = load_tokenizer(
@@ -52,3 +58,8 @@ class ServedModel:
             generation=generation,
             created_s=int(time.time()),
         )
+
+    def new_grammar_compiler(self) -> GrammarCompiler:
+        """For the model's tokens; the caller closes it."""
+        description = self.description
+        return GrammarCompiler(self.tokenizer, description.vocab_size, description.eos_token_ids)

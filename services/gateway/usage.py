@@ -1,11 +1,13 @@
 """Usage of a request: token counts, and what was done to its prompts."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from services.common.jobs import PrefillTimings
+from winnow.kv import ModelShape
 from winnow.report import PrefillReport
+from winnow.token_scores import TokenScores
 from winnow.tokens import FinishReason, TokenLogprobs
 
 _UNTOLD = PrefillTimings(0.0, 0.0, 0.0, 0.0, 0)
@@ -20,6 +22,8 @@ class RunStats:
     ttft_s, last_token_s, seconds: arrival until the first token, the last one, and the end.
     timings: None if the prefill worker delivered the KV but did not report.
     first_logprobs: of the first token, if requested.
+    scores: of the prompt's tokens, if requested; None too if prefill did not report them.
+    admission_s: arrival until KV memory was reserved.
     """
 
     attempts: int = 0
@@ -32,6 +36,8 @@ class RunStats:
     timings: PrefillTimings | None = None
     recompressed_entries: int = 0
     first_logprobs: TokenLogprobs | None = None
+    scores: TokenScores | None = None
+    admission_s: float = 0.0
 
     @property
     def pruned(self) -> bool:
@@ -49,6 +55,7 @@ class WinnowUsage:
     """Fields as in WinnowUsage of proto/winnow/v1/inference.proto."""
 
     selection_layer: int | None
+    selection_full_layer: int | None
     no_selection_reason: str
     selected_tokens: int
     computed_share: float
@@ -66,6 +73,7 @@ class WinnowUsage:
     recomputed_tokens: int
     saved_layer_tokens: int
     no_prefix_reason: str
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +94,57 @@ class Verification:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """A part of a request's time, in seconds from its arrival."""
+
+    name: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What was dropped of a prompt, and by which scores; where the time went.
+
+    pieces: the text of each token; joined they are the prompt as the model read it.
+    layer, scores: as layer_idx and scores of TokenScores; None for a token without a score.
+    last_layers: by token, the last layer that computed it.
+    window_size: the last tokens, which give the scores.  threshold: ρ below it selects.
+    layer_entries: KV entries kept by layer, summed over KV heads.
+    tokens_per_s: of the answers, from the first token to the last.
+    """
+
+    pieces: tuple[str, ...]
+    layer: int | None
+    scores: tuple[float | None, ...]
+    last_layers: tuple[int, ...]
+    num_layers: int
+    num_kv_heads: int
+    window_size: int
+    layer_entries: tuple[int, ...]
+    threshold: float
+    timeline: tuple[Span, ...]
+    tokens_per_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As `asdict`, which would take long for a long prompt."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**own, "timeline": [asdict(span) for span in self.timeline]}
+
+
+@dataclass(frozen=True, slots=True)
 class RequestUsage:
-    """prompts: one entry per prompt, in order. completion_tokens: over all choices."""
+    """prompts: one entry per prompt, in order. completion_tokens: over all choices.
+
+    explains: an explanation was requested.  explain: None too if prefill did not report.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     prompts: tuple[WinnowUsage, ...]
     verify: Verification | None = None
+    explains: bool = False
+    explain: Explanation | None = None
 
     def winnow(self) -> WinnowUsage:
         """Usage of all prompts together."""
@@ -103,6 +155,8 @@ class RequestUsage:
         winnow = asdict(self.winnow())
         if self.verify is not None:
             winnow["verify"] = asdict(self.verify)
+        if self.explains:
+            winnow["explain"] = None if self.explain is None else self.explain.to_json()
         if len(self.prompts) > 1:
             winnow["prompts"] = [asdict(prompt) for prompt in self.prompts]
         return {
@@ -121,12 +175,14 @@ def token_counts(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
-def winnow_usage(stats: RunStats) -> WinnowUsage:
+def winnow_usage(stats: RunStats, shape: ModelShape) -> WinnowUsage:
     """Usage of one prompt whose run has finished."""
     report, timings = stats.report, stats.timings or _UNTOLD
     assert report is not None
+    layer = report.selection_layer
     return WinnowUsage(
-        selection_layer=report.selection_layer,
+        selection_layer=layer,
+        selection_full_layer=None if layer is None else shape.place_among_full(layer),
         no_selection_reason=report.no_selection_reason or "",
         selected_tokens=report.num_selected_tokens,
         computed_share=report.computed_share,
@@ -144,6 +200,7 @@ def winnow_usage(stats: RunStats) -> WinnowUsage:
         recomputed_tokens=report.num_recomputed_tokens,
         saved_layer_tokens=report.saved_layer_tokens,
         no_prefix_reason=report.no_prefix_reason or "",
+        state_bytes=report.state_bytes,
     )
 
 
@@ -152,12 +209,14 @@ def _sum_up(prompts: Sequence[WinnowUsage]) -> WinnowUsage:
     if len(prompts) == 1:
         return prompts[0]
     full_bytes = sum(prompt.kv_bytes_full for prompt in prompts)
-    computed = sum(prompt.computed_share * prompt.kv_bytes_full for prompt in prompts)
+    lengths = [prompt.cached_tokens + prompt.computed_tokens for prompt in prompts]
+    computed = sum(one.computed_share * n for one, n in zip(prompts, lengths, strict=True))
     return WinnowUsage(
         selection_layer=None,
+        selection_full_layer=None,
         no_selection_reason="",
         selected_tokens=sum(prompt.selected_tokens for prompt in prompts),
-        computed_share=computed / full_bytes,
+        computed_share=computed / sum(lengths),
         kv_bytes_full=full_bytes,
         kv_bytes_kept=sum(prompt.kv_bytes_kept for prompt in prompts),
         rho={},
@@ -172,4 +231,5 @@ def _sum_up(prompts: Sequence[WinnowUsage]) -> WinnowUsage:
         recomputed_tokens=sum(prompt.recomputed_tokens for prompt in prompts),
         saved_layer_tokens=sum(prompt.saved_layer_tokens for prompt in prompts),
         no_prefix_reason="",
+        state_bytes=sum(prompt.state_bytes for prompt in prompts),
     )

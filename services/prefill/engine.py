@@ -10,19 +10,27 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
+from torch import Tensor
+
 from services.common.cores import SharedCores
 from services.common.jobs import PrefillJob, PrefillOutcome, PrefillTimings
 from services.common.tracing import context_of, end_span, start_span
+from services.prefill.adapters import used_adapter
 from services.prefill.channels import Channels
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.sender import Delivered, Push
+from services.prefill.split_push import SplitPush
+from services.prefill.transfers import Transfers
 from services.prefill.work import Work
 from winnow.decoder import DecoderModel
 from winnow.engine.prefill import PrefillRun
 from winnow.engine.prefix.store import PrefixStore
 from winnow.engine.prompt_logprobs import PromptLogprobsRun, scoring_layer_tokens
+from winnow.engine.score_watch import ScoreWatch
 from winnow.errors import PrefillFailed, RequestCancelled, WinnowError
-from winnow.wire import Header, TransferEncoder
+from winnow.kv import LayerKV
+from winnow.methods.base import LayerView
+from winnow.side_stream import Pace
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +49,7 @@ class PrefillEngine:
         metrics: PrefillMetrics,
         channels: Channels,
         cores: SharedCores | None,
+        transfers: Transfers,
         store: PrefixStore | None = None,
     ) -> None:
         self._model = model
@@ -48,6 +57,8 @@ class PrefillEngine:
         self._channels = channels
         self._cores = cores
         self._store = store
+        self._transfers = transfers
+        self._pace = Pace(model.device)
 
     def advance(self, work: Work) -> bool:
         """Compute the prompt's next step; any error becomes that prompt's outcome.
@@ -97,54 +108,55 @@ class PrefillEngine:
         start_span("prefill.queue", context, start_s=work.received_s).end()
         work.compute_span = start_span("prefill.compute", context)
         work.compute_span.set_attribute("tokens", len(work.job.token_ids))
-        work.run = self._open_run(work.job)
+        work.run = self._open_run(work)
         work.push = self._open_push(work)
 
-    def _open_run(self, job: PrefillJob) -> PrefillRun:
-        store = store_for(job, self._store)
+    def _open_run(self, work: Work) -> PrefillRun:
+        job = work.job
+        if job.explains:
+            work.watch = ScoreWatch(job.pruning, len(job.token_ids), self._model.shape)
+        if job.adapter is not None:
+            work.adapter = used_adapter(self._model, job.adapter)
         return PrefillRun(
-            self._model, job.token_ids, job.pruning, store=store, cache_salt=job.cache_salt
+            self._model,
+            job.token_ids,
+            job.pruning,
+            work.watch,
+            store=store_for(job, self._store),
+            cache_salt=job.cache_salt,
+            adapter=work.adapter,
+            is_long=job.is_long,
+            pack=lambda *layer: _pack_for(work, *layer),
         )
 
-    def _open_push(self, work: Work) -> Push | None:
+    def _open_push(self, work: Work) -> Push | SplitPush | None:
         job = work.job
         if job.kv_address is None:
             return None
         work.transfer_span = start_span("kv.transfer", job.trace_context)
-        push = Push(
+        push = self._transfers.push(
+            job,
             job.kv_address,
-            self._encoder(job),
             lambda end: self._deliver(work, end),
-            trace_context=context_of(work.transfer_span),
+            context_of(work.transfer_span),
         )
         push.open(self._channels, work.remaining_s)
         self._metrics.transfers_in_flight.inc()
         work.outcome.add_done_callback(lambda _: push.abort(cancelled()))  # no-op after its end
         return push
 
-    def _encoder(self, job: PrefillJob) -> TransferEncoder:
-        assert job.ticket is not None
-        header = Header(
-            job.request_id,
-            job.attempt,
-            job.ticket,
-            self._model.fingerprint,
-            self._model.shape,
-            len(job.token_ids),
-        )
-        return TransferEncoder(header)
-
     def _compute_layer(self, work: Work) -> None:
         assert work.run is not None and work.compute_span is not None
         started_s = time.monotonic()
         with self._computing(work.job):
             layer = work.run.compute_layer()
+            self._pace.end_step(ahead=0 if work.run.finished else 1)
         computed_s = time.monotonic()
         work.compute_s += computed_s - started_s
         self._metrics.layer_seconds.observe(computed_s - started_s)
         work.compute_span.add_event("layer", {} if layer is None else {"layer": layer.layer_idx})
         if layer is not None and work.push is not None:
-            work.push.send(layer)
+            work.push.send(self._transfers.as_sent(layer))
         if work.run.finished:
             self._take_result(work, work.run)
 
@@ -165,6 +177,7 @@ class PrefillEngine:
         started_s = time.monotonic()
         with self._computing(work.job):
             scoring.compute_block()
+            self._pace.end_step(ahead=0 if scoring.finished else 1)
         work.compute_s += time.monotonic() - started_s
         work.scoring_layer_tokens = scoring_layer_tokens(self._model, scoring.num_tokens_left)
 
@@ -215,7 +228,8 @@ class PrefillEngine:
             exposed_transfer_s=end.at_s - work.computed_s if end else 0.0,
             wire_bytes=end.wire_bytes if end else 0,
         )
-        outcome = PrefillOutcome(work.result.report, timings, work.logprobs)
+        scores = None if work.watch is None else work.watch.result()
+        outcome = PrefillOutcome(work.result.report, timings, work.logprobs, scores)
         if end is not None:
             self._metrics.observe(outcome, work.job.pruning.method, self._model.shape)
         elif not work.job.gives_way:
@@ -228,6 +242,15 @@ class PrefillEngine:
             self._metrics.failures.labels(error.code).inc()
         work.error = work.error or error
         work.settle(error)
+
+
+def _pack_for(
+    work: Work, view: LayerView, values: Tensor, positions: Tensor, kept: list[Tensor] | None
+) -> LayerKV:
+    """What is sent of a layer from this process."""
+    if isinstance(work.push, SplitPush):
+        return work.push.pack(view, values, positions, kept)
+    return view.pack(values, positions, kept)
 
 
 def cancelled() -> RequestCancelled:

@@ -63,6 +63,9 @@ class PrefillMetrics(Metrics):
             "reason",
             ERROR_CODES,
         )
+        self.adapters_loaded = self._gauge(
+            "winnow_adapters_loaded", "Adapters in the model's slots, used or not"
+        )
         self.device_memory_bytes = self._gauge(
             "winnow_device_memory_bytes",
             "Memory of the GPU that tensors take; 0 on a CPU, see process_resident_memory_bytes",
@@ -81,6 +84,9 @@ class PrefillMetrics(Metrics):
             REQUEST_BUCKETS_S,
         )
         self.wire_bytes = self._counter("winnow_wire_bytes", "Bytes of all frames sent to decode")
+        self.state_bytes = self._counter(
+            "winnow_state_bytes", "States of recurrent layers that were sent"
+        )
         self.kv_full_bytes = self._histogram(
             "winnow_kv_full_bytes", "Keys and values of every token of a prompt", BYTES_BUCKETS
         )
@@ -92,6 +98,12 @@ class PrefillMetrics(Metrics):
         self.selection_layer = self._histogram(
             "winnow_selection_layer",
             "Layer after which only selected tokens went on",
+            LAYER_BUCKETS,
+            _METHOD,
+        )
+        self.selection_full_layer = self._histogram(
+            "winnow_selection_full_layer",
+            "Which of the model's full layers that was, from 1",
             LAYER_BUCKETS,
             _METHOD,
         )
@@ -128,6 +140,7 @@ class PrefillMetrics(Metrics):
         for method in METHODS:
             for histogram in (
                 self.selection_layer,
+                self.selection_full_layer,
                 self.selection_rho,
                 self.computed_ratio,
                 self.kv_kept_ratio,
@@ -145,6 +158,10 @@ class PrefillMetrics(Metrics):
         self.prefix_evicted_blocks = self._counter(
             "winnow_prefix_evicted_blocks", "Blocks given up for want of prefix_cache_bytes"
         )
+        self.prefix_moved_blocks = self._counter(
+            "winnow_prefix_moved_blocks",
+            "Blocks moved to host memory for want of prefix_cache_device_bytes",
+        )
         self.prefix_damaged_blocks = self._counter(
             "winnow_prefix_damaged_blocks",
             "Blocks that failed their checksum, and were dropped",
@@ -155,7 +172,15 @@ class PrefillMetrics(Metrics):
         )
         self.prefix_bytes = self._gauge("winnow_prefix_resident_bytes", "Memory that they take")
         self.prefix_limit_bytes = self._gauge(
-            "winnow_prefix_limit_bytes", "prefix_cache_bytes; 0 without a prefix store"
+            "winnow_prefix_limit_bytes",
+            "Their limit: prefix_cache_bytes, and what there is beside the model besides; 0 "
+            "without a prefix store",
+        )
+        self.prefix_device_bytes = self._gauge(
+            "winnow_prefix_device_resident_bytes", "Memory that they take beside the model"
+        )
+        self.prefix_device_limit_bytes = self._gauge(
+            "winnow_prefix_device_limit_bytes", "The limit of that; 0 without a prefix store"
         )
 
     def watch_store(self, stats: Callable[[], PrefixStats]) -> None:
@@ -165,12 +190,15 @@ class PrefillMetrics(Metrics):
         self.prefix_blocks_in_use.set_function(lambda: stats().num_blocks_in_use)
         self.prefix_bytes.set_function(lambda: stats().used_bytes)
         self.prefix_limit_bytes.set(stats().max_bytes)
+        self.prefix_device_bytes.set_function(lambda: stats().device_used_bytes)
+        self.prefix_device_limit_bytes.set(stats().device_max_bytes)
 
     def observe_store(self, stats: PrefixStats) -> None:
         """Count what has changed since the last call, or since `watch_store`."""
         seen, self._seen = self._seen, stats
         self.prefix_looked_up_tokens.inc(stats.looked_up_tokens - seen.looked_up_tokens)
         self.prefix_hit_tokens.inc(stats.hit_tokens - seen.hit_tokens)
+        self.prefix_moved_blocks.inc(stats.moved_blocks - seen.moved_blocks)
         self.prefix_evicted_blocks.inc(stats.evicted_blocks - seen.evicted_blocks)
         self.prefix_damaged_blocks.inc(stats.damaged_blocks - seen.damaged_blocks)
 
@@ -188,20 +216,24 @@ class PrefillMetrics(Metrics):
         self.wire_bytes.inc(timings.wire_bytes)
         self.kv_full_bytes.observe(report.kv_bytes_full)
         self.kv_kept_bytes.observe(report.kv_bytes_kept)
+        self.state_bytes.inc(report.state_bytes)
         self.computed_ratio.labels(method).observe(report.computed_share)
         self.kv_kept_ratio.labels(method).observe(report.kv_bytes_kept / report.kv_bytes_full)
         self._count_tokens(report, shape)
-        self._observe_selection(report, method)
+        self._observe_selection(report, method, shape)
 
     def _count_tokens(self, report: PrefillReport, shape: ModelShape) -> None:
-        kept = sum(report.layer_entries) / (shape.num_layers * shape.num_kv_heads)
+        num_heads = len(shape.kv_layers) * shape.num_kv_heads
+        kept = sum(report.layer_entries) / num_heads
+        unpruned = shape.unpruned_entries(report.num_prompt_tokens) / num_heads
         self.tokens_kept.labels("prefill").inc(kept)
-        self.tokens_dropped.labels("prefill").inc(report.num_prompt_tokens - kept)
+        self.tokens_dropped.labels("prefill").inc(unpruned - kept)
 
-    def _observe_selection(self, report: PrefillReport, method: str) -> None:
+    def _observe_selection(self, report: PrefillReport, method: str, shape: ModelShape) -> None:
         layer = report.selection_layer
         if layer is not None:
             self.selection_layer.labels(method).observe(layer)
+            self.selection_full_layer.labels(method).observe(shape.place_among_full(layer))
             if layer in (rho := dict(report.rho)):
                 self.selection_rho.labels(method).observe(rho[layer])
         if report.no_selection_reason is not None:

@@ -16,16 +16,21 @@ from services.common.cores import SharedCores
 from services.common.jobs import PrefillJob, PrefillOutcome
 from services.common.routing_stats import RoutingStats, short_hash
 from services.common.tls import PeerTls
+from services.prefill.adapters import used_adapter
 from services.prefill.channels import Channels
 from services.prefill.engine import PrefillEngine, cancelled, store_for
 from services.prefill.metrics import PrefillMetrics
+from services.prefill.transfers import Shipping, Transfers
 from services.prefill.work import Work
 from winnow import methods
+from winnow.adapters.ref import AdapterRef
 from winnow.decoder import DecoderModel
+from winnow.distributed.ranks import Ranks
 from winnow.engine.prefill_scheduler import PrefillScheduler
 from winnow.engine.prefix.store import PrefixStore
 from winnow.engine.prompt_logprobs import scoring_layer_tokens
 from winnow.errors import DeadlineExceeded, Overloaded, PrefillFailed, WinnowError
+from winnow.kv import KvDtype
 
 
 class PrefillQueue:
@@ -40,13 +45,17 @@ class PrefillQueue:
         max_open: int,
         num_threads: int,
         store: PrefixStore | None = None,
+        kv_dtype: KvDtype = "auto",
         peers: PeerTls | None = None,
         cores: SharedCores | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """max_open: prompts begun and not computed to their end.
 
         store: used by this queue's thread alone; None: every prompt is computed whole.
+        kv_dtype: how KV is sent.
         cores: those on which decode workers yield while a layer is computed.
+        ranks: of the model, if their extension is PrefillRank: each sends the KV of its heads.
         """
         self._model = model
         self._max_waiting = max_waiting
@@ -54,7 +63,9 @@ class PrefillQueue:
         self._channels = Channels(peers)
         self._cores = cores
         self._store = store
-        self._engine = PrefillEngine(model, metrics, self._channels, cores, store)
+        shipping = None if ranks is None else Shipping(ranks, peers)
+        transfers = Transfers(model, kv_dtype, shipping)
+        self._engine = PrefillEngine(model, metrics, self._channels, cores, transfers, store)
         self._scheduler: PrefillScheduler[Work] = PrefillScheduler(max_open)
         self._changed = threading.Condition()
         self._works: list[Work] = []  # in order of arrival; those over are removed after each layer
@@ -67,6 +78,7 @@ class PrefillQueue:
         metrics.open.set_function(lambda: sum(work.is_open for work in self._left()))
         metrics.oldest_seconds.set_function(self._oldest_s)
         metrics.device_memory_bytes.set_function(lambda: model.memory_bytes)
+        metrics.adapters_loaded.set_function(lambda: model.num_adapters)
         if store is not None:
             metrics.watch_store(store.stats)
 
@@ -106,6 +118,13 @@ class PrefillQueue:
         work.outcome.add_done_callback(lambda _: self._forget(work))
         return work.outcome
 
+    def warm(self, adapter: AdapterRef) -> None:
+        """Read an adapter, which the engine's thread would otherwise wait for.
+
+        Raises PrefillFailed if it cannot be read here, Overloaded if there is no room for it now.
+        """
+        used_adapter(self._model, adapter).end_use()
+
     def routing_stats(self) -> RoutingStats | None:
         """What gateways route by; None without a prefix store."""
         if self._store is None:
@@ -122,7 +141,9 @@ class PrefillQueue:
         method = methods.create(job.pruning, num_tokens, self._model.shape)
         store = store_for(job, self._store)
         if store is not None and method.no_prefix_reason() is None:
-            num_tokens = max(1, num_tokens - store.num_held(job.token_ids, job.cache_salt))
+            num_tokens = max(
+                1, num_tokens - store.num_held(*(job.token_ids, job.cache_salt, job.kv_variant))
+            )
         num_scored = 0 if job.num_prompt_logprobs is None else num_tokens - job.scored_from
         return Work(
             job,

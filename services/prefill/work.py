@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from services.common.jobs import PrefillJob, PrefillOutcome
 from services.common.tracing import Span
 from services.prefill.sender import Push
+from services.prefill.split_push import SplitPush
+from winnow.adapters.slots import LoadedAdapter
 from winnow.engine.prefill import PrefillResult, PrefillRun
 from winnow.engine.prompt_logprobs import PromptLogprobsRun
+from winnow.engine.score_watch import ScoreWatch
 from winnow.errors import WinnowError
 from winnow.tokens import PromptLogprobs
 
@@ -22,6 +25,7 @@ class Work:
     run_layer_tokens, scoring_layer_tokens: what its prefill and its log-probabilities will cost.
     is_open: it was chosen once; from then on only the engine's thread ends it.
     is_over: the engine has nothing more to compute for it.
+    adapter: in its slot until the end.
     compute_s, blocked_s: seconds it was computed, and in which the engine waited for the network.
     """
 
@@ -38,12 +42,14 @@ class Work:
     is_over: bool = False
     error: WinnowError | None = None
     run: PrefillRun | None = None
+    watch: ScoreWatch | None = None
     result: PrefillResult | None = None
     scoring: PromptLogprobsRun | None = None
     logprobs: PromptLogprobs | None = None
-    push: Push | None = None
+    push: Push | SplitPush | None = None
     compute_span: Span | None = None
     transfer_span: Span | None = None
+    adapter: LoadedAdapter | None = None
 
     @property
     def remaining_s(self) -> float:
@@ -81,6 +87,9 @@ class Work:
         if self.run is not None:
             self.run.close()
         self.run = self.scoring = None
+        if self.adapter is not None:
+            self.adapter.end_use()
+            self.adapter = None
 
     def settle(self, outcome: PrefillOutcome | WinnowError) -> None:
         """Set the outcome; only the first one counts, and a cancelled job takes none."""

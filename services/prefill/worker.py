@@ -11,14 +11,16 @@ from services.common.exposition import Exposition
 from services.common.jobs import PrefillJob, PrefillOutcome
 from services.common.logs import configure_logging
 from services.common.open_registry import open_registry
+from services.common.ranks import load_worker_model
 from services.common.ray_registry import reachable_host
 from services.common.settings import Settings
 from services.common.tls import PeerTls
 from services.common.tracing import configure_tracing
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
+from services.prefill.rank import EXTENSION
+from winnow.distributed.split_decoder import SplitDecoder
 from winnow.engine.prefix.store import PrefixStore
-from winnow.models import load_model
 
 
 @serve.deployment
@@ -30,23 +32,30 @@ class Prefill:
         configure_logging(settings.log_level, settings.log_format)
         configure_tracing(settings.otlp_endpoint, settings.trace_sample_ratio, "prefill")
         metrics = PrefillMetrics(settings.served_name)
-        model = load_model(
-            settings.model,
-            device=settings.device,
-            dtype=settings.dtype,
-            max_model_len=settings.max_model_len,
+        num_threads = settings.threads_per_worker(
+            settings.prefill_replicas * settings.prefill_ranks
         )
+        model, ranks = load_worker_model(settings, settings.prefill_ranks, num_threads, EXTENSION)
+        if ranks is not None:
+            self._started.push_async_callback(asyncio.to_thread, ranks.close)
+            model = SplitDecoder(model, ranks)
         self._queue = PrefillQueue(
             model,
             metrics,
             max_waiting=settings.max_waiting_prefills,
             max_open=settings.max_open_prefills,
-            num_threads=settings.threads_per_worker(settings.prefill_replicas),
+            num_threads=num_threads,
             store=PrefixStore.within(
-                model, settings.prefix_cache_bytes, settings.prefix_cache_device
+                model,
+                settings.prefix_cache_bytes,
+                settings.prefix_cache_device,
+                settings.kv_dtype,
+                prefix_cache_device_bytes=settings.prefix_cache_device_bytes,
             ),
+            kv_dtype=settings.kv_dtype,
             peers=PeerTls.load(settings),
             cores=open_shared_cores(settings) if settings.prefill_crowds_decode else None,
+            ranks=ranks,
         )
         self._queue.start()
         self._started.push_async_callback(asyncio.to_thread, self._queue.stop)
@@ -66,6 +75,8 @@ class Prefill:
 
         Raises WinnowError, as described in services.gateway.request.prefiller.Prefiller.
         """
+        if job.adapter is not None:
+            await asyncio.to_thread(self._queue.warm, job.adapter)
         return await asyncio.wrap_future(self._queue.submit(job))
 
     async def ready(self) -> bool:

@@ -62,7 +62,34 @@ SWITCHES: dict[str, list[str]] = {
     ],
     "external Redis": ["redis.existingSecret=ours", "redis.caSecret=authority"],
     "bare": ["networkPolicy.enabled=false", "serviceAccount.create=false"],
-    "claim": ["model.volume.existingClaim=models", "model.source=/models/x"],
+    "claim, on MIG slices": [
+        "model.volume.existingClaim=models",
+        "model.source=/models/x",
+        "model.device=cuda",
+        "gpu.resource=nvidia.com/mig-3g.40gb",
+        "prefill.gpus=1",
+        "decode.gpus=1",
+    ],
+    "hub model": [
+        "model.source=org/name:Q4_K_M",
+        "model.revision=v1",
+        "model.volume.size=100Gi",
+        "model.hub.tokenSecret=hub",
+        "model.hub.endpoint=https://hub.example.org",
+    ],
+    "hub model, cached for Ray": [
+        *RAY,
+        "model.source=org/name",
+        "model.hub.offline=true",
+        "model.volume.existingClaim=models",
+        "model.volume.readOnly=true",
+    ],
+    "copied into a claim": [
+        "model.source=gs://bucket/path/name",
+        "model.volume.existingClaim=models",
+        "model.fetch.image=google/cloud-sdk:slim",
+        "model.fetch.command={gcloud,storage,rsync,$(MODEL_SOURCE),$(MODEL_TARGET)}",
+    ],
     "settings": ["settings.request_timeout_s=600", "pruning.kv_budget=64", "model.name=tiny"],
 }
 CASES = {path.stem: ["-f", str(path)] for path in EXAMPLES} | {
@@ -113,6 +140,8 @@ def containers(
     manifests: Iterable[dict[str, Any]],
 ) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     for kind, template in pod_templates(manifests):
+        for container in template["spec"].get("initContainers", ()):
+            yield "Init", template, container
         for container in template["spec"]["containers"]:
             yield kind, template, container
 
@@ -130,7 +159,7 @@ def test_every_container_is_probed_bounded_and_confined(rendered: list[dict[str,
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert pod["automountServiceAccountToken"] is False
         assert pod["enableServiceLinks"] is False  # else WINNOW_PORT is the cluster's
-        if kind != "Pod":
+        if kind not in ("Pod", "Init"):
             assert container.keys() >= {"startupProbe", "livenessProbe"}
             # KubeRay adds a worker's, which asks Serve's proxy; only while it has none.
             component = template["metadata"]["labels"]["app.kubernetes.io/component"]
@@ -171,6 +200,8 @@ def test_whatever_is_named_exists(rendered: list[dict[str, Any]]) -> None:
         ("Secret", "peers"),
         ("Secret", "keys"),
         ("Secret", "key"),
+        ("Secret", "hub"),
+        ("Secret", "s3-access"),
         ("PersistentVolumeClaim", "models"),
         ("ServiceAccount", "default"),
     }
@@ -181,9 +212,10 @@ def test_whatever_is_named_exists(rendered: list[dict[str, Any]]) -> None:
     }
     for _, template, container in containers(rendered):
         assert ("ServiceAccount", template["spec"]["serviceAccountName"]) in names | given
-        for variable in container.get("env", ()):
-            source = variable.get("valueFrom", {}).get("secretKeyRef")
-            assert source is None or ("Secret", source["name"]) in names | given
+        sources = [one["valueFrom"] for one in container.get("env", ()) if "valueFrom" in one]
+        secrets = [one["secretKeyRef"] for one in sources if "secretKeyRef" in one]
+        secrets += [one["secretRef"] for one in container.get("envFrom", ())]
+        assert {("Secret", secret["name"]) for secret in secrets} <= names | given
         volumes = {volume["name"]: volume for volume in template["spec"].get("volumes", ())}
         assert {mount["name"] for mount in container.get("volumeMounts", ())} <= volumes.keys()
         for volume in volumes.values():
@@ -258,14 +290,130 @@ def test_every_setting_is_one_of_winnows(rendered: list[dict[str, Any]]) -> None
         assert len(set_here) == len(set(set_here))
 
 
-def test_only_gateway_and_prefill_reach_decode() -> None:
-    done = helm("template", "r", str(CHART))
+def test_every_worker_gets_the_charts_dtype_of_keys_and_values() -> None:
+    done = helm("template", "r", str(CHART), "--set", "model.kvDtype=int8")
+    workloads = [m for m in yaml.safe_load_all(done.stdout) if m and "Deployment" in m["kind"]]
+    found = [
+        v["value"]
+        for _, _, container in containers(workloads)
+        for v in container.get("env", ())
+        if v["name"] == "WINNOW_KV_DTYPE"
+    ]
+    assert found and set(found) == {"int8"}
+
+
+def loaders(flags: list[str]) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """The pods that load the model: what fetches it, what serves it, and their volumes."""
+    done = helm("template", "r", str(CHART), *flags)
+    for _, template in pod_templates(m for m in yaml.safe_load_all(done.stdout) if m):
+        pod = template["spec"]
+        if "initContainers" in pod:
+            (fetching,), (serving,) = pod["initContainers"], pod["containers"]
+            yield fetching, serving, {volume["name"]: volume for volume in pod["volumes"]}
+
+
+def variables(container: dict[str, Any]) -> dict[str, Any]:
+    return {one["name"]: one.get("value", one.get("valueFrom")) for one in container["env"]}
+
+
+def mounts(container: dict[str, Any]) -> dict[str, tuple[str, bool]]:
+    found = container["volumeMounts"]
+    return {one["name"]: (one["mountPath"], one.get("readOnly", False)) for one in found}
+
+
+@pytest.mark.parametrize(
+    ("case", "program", "source", "volume"),
+    [
+        (
+            "s3-model",
+            ["aws", "s3", "sync", "--no-progress"],
+            "s3://models/Llama-3.1-8B-Instruct",
+            {"name": "models", "emptyDir": {}},
+        ),
+        (
+            "copied into a claim",
+            ["gcloud", "storage", "rsync"],
+            "gs://bucket/path/name",
+            {"name": "models", "persistentVolumeClaim": {"claimName": "models"}},
+        ),
+    ],
+)
+def test_a_model_from_elsewhere_is_copied_before_it_is_loaded(
+    case: str, program: list[str], source: str, volume: dict[str, Any]
+) -> None:
+    pods = list(loaders(CASES[case]))
+    assert len(pods) == 2  # gateway with prefill, and decode
+    for fetching, serving, volumes in pods:
+        assert fetching["command"] == [*program, "$(MODEL_SOURCE)", "$(MODEL_TARGET)"]
+        told = variables(fetching)
+        assert told["MODEL_SOURCE"] == source
+        assert told["MODEL_TARGET"] == variables(serving)["WINNOW_MODEL"]
+        assert told["MODEL_TARGET"] == f"/models/{source.rpartition('/')[2]}"
+        assert mounts(fetching)["models"] == ("/models", False)
+        assert mounts(serving)["models"] == ("/models", True)
+        assert volumes["models"] == volume
+
+
+def test_one_object_is_copied_as_one() -> None:
+    values = ("model.source=s3://b/m.Q4_0.gguf", "model.fetch.image=i")
+    pods = list(loaders([flag for value in values for flag in ("--set", value)]))
+    assert [fetching["command"][:3] for fetching, _, _ in pods] == [["aws", "s3", "cp"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "home", "is_read_only"),
+    [
+        (CASES["hub model"], "/models", False),
+        (CASES["hub model, cached for Ray"], "/models", True),
+        (CASES["ray-cluster"], "/models", False),
+        (["--set", "model.source=org/name"], "/tmp/huggingface", False),
+    ],
+    ids=["claim", "read-only claim", "example", "no volume"],
+)
+def test_a_hub_model_is_fetched_before_it_is_loaded(
+    flags: list[str], home: str, is_read_only: bool
+) -> None:
+    pods = list(loaders(flags))
+    assert len(pods) >= 2
+    for fetching, serving, volumes in pods:
+        assert fetching["args"] == ["fetch"]
+        for container in (fetching, serving):
+            assert variables(container)["HF_HOME"] == home
+            name = "models" if "models" in volumes else "tmp"
+            mounted, read_only = mounts(container)[name]
+            assert home.startswith(mounted)
+            assert read_only == is_read_only
+        claim = volumes.get("models", {}).get("persistentVolumeClaim", {})
+        assert claim.get("readOnly", False) == is_read_only
+        told = variables(fetching)
+        assert told["WINNOW_MODEL"] == variables(serving)["WINNOW_MODEL"]
+        assert told.get("HF_HUB_OFFLINE") == ("1" if is_read_only else None)
+
+
+def test_the_hub_is_told_who_asks_for_what() -> None:
+    for containers_of_pod in loaders(CASES["hub model"]):
+        for container in containers_of_pod[:2]:
+            told = variables(container)
+            assert told["WINNOW_REVISION"] == "v1"
+            assert told["HF_TOKEN"] == {"secretKeyRef": {"name": "hub", "key": "token"}}
+            assert told["HF_ENDPOINT"] == "https://hub.example.org"
+
+
+@pytest.mark.parametrize(
+    ("values", "of_other_ranks"),
+    [([], []), (CASES["gpu-pools"], [{"port": 7002, "endPort": 7004}])],
+    ids=["one process", "four ranks"],
+)
+def test_only_gateway_and_prefill_reach_decode(
+    values: list[str], of_other_ranks: list[dict[str, int]]
+) -> None:
+    done = helm("template", "r", str(CHART), *values)
     policies = [m for m in yaml.safe_load_all(done.stdout) if m and m["kind"] == "NetworkPolicy"]
     (decode,) = [p for p in policies if p["metadata"]["name"] == "r-winnow-decode"]
     inner, metrics = decode["spec"]["ingress"]
     peers = [p["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for p in inner["from"]]
     assert peers == ["serve", "head"]
-    assert inner["ports"] == [{"port": "grpc"}, {"port": "kv"}]
+    assert inner["ports"] == [{"port": "grpc"}, {"port": "kv"}, *of_other_ranks]
     assert metrics == {"from": [{"namespaceSelector": {}}], "ports": [{"port": "metrics"}]}
 
 
@@ -327,6 +475,46 @@ def test_a_pod_outlives_its_drain_and_its_lease() -> None:
     assert pod["terminationGracePeriodSeconds"] > drain_s + lease_s
 
 
+def test_a_pool_of_gpu_nodes_gets_its_pods_alone() -> None:
+    done = helm("template", "r", str(CHART), *CASES["gpu-pools"])
+    values = yaml.safe_load((CHART / "examples/gpu-pools.yaml").read_text())
+    parts = {"serve": values["prefill"], "decode": values["decode"]}
+    for _, template, container in containers(m for m in yaml.safe_load_all(done.stdout) if m):
+        pod = template["spec"]
+        part = parts.get(template["metadata"]["labels"]["app.kubernetes.io/component"])
+        if part is None or template["spec"].get("restartPolicy") == "Never":
+            assert not {"runtimeClassName", "nodeSelector", "affinity"} & pod.keys()
+            assert "nvidia.com/gpu" not in container["resources"]["limits"]
+            continue
+        assert container["image"].endswith("-cuda")
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == part["gpus"]
+        ranks = [v["value"] for v in container["env"] if v["name"].endswith("TENSOR_PARALLEL")]
+        assert ranks == [str(part["gpus"])]
+        assert pod["runtimeClassName"] == "nvidia"
+        for name in ("nodeSelector", "tolerations", "affinity"):
+            assert pod.get(name) == part.get(name)
+        (shm,) = [v["emptyDir"] for v in pod["volumes"] if v["name"] == "shm"]
+        assert shm == {"medium": "Memory", "sizeLimit": part["sharedMemory"]}
+        assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
+        probe = container["startupProbe"]
+        assert probe["periodSeconds"] * probe["failureThreshold"] == part["startupTimeoutSeconds"]
+
+
+def test_a_ray_pod_has_its_time_to_start() -> None:
+    changes = [*RAY, "prefill.startupTimeoutSeconds=900"]
+    flags = itertools.chain.from_iterable(("--set", change) for change in changes)
+    done = helm("template", "r", str(CHART), *flags)
+    times = {
+        template["metadata"]["labels"]["app.kubernetes.io/component"]: (
+            container["startupProbe"]["periodSeconds"]
+            * container["startupProbe"]["failureThreshold"]
+        )
+        for _, template, container in containers(m for m in yaml.safe_load_all(done.stdout) if m)
+        if container["name"] == "ray"
+    }
+    assert times == {"head": 300, "serve": 900}
+
+
 def test_alerts_and_dashboards_are_the_shared_ones() -> None:
     done = helm("template", "r", str(CHART), "-f", str(CHART / "examples/gpu-node.yaml"))
     manifests = [m for m in yaml.safe_load_all(done.stdout) if m]
@@ -355,14 +543,32 @@ def test_alerts_and_dashboards_are_the_shared_ones() -> None:
         (["gateway.httpRoute.enabled=true"], "/gateway/httpRoute/parentRefs"),
         (["settings.port=3"], "port"),
         (["settings.admin_port=3"], "admin_port"),
+        (["settings.tensor_parallel=2"], "tensor_parallel"),  # follows from gpus
         (["networkPolicy.scrapers=null"], "scrapers"),  # an empty list would be everybody
         (["model.device=tpu"], "/model/device"),
+        (["model.device=cuda:1"], "/model/device"),  # CUDA_VISIBLE_DEVICES chooses a GPU
+        (["model.kvDtype=int4"], "/model/kvDtype"),
+        (["settings.kv_dtype=int8"], "kv_dtype"),
+        (["model.device=cuda", "prefill.gpus=1"], "/decode/gpus"),
+        (["prefill.gpus=1"], "/prefill/gpus"),  # it would be held and not used
+        (["gpu.resource=gpu"], "/gpu/resource"),
+        (["decode.affinity=x"], "/decode/affinity"),
+        (["decode.startupTimeoutSeconds=5"], "/decode/startupTimeoutSeconds"),
         (["decode.kvMemoryBytes=lots"], "/decode/kvMemoryBytes"),
         (["mode=rayservice"], "ray.operatorNamespace is needed"),
         ([*RAY, "redis.existingSecret=s"], "ray.gcsRedisAddress is needed"),
         (["decode.autoscaling.kind=keda"], "monitoring.prometheusUrl is needed"),
         (["mode=rayservice", "prefill.autoscaling.kind=hpa"], "works in mode deployment"),
         (["settings.prefill_replicas=2"], "prefill_replicas"),
+        (["settings.revision=v1"], "revision"),
+        (["model.revision=a@b"], "/model/revision"),
+        (["model.hub.endpoint=hub"], "/model/hub/endpoint"),
+        (["model.source=s3://b/x"], "model.fetch.image needs an image"),
+        (["model.source=ftp://b/x", "model.fetch.image=i"], "model.fetch.command must say how"),
+        (
+            ["model.source=s3://b/x", "model.fetch.image=i", "model.volume.readOnly=true"],
+            "model.volume.readOnly is set, but model.source is an address",
+        ),
         (
             ["mode=rayservice", "ray.upgradeStrategy=NewClusterWithIncrementalUpgrade"],
             "gatewayClassName is needed",

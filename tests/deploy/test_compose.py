@@ -43,11 +43,21 @@ def test_the_dockerfile_is_clean() -> None:
 
 
 def test_the_image_runs_without_rights_and_build_tools() -> None:
-    build, final = DOCKERFILE.read_text().split("\nFROM ")[1:]
+    build, cpu, _, final = DOCKERFILE.read_text().split("\nFROM ")[1:]
     assert "pip install" in build
-    assert "pip" not in final
+    for runtime in (cpu, final):
+        assert "pip" not in runtime
+        assert "apt-get" not in runtime
     assert "USER 10001:10001" in final
     assert "HEALTHCHECK" in final
+
+
+def test_the_image_for_gpus_alone_has_the_compiler_that_triton_calls() -> None:
+    """And the headers of the C library; those of Python are there, of CUDA in Triton's wheel."""
+    *_, cuda, final = DOCKERFILE.read_text().split("\nFROM ")
+    assert final.startswith("runtime-${DEVICE}\n")
+    assert cuda.startswith("${PYTHON_IMAGE} AS runtime-cuda\n")
+    assert re.search(r"apt-get install .* gcc libc6-dev ", cuda)
 
 
 def test_the_image_has_what_it_copies_and_may_copy_it() -> None:

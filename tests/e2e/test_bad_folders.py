@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import GraniteConfig
+from transformers import NanoChatConfig
 
 from tests.e2e.winnow_process import FREE_PORTS, winnow
 from tests.services.gateway.service import running_redis
@@ -45,7 +45,7 @@ def lose_a_number(folder: Path) -> None:
 
 
 def become_another_family(folder: Path) -> None:
-    save(folder, GraniteConfig(**SIZES, embedding_multiplier=12.0))
+    save(folder, NanoChatConfig(**SIZES))
 
 
 @pytest.fixture
@@ -62,10 +62,10 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (quantize, "is quantized by awq, which Winnow does not run"),
+        (quantize, "is quantized by awq, for which gptqmodel is not installed"),
         (lose_a_tensor, f"in no file: 1 ({DOWN_PROJ})"),
         (break_the_tokenizer, "has no usable tokenizer"),
-        (become_another_family, "family granite computes something"),
+        (become_another_family, "family nanochat runs its embeddings, layers"),
         (lose_a_number, "cannot start: model "),
     ],
 )

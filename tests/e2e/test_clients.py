@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from services.common.settings import EMBEDDED_MODEL
-from tests.e2e.winnow_process import FREE_PORTS, WinnowServe
+from tests.e2e.winnow_process import FREE_PORTS, WinnowServe, environment
 from tests.winnow import reference
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -121,3 +121,74 @@ def test_lm_eval_finds_the_log_likelihoods_of_transformers(
         context = tokenizer.bos_token or tokenizer.eos_token
         expected_sum = log_likelihood(model, tokenizer, context, sample["doc"]["text"])
         assert float(sample["resps"][0][0]) == pytest.approx(expected_sum, abs=1e-3)
+
+
+CITIES = ("Paris", "Rome", "Oslo")
+
+
+@pytest.fixture(scope="module")
+def agents(url: str) -> dict[str, Any]:
+    """What each package's program says, all of them run at once."""
+    folder = Path(__file__).parent / "agents"
+    running = {
+        program.stem: subprocess.Popen(
+            [sys.executable, str(program), url],
+            env=environment(NO_PROXY="*"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for program in folder.glob("with_*.py")
+    }
+    said = {}
+    for name, process in running.items():
+        output, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, f"{name}: {errors}"
+        said[name.removeprefix("with_")] = json.loads(output.splitlines()[-1])
+    return said
+
+
+def is_trip(trip: dict[str, Any]) -> bool:
+    return trip["city"] in CITIES and isinstance(trip["by_train"], bool)
+
+
+def test_openai_calls_a_tool_and_parses_answers(agents: dict[str, Any]) -> None:
+    said = agents["openai"]
+    name, arguments = said["call"]
+    assert (name, said["finish_reason"]) == ("weather", "tool_calls")
+    assert arguments["city"] in CITIES
+    assert "tool_calls.function.arguments.delta" in said["events"]
+    assert said["answered"] in ("stop", "length", "tool_calls")
+    assert is_trip(said["parsed"]) and is_trip(said["response_parsed"])
+    ((kind, called),) = said["response"]
+    assert kind == "function_call"
+    assert called["city"] in CITIES
+
+
+def test_langchain_binds_tools_and_has_structured_output(agents: dict[str, Any]) -> None:
+    said = agents["langchain"]
+    assert said["calls"]
+    assert all(name == "weather" and args["city"] in CITIES for name, args in said["calls"])
+    assert all(result.endswith(": sunny") for result in said["results"])
+    assert is_trip(said["trip"]) and is_trip(said["by_tool"])
+
+
+def test_litellm_calls_a_tool_whole_and_streamed(agents: dict[str, Any]) -> None:
+    said = agents["litellm"]
+    for calls in (said["whole"], said["streamed"]):
+        assert all(name == "weather" and args["city"] in CITIES for name, args in calls)
+    assert said["schema"]["city"] in CITIES
+
+
+def test_pydantic_ai_gets_its_types(agents: dict[str, Any]) -> None:
+    said = agents["pydantic_ai"]
+    assert is_trip(said["by_tool"]) and is_trip(said["by_schema"])
+
+
+def test_anthropic_uses_a_tool(agents: dict[str, Any]) -> None:
+    said = agents["anthropic"]
+    assert said["stop_reason"] == "tool_use"
+    assert all(name == "weather" and used["city"] in CITIES for name, used in said["uses"])
+    assert {"message_start", "content_block_start", "message_stop"} <= set(said["events"])
+    assert said["answered"] in ("end_turn", "max_tokens", "tool_use")
+    assert said["counted"]

@@ -1,6 +1,7 @@
 """What `pip install` gives, in an environment of its own and used from another folder."""
 
 import json
+import platform
 import re
 import shutil
 import subprocess
@@ -96,8 +97,15 @@ def test_no_file_is_left_behind(installed: Installed, source: str, target: str) 
 
 
 def files_in(folder: Path) -> set[str]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    """Without what is compiled, and what it is compiled from."""
+    others = {".pyc", ".so", ".cpp", ".h"}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in others)
     return {str(path.relative_to(folder)) for path in files}
+
+
+def test_the_kernels_for_cpus_are_built(installed: Installed) -> None:
+    built = list(installed.site.glob("winnow/kernels/cpu/_library*.so"))
+    assert len(built) == (platform.system() == "Linux" and platform.machine() == "x86_64")
 
 
 @pytest.mark.parametrize("name", ["winnow", "winnow_serve"])

@@ -1,6 +1,6 @@
 """Runs prompts through both engines in the test's own process."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -10,11 +10,12 @@ from tests.models_in_code import VOCAB_SIZE
 from winnow.decoder import DecoderModel
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.generation_spec import GenerationSpec
+from winnow.engine.graph import Recorder
 from winnow.engine.kv_pool import KVPoolConfig
 from winnow.engine.prefill import PrefillResult, PrefillRun
 from winnow.engine.prefix.store import PrefixStore
 from winnow.engine.sequence import Reservation
-from winnow.kv import LayerKV
+from winnow.kv import KvDtype, LayerKV
 from winnow.pruning_settings import PruningSettings, Recompression
 from winnow.sampling_params import SamplingParams
 from winnow.tokens import Token
@@ -46,8 +47,10 @@ def prefill_all(
     token_ids: Sequence[int],
     settings: PruningSettings,
     store: PrefixStore | None = None,
+    *,
+    is_long: bool | None = None,
 ) -> tuple[list[LayerKV], PrefillResult]:
-    run = PrefillRun(model, token_ids, settings, store=store)
+    run = PrefillRun(model, token_ids, settings, store=store, is_long=is_long)
     return list(run.layers()), run.result()
 
 
@@ -58,12 +61,16 @@ def make_engine(
     memory: int = 64 << 20,
     overcommit: float = 1.0,
     swap_bytes: int = 0,
+    kv_dtype: KvDtype = "auto",
+    page_size: int = 16,
+    new_recorder: Callable[[], Recorder] | None = None,
 ) -> DecodeEngine:
     return DecodeEngine(
         model,
-        pool_config=KVPoolConfig(memory, 16, overcommit),
+        pool_config=KVPoolConfig(memory, page_size, overcommit, kv_dtype),
         max_batch_size=rows,
         swap_bytes=swap_bytes,
+        new_recorder=new_recorder,
     )
 
 
@@ -87,10 +94,13 @@ def admit(
     token_ids: Sequence[int],
     settings: PruningSettings = UNPRUNED,
     store: PrefixStore | None = None,
+    model: DecoderModel | None = None,
 ) -> Reservation:
-    """Reserve, prefill, write, start."""
+    """Reserve, prefill, write, start.  model: for prefill, if the engine's cannot."""
     reservation = engine.reserve(request)
-    layers, result = prefill_all(engine.model, token_ids, settings, store)
+    prefill = model or engine.model
+    is_long = prefill.description.is_long(request.num_positions)
+    layers, result = prefill_all(prefill, token_ids, settings, store, is_long=is_long)
     for layer in layers:
         reservation.write_layer(layer)
     engine.start(reservation, result.final_hidden, result.report.next_position)

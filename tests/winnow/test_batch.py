@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.winnow.drive import assert_empty
+from tests.winnow.drive import assert_empty, make_engine
+from tests.winnow.eager_recorder import EagerRecorder
 from winnow import BatchJob, PruningSettings, SamplingParams, Winnow
 from winnow.errors import InvalidRequest, InvalidSetting, PromptTooLong
 
@@ -45,7 +46,11 @@ def test_answers_every_job_as_it_would_be_answered_alone(
     assert_empty(winnow._engine)
 
 
-def test_asks_for_jobs_only_as_places_become_free(winnow: Winnow) -> None:
+@pytest.mark.parametrize("new_recorder", [None, EagerRecorder])
+def test_asks_for_jobs_only_as_places_become_free(
+    winnow: Winnow, new_recorder: type[EagerRecorder] | None
+) -> None:
+    winnow._engine = make_engine(winnow.model, rows=3, new_recorder=new_recorder)
     made = 0
 
     def make() -> Iterator[BatchJob]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.models_in_code import save_byte_tokenizer
 from tests.winnow.chat_templates import ALL, CHATML, DATED, PARTS, THINKING
+from tests.winnow.tool_templates import HERMES
 from winnow import template_environment
 from winnow.chat_template import ChatOptions, ChatTemplate
 from winnow.errors import InvalidRequest, InvalidSetting
@@ -264,6 +265,31 @@ NAMED = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": 
 def test_of_several_templates_the_default_is_used(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, NAMED)
     assert load_tokenizer(folder).chat_text(QUESTION) == "D"
+
+
+def test_with_tools_the_template_of_that_name_is_used(tmp_path: Path) -> None:
+    ours = load_tokenizer(folder_with(tmp_path, NAMED))
+    tool = {"type": "function", "function": {"name": "f"}}
+    assert ours.chat_text(QUESTION, tools=[tool]) == "T"
+    assert ours.chat_template.source(with_tools=True) == "T"
+
+
+def test_tools_are_rendered_as_transformers_does(tmp_path: Path) -> None:
+    theirs = PreTrainedTokenizerFast.from_pretrained(folder_with(tmp_path, HERMES))
+    schema = {"type": "object", "properties": {"b": {"type": "string"}, "a": {"enum": ["é", 1]}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}] * 2
+    call = {"type": "function", "function": {"name": "f", "arguments": {"b": "é", "a": [1.5]}}}
+    messages = [
+        *SYSTEM,
+        *QUESTION,
+        {"role": "assistant", "content": "So.", "tool_calls": [call, call]},
+        {"role": "tool", "content": "17"},
+        {"role": "tool", "content": "18"},
+    ]
+    expected = theirs.apply_chat_template(
+        messages, tools=tools, tokenize=False, add_generation_prompt=True
+    )
+    assert Tokenizer(theirs).chat_text(messages, tools=tools) == expected
 
 
 def test_further_templates_may_have_files_of_their_own(tmp_path: Path) -> None:

@@ -8,23 +8,59 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 import winnow
+from tests.winnow.shapes import CHUNKED, SLIDING, shape_of
 from winnow.defaults import override, parse_change, pruning_defaults, scaled_defaults
 from winnow.errors import InvalidSetting, UnusableModel
+from winnow.layers import FULL, Layer
 from winnow.model_files import ModelDescription, describe_model
 from winnow.pruning_settings import PruningSettings
 
 
 @pytest.mark.parametrize("num_layers", range(1, 81))
 def test_defaults_fit_every_depth(num_layers: int) -> None:
-    settings = scaled_defaults(num_layers)
-    settings.require_fits(num_layers)
+    settings = scaled_defaults(shape_of(num_layers))
+    settings.require_fits(shape_of(num_layers))
     if num_layers >= 28:
         assert replace(settings, latest_layer=None) == PruningSettings()
 
 
+LAYERS = {
+    "gemma2": [SLIDING, FULL] * 13,
+    "gemma3": ([SLIDING] * 5 + [FULL]) * 10 + [SLIDING] * 2,
+    "gemma3 270m": ([SLIDING] * 5 + [FULL]) * 3,
+    "qwen3_next": [Layer(None, is_recurrent=True)] * 3 + [FULL],
+    "llama4": ([CHUNKED] * 3 + [FULL]) * 12,
+    "one": [SLIDING] * 5 + [FULL],
+    "first": [FULL, *[SLIDING] * 9],
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_defaults_name_full_layers_where_others_are_between(name: str) -> None:
+    shape = shape_of(LAYERS[name])
+    settings = scaled_defaults(shape)
+    settings.require_fits(shape)
+    replace(settings, method="fastkv").require_fits(shape)
+    assert settings.latest_layer in shape.full_layers
+    assert len(shape.full_layers) == 1 or settings.observed_layers > 1
+
+
+def test_defaults_are_at_the_depth_of_a_model_with_full_layers_alone() -> None:
+    settings = scaled_defaults(shape_of(LAYERS["gemma3"]))  # of 62 layers
+    assert (settings.observed_layers, settings.min_layer) == (2, 17)
+    assert (settings.fixed_layer, settings.latest_layer) == (29, 41)
+    assert settings.window_size == 8, "no longer than the layers' own"
+
+
+def test_without_full_layers_nothing_is_pruned_by_default() -> None:
+    shape = shape_of([SLIDING] * 30)
+    assert scaled_defaults(shape).method == "full"
+    scaled_defaults(shape).require_fits(shape)
+
+
 @pytest.mark.parametrize(("num_layers", "latest"), [(1, 0), (4, 2), (12, 8), (30, 19), (48, 30)])
 def test_some_layer_selects_by_default(num_layers: int, latest: int) -> None:
-    assert scaled_defaults(num_layers).latest_layer == latest
+    assert scaled_defaults(shape_of(num_layers)).latest_layer == latest
 
 
 FAMILIES = json.loads((Path(winnow.__file__).parent / "families.json").read_text())
@@ -41,7 +77,7 @@ def description_of(folder: Path, **config: Any) -> ModelDescription:
 def test_a_family_has_settings_of_its_own(family: dict[str, Any], tmp_path: Path) -> None:
     description = description_of(tmp_path, **family["config"], eos_token_id=[1, 2])
     settings = pruning_defaults(description)
-    settings.require_fits(description.shape.num_layers)
+    settings.require_fits(description.shape)
     assert family["settings"].items() <= asdict(settings).items()
     assert (Path(winnow.__file__).parents[1] / family["source"]).is_file()
     (tmp_path / "winnow.json").write_text('{"kernel_size": 5}')
@@ -60,11 +96,11 @@ def test_a_model_of_another_size_has_the_scaled_settings(
     other: dict[str, Any], tmp_path: Path
 ) -> None:
     description = description_of(tmp_path, **(FAMILIES[0]["config"] | other))
-    assert pruning_defaults(description) == scaled_defaults(30)
+    assert pruning_defaults(description) == scaled_defaults(shape_of(30))
 
 
 def test_the_latest_layer_goes_up_with_the_first_unless_it_is_named() -> None:
-    settings = scaled_defaults(30)
+    settings = scaled_defaults(shape_of(30))
     assert override(settings, {"min_layer": 25}).latest_layer == 25
     assert override(settings, {"min_layer": 12}).latest_layer == 19
     with pytest.raises(InvalidSetting, match="latest_layer is 20; it must be at least min_layer"):
@@ -75,7 +111,7 @@ def test_the_model_folder_comes_before_the_scaled_defaults(tmp_path: Path) -> No
     (tmp_path / "winnow.json").write_text(json.dumps({"kv_budget": 100, "min_layer": 4}))
     settings = pruning_defaults(description_of(tmp_path, num_hidden_layers=12))
     assert (settings.kv_budget, settings.min_layer) == (100, 4)
-    assert settings.observed_layers == scaled_defaults(12).observed_layers
+    assert settings.observed_layers == scaled_defaults(shape_of(12)).observed_layers
 
 
 @pytest.mark.parametrize(

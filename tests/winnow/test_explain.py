@@ -38,7 +38,7 @@ def test_agrees_with_the_prefill_of_the_same_prompt(
     _, result = prefill_all(winnow.model, token_ids, winnow.pruning)
     assert explanation.report == result.report
     assert "".join(explanation.pieces) == TEXT
-    assert len(explanation.pieces) == len(explanation.last_layers) == len(token_ids)
+    assert len(explanation.pieces) == len(explanation.scores.last_layers) == len(token_ids)
     assert explanation.answer.token_ids == winnow.generate(TEXT, SAMPLING).token_ids
     full = Winnow.load(tiny_models["llama"], method="full").generate(TEXT, SAMPLING)
     assert explanation.full_answer.token_ids == full.token_ids
@@ -52,28 +52,28 @@ def test_tells_which_tokens_went_on(method: str, tiny_models: dict[str, Path]) -
     layers, result = prefill_all(winnow.model, token_ids, deeper)
     layer = result.report.selection_layer
     assert layer is not None
-    kept = [i for i, last in enumerate(explanation.last_layers) if last > layer]
+    kept = [i for i, last in enumerate(explanation.scores.last_layers) if last > layer]
     assert kept == layers[layer + 1].positions[: len(kept)].tolist()
     assert layers[layer + 1].head_lengths == (len(kept), len(kept))
-    assert set(explanation.last_layers) == {layer, len(layers) - 1}
+    assert set(explanation.scores.last_layers.tolist()) == {layer, len(layers) - 1}
 
 
 @pytest.mark.parametrize("method", ["fastkv", "asl"])
 def test_the_kept_are_the_first_in_the_order(method: str, tiny_models: dict[str, Path]) -> None:
     winnow, token_ids, explanation = _explained(tiny_models["llama"], method)
-    layer, scores = explanation.report.selection_layer, explanation.layer_scores[-1]
+    layer, scores = explanation.report.selection_layer, explanation.layer_ranks[-1]
     assert scores.layer_idx == layer
     num_ranked = len(token_ids) - winnow.pruning.window_size
     assert sorted(scores.ranks) == [0] * winnow.pruning.window_size + [*range(1, num_ranked + 1)]
     assert not any(scores.ranks[num_ranked:])  # the window is kept whatever its scores
-    kept = {i for i, last in enumerate(explanation.last_layers[:num_ranked]) if last > layer}
+    kept = {i for i, last in enumerate(explanation.scores.last_layers[:num_ranked]) if last > layer}
     best = BUDGETS["select_tokens"] - winnow.pruning.window_size
     assert kept == {i for i, rank in enumerate(scores.ranks[:num_ranked]) if 0 < rank <= best}
 
 
 def test_nothing_is_dropped_where_nothing_is_pruned(tiny_models: dict[str, Path]) -> None:
     _, _, explanation = _explained(tiny_models["llama"], "full")
-    assert set(explanation.last_layers) == {3}
+    assert set(explanation.scores.last_layers.tolist()) == {3}
     assert explanation.report.no_selection_reason == "off"
 
 

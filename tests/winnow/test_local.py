@@ -1,3 +1,5 @@
+import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -6,10 +8,12 @@ from typing import Any
 import pytest
 
 from tests.winnow import reference
-from tests.winnow.drive import assert_empty
-from winnow import BatchJob, SamplingParams, Winnow
+from tests.winnow.drive import assert_empty, make_engine
+from tests.winnow.eager_recorder import EagerRecorder
+from winnow import BatchJob, Grammar, SamplingParams, Winnow
+from winnow.engine.decode import DecodeEngine
 from winnow.engine.prefix.hashes import BLOCK_TOKENS
-from winnow.errors import InvalidRequest, InvalidSetting
+from winnow.errors import InvalidGrammar, InvalidRequest, InvalidSetting
 from winnow.tokens import FinishReason
 
 TEXT = "the quick brown fox jumps over the lazy dog " * 12
@@ -43,6 +47,45 @@ def test_streams_the_same_text_in_pieces_and_stops_at_a_stop_string(winnow: Winn
     assert len(cut.token_ids) < 40
 
 
+def test_texts_keep_to_a_grammar_one_by_one_and_in_a_batch(winnow: Winnow) -> None:
+    sampling = SamplingParams(max_tokens=40, temperature=1, seed=5)
+    grammars = [
+        Grammar("json_schema", '{"enum": ["one", "two", [3, null]]}'),
+        Grammar("regex", "(quick|lazy) [a-f]{3}"),
+        None,
+    ]
+    alone = [winnow.generate(TEXT, sampling, grammar=grammar) for grammar in grammars]
+    assert json.loads(alone[0].text) in ("one", "two", [3, None])
+    assert re.fullmatch("(quick|lazy) [a-f]{3}", alone[1].text)
+    assert [one.finish_reason for one in alone[:2]] == [FinishReason.STOP] * 2
+    jobs = [
+        BatchJob(winnow.tokenizer.encode(TEXT), winnow.pruning, sampling, grammar=grammar)
+        for grammar in grammars
+    ]
+    together = {one.job_idx: one.completion for one in winnow.generate_many(jobs)}
+    assert [together[idx] for idx in range(3)] == alone
+    with pytest.raises(InvalidGrammar, match=r"grammar.items cannot be enforced"):
+        winnow.generate(TEXT, grammar=Grammar("json_schema", '{"items": {"not": {}}}'))
+    assert_empty(winnow._engine)
+
+
+def test_a_step_that_reads_two_tokens_ends_at_the_same_stop_string(
+    winnow: Winnow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = SamplingParams(max_tokens=41, temperature=1, seed=5, ignore_eos=True)
+    whole = winnow.generate(TEXT, sampling).text
+    stops = [whole[at : at + 3] for at in range(10, 14)]
+    expected = [winnow.generate(TEXT, sampling, (stop,)) for stop in stops]
+    assert {len(one.token_ids) % 2 for one in expected} == {0, 1}
+    step = DecodeEngine.step
+    monkeypatch.setattr(DecodeEngine, "step", lambda engine: step(engine) + step(engine))
+    assert [winnow.generate(TEXT, sampling, (stop,)) for stop in stops] == expected
+    jobs = [BatchJob(winnow.tokenizer.encode(TEXT), winnow.pruning, sampling, (s,)) for s in stops]
+    many = {one.job_idx: one.completion for one in winnow.generate_many(jobs)}
+    assert [many[idx] for idx in range(len(stops))] == expected
+    assert_empty(winnow._engine)
+
+
 def test_what_ends_an_answer_ends_it_here_too(winnow: Winnow) -> None:
     sampling = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
     token_ids = winnow.generate(TEXT, sampling).token_ids
@@ -71,12 +114,24 @@ def test_options_of_the_chat_template_are_given_when_it_is_loaded(
     assert trusting.tokenizer.render_chat(messages) == [0, 2]
 
 
-def test_a_stream_closed_early_frees_its_memory(winnow: Winnow) -> None:
+@pytest.mark.parametrize("new_recorder", [None, EagerRecorder])
+def test_a_stream_closed_early_frees_its_memory(
+    winnow: Winnow, new_recorder: type[EagerRecorder] | None
+) -> None:
+    winnow._engine = make_engine(winnow.model, rows=1, new_recorder=new_recorder)
     stream = winnow.stream(TEXT, SamplingParams(max_tokens=40, ignore_eos=True))
     pieces = iter(stream)
     next(pieces)
-    pieces.close()  # type: ignore[attr-defined]
+    pieces.close()
     assert_empty(winnow._engine)
+
+
+def test_a_prefill_closed_between_two_layers_frees_its_memory(winnow: Winnow) -> None:
+    layers = winnow.stream_by_layer(TEXT, SamplingParams(max_tokens=4))
+    next(layers)
+    layers.close()
+    assert_empty(winnow._engine)
+    assert winnow.generate(TEXT, SamplingParams(max_tokens=4)).token_ids
 
 
 def test_questions_about_one_text_compute_it_once(tiny_models: dict[str, Path]) -> None:
@@ -141,3 +196,8 @@ def test_refuses_bad_settings_and_empty_prompts(
     with pytest.raises(InvalidSetting, match="fixed_layer is 7"):
         Winnow.load(tiny_models["llama"], method="fastkv", fixed_layer=7)
     assert_empty(winnow._engine)
+
+
+def test_another_gpu_than_the_first_is_refused(tiny_models: dict[str, Path]) -> None:
+    with pytest.raises(InvalidSetting, match=r"device is cuda:2; .*CUDA_VISIBLE_DEVICES=2"):
+        Winnow.load(tiny_models["llama"], device="cuda:2")

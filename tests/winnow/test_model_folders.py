@@ -27,6 +27,7 @@ from transformers import (
 from tests.winnow.checkpoints import SIZES, save
 from winnow import SamplingParams, Winnow
 from winnow.errors import UnusableModel
+from winnow.model_files import describe_model
 
 GREEDY = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
 
@@ -54,14 +55,14 @@ def change(folder: Path, file: str, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (MambaConfig(vocab_size=320, hidden_size=64, num_hidden_layers=2), "a mamba, is not"),
-        (BertConfig(**SIZES, is_decoder=True), "a bert, which Winnow cannot run layer by layer"),
-        (BloomConfig(vocab_size=320, hidden_size=64, n_layer=2, n_head=4), "a bloom, is not"),
+        (MambaConfig(vocab_size=320, hidden_size=64, num_hidden_layers=2), "no keys and values"),
+        (BertConfig(**SIZES, is_decoder=True), "a bert, which Winnow does not run: it is an"),
+        (BloomConfig(vocab_size=320, hidden_size=64, n_layer=2, n_head=4), "distances (ALiBi)"),
         (FalconConfig(vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
          "a falcon, whose attention cannot be replaced"),
-        (MptConfig(vocab_size=320, d_model=64, n_layers=2, n_heads=4), "a mpt, is not usable"),
+        (MptConfig(vocab_size=320, d_model=64, n_layers=2, n_heads=4), "distances (ALiBi)"),
         (JetMoeConfig(**SIZES, kv_channels=16), "cannot be run"),
-        (Qwen3NextConfig(**SIZES, num_experts=4), "has linear_attention layers"),
+        (Qwen3NextConfig(**SIZES, num_experts=4), "has recurrent layers alone"),
     ],
     ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else "",
 )  # fmt: skip
@@ -73,41 +74,53 @@ def test_families_without_the_needed_parts_are_named(
 
 def test_an_encoder_with_a_decoder_is_refused(folder: Path) -> None:
     T5Config(vocab_size=320, d_model=64, num_layers=2, num_heads=4).save_pretrained(folder)
-    assert "of a t5, is not usable" in refusal(folder)
+    assert "a t5, which Winnow does not run: an encoder reads its prompts" in refusal(folder)
 
 
 @pytest.mark.parametrize(
     "quantization",
     [
-        {"quant_method": "awq", "bits": 4, "group_size": 32},
-        {"quant_method": "gptq", "bits": 4, "group_size": 128},
-        {"quant_method": "bitsandbytes", "load_in_4bit": True},
-        {"quant_method": "compressed-tensors", "config_groups": {}},
-        {"quant_method": "mxfp4"},
         {"quant_method": "hqq"},
-        {"quant_method": "torchao"},
         {"quant_method": "quanto"},
         {"quant_method": "of-next-year", "bits": 3},
     ],
     ids=lambda value: value["quant_method"],
 )
-def test_quantizations_are_refused_by_name(folder: Path, quantization: dict[str, Any]) -> None:
+def test_quantizations_that_are_not_known_are_refused_by_name(
+    folder: Path, quantization: dict[str, Any]
+) -> None:
     change(folder, "config.json", quantization_config=quantization)
     method = quantization["quant_method"]
     assert f"is quantized by {method}, which Winnow does not run" in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    ("method", "packages"),
+    [
+        ("awq", "accelerate gptqmodel"),
+        ("gptq", "optimum gptqmodel"),
+        ("bitsandbytes", "accelerate bitsandbytes"),
+        ("mxfp4", "accelerate kernels triton"),
+        ("fp8", "accelerate"),
+        ("torchao", "torchao"),
+    ],
+)
+def test_a_quantization_asks_for_the_packages_that_run_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, packages: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    change(folder, "config.json", quantization_config={"quant_method": method})
+    with pytest.raises(UnusableModel) as raised:
+        describe_model(folder, device="cuda")
+    found = raised.value.message
+    assert f"quantized by {method}, for which {' and '.join(packages.split())}" in found
+    assert f"pip install {packages}" in found
+    assert ("dequantize: true" in found) == (method != "torchao")
+
+
 def test_a_quantization_without_a_name_is_refused(folder: Path) -> None:
     change(folder, "config.json", quantization_config={"bits": 4})
     assert "quantized by a method without a name" in refusal(folder)
-
-
-def test_fp8_asks_for_the_package_that_it_needs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    change(folder, "config.json", quantization_config={"quant_method": "fp8"})
-    assert "quantized by fp8: accelerate is not installed" in refusal(folder)
 
 
 @pytest.mark.parametrize(

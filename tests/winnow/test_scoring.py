@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from tests.winnow import naive
+from winnow.attention import AttentionOptions
 from winnow.scoring import descending_order, observed_attention, pooled_scores, ranks_from_order
 
 
@@ -13,7 +14,7 @@ def test_observed_attention_equals_the_formula(
     torch.manual_seed(num_tokens)
     queries = torch.randn(num_heads, window, 8)
     keys = torch.randn(num_kv_heads, num_tokens, 8)
-    mass = observed_attention(queries, keys, 8**-0.5)
+    mass = observed_attention(queries, keys, AttentionOptions(8**-0.5))
     expected = torch.tensor(naive.observed_attention(queries, keys))
     torch.testing.assert_close(mass, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(mass.sum(1), torch.full((num_heads,), float(window)))

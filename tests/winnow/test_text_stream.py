@@ -35,6 +35,14 @@ def test_stream_shows_only_whole_characters_and_in_the_end_all(
     assert shown == text
 
 
+def test_special_tokens_are_left_out_except_some(tokenizer: Tokenizer) -> None:
+    end, user = (tokenizer.encode(text)[0] for text in ("<|end|>", "<|user|>"))
+    streams = (TextStream(tokenizer), TextStream(tokenizer, shown_token_ids={user}))
+    texts = ["".join(map(stream.feed, (user, 105, end))) for stream in streams]
+    letter = tokenizer.decode([105])
+    assert texts == [letter, f"<|user|>{letter}"]
+
+
 @given(text=MULTIBYTE)
 @example(text="the quick")
 def test_stream_of_a_sentencepiece_vocabulary_shows_the_text(

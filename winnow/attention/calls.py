@@ -11,11 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from winnow.attention.options import AttentionOptions
+from winnow.layers import FULL, Layer
+
 ATTENTION_NAME = "winnow"
 
-# (layer_idx, query [B, H, T, D], key [B, H_kv, T, D], value [B, H_kv, T, D], scaling)
+# (layer_idx, query [B, H, T, D], key [B, H_kv, T, D], value [B, H_kv, T, D], options)
 # -> [B, H, T, D]
-AttentionCall = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+AttentionCall = Callable[[int, Tensor, Tensor, Tensor, AttentionOptions], Tensor]
 
 
 def _dispatch(
@@ -27,11 +30,15 @@ def _dispatch(
     *,
     scaling: float,
     attention_call: AttentionCall,
+    attention_layer: Layer = FULL,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,  # noqa: ANN401 - transformers adds options that are irrelevant to inference
 ) -> tuple[Tensor, None]:
     assert attention_mask is None, "the AttentionCall masks"
     assert isinstance(module.layer_idx, int)
-    output = attention_call(module.layer_idx, query, key, value, scaling)
+    options = AttentionOptions(scaling, attention_layer, softcap, s_aux)
+    output = attention_call(module.layer_idx, query, key, value, options)
     return output.transpose(1, 2), None  # [B, T, H, D]
 
 

@@ -1,29 +1,37 @@
 """Which DecodeBackend a device gets."""
 
-import logging
 from typing import Any
 
 from winnow.attention.decode import DecodeBackend, PagedKV
 from winnow.attention.gather import GatherBackend
+from winnow.attention.paged import PagedBackend
 from winnow.catalog import load
+from winnow.kernels.cpu.attention import can_read
+from winnow.kernels.trial import passes
 
-logger = logging.getLogger(__name__)
-
-_PAGED = "winnow.attention.paged"  # imported for CUDA devices only: it needs Triton
+_ON_CPU = "winnow.kernels.cpu.attention:append_and_attend"
+_ON_GPU = "winnow.kernels.gpu.attention:append_and_attend"  # imported for CUDA only: needs Triton
 
 
 def decode_backend(pool: PagedKV, group: int) -> DecodeBackend[Any]:
-    """The kernel that reads pages in place, where it works; otherwise GatherBackend.
+    """A kernel that reads pages in place, where one works; otherwise GatherBackend.
 
     group: query heads per KV head.
     """
-    if pool.device.type != "cuda":
-        return GatherBackend(pool)
-    try:
-        load(f"{_PAGED}:try_out")(pool, group)
-    except Exception as error:  # Triton, its compiler and its driver each have errors of their own
-        reason = " ".join(str(error).split()) or type(error).__name__
-        logger.warning("decode copies pages, because the attention kernel fails here: %s", reason)
-        return GatherBackend(pool)
-    backend: DecodeBackend[Any] = load(f"{_PAGED}:PagedBackend")(pool)
-    return backend
+    kernel = _kernel_for(pool)
+    if kernel is not None and passes(
+        "winnow.attention.paged:try_out",
+        kernel,
+        pool,
+        group,
+        otherwise="decode copies pages, because the attention kernel",
+    ):
+        return PagedBackend(pool, load(kernel))
+    return GatherBackend(pool)
+
+
+def _kernel_for(pool: PagedKV) -> str | None:
+    """`module:function` of the one made for the pool's device and pages."""
+    if pool.device.type == "cuda":
+        return _ON_GPU
+    return _ON_CPU if can_read(pool.paged.keys, pool.shape.dtype) else None

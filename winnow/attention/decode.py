@@ -1,53 +1,77 @@
 """Decode attention: one new token per row attends to paged keys and values.
 
-A DecodeBackend reads the pages: `GatherBackend` copies and masks them, on any device; the kernel of
-`PagedBackend` reads them in place, on CUDA devices.
+A DecodeBackend reads the pages: the kernel of `PagedBackend` reads them in place, on CUDA devices
+and on CPUs that have one; `GatherBackend` copies and masks them, on any device.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+from winnow.attention.options import AttentionOptions
+from winnow.kv import ModelShape
+from winnow.layers import Layer
+from winnow.visibility import first_visible
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
     """Where one decode step writes and reads KV, for a batch of B rows.
 
+    rows: [B] of the page table.
+    positions: [B] int64, of the new tokens.
     slots: [L, B, H_kv] slot that each head's new entry is written to.
-    pages: [L, B, H_kv, P] pages of each head, the new token's included.
+    pages: [L, num_rows, H_kv, P] int64, the page table, of all rows.
     lengths: [L, B, H_kv] entries of each head, the new token's included.
+    longest: entries of each row's longest head; None where only the device knows.
     """
 
+    rows: Tensor
+    positions: Tensor
     slots: Tensor
     pages: Tensor
     lengths: Tensor
+    longest: list[int] | None
+
+    def first_visible(self, layers: Iterable[Layer]) -> dict[Layer, Tensor]:
+        """The first position [B] that the new tokens attend to, in each kind of windowed layer."""
+        windowed = {layer for layer in layers if layer.window is not None}
+        return {layer: first_visible(layer, self.positions) for layer in windowed}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PagedEntries:
+    """Keys and values of all pages: [num_pages, page_size, D].
+
+    positions: [num_pages, page_size] int32, ascending within a head.
+    scales: [num_pages, page_size, 2] float16, of keys and of values that are int8; else None.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    scales: Tensor | None = None
 
 
 class PagedKV(Protocol):
     """The interface of the KV pool that attention uses."""
 
+    shape: ModelShape
     page_size: int
     device: torch.device
 
-    def lengths(self, rows: list[int]) -> NDArray[np.int64]:
-        """Entries per head of the given rows: [len(rows), L, H_kv]."""
+    def append(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write new entries of a layer.  slots: [B, H_kv].  keys, values: [B, H_kv, D]."""
 
-    def plan_step(self, rows: list[int], positions: Tensor) -> StepPlan:
-        """Make room for one more entry in every head of the rows; returns where it goes."""
-
-    def append(self, layer_idx: int, plan: StepPlan, keys: Tensor, values: Tensor) -> None:
-        """Write the step's new entries of a layer.  keys, values: [B, H_kv, D]."""
-
-    def gather(self, layer_idx: int, plan: StepPlan) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer for the step: each [B, H_kv, P * page_size, D]."""
+    def gather(self, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of pages [B, H_kv, P]: each [B, H_kv, P * page_size, D]."""
 
     @property
-    def vectors(self) -> Tensor:
-        """All pages' keys, then all their values: [2 * num_pages * page_size, D]."""
+    def paged(self) -> PagedEntries:
+        """All pages' keys and values."""
 
 
 Plan = TypeVar("Plan")
@@ -56,8 +80,8 @@ Plan = TypeVar("Plan")
 class DecodeBackend(Protocol, Generic[Plan]):
     """A way to read pages. `Plan` is what it prepares once per step for all layers."""
 
-    def plan(self, rows: list[int], positions: Tensor) -> Plan:
-        """Make room for a new token of each row.  positions: [B]."""
+    def plan(self, step: StepPlan) -> Plan:
+        """Prepare to read what the step reads."""
 
     def attend(
         self,
@@ -66,7 +90,7 @@ class DecodeBackend(Protocol, Generic[Plan]):
         query: Tensor,
         keys: Tensor,
         values: Tensor,
-        scaling: float,
+        options: AttentionOptions,
     ) -> Tensor:
         """Write the new tokens' entries of a layer, then attend to all entries of each head.
 
@@ -77,23 +101,23 @@ class DecodeBackend(Protocol, Generic[Plan]):
 class StepAttention(Generic[Plan]):
     """An AttentionCall for one decode step of B rows; appends the new entries, then attends.
 
-    positions: [B], of the new tokens; the constructor makes room for them.
-    After the forward pass: `queries` holds each layer's [B, num_heads, head_dim], `scaling` the
-    factor of the attention logits.
+    Layers are called in order. Those without keys and values call nothing, and are not counted: the
+    plan has the others alone.
+    After the forward pass: `queries` holds each layer's [B, num_heads, head_dim], `options` how it
+    attended.
     """
 
-    scaling: float
-
-    def __init__(self, backend: DecodeBackend[Plan], rows: list[int], positions: Tensor) -> None:
+    def __init__(self, backend: DecodeBackend[Plan], step: StepPlan) -> None:
         self._backend = backend
-        self._plan = backend.plan(rows, positions)
+        self._plan = backend.plan(step)
         self.queries: list[Tensor] = []
+        self.options: list[AttentionOptions] = []
 
     def __call__(
-        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
-        self.scaling = scaling
-        self.queries.append(query[:, :, 0])
-        return self._backend.attend(
-            layer_idx, self._plan, query, key[:, :, 0], value[:, :, 0], scaling
-        )
+        kv_idx = len(self.queries)
+        self.options.append(options)
+        self.queries.append(query.select(2, 0))  # which is quicker than an index
+        keys, values = key.select(2, 0), value.select(2, 0)
+        return self._backend.attend(kv_idx, self._plan, query, keys, values, options)

@@ -7,8 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-# Queries that share a mask. More need more memory, and compute more keys that the mask then hides.
-_MASKED_QUERIES = 512
+from winnow.attention.fused import fused_kernels
+from winnow.attention.masked import has_kernel, masked_attention
+from winnow.attention.options import AttentionOptions
+from winnow.kernels.cpu.attention import attend
+
 # Up to this share of tokens without queries, it is quicker to compute them too than to mask.
 _PADDED_SHARE = 0.4
 
@@ -20,39 +23,46 @@ class PrefillAttention:
 
     After the layer ran: `keys`, `values` [num_kv_heads, N, head_dim], `queries`
     [num_heads, min(num_queries, T), head_dim] of the last tokens (`num_queries` None: of all), and
-    `scaling` of the attention logits.
+    the `options` of the attention.
 
     cached: keys and values [2, num_kv_heads, N, head_dim], without those of the last T tokens,
     which are filled in; None if T = N.
+    positions: [N] int64, ascending; None: 0 to N - 1.
     """
 
     keys: Tensor
     values: Tensor
     queries: Tensor
-    scaling: float
+    options: AttentionOptions
 
-    def __init__(self, num_queries: int | None, cached: Tensor | None = None) -> None:
-        self._num_queries = num_queries
-        self._cached = cached
+    def __init__(
+        self,
+        num_queries: int | None,
+        cached: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> None:
+        self.num_queries = num_queries
+        self.cached = cached
+        self.positions = positions
 
     def __call__(
-        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
-        if self._cached is not None:
-            self._cached[:, :, -key.shape[2] :] = torch.cat([key, value])
-            key, value = self._cached[:, None]  # [1, H_kv, N, D] each
-        self.observe(query, key, value, scaling)
-        return causal_attention(query, key, value, scaling)
+        if self.cached is not None:
+            self.cached[:, :, -key.shape[2] :] = torch.cat([key, value])
+            key, value = self.cached[:, None]  # [1, H_kv, N, D] each
+        self.observe(query, key, value, options)
+        return causal_attention(query, key, value, options, self.positions)
 
-    def observe(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+    def observe(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> None:
         """Keeps what is wanted of a layer; of `query` the last tokens' at least."""
-        self.keys, self.values, self.scaling = key[0], value[0], scaling
-        last = slice(None) if self._num_queries is None else slice(-self._num_queries, None)
+        self.keys, self.values, self.options = key[0], value[0], options
+        last = slice(None) if self.num_queries is None else slice(-self.num_queries, None)
         self.queries = query[0, :, last].contiguous()
 
     def looks_at_most_at(self, num_queries: int) -> bool:
         """Whether the last `num_queries` tokens' queries are all that is wanted."""
-        return self._num_queries is not None and self._num_queries <= num_queries
+        return self.num_queries is not None and self.num_queries <= num_queries
 
 
 class ScatteredAttention:
@@ -63,62 +73,60 @@ class ScatteredAttention:
     """
 
     def __init__(self, cached: Tensor, positions: Tensor) -> None:
-        self._cached = cached
-        self._positions = positions
+        self.cached = cached
+        self.positions = positions
 
     def __call__(
-        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
-        key, value = self._cached[:, None]  # [1, H_kv, N, D] each
-        return _masked_attention(query, key, value, self._positions, scaling)
+        key, value = self.cached[:, None]  # [1, H_kv, N, D] each
+        return masked_attention(query, key, value, self.positions, options)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal self-attention of the last T of N tokens, by PyTorch's fused kernels.
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: AttentionOptions,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """Causal self-attention of the last T of N tokens, by our kernel or PyTorch's fused ones.
 
     query: [B, H, T, D].  key, value: [B, H_kv, N, D].  Returns [B, H, T, D].
+    positions: [N] of all tokens, ascending; None: 0 to N - 1.
     The kernels work in blocks of queries and keys, so no T x N matrix is held.
     """
     num_queries, num_keys = query.shape[2], key.shape[2]
+    if positions is None and options.layer.window is not None:
+        options = options.within(num_keys)
+    if not options.is_plain:
+        first_own = num_keys - num_queries
+        own = torch.arange(first_own, num_keys, device=query.device)
+        return masked_attention(
+            query, key, value, own, options, positions=positions, first_own=first_own
+        )
+    if has_kernel(query, key, value, options):
+        own = torch.arange(num_keys - num_queries, num_keys)
+        return attend(query[0], key[0], value[0], own, options.scaling)[None]
     is_grouped = query.shape[1] != key.shape[1]
     if num_queries == num_keys:
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=num_queries > 1, scale=scaling, enable_gqa=is_grouped
-        )
+        with fused_kernels(query.device):
+            return F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                is_causal=num_queries > 1,
+                scale=options.scaling,
+                enable_gqa=is_grouped,
+            )
     if query.is_cuda and query.dtype != torch.float32:  # flash attention has no float32
         mask: Any = causal_lower_right(num_queries, num_keys)  # a hint; no mask is made of it
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=is_grouped
+            query, key, value, attn_mask=mask, scale=options.scaling, enable_gqa=is_grouped
         )
     num_cached = num_keys - num_queries
     if num_cached <= _PADDED_SHARE * num_keys:
         padded = F.pad(query, (0, 0, num_cached, 0))
-        return causal_attention(padded, key, value, scaling)[:, :, num_cached:]
-    positions = torch.arange(num_cached, num_keys, device=query.device)
-    return _masked_attention(query, key, value, positions, scaling)
-
-
-def _masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, scaling: float
-) -> Tensor:
-    """Attention of tokens at ascending `positions` [T] to the keys up to their own.
-
-    Shapes as in `causal_attention`.  A mask is held for _MASKED_QUERIES queries at a time.
-    """
-    num_groups = query.shape[1] // key.shape[1]
-    if query.is_cuda and num_groups > 1:  # its fused kernels take no mask with grouped heads
-        key, value = (part.repeat_interleave(num_groups, dim=1) for part in (key, value))
-    output = torch.empty_like(query)
-    for start in range(0, len(positions), _MASKED_QUERIES):
-        rows = positions[start : start + _MASKED_QUERIES]
-        num_keys = int(rows[-1]) + 1
-        mask = torch.arange(num_keys, device=query.device) <= rows[:, None]  # [rows, num_keys]
-        output[:, :, start : start + len(rows)] = F.scaled_dot_product_attention(
-            query[:, :, start : start + len(rows)],
-            key[:, :, :num_keys],
-            value[:, :, :num_keys],
-            attn_mask=mask,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-    return output
+        return causal_attention(padded, key, value, options)[:, :, num_cached:]
+    own = torch.arange(num_cached, num_keys, device=query.device)
+    return masked_attention(query, key, value, own, options, first_own=num_cached)

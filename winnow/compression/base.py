@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from winnow.compression.heads import PagedHeads
 from winnow.pruning_settings import PruningSettings, Recompression
 
 
@@ -74,15 +75,18 @@ class BudgetRule(CompressionRule):
 
 
 class RecompressionRule(ABC):
-    """Which entries of a KV head recompression keeps in decode, by the settings of one request."""
+    """What recompression in decode keeps of each KV head, by the settings of one request.
+
+    How many entries stay is never the rule's choice, so the host knows it without waiting.
+    """
 
     def __init__(self, settings: Recompression) -> None:
         self.settings = settings
 
     @abstractmethod
-    def keep(self, keys: Tensor, queries: Tensor, scaling: float, num_kept: int) -> Tensor:
-        """The ascending indices of the `num_kept` entries to keep, the window's included.
+    def scores(self, heads: PagedHeads) -> Tensor:
+        """How much each entry before its head's window should stay, of many heads at once.
 
-        keys: [num_entries, head_dim] of one KV head, num_entries > num_kept > w.
-        queries: [group, w, head_dim] of the last w tokens.  Returns [num_kept] int64.
+        Returns [N, T] float32, of which any other entry is ignored; ties go to the earlier entry.
+        Must not wait for the device.  Peak memory: some times [N, group, w, T].
         """

@@ -5,75 +5,77 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from winnow.compression.base import RecompressionRule
-from winnow.scoring import descending_order, with_window
+from winnow.compression.heads import PagedHeads
+from winnow.kernels.recompression import padded_keys
 
 _SIMILAR = 0.5  # T in the authors' code; the paper gives neither it nor beta, which is 1 there
-_BLOCK_SIZE = 1024
 
 
 class RKVRecompression(RecompressionRule):
-    """Trades attention against redundancy by `redundancy_weight`."""
+    """Trades attention against redundancy by `redundancy_weight`: lambda I - (1 - lambda) R."""
 
-    def keep(self, keys: Tensor, queries: Tensor, scaling: float, num_kept: int) -> Tensor:
-        return keep_diverse(
-            keys,
-            queries,
-            scaling,
-            self.settings.kernel_size,
-            num_kept,
-            self.settings.redundancy_weight,
-        )
+    def scores(self, heads: PagedHeads) -> Tensor:
+        return heads.rkv_scores(self.settings.kernel_size, self.settings.redundancy_weight)
 
 
-def keep_diverse(
+def rkv_scores(
+    queries: Tensor,
     keys: Tensor,
-    window_queries: Tensor,
+    pages: Tensor,
+    lengths: Tensor,
     scaling: float,
+    scales: Tensor | None,
     kernel_size: int,
-    kv_budget: int,
     redundancy_weight: float,
 ) -> Tensor:
-    """The `kv_budget - w` entries of one KV head with the highest lambda I - (1 - lambda) R, and
-    the window, ascending.
+    """The score of each entry before the window: [N, T] float32.
 
-    keys: [num_entries, head_dim], num_entries > kv_budget > w.
-    window_queries: [group, w, head_dim], of the tokens of the last w entries.
-    redundancy_weight: lambda.  Returns [kv_budget] int64.
+    The tensors are those of `winnow.kernels.recompression.window_scores`.
     """
-    window = window_queries.shape[1]
-    candidates = keys[: len(keys) - window]
-    attended = importance(candidates, window_queries, scaling, kernel_size)
-    scores = redundancy_weight * attended - (1 - redundancy_weight) * redundancy(candidates)
-    best = descending_order(scores)[: kv_budget - window]
-    return with_window(best, len(keys), window)
+    own = padded_keys(keys, pages, scales, queries.dtype)
+    group, window = queries.shape[1:3]
+    entry = torch.arange(own.shape[1], device=own.device)
+    is_candidate = entry < (lengths - window)[:, None]
+    attended = importance(own, is_candidate, queries, scaling, kernel_size)
+    redundant = redundancy(own, is_candidate, group * window)  # takes `importance`'s memory
+    return redundancy_weight * attended - (1 - redundancy_weight) * redundant
 
 
-def importance(keys: Tensor, window_queries: Tensor, scaling: float, kernel_size: int) -> Tensor:
-    """Importance I: the maximum logits over the group, softmax over the n candidates, max-pooling
+def importance(
+    keys: Tensor, is_candidate: Tensor, queries: Tensor, scaling: float, kernel_size: int
+) -> Tensor:
+    """Importance I: the maximum logits over the group, softmax over the candidates, max-pooling
     over `kernel_size` neighbours, mean over the window.
 
-    keys: [n, head_dim].  window_queries: [group, w, head_dim].  Returns [n] float32.
+    keys: [N, T, D].  is_candidate: [N, T].  queries: [N, group, w, D].  Returns [N, T] float32.
     """
-    logits = (window_queries @ keys.T).float().amax(0) * scaling  # [w, n]
-    weights = logits.softmax(-1)
-    return F.max_pool1d(weights, kernel_size, stride=1, padding=kernel_size // 2).mean(0)
+    grouped = queries.flatten(1, 2)  # [N, group * w, D]
+    logits = (grouped @ keys.mT).view(*queries.shape[:3], -1).amax(1).float() * scaling
+    weights = logits.masked_fill_(~is_candidate[:, None], -torch.inf).softmax(-1)  # [N, w, T]
+    return F.max_pool1d(weights, kernel_size, stride=1, padding=kernel_size // 2).mean(1)
 
 
-def redundancy(keys: Tensor) -> Tensor:
-    """Redundancy R: softmax over the mean cosine similarity of each key to the others.
+def redundancy(keys: Tensor, is_candidate: Tensor, block_size: int) -> Tensor:
+    """Redundancy R: softmax over the mean cosine similarity of each candidate to the others.
 
     The similarity of a key to the latest key similar to it counts as 0 in the mean of that latest
     one, so the last of a set of similar keys is not redundant.
-    keys: [n, head_dim].  Returns [n] float32.  Peak memory: [_BLOCK_SIZE, n].
+    keys: [N, T, D].  is_candidate: [N, T].  Returns [N, T] float32, 0 where no candidate is.
+    Peak memory: [N, block_size, T].
     """
-    directions = F.normalize(keys.float(), dim=-1)
-    columns = torch.arange(len(keys), device=keys.device)
-    total = torch.zeros(len(keys), device=keys.device)
-    for start in range(0, len(keys), _BLOCK_SIZE):
-        rows = columns[start : start + _BLOCK_SIZE]
-        similarity = directions[rows] @ directions.T
-        similarity[columns[: len(rows)], rows] = 0
-        latest = torch.where(similarity > _SIMILAR, columns, -1).amax(1)  # [block], -1: none
-        similarity[columns[: len(rows)], latest] *= latest < 0
-        total += similarity.sum(0)
-    return (total / len(keys)).softmax(-1)
+    # A direction of 0 is similar to nothing; so is a key that is not finite.
+    own = keys.float().masked_fill_(~is_candidate[..., None], 0)
+    directions = F.normalize(own, dim=-1).nan_to_num_(0)
+    numbers = torch.arange(1.0, keys.shape[1] + 1, device=keys.device)
+    total = torch.zeros(keys.shape[:2], device=keys.device)
+    for start in range(0, keys.shape[1], block_size):
+        rows = slice(start, start + block_size)
+        similarity = directions[:, rows] @ directions.mT  # [N, block, T]
+        similarity.diagonal(start, 1, 2).zero_()
+        # The number of the latest similar one, or none above 0: arithmetic is fast on a CPU.
+        latest = (similarity - _SIMILAR).sign_().mul_(numbers).amax(-1, keepdim=True)
+        own = (latest - 1).clamp_min_(0).long()  # [N, block, 1]
+        similarity.scatter_(-1, own, similarity.gather(-1, own) * (latest <= 0))
+        total += similarity.sum(1)
+    mean = total / is_candidate.sum(-1, keepdim=True)
+    return mean.masked_fill_(~is_candidate, -torch.inf).softmax(-1)

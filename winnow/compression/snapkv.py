@@ -1,15 +1,11 @@
 """SnapKV (arXiv 2404.14469): each KV head keeps the entries that the window attends to most."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from winnow.compression.base import BudgetRule, RecompressionRule
-from winnow.scoring import (
-    descending_order,
-    observed_attention,
-    pooled_scores,
-    sum_head_groups,
-    with_window,
-)
+from winnow.compression.heads import PagedHeads
+from winnow.scoring import descending_order, pooled_scores, sum_head_groups, with_window
 
 
 class SnapKVRule(BudgetRule):
@@ -25,9 +21,10 @@ class SnapKVRule(BudgetRule):
 class SnapKVRecompression(RecompressionRule):
     """As SnapKVRule, with the last tokens of the sequence as the window."""
 
-    def keep(self, keys: Tensor, queries: Tensor, scaling: float, num_kept: int) -> Tensor:
-        mass = observed_attention(queries, keys[None], scaling)
-        return keep_best(mass, 1, queries.shape[1], self.settings.kernel_size, num_kept)[0]
+    def scores(self, heads: PagedHeads) -> Tensor:
+        before_window = heads.window_scores().masked_fill_(~heads.is_candidate(), 0)
+        kernel_size = self.settings.kernel_size
+        return F.avg_pool1d(before_window, kernel_size, stride=1, padding=kernel_size // 2)
 
 
 def keep_best(

@@ -30,9 +30,9 @@ def keep_mass(mass: Tensor, num_kv_heads: int, window_size: int, kv_top_p: float
     and the window are always kept.
     mass: [num_heads, num_tokens] observed attention.
     """
-    num_heads, num_tokens = mass.shape
-    rows = num_heads // num_kv_heads * window_size
-    share = mass.view(num_kv_heads, -1, num_tokens).sum(1) / rows  # [H_kv, N], rows sum to 1
+    num_tokens = mass.shape[1]
+    share = mass.view(num_kv_heads, -1, num_tokens).sum(1)  # [H_kv, N]
+    share = share / share.sum(1, keepdim=True)  # without what sinks got
     return [_nucleus(head, window_size, kv_top_p) for head in share]
 
 

@@ -11,17 +11,23 @@ from contextlib import AbstractContextManager
 from torch import Tensor
 
 from winnow.decoder import DecoderModel
+from winnow.distributed.ranks import Ranks
+from winnow.distributed.split_pool import SplitPool, SplitRecompressor
+from winnow.distributed.split_runner import SplitRunner
 from winnow.engine.generation_spec import GenerationSpec
+from winnow.engine.graph import Recorder
 from winnow.engine.kv_manager import KVManager
 from winnow.engine.kv_pool import KVPool, KVPoolConfig
 from winnow.engine.outputs import EngineStats, StepOutput
 from winnow.engine.preemption import PreemptionStats
 from winnow.engine.recompressor import RecompressionStats, Recompressor
-from winnow.engine.runner import ModelRunner, StepResult
+from winnow.engine.runner import LaunchedStep, ModelRunner
 from winnow.engine.scheduler import Schedule, Scheduler
 from winnow.engine.sequence import Reservation, Sequence
-from winnow.errors import EngineFailed, WinnowError
+from winnow.engine.step_runner import StepRunner
+from winnow.errors import EngineFailed, Preempted, WinnowError
 from winnow.kv import SequenceState
+from winnow.sampling import Sampled
 from winnow.to_device import tensor_to_device
 from winnow.tokens import Token
 
@@ -34,6 +40,8 @@ class DecodeEngine:
     """Continuous batching over one model and one pool of pages.
 
     swap_bytes: host memory for sequences that are swapped out.
+    ranks: those that have the model's other heads; None: it has them all.
+    new_recorder: see StepRunner; with ranks, it can be pickled.
     """
 
     def __init__(
@@ -43,13 +51,24 @@ class DecodeEngine:
         pool_config: KVPoolConfig,
         max_batch_size: int = 64,
         swap_bytes: int = 0,
+        ranks: Ranks | None = None,
+        new_recorder: Callable[[], Recorder] | None = None,
     ) -> None:
         self.model = model
         self.max_batch_size = max_batch_size
-        self.pool = KVPool(model.shape, pool_config, max_batch_size, model.device)
-        memory = KVManager(self.pool, max_batch_size, pool_config.overcommit)
-        self._recompressor = Recompressor(memory)
-        self._runner = ModelRunner(model, self.pool)
+        self.pool: KVPool
+        if ranks is None:
+            self.pool = KVPool(model.shape, pool_config, max_batch_size, model.device)
+            memory = KVManager(self.pool, max_batch_size, pool_config.overcommit)
+            self._recompressor = Recompressor(memory)
+            steps = StepRunner(model, self.pool, max_batch_size, new_recorder)
+            self._runner = ModelRunner(model, steps)
+        else:
+            self.pool = split = SplitPool(model, pool_config, max_batch_size, ranks)
+            memory = KVManager(self.pool, max_batch_size, pool_config.overcommit)
+            self._recompressor = SplitRecompressor(memory, split)
+            self._runner = SplitRunner(model, split, max_batch_size, new_recorder)
+        self._launched: LaunchedStep | None = None  # and unread
         self.scheduler = Scheduler(
             memory,
             self._recompressor,
@@ -59,6 +78,14 @@ class DecodeEngine:
         )
         self._num_failures = 0
         self._failing = threading.Lock()
+
+    def close(self) -> None:
+        """End its threads, and let go of recorded steps, which the ranks' group may not outlive.
+
+        There are no more steps.
+        """
+        self._launched = None
+        self._runner.close()
 
     # Called from any thread
 
@@ -154,41 +181,79 @@ class DecodeEngine:
     # Called from the engine's thread
 
     def step(self) -> list[StepOutput]:
-        """Generate one token for every running sequence; returns one output per request."""
-        return self._step(self.scheduler.schedule())
+        """Generate one token for every running sequence; returns the outputs of requests.
+
+        Where steps are recorded (winnow/engine/graph), the device begins this step while the host
+        reads the last one's tokens, whose outputs are returned. Where these must be read first, no
+        step begins: whoever leaves the batch must have been given its tokens before.
+        """
+        schedule = self.scheduler.schedule_unread() if self._launched else self.scheduler.schedule()
+        return self._read() if schedule is None else self._step(schedule)
 
     def step_first(self) -> list[StepOutput]:
         """As `step`, but only for sequences without a token yet, which need no layer computed."""
-        return self._step(self.scheduler.schedule_first())
+        return self._read() or self._step(self.scheduler.schedule_first()) + self._read()
 
     def _step(self, schedule: Schedule) -> list[StepOutput]:
-        return self._postprocess(schedule, self._run(schedule.batch))
-
-    def _run(self, batch: list[Sequence]) -> StepResult:
+        """Launch a step, and read the one before, or both if none is to be read late."""
         try:
-            return self._runner.run(batch)
+            batch = schedule.batch
+            launched = self._runner.launch(batch, self._launched) if batch else None
         except RuntimeError as error:
-            return self._failed(batch, error)
+            outputs = self._read()
+            failed = self._failed(schedule.batch, error)
+            return outputs + self._emit({**failed, **schedule.preempted})
+        reads_late = self._runner.reads_late
+        outputs = self._read(schedule.preempted if reads_late else None)
+        if launched is not None:
+            outputs += self._observe(launched)
+        return outputs if reads_late else outputs + self._read(schedule.preempted)
 
-    def _postprocess(self, schedule: Schedule, result: StepResult) -> list[StepOutput]:
+    def _observe(self, launched: LaunchedStep) -> list[StepOutput]:
+        """Recompress what the step is about to make too long; outputs only if that fails."""
+        self._launched = launched
         try:
-            self._recompress(result)
+            if launched.queries is not None:
+                self._recompressor.observe(launched.queries)
         except RuntimeError as error:
-            result = self._failed(schedule.batch, error)
-        return self._emit({**result.tokens, **schedule.preempted})
+            self._launched = None
+            return self._emit(self._failed(launched.sequences, error))
+        return []
 
-    def _recompress(self, result: StepResult) -> None:
-        if result.queries is None:  # no layer was computed, so the device is not proven to work
-            return
-        self._recompressor.observe(result.queries)
-        with self._failing:
-            self._num_failures = 0
+    def _read(self, preempted: Mapping[Sequence, Preempted] | None = None) -> list[StepOutput]:
+        """The outputs of the launched step, if one is unread, and of those that were preempted.
 
-    def _failed(self, batch: list[Sequence], error: RuntimeError) -> StepResult:
-        """Fail the whole batch: after a device error no sequence's KV can be trusted."""
-        logger.error("the forward pass failed with %d sequences", len(batch), exc_info=error)
-        self.note_failure()
-        return StepResult(dict.fromkeys(batch, EngineFailed(f"the forward pass failed: {error}")))
+        Waits for the step's tokens.
+        """
+        launched, self._launched = self._launched, None
+        outcomes = self._outcomes(launched) if launched else {}
+        return self._emit({**outcomes, **(preempted or {})})
+
+    def _outcomes(self, launched: LaunchedStep) -> dict[Sequence, Outcome]:
+        """What a step gave to its sequences that have not left meanwhile."""
+        try:
+            results = self._runner.read(launched)
+        except RuntimeError as error:
+            return self._failed(launched.sequences, error)
+        if launched.queries is not None:  # otherwise the device is not proven to work
+            with self._failing:
+                self._num_failures = 0
+        return {
+            seq: seq.take(one, self.model) if isinstance(one, Sampled) else one
+            for seq, one in results.items()
+            if seq.is_alive
+        }
+
+    def _failed(self, batch: list[Sequence], error: RuntimeError) -> dict[Sequence, Outcome]:
+        """Fail the whole batch: after a device error no sequence's KV can be trusted.
+
+        The step that was launched before may have failed the same sequences of the same error.
+        """
+        alive = [seq for seq in batch if seq.is_alive]
+        if alive:
+            logger.error("the forward pass failed with %d sequences", len(alive), exc_info=error)
+            self.note_failure()
+        return dict.fromkeys(alive, EngineFailed(f"the forward pass failed: {error}"))
 
     def _emit(self, outcomes: Mapping[Sequence, Outcome]) -> list[StepOutput]:
         """Each request's output; finished sequences leave the batch and free their pages."""
@@ -201,7 +266,7 @@ class DecodeEngine:
         tokens = {seq: one for seq, one in outcomes.items() if isinstance(one, Token)}
         errors = [one for one in outcomes.values() if isinstance(one, WinnowError)]
         ended = [seq for seq, token in tokens.items() if token.finish_reason]
-        self.scheduler.retire(list(outcomes) if errors else ended)
+        self.scheduler.retire(reservation.running if errors else ended)
         return StepOutput(
             request_id=reservation.spec.request_id,
             tokens=tuple(token for seq, token in tokens.items() if seq.is_new),

@@ -1,14 +1,22 @@
 """GenerationSpec: a decode request, and how many KV pages it needs."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from winnow.adapters.ref import kv_variant, variant_fingerprint
+from winnow.adapters.rows import NO_ADAPTER
+from winnow.adapters.slots import LoadedAdapter
 from winnow.engine.kv_pool import KVPool
 from winnow.engine.promises import Promise
 from winnow.engine.query_ring import num_queries
+from winnow.engine.windows import ENDLESS
+from winnow.errors import InvalidSetting
 from winnow.pruning_settings import Recompression
 from winnow.sampling_params import SamplingParams
 
-_ENDLESS = 2**62
+if TYPE_CHECKING:
+    from winnow.grammar.constraint import CompiledGrammar  # loads llguidance and transformers
+    from winnow.model_files import ModelDescription  # loads transformers
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +30,8 @@ class GenerationSpec:
     model one by one instead of being sampled. Empty: none.
     assured: pages are reserved up to the last token, so the request is never preempted.
     moved: the request migrates here with its current KV, which may be larger than its prompt's.
+    grammar: what every answer must match, up to its end token.
+    adapter: with which the prompt was prefilled, and every token is generated.
     """
 
     request_id: str
@@ -34,27 +44,58 @@ class GenerationSpec:
     replayed: tuple[tuple[int, ...], ...] = ()
     assured: bool = False
     moved: bool = False
+    grammar: "CompiledGrammar | None" = None
+    adapter: LoadedAdapter | None = None
+
+    def __post_init__(self) -> None:
+        if self.grammar is not None and self.sampling.ignore_eos:
+            raise InvalidSetting(
+                "ignore_eos cannot be set with a grammar, whose end is the end token",
+                param="ignore_eos",
+            )
+
+    @property
+    def all_entries(self) -> int:
+        """The most entries that one (layer, KV head) comes to, if none is dropped."""
+        return self.max_prompt_entries + self.sampling.max_tokens
+
+    @property
+    def adapter_slot(self) -> int:
+        return NO_ADAPTER if self.adapter is None else self.adapter.slot
+
+    @property
+    def num_positions(self) -> int:
+        """The most tokens of a sequence, prompt and completion together."""
+        return self.num_prompt_tokens + self.sampling.max_tokens
+
+    def fingerprint_of(self, model: "ModelDescription") -> str:
+        """What the request's KV was computed with: the model, its adapter, its rotary tables."""
+        digest = None if self.adapter is None else self.adapter.ref.digest
+        variant = kv_variant(digest, is_long=model.is_long(self.num_positions))
+        return variant_fingerprint(model.fingerprint, variant)
 
     @property
     def max_entries(self) -> int:
-        """The most entries that one (layer, KV head) can hold."""
-        unbounded = self.max_prompt_entries + self.sampling.max_tokens
+        """The most entries that one (layer, KV head) of a full layer can hold."""
         budget = self.recompression.decode_budget
         if budget is None:
-            return unbounded
-        return min(unbounded, max(self.max_prompt_entries, self.limit_at(budget)) + 1)
+            return self.all_entries
+        return min(self.all_entries, max(self.max_prompt_entries, self.limit_at(budget)) + 1)
 
     def limit_at(self, budget: int | None) -> int:
         """Entries per head above which decode compresses back to `budget`."""
-        return _ENDLESS if budget is None else budget + self.recompression.recompress_interval
+        return ENDLESS if budget is None else budget + self.recompression.recompress_interval
 
 
 def promise_for(pool: KVPool, spec: GenerationSpec) -> Promise:
     """Pages to reserve for each sequence; `sure` always covers the KV that will arrive."""
-    most = spec.max_entries
-    sure = most if spec.assured or spec.moved else min(spec.max_prompt_entries + 1, most)
     queries = query_pages(pool, spec)
-    return Promise(most=pool.pages_for(most) + queries, sure=pool.pages_for(sure) + queries)
+    most = pool.pages_for(spec.max_entries, spec.all_entries) + queries
+    if spec.assured or spec.moved:
+        return Promise(most=most, sure=most)
+    arriving = spec.max_prompt_entries + 1
+    sure = pool.pages_for(min(arriving, spec.max_entries), arriving) + queries
+    return Promise(most=most, sure=sure)
 
 
 def query_pages(pool: KVPool, spec: GenerationSpec) -> int:

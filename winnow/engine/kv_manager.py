@@ -93,5 +93,5 @@ class KVManager:
                 pages_reserved=self._promises.most_in_all(),
                 pages_free=max(0, min(free.most, free.sure)),
                 page_size=pool.page_size,
-                kv_bytes_used=used * pool.page_size * pool.shape.kv_bytes(1),
+                kv_bytes_used=pool.num_ranks * pool.kv_bytes(used * pool.page_size),
             )

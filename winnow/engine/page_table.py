@@ -4,6 +4,8 @@ A page belongs to one (layer, KV head) of one row, or to a row's queries. kv_poo
 in the pages; kv_manager.py decides how many a row may take; this module assumes that enough are
 free.
 
+Pages whose entries have left their layer's window are freed by the step after (windows.py).
+
 Every method may be called from any thread. A freed page may be taken by another thread at once:
 what is enqueued on the device for its old owner runs first, because all threads use one stream.
 """
@@ -15,27 +17,41 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from winnow.engine.windows import Windows
 from winnow.kv import ModelShape
 
 FIRST_PAGE = 1  # page 0 pads the tables and is never allocated
 
 Pages = NDArray[np.int32]
 Lengths = NDArray[np.int64]
+Indices = NDArray[np.int64]
 Slots = NDArray[np.int64]  # an entry's slot is its page * page_size + its place in the page
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class NewEntries:
-    """Room for one more entry in each head of B rows.
+class TableChanges:
+    """What `add_entries` did to B rows, and whatever else a copy of these rows lacks.
 
-    slots, lengths: [B, L, H_kv] of the new entries, and of the heads with them.
-    pages: [B, L, H_kv, P] of the heads.  new_pages: those of them that were free before.
+    longest: [B] entries of each row's longest head, the new one included.
+    num_new: of the pages that were free before; they come first in `pages`.
+    pages: [n], and their places in the table, four indices each: `page_at`, (layer, row, head,
+    column).
+    lengths: [m, H_kv] entries of a layer's heads without the new ones, and where: `length_at`,
+    (layer, row).  Left out of lengths: those that only `add_entries` has changed.
+    lost: [k, H_kv], how many of its first pages each head of a layer has lost before that, and
+    where: `lost_at`, (layer, row).
+    width: columns that the rows' longest head takes.
     """
 
-    slots: Slots
-    lengths: Lengths
+    longest: Lengths
+    num_new: int
     pages: Pages
-    new_pages: Pages
+    page_at: tuple[Indices, ...]
+    lengths: Lengths
+    length_at: tuple[Indices, ...]
+    lost: Lengths
+    lost_at: tuple[Indices, ...]
+    width: int
 
 
 class PageTable:
@@ -43,9 +59,13 @@ class PageTable:
 
     def __init__(self, shape: ModelShape, page_size: int, num_pages: int, num_rows: int) -> None:
         self.page_size = page_size
+        self.windows = Windows(shape, page_size)
         heads = (num_rows, shape.num_layers, shape.num_kv_heads)
         self._lengths = np.zeros(heads, dtype=np.int64)
         self._pages = np.zeros((*heads, 1), dtype=np.int32)
+        # What of each row's layers has changed other than by `add_entries`.
+        self._has_other_pages = np.zeros(heads[:2], dtype=bool)
+        self._has_other_lengths = np.zeros(heads[:2], dtype=bool)
         self._query_pages: dict[int, Pages] = {}  # by row
         self._free = np.arange(FIRST_PAGE, FIRST_PAGE + num_pages, dtype=np.int32)  # a stack
         self._num_free = num_pages
@@ -70,21 +90,30 @@ class PageTable:
     def pages_within_reach(self, row: int, extra_entries: int, cap: int) -> int:
         """The most pages that the row can hold.
 
-        Each head may grow by `extra_entries`, up to the larger of `cap` and its length plus one.
+        Each head may grow by `extra_entries`; one of a full layer up to the larger of `cap` and its
+        length plus one, one of another up to its window.
         """
         with self._lock:
             lengths = self._lengths[row]
-            reach = np.minimum(lengths + extra_entries, np.maximum(lengths + 1, cap))
-            return self._pages_for(row, reach)
+            reach = lengths + extra_entries
+            full = self.windows.full
+            reach[full] = np.minimum(reach[full], np.maximum(lengths[full] + 1, cap))
+            return self._pages_for(row, np.maximum(self.windows.held(reach), lengths))
 
     def pages_after_step(self, rows: list[int]) -> dict[int, int]:
         """Pages that each row holds after `add_entries` to its heads."""
         with self._lock:
-            entries = self._pages_of(self._lengths[rows] + 1).sum((1, 2)).tolist()
+            lengths = self.windows.held(self._lengths[rows] + 1)
+            entries = self._pages_of(lengths).sum((1, 2)).tolist()
             return {
                 row: own + self._num_query_pages(row)
                 for row, own in zip(rows, entries, strict=True)
             }
+
+    def width_after_step(self, rows: list[int]) -> int:
+        """Pages of the rows' longest head after `add_entries`, at most."""
+        with self._lock:
+            return int(self._lengths[rows].max()) // self.page_size + 1
 
     # Who holds them
 
@@ -100,9 +129,11 @@ class PageTable:
     ) -> tuple[Slots, Pages]:
         """Free the layer's pages, and allocate some for `head_lengths` entries.
 
+        A windowed layer's heads have no more than what `windows` says that they hold.
         Returns the slots of the entries, heads one after another, and each head's last page.
         """
         lengths = np.array(head_lengths)
+        assert lengths.max() <= self.windows.most[layer_idx], "a window bounds what arrives"
         counts = self._pages_of(lengths)
         wanted = np.arange(counts.max()) < counts[:, None]  # [H_kv, P]
         with self._lock:
@@ -112,24 +143,66 @@ class PageTable:
             pages[wanted] = self._take(int(counts.sum()))
             self._pages[row, layer_idx, :, : wanted.shape[1]] = pages
             self._lengths[row, layer_idx] = lengths
+            self._has_other_pages[row, layer_idx] = self._has_other_lengths[row, layer_idx] = True
         filled = counts.nonzero()[0]
         return self._slots(pages, lengths), pages[filled, counts[filled] - 1]
 
-    def add_entries(self, rows: list[int]) -> NewEntries:
-        """Make room for one more entry in every head of the rows."""
+    def add_entries(self, rows: list[int], positions: Sequence[int]) -> TableChanges:
+        """Make room for one more entry in every head of the rows, at these positions [B].
+
+        First, pages that these tokens' windows have left are freed.
+        """
+        row = np.array(rows)
         with self._lock:
-            lengths = self._lengths[rows]  # [B, L, H_kv]
-            page = lengths // self.page_size
-            width = int(page.max()) + 1
+            lost, lost_at = self._leave_windows(row, positions)
+            lengths = self._lengths[row]  # [B, L, H_kv]
+            column = lengths // self.page_size  # of the new entry
+            width = int(column.max()) + 1
             self._widen(width)
             batch, layer, head = full = (lengths % self.page_size == 0).nonzero()
-            new_pages = self._take(len(batch))
-            self._pages[np.array(rows)[batch], layer, head, page[full]] = new_pages
-            self._lengths[rows] = lengths + 1
-            pages = self._pages[rows, :, :, :width]
-        last_page = np.take_along_axis(pages, page[..., None], -1)[..., 0].astype(np.int64)
-        slots = last_page * self.page_size + lengths % self.page_size
-        return NewEntries(slots, lengths + 1, pages, new_pages)
+            pages = self._take(len(batch))
+            page_at: tuple[Indices, ...] = (layer, row[batch], head, column[full])
+            self._pages[page_at[1], layer, head, page_at[3]] = pages
+            self._lengths[row] = lengths + 1
+            batch, layer = rewritten = self._has_other_pages[row].nonzero()
+            if len(batch):
+                own_at = _filled(layer, row[batch], column[rewritten])
+                own = self._pages[own_at[1], own_at[0], own_at[2], own_at[3]]
+                pages = np.concatenate([pages, own])
+                page_at = tuple(map(np.concatenate, zip(page_at, own_at, strict=True)))
+            batch, layer = changed = self._has_other_lengths[row].nonzero()
+            self._has_other_pages[row] = self._has_other_lengths[row] = False
+        longest = lengths.max((1, 2)) + 1
+        length_at = layer, row[batch]
+        return TableChanges(
+            longest=longest,
+            num_new=len(full[0]),
+            pages=pages,
+            page_at=page_at,
+            lengths=lengths[changed],
+            length_at=length_at,
+            lost=lost,
+            lost_at=lost_at,
+            width=width,
+        )
+
+    def heads(self, rows: list[int]) -> tuple[Lengths, Pages]:
+        """Entries [B, L, H_kv] and pages [B, L, H_kv, P] of every head of the rows."""
+        with self._lock:
+            return self._lengths[rows], self._pages[rows]
+
+    def shorten(self, rows: list[int], lengths: Lengths) -> None:
+        """Keep each head's first entries only, and free the pages that lose all theirs.
+
+        lengths: [B, L, H_kv], at most what the heads have.
+        """
+        with self._lock:
+            pages = self._pages[rows]  # a copy
+            needed = np.arange(pages.shape[-1]) < self._pages_of(lengths)[..., None]
+            self._give_back(pages[~needed & (pages > 0)])
+            self._pages[rows] = np.where(needed, pages, 0)
+            self._lengths[rows] = lengths
+            self._has_other_lengths[rows] = True
 
     def replace_queries(self, row: int, num_pages: int) -> Pages:
         """Allocate pages for the row's queries, in place of its current ones."""
@@ -144,6 +217,7 @@ class PageTable:
             self._free_pages(self._pages[row])
             self._free_queries(row)
             self._lengths[row] = 0
+            self._has_other_pages[row] = self._has_other_lengths[row] = True
 
     def _slots(self, pages: Pages, lengths: Lengths) -> Slots:
         """pages: [H_kv, P] of the heads; lengths: [H_kv]."""
@@ -163,6 +237,25 @@ class PageTable:
 
     def _num_query_pages(self, row: int) -> int:
         return len(self._query_pages.get(row, ()))
+
+    def _leave_windows(
+        self, rows: Indices, positions: Sequence[int]
+    ) -> tuple[Lengths, tuple[Indices, ...]]:
+        """Free what tokens at the positions do not see; `lost` and `lost_at` of TableChanges."""
+        windowed = np.array(self.windows.layers, dtype=np.int64)
+        lengths = self._lengths[rows[:, None], windowed]  # [B, windowed layers, H_kv]
+        lost = self.windows.pages_lost(lengths + 1, positions)
+        batch, layer = lost.max(-1).nonzero()
+        lost, at = lost[batch, layer], (windowed[layer], rows[batch])  # [k, H_kv]
+        if len(lost):
+            pages = self._pages[at[1], at[0], :, : self.windows.width]  # [k, H_kv, P]
+            column = np.arange(pages.shape[-1])
+            self._give_back(pages[column < lost[..., None]])
+            pages = np.pad(pages, ((0, 0), (0, 0), (0, int(lost.max()))))
+            left = np.take_along_axis(pages, column + lost[..., None], axis=-1)
+            self._pages[at[1], at[0], :, : self.windows.width] = left
+            self._lengths[at[1], at[0]] -= lost * self.page_size
+        return lost, at
 
     def _take(self, count: int) -> Pages:
         assert count <= self._num_free, "every page that is taken was promised"
@@ -190,3 +283,12 @@ class PageTable:
                 np.zeros((*heads, max(num_pages, 2 * width)), np.int32),
             )
             self._pages[..., :width] = narrow
+
+
+def _filled(layers: Indices, rows: Indices, last: Indices) -> tuple[Indices, ...]:
+    """The places of heads' pages up to column `last`: (layer, row, head, column), one array each.
+
+    layers, rows: [n].  last: [n, H_kv].
+    """
+    idx, head, column = (np.arange(last.max() + 1) <= last[..., None]).nonzero()
+    return layers[idx], rows[idx], head, column

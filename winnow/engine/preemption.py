@@ -16,6 +16,7 @@ from winnow.engine.promises import Promise
 from winnow.engine.query_ring import QueryRing
 from winnow.engine.recompressor import Recompressor
 from winnow.engine.sequence import Sequence
+from winnow.engine.windows import ENDLESS
 from winnow.errors import Preempted
 from winnow.kv import LayerKV
 
@@ -51,7 +52,7 @@ class Preemptor:
         lengths = self._pool.lengths([seq.row for seq in able])  # [B, L, H_kv]
         seq = able[int(lengths.sum((1, 2)).argmax())]
         seq.budget = seq.spec.recompression.decode_floor
-        self._recompressor.cut(seq)
+        self._recompressor.cut([seq])
         self._count(shrunk=1)
         return True
 
@@ -63,7 +64,7 @@ class Preemptor:
                 pass
 
     def _able(self, running: list[Sequence]) -> list[Sequence]:
-        known = self._recompressor.scaling is not None  # None before the worker's first step
+        known = self._recompressor.options is not None  # None before the worker's first step
         return [seq for seq in running if known and can_shrink(seq)]
 
     def _gain(self, running: list[Sequence]) -> Promise:
@@ -73,17 +74,18 @@ class Preemptor:
             now, floor = self._memory.promised(seq.row), seq.spec.recompression.decode_floor
             assert floor is not None
             queries = query_pages(self._pool, seq.spec)
-            reach = self._pool.pages_for(seq.spec.limit_at(floor) + 1) + queries
+            reach = self._pool.pages_for(seq.spec.limit_at(floor) + 1, ENDLESS) + queries
             gain.most += max(0, now.most - reach)
-            gain.sure += max(0, now.sure - self._pool.pages_for(floor) - queries)
+            gain.sure += max(0, now.sure - self._pool.pages_for(floor, ENDLESS) - queries)
         return gain
 
     def copy_out(self, seq: Sequence) -> list[LayerKV]:
         """A copy of the sequence's KV in host memory; raises Preempted if there is no room."""
         shape = self._pool.shape
         num_entries = int(self._pool.lengths([seq.row]).sum())
-        num_bytes = shape.kv_bytes(num_entries) + num_entries * torch.int32.itemsize
-        num_bytes += seq.ring.nbytes if seq.ring else 0
+        num_bytes = self._pool.kv_bytes(num_entries) + num_entries * torch.int32.itemsize
+        num_bytes += shape.state_bytes
+        num_bytes += self._pool.num_ranks * seq.ring.nbytes if seq.ring else 0
         if self.swapped_bytes + num_bytes > self._swap_bytes:
             self._count(given_up=1)
             raise Preempted(
@@ -113,9 +115,9 @@ class Preemptor:
         if seq.ring is not None:
             seq.ring = QueryRing(self._pool, seq.row, seq.spec.recompression.window_size)
         for layer in seq.swapped:
-            self._pool.write_layer(seq.row, layer)
+            own = self._pool.import_layer(seq.row, layer)
             if seq.ring is not None:
-                seq.ring.seed(layer.layer_idx, layer.window_queries)
+                seq.ring.seed(own.layer_idx, own.window_queries)
         return seq
 
     def drop(self, seq: Sequence) -> None:
@@ -125,11 +127,9 @@ class Preemptor:
         seq.waits = False
 
     def _readmit(self, seq: Sequence, num_running: int) -> bool:
-        page_size = self._pool.page_size
-        lengths = [length for layer in seq.swapped for length in layer.head_lengths]
-        with_next_token = sum(length // page_size + 1 for length in lengths)
+        with_next_token = self._pool.pages_to_go_on(seq.swapped)
         with_next_token += query_pages(self._pool, seq.spec)
-        spare = num_running * len(lengths)
+        spare = num_running * self._pool.pages_for(1)
         return self._memory.readmit(seq.row, with_next_token, spare=spare)
 
     def _count(self, *, shrunk: int = 0, swapped_out: int = 0, given_up: int = 0) -> None:
@@ -146,7 +146,7 @@ def can_shrink(seq: Sequence) -> bool:
     """
     floor = seq.spec.recompression.decode_floor
     has_step = seq.num_generated > 1  # the first token needs no step
-    if seq.spec.assured or floor is None or not has_step:
+    if seq.spec.assured or floor is None or seq.ring is None or not has_step:
         return False
     return seq.budget is None or seq.budget > floor
 

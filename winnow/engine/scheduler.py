@@ -1,7 +1,7 @@
 """The scheduler: admits, swaps in, preempts and retires sequences between decode steps.
 
-The engine's thread calls `schedule`, `schedule_first` and `retire`; every other method may be
-called from any thread.
+The engine's thread calls `schedule`, `schedule_unread`, `schedule_first` and `retire`; every other
+method may be called from any thread.
 """
 
 import contextlib
@@ -172,17 +172,15 @@ class Scheduler:
             swapped = list(self._preemptor.swapped)
             sequences = self._running + self._arrived + swapped
             num_reserved = len(self._reserved)
-        shape = self._memory.pool.shape
-        entries_per_token = shape.num_layers * shape.num_kv_heads
+        pool = self._memory.pool
+        unpruned = sum(pool.shape.unpruned_entries(seq.num_tokens) for seq in sequences)
         return EngineStats(
             pool=self._memory.stats(),
             running_sequences=len(sequences),
             reserved_requests=num_reserved,
             swapped_sequences=len(swapped),
             swapped_bytes=self._preemptor.swapped_bytes,
-            kv_unpruned_bytes=shape.kv_bytes(
-                entries_per_token * sum(seq.num_tokens for seq in sequences)
-            ),
+            kv_unpruned_bytes=pool.num_ranks * pool.kv_bytes(unpruned),
         )
 
     # Called from the engine's thread
@@ -192,6 +190,22 @@ class Scheduler:
         self._let_in()
         preempted = self._make_room()
         return Schedule([seq for seq in self._running if seq not in preempted], preempted)
+
+    def schedule_unread(self) -> Schedule | None:
+        """As `schedule`, while the last step's tokens are unread; sequences that join come along.
+
+        Returns None where these tokens must be read first: a sequence leaves, waits or would have
+        to give way, or needs them to go on.
+        """
+        with self._changed:
+            everyone = self._everyone()
+            if self._room_requests or self._preemptor.swapped or any(map(self._goes, everyone)):
+                return None
+            self._running, self._arrived = sorted(everyone, key=age), []
+        batch = [seq for seq in self._running if not seq.ends_unread(self._max_positions)]
+        if not all(seq.sampling.can_draw_unread for seq in batch):
+            return None
+        return Schedule(batch) if self._claim(batch) else None
 
     def schedule_first(self) -> Schedule:
         """As `schedule`, but only sequences that have no token yet; they need no pages."""
@@ -257,7 +271,7 @@ class Scheduler:
         """Free the pages that the next step needs; returns the sequences given up for that."""
         given_up: dict[Sequence, Preempted] = {}
         staying = list(self._running)
-        while not self._memory.claim([seq.row for seq in staying if seq.final_hidden is None]):
+        while not self._claim(staying):
             if self._preemptor.shrink_one(staying):
                 continue
             youngest = [seq for seq in staying if not seq.spec.assured][-1]
@@ -268,6 +282,10 @@ class Scheduler:
                 given_up[youngest] = error
                 self._memory.evict(youngest.row)
         return given_up
+
+    def _claim(self, batch: list[Sequence]) -> bool:
+        """Set aside the pages that a step of the batch takes; False if there are too few."""
+        return self._memory.claim([seq.row for seq in batch if seq.final_hidden is None])
 
     def _swap_out(self, seq: Sequence) -> None:
         """Swap a sequence out; copies without the lock, so that no other thread waits."""

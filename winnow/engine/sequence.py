@@ -6,8 +6,9 @@ RESERVED ──▶ RUNNING ──▶ CANCELLED
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum, auto
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from winnow.engine.query_ring import QueryRing
 from winnow.kv import LayerKV, SequenceState
 from winnow.sampling import Sampled, SamplingState
 from winnow.tokens import FinishReason, Token
+
+T = TypeVar("T")
 
 
 class State(Enum):
@@ -55,6 +58,11 @@ class Reservation:
         return self._state is State.CANCELLED
 
     @property
+    def running(self) -> list["Sequence"]:
+        """Its unfinished sequences that are not swapped out."""
+        return [seq for seq in self.sequences if not seq.waits]
+
+    @property
     def waits_for_memory(self) -> bool:
         """Whether one of its sequences is swapped out."""
         return any(seq.waits for seq in self.sequences)
@@ -68,16 +76,41 @@ class Reservation:
         with self._lock:
             if self._state is not State.RESERVED:
                 return
-            self._pool.write_layer(self.rows[sequence_idx], layer)
-            if self.spec.recompression.observes:
-                self._seed_ring(layer, sequence_idx)
+            self._import_layer(layer, sequence_idx)
 
-    def _seed_ring(self, layer: LayerKV, sequence_idx: int) -> None:
-        pool = self._pool
-        if sequence_idx not in self._rings:
+    def _import_layer(self, layer: LayerKV, sequence_idx: int) -> None:
+        """Write a layer, and seed the sequence's ring with its window queries."""
+        self._open_ring(sequence_idx)
+        own = self._pool.import_layer(self.rows[sequence_idx], layer)
+        self._seed_ring(own, sequence_idx)
+
+    def _open_ring(self, sequence_idx: int) -> None:
+        recompression = self.spec.recompression
+        observes = recompression.observes and bool(self._pool.windows.full)
+        if observes and sequence_idx not in self._rings:
             row = self.rows[sequence_idx]
-            self._rings[sequence_idx] = QueryRing(pool, row, self.spec.recompression.window_size)
-        self._rings[sequence_idx].seed(layer.layer_idx, layer.window_queries)
+            self._rings[sequence_idx] = QueryRing(self._pool, row, recompression.window_size)
+
+    def _seed_ring(self, own: LayerKV, sequence_idx: int) -> None:
+        if sequence_idx in self._rings:
+            self._rings[sequence_idx].seed(own.layer_idx, own.window_queries)
+
+    def at_row(self, act: Callable[[int], T]) -> T | None:
+        """`act` with the prompt's row, which is ready to be written; None if it was released."""
+        with self._lock:
+            if self._state is not State.RESERVED:
+                return None
+            self._open_ring(0)
+            return act(self.rows[0])
+
+    def write_own_heads(self, layer: LayerKV) -> None:
+        """As `write_layer`, of a layer with the heads of this process alone."""
+
+        def write(row: int) -> None:
+            self._pool.write_layer(row, layer)
+            self._seed_ring(layer, 0)
+
+        self.at_row(write)
 
     def reset(self) -> None:
         """Drop all KV written so far, before another attempt."""
@@ -145,10 +178,8 @@ class Reservation:
         ring = self._rings.get(0)
         for layer_idx in range(self._pool.shape.num_layers):
             queries = ring.ordered(layer_idx) if ring else None
-            layer = self._pool.read_layer(self.rows[0], layer_idx, queries)
-            self._pool.write_layer(self.rows[idx], layer)
-            if ring:
-                self._seed_ring(layer, idx)
+            layer = self._pool.export_layer(self.rows[0], layer_idx, queries)
+            self._import_layer(layer, idx)
 
     def release(self) -> None:
         """End the request: free its reservation, or have the engine remove it if it runs."""
@@ -162,6 +193,7 @@ class Reservation:
     def end(self, sequence: "Sequence") -> None:
         """Remove a finished sequence; the request ends with the last one."""
         self.sequences = [seq for seq in self.sequences if seq is not sequence]
+        sequence.ring = None  # its pages are freed next
         with self._lock:
             if not self.sequences:
                 self._state = State.ENDED
@@ -203,8 +235,14 @@ class Sequence:
             spec.sampling.seed + sequence_idx,
             spec.num_prompt_tokens,
             spec.prompt_token_ids,
+            spec.grammar.constraint(spec.sampling.stop_token_ids) if spec.grammar else None,
         )
         self._replayed = spec.replayed[sequence_idx] if spec.replayed else ()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it has neither ended nor been cancelled."""
+        return self in self.reservation.sequences and not self.reservation.cancelled
 
     def go_on(self, state: SequenceState) -> None:
         """Continue a sequence that ran on another worker."""
@@ -228,20 +266,26 @@ class Sequence:
         if self.swapped:
             return self.swapped[layer_idx]
         queries = self.ring.ordered(layer_idx) if self.ring else None
-        return pool.read_layer(self.row, layer_idx, queries)
+        return pool.export_layer(self.row, layer_idx, queries)
 
     @property
     def growth_limit(self) -> int:
         """Entries per head above which it is recompressed to `budget` (which may be lowered)."""
         return self.spec.limit_at(self.budget)
 
+    def may_be_cut(self, num_entries: int) -> bool:
+        """Whether it may be recompressed when its longest head has `num_entries`, or before."""
+        floor = self.spec.recompression.decode_floor
+        return num_entries > self.growth_limit or (floor is not None and self.budget != floor)
+
     @property
     def num_tokens(self) -> int:
         """Prompt and generated tokens."""
-        return self.sampling.position
+        return self.spec.num_prompt_tokens + self.num_generated
 
     @property
     def num_generated(self) -> int:
+        """Generated tokens that have been read."""
         return len(self.sampling.generated)
 
     @property
@@ -252,11 +296,32 @@ class Sequence:
     @property
     def next_replayed(self) -> int | None:
         """The next token if it is replayed; None if it is to be sampled."""
-        at = self.num_generated
+        at = self.sampling.num_drawn
         return self._replayed[at] if at < len(self._replayed) else None
 
+    @property
+    def newest_token(self) -> int | None:
+        """The last token; None if it is unread."""
+        if not self.sampling.num_unread:
+            return self.sampling.generated[-1]
+        last = self.sampling.num_drawn - 1
+        return self._replayed[last] if last < len(self._replayed) else None
+
+    @property
+    def newest_position(self) -> int:
+        """The position of the last token in the model."""
+        return self.next_position + self.sampling.num_unread - 1
+
+    def ends_unread(self, max_positions: int) -> bool:
+        """Whether it ends with a token that is unread, whatever that is."""
+        drawn = self.sampling.num_drawn
+        at_limit = drawn >= self.spec.sampling.max_tokens
+        is_full = self.spec.num_prompt_tokens + drawn >= max_positions
+        return bool(self.sampling.num_unread) and (at_limit or is_full)
+
     def take(self, sampled: Sampled, model: DecoderModel) -> Token:
-        """Append the next token."""
+        """Append the next token, which was unread."""
+        self.sampling.num_unread -= 1
         self.sampling.extend((sampled.token_id,))
         self.next_position += 1
         reason = self._finish_reason(model)

@@ -4,7 +4,7 @@ Tokens that the prefix store has are not computed. Where the hidden states of so
 all, they are its frontier, or are computed for these tokens alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,9 +12,14 @@ import torch
 from torch import Tensor
 
 from winnow.attention import PrefillAttention, ScatteredAttention
-from winnow.decoder import DecoderModel, Rope
+from winnow.decoder import DecoderModel
 from winnow.engine.prefix.prompt_blocks import PromptBlocks
 from winnow.engine.prefix.storage import DamagedBlock
+from winnow.layer_state import LayerState
+from winnow.layers import Layer
+from winnow.rotary import LONG, RotaryTables
+from winnow.to_device import indices_to_device
+from winnow.to_host import HostCopy
 
 T = TypeVar("T")
 
@@ -31,9 +36,11 @@ class TokenStates:
     """The tokens at `positions` [N]. A layer computes the last of them, and has the others cached.
 
     token_ids: [N] int64, at positions 0 to N - 1.
+    states: after `compute_layer`, the layer's state after the last token.
     blocks: the blocks of the prompt, which may be longer; None: every layer computes all tokens.
     min_computed: the number of last tokens that every layer computes, cached or not.
     work: to which this run's is added.
+    is_long: they are rotated by the model's long tables.
     """
 
     def __init__(
@@ -43,20 +50,37 @@ class TokenStates:
         work: Work,
         blocks: PromptBlocks | None = None,
         min_computed: int = 1,
+        *,
+        is_long: bool = False,
     ) -> None:
         self._model = model
+        self._is_long = is_long
         self._token_ids = token_ids
         self._work = work
         self._blocks = blocks
         self._last_start = max(0, len(token_ids) - min_computed)
         self._layer_idx = 0  # the next one
+        self.states: tuple[Tensor, ...] = ()
         self.positions = torch.arange(len(token_ids), device=model.device)
+        self._with_gaps: HostCopy | None = None  # the positions, where they are not consecutive
         self._start = self._num_cached()
-        self._rope = model.rope(self.positions[None])
+        self._rope = model.rope(self.positions[None] + LONG * is_long)
         self._hidden = model.embed(token_ids[None, self._start :])  # of the tokens from _start on
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    @property
+    def next_position(self) -> int:
+        """The position of the first token after them; the last of them always goes on."""
+        return len(self._token_ids)
+
+    def num_visible(self, layer: Layer) -> int:
+        """How many of them, the last ones, the first token after them sees; at least the last."""
+        if self._with_gaps is None:
+            return layer.num_kept(len(self))
+        first = torch.tensor(layer.first_visible(self.next_position))
+        return max(1, len(self) - int(torch.searchsorted(self._with_gaps.wait(), first)))
 
     @property
     def num_computed(self) -> int:
@@ -77,15 +101,55 @@ class TokenStates:
 
     def _compute_layer(self, num_queries: int | None) -> PrefillAttention:
         self._move_start()
-        attention = PrefillAttention(num_queries, self._cached())
-        self._hidden = self._model.layer(
-            self._layer_idx, self._hidden, _from(self._start, self._rope), attention
-        )
+        positions = None if self._with_gaps is None else self.positions
+        attention = PrefillAttention(num_queries, self._cached(), positions)
+        rope = self._rope.take(slice(self._start, None)) if self._start else self._rope
+        layer, state = self._model.shape.layers[self._layer_idx], self._state()
+        passed: dict[int, tuple[Tensor, ...]] = {}
+        if state is None or layer.has_kv or self._blocks is None:
+            self._hidden = self._model.layer(self._layer_idx, self._hidden, rope, attention, state)
+        else:
+            self._hidden = self._in_parts(self._blocks.ends, rope, attention, state, passed)
+        self.states = () if state is None else tuple(one[0] for one in state.tensors)
         self._work.layer_tokens += self.num_computed
         if self._blocks is not None:
-            self._blocks.grow(self._layer_idx, attention.keys, attention.values, self._hidden[0])
+            entries = None
+            if layer.has_kv:
+                entries = self._model.newest_entries(attention, self.num_computed)
+            self._blocks.grow(self._layer_idx, self._start, entries, self._hidden[0], passed)
         self._layer_idx += 1
         return attention
+
+    def _state(self) -> LayerState | None:
+        """The next layer's state after the cached tokens; None if it has none."""
+        layer_idx, blocks = self._layer_idx, self._blocks
+        state = self._model.new_state(layer_idx)
+        if state is None or blocks is None or not (tensors := blocks.state(layer_idx)):
+            return state
+        return LayerState(self._model.shape.states[layer_idx], tensors)
+
+    def _in_parts(
+        self,
+        ends: Sequence[int],
+        rope: RotaryTables,
+        attention: PrefillAttention,
+        state: LayerState,
+        passed: dict[int, tuple[Tensor, ...]],
+    ) -> Tensor:
+        """Hidden states after a layer without keys; its states at `ends` come into `passed`."""
+        outputs, at = [], 0
+        last = self.num_computed
+        for end in [*(own - self._start for own in ends if own > self._start), last]:
+            part = slice(at, end)
+            if at < end:
+                hidden = self._hidden[:, part]
+                outputs.append(
+                    self._model.layer(self._layer_idx, hidden, rope.take(part), attention, state)
+                )
+            if end < last:
+                passed[self._start + end] = tuple(one.clone() for one in state.tensors)
+            at = end
+        return torch.cat(outputs, dim=1)
 
     def _num_cached(self) -> int:
         """The tokens that the next layer need not compute."""
@@ -104,20 +168,22 @@ class TokenStates:
             self._hidden = self._hidden[:, start - self._start :]
         elif start < self._start:
             assert self._blocks is not None
-            joining = self._blocks.frontier(start, self._start)
+            joining = self._blocks.hidden(self._layer_idx - 1, start, self._start)
             self._hidden = torch.cat([joining[None], self._hidden], dim=1)
         self._start = start
 
     def _cached(self) -> Tensor | None:
-        if self._blocks is None or self._start == 0:
+        has_kv = self._model.shape.layers[self._layer_idx].has_kv
+        if self._blocks is None or self._start == 0 or not has_kv:
             return None
         return self._blocks.keys_and_values(self._layer_idx, self._start, len(self))
 
     def keep(self, kept: Tensor) -> None:
         """Go on with the tokens of these indices only ([num_kept] int64, ascending)."""
         self._hidden = self._without_damage(lambda: self._states(kept))
-        self._rope = self._rope[0][:, kept], self._rope[1][:, kept]
+        self._rope = self._rope.take(kept)
         self.positions = self.positions[kept]
+        self._with_gaps = HostCopy(self.positions)
         self._blocks, self._start = None, 0
 
     def hidden(self) -> Tensor:
@@ -138,12 +204,14 @@ class TokenStates:
             return self._hidden[:, tokens]
         # Blocks at the beginning may have more layers, and their frontier is after the last.
         deep = min(self._blocks.num_cached(self._layer_idx), self._start)
-        at_frontier = tokens[(tokens >= deep) & (tokens < self._start)] - deep
-        own = tokens[tokens >= self._start] - self._start
-        parts = [self._recompute(tokens[tokens < deep])]
+        deep = deep if self._blocks.computes_alone else 0
+        below = _counts_below(tokens, [deep, self._start])
+        alone, at_frontier, own = torch.tensor_split(tokens, below)
+        parts = [self._recompute(alone)]
         if len(at_frontier):
-            parts.append(self._blocks.frontier(deep, self._start)[None, at_frontier])
-        return torch.cat([*parts, self._hidden[:, own]], dim=1)
+            stored = self._blocks.hidden(self._layer_idx - 1, deep, self._start)
+            parts.append(stored[None, at_frontier - deep])
+        return torch.cat([*parts, self._hidden[:, own - self._start]], dim=1)
 
     def _recompute(self, tokens: Tensor) -> Tensor:
         """As `_states`, of tokens whose keys and values are cached in all layers until now."""
@@ -151,8 +219,8 @@ class TokenStates:
         if not len(tokens):
             return hidden
         assert self._blocks is not None
-        rope = self._rope[0][:, tokens], self._rope[1][:, tokens]
-        num_keys = int(tokens[-1]) + 1
+        rope = self._rope.take(tokens)
+        num_keys = self._start if tokens.device.type != "cpu" else int(tokens[-1]) + 1
         for layer_idx in range(self._layer_idx):
             cached = self._blocks.keys_and_values(layer_idx, num_keys, num_keys)
             attention = ScatteredAttention(cached, tokens)
@@ -173,12 +241,22 @@ class TokenStates:
         """Compute the tokens from a damaged block on to where the computed ones start."""
         assert self._blocks is not None
         self._blocks.replace(block_idx)
-        missing = TokenStates(self._model, self._token_ids[: self._start], self._work, self._blocks)
+        if not self._blocks.computes_alone:
+            self._blocks = None  # from the first token on, as from scratch
+        missing = TokenStates(
+            self._model,
+            self._token_ids[: self._start],
+            self._work,
+            self._blocks,
+            is_long=self._is_long,
+        )
         for _ in range(self._layer_idx):
             missing.compute_layer(1)
         self._hidden = torch.cat([missing._hidden, self._hidden], dim=1)
         self._start = missing._start
 
 
-def _from(start: int, rope: Rope) -> Rope:
-    return (rope[0][:, start:], rope[1][:, start:]) if start else rope
+def _counts_below(tokens: Tensor, bounds: list[int]) -> list[int]:
+    """How many of the ascending `tokens` are below each bound: one wait for the device."""
+    (limits,) = indices_to_device([bounds], tokens.device)
+    return torch.searchsorted(tokens, limits).tolist()

@@ -32,6 +32,11 @@ class Architecture:
     paired_heads: rows of queries and keys that rotate together stand next to each other; in
     transformers they are half a head apart.
     partial_rotary: heads may rotate in part.
+    norm_offset: what weights of norms have in the file above those in transformers.
+    full_every: where the file does not say which layers slide: all but one in so many.
+    local_rope_base: of sliding layers, whose rotary tables are their own, where the file is silent.
+    largest_num_layers: of the model whose queries are scaled by hidden size / heads, and not by the
+    size of a head; no file says so.
     """
 
     model_type: str
@@ -40,6 +45,10 @@ class Architecture:
     options: Mapping[str, Any] = field(default_factory=dict)
     paired_heads: bool = False
     partial_rotary: bool = False
+    norm_offset: float = 0.0
+    full_every: int | None = None
+    local_rope_base: float | None = None
+    largest_num_layers: int | None = None
 
     def tensor_name(self, name: str) -> str:
         """The name in transformers; a name that is not known stays as it is."""
@@ -52,6 +61,10 @@ class Architecture:
 
     def is_paired(self, name: str) -> bool:
         return self.paired_heads and bool(re.search(r"\.attn_[qk]\.", name))
+
+    def offset(self, name: str) -> float:
+        """What a tensor of the file has above the one in transformers."""
+        return self.norm_offset if name.endswith("norm.weight") else 0.0
 
 
 _MIXTRAL = Architecture(
@@ -67,6 +80,13 @@ _MIXTRAL = Architecture(
     sizes={"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
     paired_heads=True,
 )
+_GEMMA_2 = _ATTENTION | _MLP | _NORMS_AFTER
+_GEMMA_2 |= {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
+_SLIDING = {
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
 _ARCHITECTURES = {
     "llama": Architecture("llama", _PLAIN, paired_heads=True),  # Mistral's files say so as well
     "qwen2": Architecture("qwen2", _PLAIN),
@@ -93,6 +113,19 @@ _ARCHITECTURES = {
     ),
     "olmo2": Architecture("olmo2", _ATTENTION | _MLP | _HEAD_NORMS | _NORMS_AFTER),
     "smollm3": Architecture("smollm3", _PLAIN, paired_heads=True),
+    "gemma": Architecture("gemma", _PLAIN, norm_offset=1),
+    "gemma2": Architecture(
+        "gemma2", _GEMMA_2, sizes=_SLIDING, norm_offset=1, full_every=2, largest_num_layers=46
+    ),
+    "gemma3": Architecture(
+        "gemma3_text",
+        _GEMMA_2 | _HEAD_NORMS,
+        sizes=_SLIDING,
+        norm_offset=1,
+        full_every=6,
+        local_rope_base=10_000.0,
+        largest_num_layers=62,
+    ),
 }
 
 

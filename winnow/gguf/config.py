@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from winnow.errors import UnusableModel
-from winnow.gguf.architectures import architecture_of
+from winnow.gguf.architectures import Architecture, architecture_of
 from winnow.gguf.header import Header
 from winnow.gguf.weights import checkpoint_dtype, read_numbers
 
@@ -51,6 +51,11 @@ class _Values:
             raise ValueError(f"{name} differs between layers: {', '.join(map(str, value[:8]))}")
         return value
 
+    def get_each(self, name: str, default: Any = None) -> Any:  # noqa: ANN401
+        """A value for each layer as a list, or one for all."""
+        self._read.add(name)
+        return self._values.get(name, default)
+
     def not_read(self) -> list[str]:
         """Names of values that say something; llama.cpp writes 0 for nothing."""
         rest = self._values.keys() - self._read - _WITHOUT_EFFECT
@@ -67,10 +72,9 @@ def configuration(header: Header) -> dict[str, Any]:
     config: dict[str, Any] = {"model_type": architecture.model_type, **architecture.options}
     for own, name in {**_SIZES, **architecture.sizes}.items():
         if (value := values.get(own)) is not None:
-            config[name] = value
-    head_dim = _head_dim(values, config)
-    config |= {
-        "head_dim": head_dim,
+            config[name] = value if value or own in _SIZES else None  # 0 stands for none
+    config["head_dim"] = head_dim = _head_dim(values, config)
+    config |= _sliding(architecture, header, values, config) | {
         "rope_parameters": _rope(header, values, head_dim),
         "vocab_size": _vocab_size(header),
         "tie_word_embeddings": "output.weight" not in header.tensors,
@@ -88,6 +92,12 @@ def configuration(header: Header) -> dict[str, Any]:
         config["rope_parameters"]["partial_rotary_factor"] = rotary / head_dim
     elif rotary != head_dim:
         raise ValueError(f"{rotary} of the {head_dim} numbers of a head rotate; all must")
+    if architecture.local_rope_base:
+        local = values.get("rope.freq_base_swa", architecture.local_rope_base)
+        config["rope_parameters"] = {
+            "full_attention": config["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        }
     if others := values.not_read():
         raise UnusableModel(
             f"{header.path} is a {header.architecture} with {', '.join(others)}, which Winnow does "
@@ -112,6 +122,32 @@ def _head_dim(values: _Values, config: dict[str, Any]) -> int:
     if value_dim != head_dim:
         raise ValueError(f"keys have {head_dim} numbers, and values {value_dim}; they must agree")
     return head_dim
+
+
+def _sliding(
+    architecture: Architecture, header: Header, values: _Values, config: dict[str, Any]
+) -> dict[str, Any]:
+    """Which layers slide, and how queries are scaled; no layer does without a window."""
+    if architecture.full_every is None:
+        return {}
+    num_layers = config.get("num_hidden_layers", 0)
+    if not 0 < num_layers <= len(header.tensors):
+        raise ValueError(f"it has {num_layers} layers, and {len(header.tensors)} tensors")
+    pattern = values.get_each("attention.sliding_window_pattern", architecture.full_every)
+    if not config.get("sliding_window"):
+        pattern = 1
+    if not isinstance(pattern, list):
+        if not isinstance(pattern, int) or pattern < 1:
+            raise ValueError(f"attention.sliding_window_pattern is {pattern!r}")
+        pattern = [(idx + 1) % pattern > 0 for idx in range(num_layers)]
+    if len(pattern) != num_layers:
+        raise ValueError(f"its sliding_window_pattern has {len(pattern)} of {num_layers} layers")
+    is_largest = num_layers == architecture.largest_num_layers
+    width = config["hidden_size"] // config["num_attention_heads"]
+    return {
+        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in pattern],
+        "query_pre_attn_scalar": width if is_largest else config["head_dim"],
+    }
 
 
 def _rope(header: Header, values: _Values, head_dim: int) -> dict[str, Any]:

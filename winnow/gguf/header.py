@@ -96,17 +96,24 @@ def model_files(path: Path) -> list[Path]:
 
     Raises UnusableModel if one is missing, or `path` is another one than the first.
     """
-    found = _PART.search(path.name)
-    if found is None:
-        return [path]
-    number, total = int(found[1]), int(found[2])
-    stem = path.name[: found.start()]
-    files = [path.with_name(f"{stem}-{i:05}-of-{total:05}.gguf") for i in range(1, total + 1)]
-    if number != 1:
-        raise UnusableModel(f"{path} is part {number} of {total}; name the first, {stem}-00001-...")
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise UnusableModel(f"{path} is one of {total} files; {missing[0]} is missing")
+    names = part_names(path.name)
+    if names[0] != path.name:
+        number = int(path.name.removesuffix(".gguf").split("-")[-3])
+        raise UnusableModel(f"{path} is part {number} of {len(names)}; name the first, {names[0]}")
+    files = [path.with_name(name) for name in names]
+    if len(files) > 1 and (missing := [file.name for file in files if not file.is_file()]):
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UnusableModel(f"{path} is one of {len(files)} files; {missing[0]} is missing{more}")
     return files
+
+
+def part_names(name: str) -> list[str]:
+    """The files of the model to which the file of that name belongs, the first one first."""
+    found = _PART.search(name)
+    if found is None:
+        return [name]
+    stem, total = name[: found.start()], int(found[2])
+    return [f"{stem}-{number:05}-of-{total:05}.gguf" for number in range(1, total + 1)]
 
 
 def update_digest(digest: "hashlib._Hash", header: Header) -> None:

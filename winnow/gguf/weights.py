@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -30,11 +31,17 @@ class GgufTensor:
 
     entry: all of it in the file, or this expert's part.
     num_paired_heads: see `Architecture.paired_heads`; 0 where rows stand as they should.
+    offset: taken off each number.
     """
 
     entry: TensorEntry
     dtype: torch.dtype
     num_paired_heads: int = 0
+    offset: float = 0.0
+
+    @property
+    def file(self) -> Path:
+        return self.entry.file
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,7 +55,8 @@ class GgufTensor:
         begin = 0
         for rows in _read_rows(self.entry, num_columns):
             chunk = slice(begin, begin + len(rows))
-            out[places[chunk] if places is not None else chunk] = rows.to(self.dtype)
+            numbers = (rows - self.offset if self.offset else rows).to(self.dtype)
+            out[places[chunk] if places is not None else chunk] = numbers
             begin += len(rows)
         return out.view(self.shape)
 
@@ -97,7 +105,7 @@ def weights(header: Header, dtype: torch.dtype) -> dict[str, GgufTensor]:
             parts = enumerate(_experts(entry))
             found |= {name.format(idx): GgufTensor(part, dtype) for idx, part in parts}
         else:
-            found[name] = GgufTensor(entry, dtype, heads)
+            found[name] = GgufTensor(entry, dtype, heads, architecture.offset(own))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Rotary embedding of a step's queries and keys, their norms before it, and the query ring."""
+"""Rotary embedding of queries and keys, and their norms before it."""
 
 from dataclasses import dataclass
 
@@ -15,18 +15,6 @@ class HeadNorms:
     eps: float
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RingSlots:
-    """Where a layer's queries are kept for recompression.
-
-    vectors: [num_vectors, D].  slots: [B, num_heads] int64 index of each query's place in
-    `vectors`; below 0: not kept.
-    """
-
-    vectors: Tensor
-    slots: Tensor
-
-
 def rotate(
     heads: Tensor,
     cos: Tensor,
@@ -34,9 +22,8 @@ def rotate(
     num_heads: int,
     num_kv_heads: int,
     norms: HeadNorms | None = None,
-    ring: RingSlots | None = None,
 ) -> None:
-    """Norm and rotate queries and keys in place, in float32; then store the queries in the ring.
+    """Norm and rotate queries and keys in place, in float32.
 
     heads: [B, num_heads + 2 * num_kv_heads, D], a fused projection: queries, keys, values.
     cos, sin: [B, D] of each row's position, whose halves are equal.
@@ -51,6 +38,3 @@ def rotate(
         first, second = exact.chunk(2, dim=-1)
         turned = torch.cat([-second, first], dim=-1)
         part.copy_(exact * cos[:, None].float() + turned * sin[:, None].float())
-    if ring is not None:
-        is_kept = ring.slots >= 0
-        ring.vectors[ring.slots[is_kept]] = queries[is_kept]

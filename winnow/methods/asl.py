@@ -2,10 +2,14 @@
 
 from torch import Tensor
 
-from winnow.checks import require_range
 from winnow.kv import ModelShape
 from winnow.methods.base import LayerView
 from winnow.methods.fastkv import FastKV
+from winnow.methods.layer_checks import (
+    require_full_layer,
+    require_observed_layers,
+    require_prunable,
+)
 from winnow.pruning_settings import PruningSettings
 from winnow.selection import AdaptiveSelection
 
@@ -15,16 +19,17 @@ class Asl(FastKV):
 
     def __init__(self, settings: PruningSettings, num_tokens: int, shape: ModelShape) -> None:
         super().__init__(settings, num_tokens, shape)
-        self._selection = AdaptiveSelection(settings, settings.latest_layer)
+        self._selection = AdaptiveSelection(settings, settings.latest_layer, shape.full_layers)
 
     @classmethod
-    def require_fits(cls, settings: PruningSettings, num_layers: int) -> None:
-        require_range("min_layer", settings.min_layer, 0, num_layers - 1)
+    def require_fits(cls, settings: PruningSettings, shape: ModelShape) -> None:
+        require_prunable(settings, shape)
+        require_observed_layers(settings, shape)
         if settings.latest_layer is not None:
-            require_range("latest_layer", settings.latest_layer, 0, num_layers - 1)
+            require_full_layer("latest_layer", settings.latest_layer, shape, settings.min_layer)
 
     @classmethod
-    def latest_cut(cls, settings: PruningSettings, num_layers: int) -> int | None:
+    def latest_cut(cls, settings: PruningSettings, shape: ModelShape) -> int | None:
         return settings.latest_layer
 
     @property

@@ -13,15 +13,16 @@ class AslTwoPass(GemFilter):
 
     def __init__(self, settings: PruningSettings, num_tokens: int, shape: ModelShape) -> None:
         super().__init__(settings, num_tokens, shape)
-        self._selection = AdaptiveSelection(settings, self.latest_cut(settings, shape.num_layers))
+        latest = self.latest_cut(settings, shape)
+        self._selection = AdaptiveSelection(settings, latest, shape.full_layers)
 
     @classmethod
-    def require_fits(cls, settings: PruningSettings, num_layers: int) -> None:
-        Asl.require_fits(settings, num_layers)
+    def require_fits(cls, settings: PruningSettings, shape: ModelShape) -> None:
+        Asl.require_fits(settings, shape)
 
     @classmethod
-    def latest_cut(cls, settings: PruningSettings, num_layers: int) -> int | None:
-        return num_layers - 1 if settings.latest_layer is None else settings.latest_layer
+    def latest_cut(cls, settings: PruningSettings, shape: ModelShape) -> int | None:
+        return shape.full_layers[-1] if settings.latest_layer is None else settings.latest_layer
 
     @property
     def rho(self) -> tuple[tuple[int, float], ...]:

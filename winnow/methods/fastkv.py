@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from winnow.checks import require_range
+from winnow.kv import ModelShape
 from winnow.methods.base import Bound, Cut, LayerView
+from winnow.methods.layer_checks import require_full_layer
 from winnow.methods.snapkv import SnapKV
 from winnow.pruning_settings import PruningSettings
 from winnow.scoring import descending_order
@@ -30,11 +31,12 @@ class FastKV(SnapKV):
         return super().max_entries(settings, num_tokens, num_kv_heads)
 
     @classmethod
-    def require_fits(cls, settings: PruningSettings, num_layers: int) -> None:
-        require_range("fixed_layer", settings.fixed_layer, 0, num_layers - 1)
+    def require_fits(cls, settings: PruningSettings, shape: ModelShape) -> None:
+        super().require_fits(settings, shape)
+        require_full_layer("fixed_layer", settings.fixed_layer, shape)
 
     @classmethod
-    def latest_cut(cls, settings: PruningSettings, num_layers: int) -> int | None:
+    def latest_cut(cls, settings: PruningSettings, shape: ModelShape) -> int | None:
         return settings.fixed_layer
 
     def cut(self, view: LayerView) -> Cut | None:

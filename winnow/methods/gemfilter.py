@@ -1,9 +1,12 @@
 """GemFilter (arXiv 2409.17422): an early layer selects tokens, which are then prefilled alone."""
 
-from winnow.checks import require_range
+from torch import Tensor
+
+from winnow.kv import ModelShape
 from winnow.methods.base import Bound, Cut, LayerView, Method
+from winnow.methods.layer_checks import require_full_layer
 from winnow.pruning_settings import PruningSettings
-from winnow.selection import most_relevant
+from winnow.selection import most_relevant, relevance
 
 
 class GemFilter(Method):
@@ -20,15 +23,20 @@ class GemFilter(Method):
         return Bound(settings.select_tokens, "select_tokens")
 
     @classmethod
-    def require_fits(cls, settings: PruningSettings, num_layers: int) -> None:
-        require_range("fixed_layer", settings.fixed_layer, 0, num_layers - 1)
+    def require_fits(cls, settings: PruningSettings, shape: ModelShape) -> None:
+        super().require_fits(settings, shape)
+        require_full_layer("fixed_layer", settings.fixed_layer, shape)
 
     @classmethod
-    def latest_cut(cls, settings: PruningSettings, num_layers: int) -> int | None:
+    def latest_cut(cls, settings: PruningSettings, shape: ModelShape) -> int | None:
         return settings.fixed_layer
 
     def cut(self, view: LayerView) -> Cut | None:
         if view.layer_idx != self.settings.fixed_layer:
             return None
-        last_query = view.queries[:, -1]
-        return Cut(most_relevant(last_query, view.keys, self.settings.select_tokens), restart=True)
+        raw = view.per_head(_relevance)
+        return Cut(most_relevant(raw, self.settings.select_tokens), restart=True)
+
+
+def _relevance(view: LayerView) -> Tensor:
+    return relevance(view.queries[:, -1], view.keys)

@@ -23,9 +23,13 @@ class H2O(Method):
         budget = self.settings.kv_budget
         if budget is None or view.num_tokens <= budget:
             return None
-        mass = accumulated_attention(view.queries, view.keys, view.scaling)
+        mass = view.per_head(_accumulated_mass)
         num_recent = max(budget // 2, self.settings.window_size)
         return keep_heavy_hitters(mass, view.num_kv_heads, num_recent, budget)
+
+
+def _accumulated_mass(view: LayerView) -> Tensor:
+    return accumulated_attention(view.queries, view.keys, view.options)
 
 
 def keep_heavy_hitters(

@@ -6,6 +6,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from winnow.errors import InvalidSetting
 from winnow.kv import ModelShape
 from winnow.methods.base import Bound, Cut, LayerView, Method
 from winnow.pruning_settings import PruningSettings
@@ -36,6 +37,19 @@ class PyramidInfer(Method):
     @classmethod
     def token_bound(cls, settings: PruningSettings) -> Bound:
         return Bound(settings.kv_budget, "kv_budget")
+
+    @classmethod
+    def require_fits(cls, settings: PruningSettings, shape: ModelShape) -> None:
+        super().require_fits(settings, shape)
+        if len(shape.full_layers) < shape.num_layers:
+            idx, layer = next(
+                (idx, layer) for idx, layer in enumerate(shape.layers) if not layer.is_full
+            )
+            raise InvalidSetting(
+                "method is pyramidinfer, which drops tokens after every layer, by its attention to "
+                f"the whole prompt; layer {idx} is a {layer} layer. method fastkv or asl works",
+                param="method",
+            )
 
     @classmethod
     def no_prefix_reason(cls) -> str | None:
@@ -74,9 +88,12 @@ class PyramidInfer(Method):
 
 def context_scores(view: LayerView) -> Tensor:
     """Attention from the window, later rows weighted more, averaged over heads: [N] float32."""
+    return view.per_head(_weighted_mass).mean(0)
+
+
+def _weighted_mass(view: LayerView) -> Tensor:
     weights = torch.linspace(1.0, _LAST_ROW_WEIGHT, view.window_size, device=view.keys.device)
-    mass = observed_attention(view.window_queries, view.keys, view.scaling, weights)
-    return mass.mean(0)
+    return observed_attention(view.window_queries, view.keys, view.options, weights)
 
 
 def context_lengths(num_context: int, budget: int, num_layers: int) -> list[int]:

@@ -15,8 +15,10 @@ same distribution, with noise for hundreds of entrants instead of a whole vocabu
 can be float64, whose precision a long tail of rare tokens needs.
 
 Precision: logits, penalties and weights are float32, as the model gives them; noise, the weights in
-the second round and the sums that decide top-p among sorted candidates are float64. A greedy row is
-an argmax.
+the second round and the sums that decide top-p among sorted candidates are float64, and so are the
+totals of the two blocks that come first in the first round. So it makes no difference to a token
+how a device or a kernel rounds float32 sums, unless such a sum decides where top-p cuts a row whose
+candidates are not sorted. A greedy row is an argmax.
 
 A change by which some seed gives another token needs a new SAMPLER_VERSION
 (winnow/sampler_version.py).

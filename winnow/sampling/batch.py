@@ -11,9 +11,11 @@ from winnow.sampling.blocks import block_maxima, first_best
 from winnow.sampling.draw import draw
 from winnow.sampling.filters import Kind
 from winnow.sampling.logprobs import logprob_columns
+from winnow.sampling.masks import TokenMasks
 from winnow.sampling.shaping import HIGHEST_LOGIT, shaped
 from winnow.sampling.state import SamplingState
 from winnow.to_device import indices_to_device
+from winnow.to_host import HostCopy
 from winnow.tokens import TokenLogprobs
 
 
@@ -29,16 +31,18 @@ class Sampled:
 class SampledBatch:
     """What `sample_batch` has put on the device's queue.
 
+    tokens: [B] int64, on the device.
     columns: [B, 2 + ...] float64: token id, whether the logits are finite, logprob_columns.
     """
 
-    columns: Tensor
+    tokens: Tensor
+    columns: HostCopy
     positions: tuple[int, ...]
     num_logprobs: tuple[int | None, ...]
 
     def read(self) -> list[Sampled | NotFinite]:
-        """Each row's token or error.  Waits for the device."""
-        rows = zip(self.columns.tolist(), self.positions, self.num_logprobs, strict=True)
+        """Each row's token or error.  Waits for the device, until it has sampled them."""
+        rows = zip(self.columns.wait().tolist(), self.positions, self.num_logprobs, strict=True)
         return [_outcome(*row) for row in rows]
 
 
@@ -56,7 +60,10 @@ def _outcome(columns: list[float], position: int, num_logprobs: int | None) -> S
 
 @torch.inference_mode()
 def sample_batch(
-    logits: Tensor, states: Sequence[SamplingState], eos_token_ids: Collection[int] = ()
+    logits: Tensor,
+    states: Sequence[SamplingState],
+    eos_token_ids: Collection[int] = (),
+    masks: TokenMasks | None = None,
 ) -> SampledBatch:
     """Sample the next token of each row; the device is not waited for.
 
@@ -64,10 +71,11 @@ def sample_batch(
     changed.
     eos_token_ids: of the model. They are not sampled before a row's `min_tokens`, nor are its own
     stop tokens.
+    masks: of the rows that have a constraint.  Log-probabilities are those without masks.
     """
     maxima = block_maxima(logits)
     is_finite = (maxima.amax(-1) <= HIGHEST_LOGIT) & (logits.amin(-1) >= -HIGHEST_LOGIT)
-    changed = shaped(logits, states, eos_token_ids)
+    changed = shaped(logits, states, eos_token_ids, masks)
     changed_maxima = maxima if changed is logits else block_maxima(changed)
     tokens = first_best(changed, changed_maxima)  # of greedy rows; it costs little for all
     for rows in _alike(states):
@@ -77,7 +85,8 @@ def sample_batch(
         tokens.index_copy_(0, index, drawn)
     columns = torch.stack([tokens.double(), is_finite.double()], dim=1)
     return SampledBatch(
-        _with_logprobs(columns, logits, maxima, tokens, states),
+        tokens,
+        HostCopy(_with_logprobs(columns, logits, maxima, tokens, states)),
         tuple(state.position for state in states),
         tuple(state.params.num_logprobs for state in states),
     )

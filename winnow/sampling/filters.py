@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from winnow.sampling.blocks import top_tokens
+from winnow.sampling.blocks import chunks, top_tokens
 from winnow.sampling.cut import Cut
+from winnow.sampling.masses import LOG2_E, weights_of
 from winnow.sampling.threshold_search import ThresholdSearch
 from winnow.sampling_params import SamplingParams
 from winnow.to_device import array_to_device
@@ -48,14 +49,13 @@ class Filters:
     """The temperatures and filters of rows of one kind.
 
     table: [R, 4] float64: 1 / temperature; top_k and top_p, inf where they are off; min_p.
-    max_top_k: 0 if no row has one.  has_temperature: whether one is not 1.
+    max_top_k: 0 if no row has one.
     """
 
     kind: Kind
     table: Tensor
     max_top_k: int
     has_top_p: bool
-    has_temperature: bool
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], device: torch.device) -> "Filters":
@@ -73,12 +73,7 @@ class Filters:
             array_to_device(np.array(table, dtype=np.float64), device),
             max_top_k=max(one.top_k for one in params),
             has_top_p=any(one.top_p < 1 for one in params),
-            has_temperature=any(one.temperature != 1 for one in params),
         )
-
-    def of_rows(self, rows: slice) -> "Filters":
-        """The filters of some of the rows."""
-        return replace(self, table=self.table[rows])
 
     @property
     def inverse_temperature(self) -> Tensor:
@@ -96,25 +91,33 @@ class Filters:
     def min_p(self) -> Tensor:
         return self.table[:, 3:4]
 
-    def weights(self, logits: Tensor) -> Tensor:
-        """The probabilities before any filter: [R, V] float32."""
-        if self.has_temperature:
-            logits = logits * self.inverse_temperature.float()
-        return logits.softmax(-1)
+    @property
+    def scale(self) -> Tensor:
+        """See masses.py."""
+        return (self.inverse_temperature * LOG2_E).float()
 
-    def cut(self, logits: Tensor, maxima: Tensor, weights: Tensor) -> Cut | None:
+    def cut(self, logits: Tensor, maxima: Tensor) -> Cut | None:
         """What is kept of each row; None if everything is.
 
-        logits: [R, V] float32.  weights: theirs, from `weights`.  maxima: of the logits' blocks.
+        logits: [R, V] float32.  maxima: of their blocks.
         """
         if self.kind is Kind.UNFILTERED:
             return None
         if self.kind is Kind.SORTED:
-            return self._sorted_cut(logits, maxima, weights)
+            return self._sorted_cut(logits, maxima)
         best = maxima.amax(-1, keepdim=True)
-        cut = self._min_p_cut(best)
         if self.kind is Kind.MIN_P:
-            return cut
+            return self._min_p_cut(best)
+        return Cut.joined(
+            [self._of_rows(rows)._searched_cut(logits[rows], best[rows]) for rows in chunks(logits)]
+        )
+
+    def _of_rows(self, rows: slice) -> "Filters":
+        return replace(self, table=self.table[rows])
+
+    def _searched_cut(self, logits: Tensor, best: Tensor) -> Cut:
+        cut = self._min_p_cut(best)
+        weights = weights_of(logits, best, self.scale)
         search = ThresholdSearch(logits, weights, best, self.inverse_temperature)
         if self.max_top_k:
             cut = cut.tighter(search.by_count(self.top_k))
@@ -128,7 +131,7 @@ class Filters:
         too_low = lowest.nextafter(torch.full_like(lowest, -torch.inf))
         return Cut(too_low, torch.zeros_like(best), torch.zeros_like(self.min_p), has_ties=False)
 
-    def _sorted_cut(self, logits: Tensor, maxima: Tensor, weights: Tensor) -> Cut:
+    def _sorted_cut(self, logits: Tensor, maxima: Tensor) -> Cut:
         values, _ = top_tokens(logits, maxima, min(self.max_top_k, logits.shape[1]))
         relative = ((values - values[:, :1]).double() * self.inverse_temperature).exp()
         ranks = torch.arange(values.shape[1], device=values.device)
@@ -138,5 +141,4 @@ class Filters:
         last = is_kept.sum(-1, keepdim=True).sub_(1).clamp_(min=0)  # -1 where logits are NaN
         threshold = values.gather(1, last)
         num_ties = last + 1 - (values > threshold).sum(-1, keepdim=True)
-        weight = weights.amax(-1, keepdim=True) * relative.gather(1, last).float()
-        return Cut(threshold, weight, num_ties.double())
+        return Cut(threshold, relative.gather(1, last).float(), num_ties.double())

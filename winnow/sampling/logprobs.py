@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from winnow.sampling.blocks import chunks, top_tokens
+from winnow.sampling.blocks import top_tokens
+from winnow.sampling.masses import LOG2_E, block_masses
 
 
 def logprob_columns(logits: Tensor, maxima: Tensor, tokens: Tensor, num_top: int) -> Tensor:
@@ -12,8 +13,9 @@ def logprob_columns(logits: Tensor, maxima: Tensor, tokens: Tensor, num_top: int
     logits: [R, V] float32.  maxima: of their blocks.  tokens: [R].
     Returns [R, 1 + 2 * num_top] float64, in which token ids are exact.
     """
-    best = [logits[rows].softmax(-1).amax(-1, keepdim=True) for rows in chunks(logits)]
-    log_total = maxima.amax(-1, keepdim=True) - torch.cat(best).log_()
+    best = maxima.amax(-1, keepdim=True)
+    masses = block_masses(logits, best, torch.full_like(best, LOG2_E))
+    log_total = best + masses.sum(-1, keepdim=True).log_()
     chosen = logits.gather(1, tokens[:, None])
     values, ids = top_tokens(logits, maxima, num_top)
     return torch.cat([(chosen - log_total).double(), (values - log_total).double(), ids], dim=1)

@@ -1,6 +1,7 @@
-"""Penalties, biases and tokens that are not due yet: what changes logits before a draw.
+"""Penalties, biases, tokens that are not due yet, masks: what changes logits before a draw.
 
-Only the tokens concerned are touched, by (row, token) lists that each SamplingState keeps.
+Only the tokens concerned are touched, by (row, token) lists that each SamplingState keeps; masks
+are of whole rows.
 """
 
 from collections.abc import Collection, Sequence
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from winnow.sampling.masks import TokenMasks, masked
 from winnow.sampling.state import SamplingState, TokenCounts
 from winnow.sampling_params import SamplingParams
 from winnow.to_device import array_to_device
@@ -19,16 +21,33 @@ HIGHEST_LOGIT = 2.0**100  # 1.3e30: divided by the lowest temperature it is a fl
 
 
 def shaped(
+    logits: Tensor,
+    states: Sequence[SamplingState],
+    eos_token_ids: Collection[int],
+    masks: TokenMasks | None = None,
+) -> Tensor:
+    """Logits [B, V] after penalties, then biases, then min_tokens; a copy if anything changes.
+
+    masks: come last, and keep to min_tokens themselves.
+    """
+    changed = _reweighted(logits, states, eos_token_ids)
+    return changed if masks is None else masked(changed, masks, -HIGHEST_LOGIT)
+
+
+def _reweighted(
     logits: Tensor, states: Sequence[SamplingState], eos_token_ids: Collection[int]
 ) -> Tensor:
-    """Logits [B, V] after penalties, then biases, then min_tokens; a copy if anything changes."""
     penalized = [
         _Penalized(row, one.params, one.counts)
         for row, one in enumerate(states)
         if one.counts is not None and len(one.counts.ids)
     ]
     biased = {row: one for row, one in enumerate(states) if len(one.bias)}
-    waiting = {row: one.params.stop_token_ids for row, one in enumerate(states) if not one.may_end}
+    waiting = {
+        row: one.params.stop_token_ids
+        for row, one in enumerate(states)
+        if not one.may_end and one.constraint is None
+    }
     if not (penalized or biased or waiting):
         return logits
     changed = logits.clone()

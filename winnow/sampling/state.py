@@ -1,11 +1,15 @@
 """SamplingState: what the draw of a sequence's next token depends on, besides its logits."""
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from winnow.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from winnow.grammar.constraint import Constraint  # loads llguidance and transformers
 
 _FIRST_CAPACITY = 64
 
@@ -45,6 +49,8 @@ class SamplingState:
     """A sequence's parameters, its tokens so far and what penalties count of them.
 
     seed: of the sequence.  prompt_token_ids: only needed if `params.needs_prompt`.
+    constraint: what its tokens must match; None: nothing.
+    num_unread: tokens after those in `generated` that are sampled, or being sampled, on the device.
     """
 
     def __init__(
@@ -53,10 +59,13 @@ class SamplingState:
         seed: int,
         num_prompt_tokens: int,
         prompt_token_ids: Sequence[int] = (),
+        constraint: "Constraint | None" = None,
     ) -> None:
         self.params = params
         self.seed = seed
         self.generated: list[int] = []
+        self.constraint = constraint
+        self.num_unread = 0
         self.counts = TokenCounts(prompt_token_ids) if params.penalizes else None
         bias = params.logit_bias
         self.bias_ids = np.fromiter(bias.keys(), dtype=np.int64, count=len(bias))
@@ -65,13 +74,28 @@ class SamplingState:
 
     @property
     def position(self) -> int:
-        """Position of the next token: the number of tokens before it."""
-        return self._num_prompt_tokens + len(self.generated)
+        """Position of the next token to sample: the number of tokens before it."""
+        return self._num_prompt_tokens + self.num_drawn
+
+    @property
+    def num_drawn(self) -> int:
+        """Generated tokens, read or unread."""
+        return len(self.generated) + self.num_unread
 
     @property
     def may_end(self) -> bool:
         """Whether the next token may end the sequence."""
-        return len(self.generated) >= self.params.min_tokens
+        return self.num_drawn >= self.params.min_tokens
+
+    @property
+    def needs_token(self) -> bool:
+        """Whether the constraint has to know the token that is unread."""
+        return self.constraint is not None and self.num_unread > 0
+
+    @property
+    def can_draw_unread(self) -> bool:
+        """Whether the next draw needs no token that is unread."""
+        return not self.num_unread or self.counts is None
 
     def extend(self, token_ids: Iterable[int]) -> None:
         """Append generated tokens."""

@@ -13,7 +13,7 @@ _LOWEST = torch.finfo(torch.float32).min
 class ThresholdSearch:
     """One bisection is over the bits of a float32: 32 passes over the rows.
 
-    logits, weights: [R, V] float32; weights are proportional to exp(logits / temperature).
+    logits, weights: [R, V] float32; weights: see masses.py.
     best: the highest logits.  inverse_temperature: float64.  Both [R, 1].
     """
 
@@ -23,7 +23,6 @@ class ThresholdSearch:
         self._logits = logits
         self._weights = weights
         self._best = best
-        self._best_weight = weights.amax(-1, keepdim=True)
         self._inverse_temperature = inverse_temperature
         self._buffer = torch.empty_like(weights)
 
@@ -48,8 +47,7 @@ class ThresholdSearch:
         return self._mass_above(cut.threshold) + kept_ties * cut.weight
 
     def _weight_at(self, logit: Tensor) -> Tensor:
-        relative = ((logit - self._best).double() * self._inverse_temperature).exp()
-        return self._best_weight * relative.float()
+        return ((logit - self._best).double() * self._inverse_temperature).exp().float()
 
     def _count_above(self, threshold: Tensor) -> Tensor:
         return torch.gt(self._logits, threshold, out=self._buffer).sum(-1, keepdim=True).double()

@@ -1,6 +1,8 @@
 """Adaptive layer selection (arXiv 2601.07667): select tokens where their ranks have settled."""
 
+from bisect import bisect_left
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,26 +18,32 @@ _NO_VARIANCE = 1e-15
 class AdaptiveSelection:
     """Selects at the first layer from `min_layer` on whose relative rank variance is below tau.
 
-    The variance is over the last `observed_layers` layers and over the tokens that at least one of
-    them ranks among the k best, relative to the variance at `min_layer`.
+    The variance is over the last `observed_layers` full layers and over the tokens that at least
+    one of them ranks among the k best, relative to the variance at the first full layer from
+    `min_layer` on.
     latest_layer: selects here even if the variance is not below tau; None: no such layer.
+    full_layers: of the model, ascending; it observes no others.
     """
 
-    def __init__(self, settings: PruningSettings, latest_layer: int | None) -> None:
+    def __init__(
+        self, settings: PruningSettings, latest_layer: int | None, full_layers: Sequence[int]
+    ) -> None:
         self._settings = settings
         self._latest_layer = latest_layer
+        num_before = bisect_left(full_layers, settings.min_layer)
+        self._first_observed = full_layers[num_before + 1 - settings.observed_layers]
         self._ranks: deque[Tensor] = deque(maxlen=settings.observed_layers)  # each [n]
         self._first_variance: float | None = None
         self._rho: list[tuple[int, float]] = []
 
     @property
     def rho(self) -> tuple[tuple[int, float], ...]:
-        """(layer, relative rank variance) for each layer from `min_layer` on."""
+        """(layer, relative rank variance) for each full layer from `min_layer` on."""
         return tuple(self._rho)
 
     def needs_scores(self, layer_idx: int) -> bool:
         """Whether `observe` needs this layer's attention."""
-        return layer_idx > self._settings.min_layer - self._settings.observed_layers
+        return layer_idx >= self._first_observed
 
     def observe(self, layer_idx: int, mass: Tensor) -> Tensor | None:
         """Observe a layer's attention mass [num_heads, N]; returns selected tokens, ascending."""

@@ -24,6 +24,7 @@ class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     CODEC_UNSPECIFIED: _ClassVar[Codec]
     CODEC_RAW: _ClassVar[Codec]
+    CODEC_INT8: _ClassVar[Codec]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -33,9 +34,10 @@ DTYPE_BFLOAT16: DType
 DTYPE_FLOAT16: DType
 CODEC_UNSPECIFIED: Codec
 CODEC_RAW: Codec
+CODEC_INT8: Codec
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model_fingerprint", "num_prompt_tokens", "num_sequences", "max_prompt_entries", "sampling", "recompression", "prompt_token_ids", "wire_versions", "replayed", "origin", "assured", "sampler_version")
+    __slots__ = ("request_id", "model_fingerprint", "num_prompt_tokens", "num_sequences", "max_prompt_entries", "sampling", "recompression", "prompt_token_ids", "wire_versions", "replayed", "origin", "assured", "sampler_version", "grammar", "adapter")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +51,8 @@ class GenerateRequest(_message.Message):
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     ASSURED_FIELD_NUMBER: _ClassVar[int]
     SAMPLER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model_fingerprint: str
     num_prompt_tokens: int
@@ -62,7 +66,31 @@ class GenerateRequest(_message.Message):
     origin: Origin
     assured: bool
     sampler_version: int
-    def __init__(self, request_id: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_sequences: _Optional[int] = ..., max_prompt_entries: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., recompression: _Optional[_Union[Recompression, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., wire_versions: _Optional[_Iterable[int]] = ..., replayed: _Optional[_Iterable[_Union[ReplayedTokens, _Mapping]]] = ..., origin: _Optional[_Union[Origin, _Mapping]] = ..., assured: _Optional[bool] = ..., sampler_version: _Optional[int] = ...) -> None: ...
+    grammar: Grammar
+    adapter: Adapter
+    def __init__(self, request_id: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_sequences: _Optional[int] = ..., max_prompt_entries: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., recompression: _Optional[_Union[Recompression, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., wire_versions: _Optional[_Iterable[int]] = ..., replayed: _Optional[_Iterable[_Union[ReplayedTokens, _Mapping]]] = ..., origin: _Optional[_Union[Origin, _Mapping]] = ..., assured: _Optional[bool] = ..., sampler_version: _Optional[int] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
+
+class Adapter(_message.Message):
+    __slots__ = ("name", "digest", "folder")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    FOLDER_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    digest: str
+    folder: str
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., folder: _Optional[str] = ...) -> None: ...
+
+class Grammar(_message.Message):
+    __slots__ = ("json_schema", "regex", "lark", "control_token_ids")
+    JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    REGEX_FIELD_NUMBER: _ClassVar[int]
+    LARK_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    json_schema: str
+    regex: str
+    lark: str
+    control_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., lark: _Optional[str] = ..., control_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Origin(_message.Message):
     __slots__ = ("kv_address", "request_id", "fetch_token")
@@ -182,7 +210,7 @@ class Moved(_message.Message):
     def __init__(self) -> None: ...
 
 class Admitted(_message.Message):
-    __slots__ = ("worker_id", "kv_address", "lease_s", "reserved_pages", "wire_version", "transfer_secret", "sampler_version")
+    __slots__ = ("worker_id", "kv_address", "lease_s", "reserved_pages", "wire_version", "transfer_secret", "sampler_version", "rank_kv_addresses")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     KV_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
@@ -190,6 +218,7 @@ class Admitted(_message.Message):
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_SECRET_FIELD_NUMBER: _ClassVar[int]
     SAMPLER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    RANK_KV_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     kv_address: str
     lease_s: float
@@ -197,7 +226,8 @@ class Admitted(_message.Message):
     wire_version: int
     transfer_secret: bytes
     sampler_version: int
-    def __init__(self, worker_id: _Optional[str] = ..., kv_address: _Optional[str] = ..., lease_s: _Optional[float] = ..., reserved_pages: _Optional[int] = ..., wire_version: _Optional[int] = ..., transfer_secret: _Optional[bytes] = ..., sampler_version: _Optional[int] = ...) -> None: ...
+    rank_kv_addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, worker_id: _Optional[str] = ..., kv_address: _Optional[str] = ..., lease_s: _Optional[float] = ..., reserved_pages: _Optional[int] = ..., wire_version: _Optional[int] = ..., transfer_secret: _Optional[bytes] = ..., sampler_version: _Optional[int] = ..., rank_kv_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Prefilled(_message.Message):
     __slots__ = ("attempt", "report")
@@ -271,6 +301,18 @@ class StatusResponse(_message.Message):
     swapped_sequences: int
     def __init__(self, worker_id: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., wire_versions: _Optional[_Iterable[int]] = ..., draining: _Optional[bool] = ..., running_sequences: _Optional[int] = ..., reserved_requests: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_reserved: _Optional[int] = ..., page_size: _Optional[int] = ..., kv_bytes_used: _Optional[int] = ..., open_transfers: _Optional[int] = ..., swapped_sequences: _Optional[int] = ...) -> None: ...
 
+class LoadAdapterRequest(_message.Message):
+    __slots__ = ("model_fingerprint", "adapter")
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    model_fingerprint: str
+    adapter: Adapter
+    def __init__(self, model_fingerprint: _Optional[str] = ..., adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
+
+class LoadAdapterResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class DrainRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -294,7 +336,7 @@ class PushFrame(_message.Message):
     def __init__(self, header: _Optional[_Union[TransferHeader, _Mapping]] = ..., layer: _Optional[_Union[LayerManifest, _Mapping]] = ..., data: _Optional[_Union[DataFrame, _Mapping]] = ..., trailer: _Optional[_Union[TransferTrailer, _Mapping]] = ...) -> None: ...
 
 class TransferHeader(_message.Message):
-    __slots__ = ("request_id", "attempt", "wire_version", "model_fingerprint", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "num_prompt_tokens", "dtype", "codec", "transfer_token", "sequence_idx", "sequences_left")
+    __slots__ = ("request_id", "attempt", "wire_version", "model_fingerprint", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "num_prompt_tokens", "dtype", "codec", "transfer_token", "sequence_idx", "sequences_left", "first_kv_head", "num_part_kv_heads")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -310,6 +352,8 @@ class TransferHeader(_message.Message):
     TRANSFER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_IDX_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_LEFT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_KV_HEAD_FIELD_NUMBER: _ClassVar[int]
+    NUM_PART_KV_HEADS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     wire_version: int
@@ -325,17 +369,29 @@ class TransferHeader(_message.Message):
     transfer_token: bytes
     sequence_idx: int
     sequences_left: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., wire_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., num_layers: _Optional[int] = ..., num_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., hidden_size: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., codec: _Optional[_Union[Codec, str]] = ..., transfer_token: _Optional[bytes] = ..., sequence_idx: _Optional[int] = ..., sequences_left: _Optional[int] = ...) -> None: ...
+    first_kv_head: int
+    num_part_kv_heads: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., wire_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., num_layers: _Optional[int] = ..., num_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., hidden_size: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., codec: _Optional[_Union[Codec, str]] = ..., transfer_token: _Optional[bytes] = ..., sequence_idx: _Optional[int] = ..., sequences_left: _Optional[int] = ..., first_kv_head: _Optional[int] = ..., num_part_kv_heads: _Optional[int] = ...) -> None: ...
 
 class LayerManifest(_message.Message):
-    __slots__ = ("layer_idx", "head_lengths", "num_window_queries")
+    __slots__ = ("layer_idx", "head_lengths", "num_window_queries", "states")
     LAYER_IDX_FIELD_NUMBER: _ClassVar[int]
     HEAD_LENGTHS_FIELD_NUMBER: _ClassVar[int]
     NUM_WINDOW_QUERIES_FIELD_NUMBER: _ClassVar[int]
+    STATES_FIELD_NUMBER: _ClassVar[int]
     layer_idx: int
     head_lengths: _containers.RepeatedScalarFieldContainer[int]
     num_window_queries: int
-    def __init__(self, layer_idx: _Optional[int] = ..., head_lengths: _Optional[_Iterable[int]] = ..., num_window_queries: _Optional[int] = ...) -> None: ...
+    states: _containers.RepeatedCompositeFieldContainer[StateTensor]
+    def __init__(self, layer_idx: _Optional[int] = ..., head_lengths: _Optional[_Iterable[int]] = ..., num_window_queries: _Optional[int] = ..., states: _Optional[_Iterable[_Union[StateTensor, _Mapping]]] = ...) -> None: ...
+
+class StateTensor(_message.Message):
+    __slots__ = ("dtype", "sizes")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SIZES_FIELD_NUMBER: _ClassVar[int]
+    dtype: DType
+    sizes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., sizes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DataFrame(_message.Message):
     __slots__ = ("layer_idx", "offset", "crc32", "payload")
@@ -374,7 +430,7 @@ class SequenceState(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., next_position: _Optional[int] = ..., recompressed_entries: _Optional[int] = ..., at_floor: _Optional[bool] = ...) -> None: ...
 
 class PrefillReport(_message.Message):
-    __slots__ = ("num_prompt_tokens", "num_selected_tokens", "selection_layer", "no_selection_reason", "rho", "computed_share", "kv_bytes_full", "kv_bytes_kept", "layer_entries", "next_position", "num_cached_tokens", "num_recomputed_tokens", "saved_layer_tokens", "no_prefix_reason")
+    __slots__ = ("num_prompt_tokens", "num_selected_tokens", "selection_layer", "no_selection_reason", "rho", "computed_share", "kv_bytes_full", "kv_bytes_kept", "layer_entries", "next_position", "num_cached_tokens", "num_recomputed_tokens", "saved_layer_tokens", "no_prefix_reason", "state_bytes")
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_SELECTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SELECTION_LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -389,6 +445,7 @@ class PrefillReport(_message.Message):
     NUM_RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAVED_LAYER_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NO_PREFIX_REASON_FIELD_NUMBER: _ClassVar[int]
+    STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
     num_prompt_tokens: int
     num_selected_tokens: int
     selection_layer: int
@@ -403,7 +460,8 @@ class PrefillReport(_message.Message):
     num_recomputed_tokens: int
     saved_layer_tokens: int
     no_prefix_reason: str
-    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_selected_tokens: _Optional[int] = ..., selection_layer: _Optional[int] = ..., no_selection_reason: _Optional[str] = ..., rho: _Optional[_Iterable[_Union[RankVariance, _Mapping]]] = ..., computed_share: _Optional[float] = ..., kv_bytes_full: _Optional[int] = ..., kv_bytes_kept: _Optional[int] = ..., layer_entries: _Optional[_Iterable[int]] = ..., next_position: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_recomputed_tokens: _Optional[int] = ..., saved_layer_tokens: _Optional[int] = ..., no_prefix_reason: _Optional[str] = ...) -> None: ...
+    state_bytes: int
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_selected_tokens: _Optional[int] = ..., selection_layer: _Optional[int] = ..., no_selection_reason: _Optional[str] = ..., rho: _Optional[_Iterable[_Union[RankVariance, _Mapping]]] = ..., computed_share: _Optional[float] = ..., kv_bytes_full: _Optional[int] = ..., kv_bytes_kept: _Optional[int] = ..., layer_entries: _Optional[_Iterable[int]] = ..., next_position: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_recomputed_tokens: _Optional[int] = ..., saved_layer_tokens: _Optional[int] = ..., no_prefix_reason: _Optional[str] = ..., state_bytes: _Optional[int] = ...) -> None: ...
 
 class RankVariance(_message.Message):
     __slots__ = ("layer_idx", "value")

@@ -45,6 +45,11 @@ class DecodeStub:
                 request_serializer=winnow_dot_v1_dot_decode__pb2.StatusRequest.SerializeToString,
                 response_deserializer=winnow_dot_v1_dot_decode__pb2.StatusResponse.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/winnow.v1.Decode/LoadAdapter',
+                request_serializer=winnow_dot_v1_dot_decode__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=winnow_dot_v1_dot_decode__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/winnow.v1.Decode/Drain',
                 request_serializer=winnow_dot_v1_dot_decode__pb2.DrainRequest.SerializeToString,
@@ -64,11 +69,11 @@ class DecodeServicer:
         carries its finish reason; the stream ends with OK after the last sequence's.
         Closing the call at any time frees its KV.
 
-        Errors: RESOURCE_EXHAUSTED (no pages or no place in the batch now; in mid-stream `preempted`: it
-        gave way to others and has to be computed anew), INVALID_ARGUMENT (can never fit, or parameters
-        out of range), FAILED_PRECONDITION (other model or sampler, or no common wire version), UNAVAILABLE
-        (draining; `delivery_failed`: a running request could not be fetched), ABORTED (lease ran out
-        before the KV came), INTERNAL (the engine failed).
+        Errors: RESOURCE_EXHAUSTED (no pages, no place in the batch or no slot for the adapter now; in
+        mid-stream `preempted`: it gave way to others and has to be computed anew), INVALID_ARGUMENT (can
+        never fit, or parameters out of range), FAILED_PRECONDITION (other model, adapter or sampler, or
+        no common wire version), UNAVAILABLE (draining; `delivery_failed`: a running request could not be
+        fetched), ABORTED (lease ran out before the KV came), INTERNAL (the engine failed).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,6 +81,17 @@ class DecodeServicer:
 
     def Status(self, request, context):
         """What the worker holds at the moment.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadAdapter(self, request, context):
+        """Reads an adapter, so that no request has to wait for it. Only for a worker whose record has the
+        feature `adapters`.
+
+        Errors: FAILED_PRECONDITION (other model, or the adapter cannot be read here or is another one),
+        RESOURCE_EXHAUSTED (no slot now; it is read when a request needs it).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -102,6 +118,11 @@ def add_DecodeServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=winnow_dot_v1_dot_decode__pb2.StatusRequest.FromString,
                     response_serializer=winnow_dot_v1_dot_decode__pb2.StatusResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=winnow_dot_v1_dot_decode__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=winnow_dot_v1_dot_decode__pb2.LoadAdapterResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -175,6 +196,33 @@ class Decode:
             _registered_method=True)
 
     @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/winnow.v1.Decode/LoadAdapter',
+            winnow_dot_v1_dot_decode__pb2.LoadAdapterRequest.SerializeToString,
+            winnow_dot_v1_dot_decode__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Drain(request,
             target,
             options=(),
@@ -236,6 +284,11 @@ class KvTransferServicer:
         PERMISSION_DENIED (not the token of this attempt), DATA_LOSS (checksum, gap, overlap, duplicate,
         digest), ABORTED (a newer attempt was seen), INVALID_ARGUMENT (shapes that contradict the
         reservation).
+
+        To a worker with several ranks the KV may come in parts, each a Push of some KV heads to the rank
+        that has them. The part that has head 0 begins the attempt, and goes to `kv_address`; its trailer
+        is sent when all others are received, and ends the attempt. Theirs have a `final_hidden` of
+        zeros. A part for an attempt that has not begun waits for it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -14,7 +14,7 @@ sequence's index in its header, and its state in the trailer (`sequence`).
 from winnow.wire.decoder import Expected, Trailer, TransferDecoder
 from winnow.wire.encoder import FRAME_BYTES, TransferEncoder
 from winnow.wire.framing import MAX_FRAME_BYTES, MAX_PAYLOAD_BYTES
-from winnow.wire.grant import FIRST_WITH_FETCH, WIRE_VERSIONS, Grant, Ticket, newest_common
+from winnow.wire.grant import WIRE_VERSIONS, Grant, Ticket, newest_common
 from winnow.wire.incoming import ReceiveBuffer
 from winnow.wire.messages import (
     Header,
@@ -24,7 +24,6 @@ from winnow.wire.messages import (
 )
 
 __all__ = [
-    "FIRST_WITH_FETCH",
     "FRAME_BYTES",
     "MAX_FRAME_BYTES",
     "MAX_PAYLOAD_BYTES",

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from winnow.errors import TransferDamaged, TransferMalformed, TransferMismatch
-from winnow.kv import LayerKV, ModelShape, SequenceState
+from winnow.kv import LayerKV, ModelShape, SequenceState, named_heads
 from winnow.report import PrefillReport
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire.framing import DataFrame, Field, read_data_frame, split_frame
-from winnow.wire.grant import Grant
-from winnow.wire.incoming import IncomingLayer, ReceiveBuffer, segment_bytes
+from winnow.wire.grant import FIRST_WITH_STATES, Grant
+from winnow.wire.incoming import IncomingLayer, ReceiveBuffer
 from winnow.wire.messages import (
     Digest,
     Header,
@@ -19,7 +19,9 @@ from winnow.wire.messages import (
     parse,
     report_from_proto,
     state_from_proto,
+    state_tensor,
 )
+from winnow.wire.payload import segments, state_segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +29,10 @@ class Expected:
     """What a receiver accepts; anything else is refused before memory is allocated for it.
 
     grant: issued with the reservation.
-    max_entries: KV entries per (layer, KV head). max_window: window queries per layer.
+    max_entries: KV entries per (layer, KV head).  max_in_windows: the same of layers with a window,
+    whose heads have no more than that; None: as many.  max_window: window queries per layer.
     max_generated: limit of the generated tokens of a running sequence; None: it is prefill's KV.
+    heads: the transfer is a part with some of these KV heads; None: it has all of the model's.
     """
 
     grant: Grant
@@ -38,6 +42,15 @@ class Expected:
     max_entries: int
     max_window: int
     max_generated: int | None = None
+    heads: range | None = None
+    max_in_windows: int | None = None
+
+    def most_entries(self, layer_idx: int) -> int:
+        """KV entries of one KV head of the layer."""
+        window = self.shape.layers[layer_idx].window
+        if window is None:
+            return self.max_entries
+        return min(window, self.max_in_windows or self.max_entries)
 
     @property
     def num_positions(self) -> int:
@@ -113,6 +126,12 @@ class TransferDecoder:
         expected.grant.require(header.ticket, header.attempt)
         _require_same("model fingerprint", header.fingerprint, expected.fingerprint)
         _require_same("model shape", header.shape, expected.shape)
+        _require_heads(header.heads, expected.heads)
+        if expected.shape.has_states and header.ticket.wire_version < FIRST_WITH_STATES:
+            raise TransferMismatch(
+                f"recurrent layers need wire version {FIRST_WITH_STATES}; that of the transfer is "
+                f"{header.ticket.wire_version}"
+            )
         if header.num_prompt_tokens != expected.num_prompt_tokens:
             raise TransferMalformed(
                 f"transfer is for {header.num_prompt_tokens} prompt tokens; "
@@ -125,36 +144,56 @@ class TransferDecoder:
     def _read_manifest(self, body: bytes) -> LayerKV | None:
         manifest = parse(pb.LayerManifest(), body)
         self._require_bounds(manifest)
-        lengths = tuple(manifest.head_lengths)
-        window = manifest.num_window_queries
-        num_bytes = sum(segment_bytes(self._expected.shape, sum(lengths), window))
+        assert self._header is not None
+        shape, lengths = self._header.sent_shape, tuple(manifest.head_lengths)
+        states = state_segments(self._expected.shape.states[manifest.layer_idx])
+        parts = segments(self._header.kv_dtype, shape, sum(lengths), manifest.num_window_queries)
+        parts = states + parts
+        payload = self._buffer.take(sum(part.num_bytes for part in parts))
         self._digest.add_message(Field.LAYER, body)
-        self._layer = IncomingLayer(
-            manifest.layer_idx, lengths, window, self._buffer.take(num_bytes)
-        )
+        self._layer = IncomingLayer(manifest.layer_idx, lengths, parts, len(states), payload)
         return self._finish_layer() if self._layer.whole else None
 
     def _require_bounds(self, manifest: pb.LayerManifest) -> None:
         expected = self._expected
+        assert self._header is not None
+        num_kv_heads = self._header.sent_shape.num_kv_heads
         if manifest.layer_idx != self.num_layers:
             raise TransferDamaged(
                 f"layer {manifest.layer_idx} was announced; layer {self.num_layers} is next"
             )
-        if len(manifest.head_lengths) != expected.shape.num_kv_heads:
+        if len(manifest.head_lengths) != num_kv_heads:
+            whose = "the model" if self._header.heads is None else "the part"
             raise TransferMalformed(
                 f"layer {manifest.layer_idx} announces {len(manifest.head_lengths)} KV heads; "
-                f"the model has {expected.shape.num_kv_heads}"
+                f"{whose} has {num_kv_heads}"
             )
-        longest = max(manifest.head_lengths)
-        if longest > expected.max_entries:
+        longest, most = max(manifest.head_lengths), expected.most_entries(manifest.layer_idx)
+        if longest > most:
             raise TransferMalformed(
                 f"layer {manifest.layer_idx} announces {longest} entries of one KV head; "
-                f"the reservation is for {expected.max_entries}"
+                f"the reservation is for {most}"
             )
         if manifest.num_window_queries > expected.max_window:
             raise TransferMalformed(
                 f"layer {manifest.layer_idx} announces {manifest.num_window_queries} window "
                 f"queries; the limit is {expected.max_window}"
+            )
+        if longest and not expected.shape.layers[manifest.layer_idx].has_kv:
+            raise TransferMalformed(
+                f"layer {manifest.layer_idx} announces {longest} entries of one KV head; it has no "
+                "keys and values"
+            )
+        self._require_states(manifest)
+
+    def _require_states(self, manifest: pb.LayerManifest) -> None:
+        parts = self._expected.shape.states[manifest.layer_idx]
+        due = [state_tensor(part.shape, part.dtype) for part in parts]
+        if list(manifest.states) != due:
+            named = ", ".join(map(str, parts)) or "none"
+            raise TransferMalformed(
+                f"layer {manifest.layer_idx} announces another state than this worker's layer has: "
+                f"{len(manifest.states)} tensors; {len(parts)} are due ({named})"
             )
 
     def _read_data(self, data: DataFrame) -> LayerKV | None:
@@ -166,10 +205,16 @@ class TransferDecoder:
 
     def _finish_layer(self) -> LayerKV:
         assert self._layer is not None
-        kv = self._layer.views(self._expected.shape)
+        kv = self._layer.views()
         _require_ascending(kv, self._expected.num_positions)
-        for name in ("keys", "values", "window_queries"):
-            _require_finite(f"{name} of layer {kv.layer_idx}", getattr(kv, name))
+        for state in kv.states:
+            _require_finite(f"states of layer {kv.layer_idx}", state)
+        _require_finite(f"window_queries of layer {kv.layer_idx}", kv.window_queries)
+        if kv.scales is None:
+            for name in ("keys", "values"):
+                _require_finite(f"{name} of layer {kv.layer_idx}", getattr(kv, name))
+        else:
+            _require_scales(kv.layer_idx, kv.scales, self._expected.shape.dtype)
         self._layer = None
         self.num_layers += 1
         return kv
@@ -215,10 +260,36 @@ def _require_same(what: str, got: object, expected: object) -> None:
         raise TransferMismatch(f"{what} of the transfer is {got}; this worker has {expected}")
 
 
+def _require_heads(got: range | None, expected: range | None) -> None:
+    """Raise TransferMismatch for a part where none is due, or the reverse, or of other heads."""
+    if expected is None:
+        if got is not None:
+            raise TransferMismatch(
+                f"transfer is a part, of KV {named_heads(got)}; all heads are due"
+            )
+    elif got is None or got.start < expected.start or got.stop > expected.stop:
+        what = "all KV heads" if got is None else f"KV {named_heads(got)}"
+        raise TransferMismatch(f"transfer is of {what}; this rank has KV {named_heads(expected)}")
+
+
 def _require_finite(what: str, tensor: Tensor) -> None:
     """Raise TransferMalformed for inf or NaN; min and max reveal both in one pass."""
     if tensor.numel() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
         raise TransferMalformed(f"{what} are not finite")
+
+
+def _require_scales(layer_idx: int, scales: Tensor, dtype: torch.dtype) -> None:
+    """Raise TransferMalformed unless any int8, times these scales, is finite in the dtype."""
+    _require_finite(f"scales of layer {layer_idx}", scales)
+    if not scales.numel():
+        return
+    least, most = scales.aminmax()
+    limit = torch.finfo(dtype).max / -torch.iinfo(torch.int8).min
+    if least < 0 or most > limit:
+        raise TransferMalformed(
+            f"scales of layer {layer_idx} reach from {float(least):g} to {float(most):g}; the "
+            f"limits are 0 and {limit:g}"
+        )
 
 
 def _require_ascending(kv: LayerKV, num_positions: int) -> None:

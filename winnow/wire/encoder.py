@@ -14,8 +14,10 @@ from winnow.wire.messages import (
     Header,
     header_to_bytes,
     report_to_proto,
+    state_tensor,
     state_to_proto,
 )
+from winnow.wire.payload import segments
 
 FRAME_BYTES = 2 << 20
 
@@ -37,15 +39,21 @@ class TransferEncoder:
 
     def layer(self, kv: LayerKV) -> Iterator[bytes]:
         """The layer's manifest and data frames; each owns its bytes once it is yielded."""
-        assert kv.keys.dtype == kv.values.dtype == self._header.shape.dtype
-        assert kv.positions.dtype == torch.int32
+        shape, window = self._header.sent_shape, kv.window_queries.shape[1]
+        is_int8 = self._header.kv_dtype == "int8"
+        kv = kv.quantized() if is_int8 else kv.dequantized(shape.dtype)
         manifest = pb.LayerManifest(
             layer_idx=kv.layer_idx,
             head_lengths=kv.head_lengths,
-            num_window_queries=kv.window_queries.shape[1],
+            num_window_queries=window,
+            states=[state_tensor(tuple(state.shape), state.dtype) for state in kv.states],
         )
         yield self._message(Field.LAYER, manifest.SerializeToString())
-        payload = [_bytes_of(t) for t in (kv.positions, kv.keys, kv.values, kv.window_queries)]
+        payload = [_bytes_of(state) for state in kv.states]
+        for segment in segments(self._header.kv_dtype, shape, kv.num_entries, window):
+            tensor = getattr(kv, segment.name)
+            assert (tensor.shape, tensor.dtype) == (segment.shape, segment.dtype), segment
+            payload.append(_bytes_of(tensor))
         for offset, pieces in _cut(payload, self._frame_bytes):
             frame, num_bytes, crc32 = join_data_frame(kv.layer_idx, offset, pieces)
             self._digest.add_data(kv.layer_idx, offset, num_bytes, crc32)

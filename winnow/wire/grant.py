@@ -3,7 +3,7 @@
 The decode worker draws a secret for each reservation and sends it to the gateway only. A transfer's
 header has an HMAC of the attempt number under that secret, so only the chosen prefill worker can
 push, and only its own attempt. Likewise, only a worker that the gateway has chosen can fetch the
-request when it migrates, which requires wire version 4.
+request when it migrates.
 """
 
 import hmac
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from winnow.errors import TransferForged, TransferMismatch
 
-WIRE_VERSIONS = (3, 4)  # supported by this release: the newest and the one before it
-FIRST_WITH_FETCH = 4
+WIRE_VERSIONS = (5, 6)  # supported by this release: the newest and the one before it
+FIRST_WITH_STATES = 6
 _SECRET_BYTES = 16
 
 
@@ -50,11 +50,6 @@ class Grant:
     def ticket(self, attempt: int) -> Ticket:
         """The ticket for the prefill worker of an attempt."""
         return Ticket(self.wire_version, self._sign(attempt.to_bytes(4, "little")))
-
-    @property
-    def allows_fetch(self) -> bool:
-        """Whether the running request can migrate to another worker."""
-        return self.wire_version >= FIRST_WITH_FETCH
 
     @property
     def fetch_token(self) -> bytes:

@@ -7,30 +7,42 @@ import torch
 from torch import Tensor
 
 from winnow.errors import TransferDamaged, TransferMalformed
-from winnow.kv import LayerKV, ModelShape
+from winnow.kv import LayerKV
 from winnow.wire.framing import DataFrame
+from winnow.wire.payload import Segment
+
+_CPU = torch.device("cpu")
 
 
 class ReceiveBuffer:
-    """Memory for one layer's payload, reused for the next: new pages cost more than copying."""
+    """Memory for one layer's payload, reused for the next: new pages cost more than copying.
 
-    def __init__(self) -> None:
+    device: where layers are copied to. For CUDA it is pinned, so that these copies need no wait;
+    PyTorch then has several pieces in turn, and none before the copies from it are made.
+    """
+
+    def __init__(self, device: torch.device = _CPU) -> None:
+        self._pinned = device.type == "cuda"
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
     def take(self, num_bytes: int) -> Tensor:
         """A buffer [num_bytes] uint8 with arbitrary content; invalidates the previous one."""
-        if self._bytes.numel() < num_bytes:
-            self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
+        if self._pinned or self._bytes.numel() < num_bytes:
+            self._bytes = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._pinned)
         return self._bytes[:num_bytes]
 
 
 @dataclass(slots=True)
 class IncomingLayer:
-    """A layer being received. payload: [payload bytes] uint8, written up to `filled`."""
+    """A layer being received. payload: [payload bytes] uint8, written up to `filled`.
+
+    segments: of the payload, the first `num_states` of them its state's.
+    """
 
     layer_idx: int
     head_lengths: tuple[int, ...]
-    window: int
+    segments: list[Segment]
+    num_states: int
     payload: Tensor
     filled: int = 0
 
@@ -52,27 +64,27 @@ class IncomingLayer:
         self.payload.numpy().data[data.offset : end] = data.payload
         self.filled = end
 
-    def views(self, shape: ModelShape) -> LayerKV:
+    def views(self) -> LayerKV:
         """The tensors of the complete layer, as views of `payload`."""
-        num_entries = sum(self.head_lengths)
-        sizes = segment_bytes(shape, num_entries, self.window)
-        positions, keys, values, queries = (
-            self.payload[end - size : end]
-            for size, end in zip(sizes, accumulate(sizes), strict=True)
-        )
+        ends = accumulate(segment.num_bytes for segment in self.segments)
+        tensors = {
+            one.name: _view(self.payload[end - one.num_bytes : end], one)
+            for one, end in zip(self.segments, ends, strict=True)
+        }
+        states = tuple(tensors[one.name] for one in self.segments[: self.num_states])
         return LayerKV(
             layer_idx=self.layer_idx,
-            keys=keys.view(shape.dtype).view(num_entries, shape.head_dim),
-            values=values.view(shape.dtype).view(num_entries, shape.head_dim),
-            positions=positions.view(torch.int32),
             head_lengths=self.head_lengths,
-            window_queries=queries.view(shape.dtype).view(
-                shape.num_heads, self.window, shape.head_dim
-            ),
+            keys=tensors["keys"],
+            values=tensors["values"],
+            positions=tensors["positions"],
+            window_queries=tensors["window_queries"],
+            scales=tensors.get("scales"),
+            states=states,
         )
 
 
-def segment_bytes(shape: ModelShape, num_entries: int, window: int) -> tuple[int, int, int, int]:
-    """Bytes of positions, keys, values and window queries in a layer's payload."""
-    row = shape.head_dim * shape.dtype.itemsize
-    return 4 * num_entries, row * num_entries, row * num_entries, row * shape.num_heads * window
+def _view(payload: Tensor, segment: Segment) -> Tensor:
+    if payload.storage_offset() % segment.dtype.itemsize:  # after a state of an odd length
+        payload = payload.clone()
+    return payload.view(segment.dtype).view(segment.shape)

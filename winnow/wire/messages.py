@@ -9,7 +9,7 @@ import torch
 from google.protobuf.message import DecodeError, Message
 
 from winnow.errors import TransferMalformed, TransferMismatch
-from winnow.kv import ModelShape, SequenceState
+from winnow.kv import KvDtype, ModelShape, SequenceState
 from winnow.report import PrefillReport
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire.framing import Field, split_frame
@@ -17,12 +17,15 @@ from winnow.wire.grant import Ticket
 
 MAX_HEADER_BYTES = 4096
 MAX_REQUEST_ID_CHARS = 128
+MAX_LAYERS = 1 << 14  # a shape takes memory for each of its layers
 
 _DTYPES = {
     pb.DTYPE_FLOAT32: torch.float32,
     pb.DTYPE_BFLOAT16: torch.bfloat16,
     pb.DTYPE_FLOAT16: torch.float16,
 }
+_KV_DTYPES: dict[int, KvDtype] = {pb.CODEC_RAW: "auto", pb.CODEC_INT8: "int8"}
+_CODECS = {"auto": pb.CODEC_RAW, "int8": pb.CODEC_INT8}
 _DTYPE_NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
 
 _Message = TypeVar("_Message", bound=Message)
@@ -33,6 +36,8 @@ class Header:
     """The request whose KV follows, and its format. attempt counts from 1.
 
     sequence_idx, sequences_left: for a migration, the sequence, and how many follow it.
+    kv_dtype: of the keys and values that follow.
+    heads: of a part, its KV heads; None: all.
     """
 
     request_id: str
@@ -43,6 +48,13 @@ class Header:
     num_prompt_tokens: int
     sequence_idx: int = 0
     sequences_left: int = 0
+    kv_dtype: KvDtype = "auto"
+    heads: range | None = None
+
+    @property
+    def sent_shape(self) -> ModelShape:
+        """`shape`, with the heads that follow."""
+        return self.shape if self.heads is None else self.shape.part(len(self.heads))
 
 
 class Digest:
@@ -84,8 +96,12 @@ def header_from_bytes(body: bytes) -> Header:
     header = parse(pb.TransferHeader(), body)
     if not 1 <= len(header.request_id) <= MAX_REQUEST_ID_CHARS or header.attempt < 1:
         raise TransferMalformed("header names no request or no attempt")
-    if header.dtype not in _DTYPES or header.codec != pb.CODEC_RAW:
+    if header.dtype not in _DTYPES or header.codec not in _KV_DTYPES:
         raise TransferMismatch(f"dtype {header.dtype} or codec {header.codec} is unknown")
+    if header.num_layers > MAX_LAYERS:
+        raise TransferMismatch(
+            f"model shape of the transfer has {header.num_layers} layers; the limit is {MAX_LAYERS}"
+        )
     shape = ModelShape(
         header.num_layers,
         header.num_heads,
@@ -103,11 +119,24 @@ def header_from_bytes(body: bytes) -> Header:
         header.num_prompt_tokens,
         header.sequence_idx,
         header.sequences_left,
+        _KV_DTYPES[header.codec],
+        _heads(header),
     )
 
 
+def _heads(header: pb.TransferHeader) -> range | None:
+    """Raises TransferMalformed for heads that the model does not have, or a first one of none."""
+    first, count = header.first_kv_head, header.num_part_kv_heads
+    if first + count > header.num_kv_heads or (first and not count):
+        raise TransferMalformed(
+            f"transfer is of {count} KV heads from head {first} on; the model has "
+            f"{header.num_kv_heads}"
+        )
+    return range(first, first + count) if count else None
+
+
 def header_to_bytes(header: Header) -> bytes:
-    """Serialize a header, with codec RAW."""
+    """Serialize a header."""
     shape = header.shape
     message = pb.TransferHeader(
         request_id=header.request_id,
@@ -122,9 +151,11 @@ def header_to_bytes(header: Header) -> bytes:
         hidden_size=shape.hidden_size,
         num_prompt_tokens=header.num_prompt_tokens,
         dtype=_DTYPE_NUMBERS[shape.dtype],
-        codec=pb.CODEC_RAW,
+        codec=_CODECS[header.kv_dtype],
         sequence_idx=header.sequence_idx,
         sequences_left=header.sequences_left,
+        first_kv_head=0 if header.heads is None else header.heads.start,
+        num_part_kv_heads=0 if header.heads is None else len(header.heads),
     )
     return bytes(message.SerializeToString())
 
@@ -136,6 +167,11 @@ def parse(message: _Message, body: bytes) -> _Message:
     except DecodeError as error:
         raise TransferMalformed(f"{message.DESCRIPTOR.name} cannot be read: {error}") from error
     return message
+
+
+def state_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> pb.StateTensor:
+    """A tensor of a layer's state, as a manifest announces it."""
+    return pb.StateTensor(dtype=_DTYPE_NUMBERS[dtype], sizes=shape)
 
 
 def report_to_proto(report: PrefillReport) -> pb.PrefillReport:
@@ -154,6 +190,7 @@ def report_to_proto(report: PrefillReport) -> pb.PrefillReport:
         num_recomputed_tokens=report.num_recomputed_tokens,
         saved_layer_tokens=report.saved_layer_tokens,
         no_prefix_reason=report.no_prefix_reason or "",
+        state_bytes=report.state_bytes,
     )
 
 
@@ -174,6 +211,7 @@ def report_from_proto(report: pb.PrefillReport) -> PrefillReport:
         num_recomputed_tokens=report.num_recomputed_tokens,
         saved_layer_tokens=report.saved_layer_tokens,
         no_prefix_reason=report.no_prefix_reason or None,
+        state_bytes=report.state_bytes,
     )
 
 

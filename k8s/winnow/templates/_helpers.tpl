@@ -74,12 +74,18 @@ capabilities:
   value: {{ .Values.model.device | quote }}
 - name: WINNOW_DTYPE
   value: {{ .Values.model.dtype }}
+- name: WINNOW_KV_DTYPE
+  value: {{ .Values.model.kvDtype }}
 - name: WINNOW_LEASE_S
   value: {{ .Values.decode.leaseSeconds | quote }}
 - name: WINNOW_DRAIN_TIMEOUT_S
   value: {{ .Values.decode.drainTimeoutSeconds | quote }}
-{{- with .Values.model.source }}
+{{- with include "winnow.modelPath" . }}
 - name: WINNOW_MODEL
+  value: {{ . | quote }}
+{{- end }}
+{{- with .Values.model.revision }}
+- name: WINNOW_REVISION
   value: {{ . | quote }}
 {{- end }}
 {{- with .Values.model.name }}
@@ -109,15 +115,126 @@ capabilities:
 - name: HOME
   value: /tmp
 - name: HF_HOME
-  value: {{ ternary .Values.model.volume.mountPath "/tmp/huggingface" (ne (include "winnow.hasModelVolume" .) "") }}
+  value: {{ ternary .Values.model.volume.mountPath "/tmp/huggingface" (and (ne (include "winnow.hasModelVolume" .) "") (eq (include "winnow.isAddress" .) "")) }}
+{{- with .Values.model.hub }}
+{{- if .tokenSecret }}
+- name: HF_TOKEN
+  valueFrom:
+    secretKeyRef:
+      name: {{ .tokenSecret }}
+      key: token
+{{- end }}
+{{- if .endpoint }}
+- name: HF_ENDPOINT
+  value: {{ .endpoint | quote }}
+{{- end }}
+{{- if .offline }}
+- name: HF_HUB_OFFLINE
+  value: "1"
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{- define "winnow.hasModelVolume" -}}
-{{- if or (include "winnow.modelClaim" .) .Values.model.volume.hostPath }}yes{{ end -}}
+{{- if or (include "winnow.modelClaim" .) .Values.model.volume.hostPath (include "winnow.isAddress" .) }}yes{{ end -}}
+{{- end }}
+
+{{/* Whether an init container copies the model from elsewhere, like s3://bucket/folder. */}}
+{{- define "winnow.isAddress" -}}
+{{- if contains "://" .Values.model.source }}yes{{ end -}}
+{{- end }}
+
+{{- define "winnow.isHubModel" -}}
+{{- if regexMatch "^[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*([/@:].*)?$" .Values.model.source }}yes{{ end -}}
+{{- end }}
+
+{{/* The model as Winnow is told. */}}
+{{- define "winnow.modelPath" -}}
+{{- if include "winnow.isAddress" . -}}
+{{ .Values.model.volume.mountPath }}/{{ base .Values.model.source }}
+{{- else -}}
+{{ .Values.model.source }}
+{{- end -}}
+{{- end }}
+
+{{/* Brings the model before Winnow starts: no probe measures how long that takes. */}}
+{{- define "winnow.initContainers" -}}
+{{- $fetch := .Values.model.fetch -}}
+{{- if include "winnow.isAddress" . }}
+{{- if .Values.model.volume.readOnly }}
+{{- fail "model.volume.readOnly is set, but model.source is an address, from which the model is copied into the volume" }}
+{{- end }}
+initContainers:
+  - name: fetch-model
+    image: {{ required "model.source is an address: model.fetch.image needs an image with the program that copies from there, like amazon/aws-cli" $fetch.image }}
+    imagePullPolicy: {{ .Values.image.pullPolicy }}
+    command:
+{{- if $fetch.command }}
+{{ toYaml $fetch.command | indent 6 }}
+{{- else if hasPrefix "s3://" .Values.model.source }}
+      - aws
+      - s3
+      - {{ ternary "cp" "sync" (hasSuffix ".gguf" .Values.model.source) }}
+      - --no-progress
+      - $(MODEL_SOURCE)
+      - $(MODEL_TARGET)
+{{- else }}
+{{- fail "model.source is neither a folder, nor a hub's model, nor s3://...: model.fetch.command must say how it is copied" }}
+{{- end }}
+    env:
+      - name: MODEL_SOURCE
+        value: {{ .Values.model.source | quote }}
+      - name: MODEL_TARGET
+        value: {{ include "winnow.modelPath" . | quote }}
+      - name: HOME
+        value: /tmp
+{{- with $fetch.env }}
+{{ toYaml . | indent 6 }}
+{{- end }}
+{{- with $fetch.envFromSecret }}
+    envFrom:
+      - secretRef:
+          name: {{ . }}
+{{- end }}
+{{ include "winnow.fetchRest" . | indent 4 }}
+{{- else if include "winnow.isHubModel" . }}
+initContainers:
+  - name: fetch-model
+    image: {{ include "winnow.image" . }}
+    imagePullPolicy: {{ .Values.image.pullPolicy }}
+    args: [fetch]
+    env:
+{{ include "winnow.env" . | indent 6 }}
+{{- with $fetch.env }}
+{{ toYaml . | indent 6 }}
+{{- end }}
+{{ include "winnow.fetchRest" . | indent 4 }}
+{{- end }}
+{{- end }}
+
+{{- define "winnow.fetchRest" -}}
+resources:
+{{ toYaml .Values.model.fetch.resources | indent 2 }}
+securityContext:
+{{ include "winnow.containerSecurity" . | indent 2 }}
+volumeMounts:
+  - name: tmp
+    mountPath: /tmp
+{{- if include "winnow.hasModelVolume" . }}
+  - name: models
+    mountPath: {{ .Values.model.volume.mountPath }}
+{{- if .Values.model.volume.readOnly }}
+    readOnly: true
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{/* Of the gateway, besides what every process has. */}}
 {{- define "winnow.gatewayEnv" -}}
+{{- if gt (int .Values.prefill.gpus) 1 }}
+- name: WINNOW_PREFILL_TENSOR_PARALLEL
+  value: {{ .Values.prefill.gpus | quote }}
+{{- end }}
 - name: WINNOW_HOST
   value: 0.0.0.0
 - name: WINNOW_DECODE_HOST
@@ -140,8 +257,6 @@ capabilities:
 
 {{- define "winnow.gatewayMounts" -}}
 {{ include "winnow.mounts" . }}
-- name: shm
-  mountPath: /dev/shm
 {{- if .Values.gateway.tlsSecret }}
 - name: tls
   mountPath: /etc/winnow/tls
@@ -156,10 +271,7 @@ capabilities:
 
 {{- define "winnow.gatewayVolumes" -}}
 {{ include "winnow.volumes" . }}
-- name: shm
-  emptyDir:
-    medium: Memory
-    sizeLimit: {{ .Values.prefill.sharedMemory }}
+{{ include "winnow.sharedMemory" .Values.prefill }}
 {{- with .Values.gateway.tlsSecret }}
 - name: tls
   secret:
@@ -172,9 +284,19 @@ capabilities:
 {{- end }}
 {{- end }}
 
+{{/* The volume that a part's pods mount at /dev/shm; call with .Values.decode or .Values.prefill. */}}
+{{- define "winnow.sharedMemory" -}}
+- name: shm
+  emptyDir:
+    medium: Memory
+    sizeLimit: {{ .sharedMemory }}
+{{- end }}
+
 {{- define "winnow.mounts" -}}
 - name: tmp
   mountPath: /tmp
+- name: shm
+  mountPath: /dev/shm
 {{- if .Values.redis.caSecret }}
 - name: redis-ca
   mountPath: /etc/winnow/redis
@@ -188,6 +310,9 @@ capabilities:
 {{- if include "winnow.hasModelVolume" . }}
 - name: models
   mountPath: {{ .Values.model.volume.mountPath }}
+{{- if or .Values.model.volume.readOnly (include "winnow.isAddress" .) }}
+  readOnly: true
+{{- end }}
 {{- end }}
 {{- end }}
 
@@ -210,22 +335,29 @@ capabilities:
 - name: models
   persistentVolumeClaim:
     claimName: {{ include "winnow.modelClaim" . }}
+{{- if .Values.model.volume.readOnly }}
+    readOnly: true
+{{- end }}
 {{- else if .Values.model.volume.hostPath }}
 - name: models
   hostPath:
     path: {{ .Values.model.volume.hostPath }}
     type: Directory
+{{- else if include "winnow.isAddress" . }}
+- name: models
+  emptyDir: {}
 {{- end }}
 {{- end }}
 
-{{/* Resources with the part's GPUs; call with .Values.decode or .Values.prefill. */}}
+{{/* Resources with the part's GPUs; call with (list $ .Values.decode). */}}
 {{- define "winnow.resources" -}}
+{{- $part := index . 1 -}}
 requests:
-{{ toYaml .resources.requests | indent 2 }}
+{{ toYaml $part.resources.requests | indent 2 }}
 limits:
-{{ toYaml .resources.limits | indent 2 }}
-{{- if .gpus }}
-  nvidia.com/gpu: {{ .gpus }}
+{{ toYaml $part.resources.limits | indent 2 }}
+{{- if $part.gpus }}
+  {{ (index . 0).Values.gpu.resource }}: {{ $part.gpus }}
 {{- end }}
 {{- end }}
 
@@ -240,6 +372,15 @@ securityContext:
 {{ include "winnow.podSecurity" $top | indent 2 }}
 {{- with $top.Values.imagePullSecrets }}
 imagePullSecrets:
+{{ toYaml . | indent 2 }}
+{{- end }}
+{{- if $part.gpus }}
+{{- with $top.Values.gpu.runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
+{{- end }}
+{{- with $part.affinity }}
+affinity:
 {{ toYaml . | indent 2 }}
 {{- end }}
 {{- with $part.nodeSelector }}

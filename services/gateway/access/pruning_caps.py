@@ -7,22 +7,25 @@ from typing import Any
 from services.common.settings import Settings
 from winnow import defaults
 from winnow.errors import InvalidSetting
+from winnow.kv import ModelShape
 from winnow.methods import method_class
 from winnow.methods.base import Bound
 from winnow.pruning_settings import PruningSettings
 
+# The settings that an operator's `max_...` bounds.
+CAPPED = ("select_tokens", "kv_budget", "decode_budget")
+
 
 def changed_pruning(
-    settings: Settings, service: PruningSettings, num_layers: int, changes: Mapping[str, Any]
+    settings: Settings, service: PruningSettings, shape: ModelShape, changes: Mapping[str, Any]
 ) -> PruningSettings:
     """The service's pruning settings with a request's changes.
 
     Raises InvalidSetting, with `winnow.` before the parameter's name, for settings that cannot work
-    with a model of `num_layers` or that exceed the operator's caps.
+    with a model of this shape or that exceed the operator's caps.
     """
     try:
-        pruning = defaults.override(service, dict(changes))
-        pruning.require_fits(num_layers)
+        pruning = defaults.override_for(service, changes, shape)
         require_within_caps(settings, pruning)
     except InvalidSetting as error:
         param = f"winnow.{error.param}" if error.param else "winnow"

@@ -10,12 +10,17 @@ from services.gateway.access.pruning_caps import (
     require_within_caps,
     unpruned,
 )
+from services.gateway.served_adapters import ServedAdapters
 from services.gateway.served_model import ServedModel
+from winnow.adapters.ref import AdapterRef
 from winnow.errors import InvalidRequest, InvalidSetting, PromptTooLong, UnknownModel
 from winnow.pruning_settings import PruningSettings
 from winnow.sampling_params import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 
+ANY_MODEL = "*"  # among the aliases: every name is taken
+MAX_MODEL_NAME_CHARS = 256
 MAX_STOP_CHARS = 1024
+_NAMES_SHOWN = 8
 MAX_CACHE_SALT_CHARS = 256
 # English has 4 to 5 characters per token; of a much longer text only the start is tokenized.
 _CHARS_PER_TOKEN = 6
@@ -24,8 +29,11 @@ _CHARS_PER_TOKEN = 6
 class RequestLimits:
     """Checks whose errors have number and limit.  Raises InvalidSetting if settings contradict."""
 
-    def __init__(self, settings: Settings, model: ServedModel) -> None:
+    def __init__(
+        self, settings: Settings, model: ServedModel, adapters: ServedAdapters | None = None
+    ) -> None:
         self._settings = settings
+        self._adapters = adapters
         self._model = model
         self._vocab_size = model.description.vocab_size
         self.sampling_defaults = model.generation.sampling
@@ -36,12 +44,34 @@ class RequestLimits:
         self.max_output_tokens = min(settings.max_new_tokens, self.max_positions - 1)
         require_within_caps(settings, model.pruning)
 
-    def require_model(self, name: str) -> None:
-        """Raises UnknownModel unless `name` is the served model."""
-        if name != self._model.name:
+    def require_model(self, name: str) -> AdapterRef | None:
+        """The adapter of that name; None if it is the served model's, or one of its aliases.
+
+        Raises UnknownModel for any other.
+        """
+        aliases = self._settings.model_aliases
+        if name in (self._model.name, *aliases):
+            return None
+        adapter = None if self._adapters is None else self._adapters.find(name)
+        if adapter is not None:
+            return adapter
+        if len(name) > MAX_MODEL_NAME_CHARS:
             raise UnknownModel(
-                f"model {name!r} is not served here; served is {self._model.name!r}", param="model"
+                f"model has {len(name):,} characters; the limit is {MAX_MODEL_NAME_CHARS}",
+                param="model",
             )
+        if not name or ANY_MODEL not in aliases:
+            raise UnknownModel(
+                f"model {name!r} is not served here; served is {self._served()}", param="model"
+            )
+        return None
+
+    def _served(self) -> str:
+        names = [self._model.name, *(self._adapters.names if self._adapters else ())]
+        more = len(names) - _NAMES_SHOWN
+        return ", ".join(map(repr, names[:_NAMES_SHOWN])) + (
+            f" and {more} more" if more > 0 else ""
+        )
 
     def require_token_ids(self, token_ids: Sequence[int], param: str) -> None:
         """Raises InvalidRequest for a token ID that is not in the vocabulary."""
@@ -170,10 +200,10 @@ class RequestLimits:
 
         scores_prompt: prompt log-probabilities are requested, which need the unpruned prompt.
         """
-        num_layers = self._model.description.shape.num_layers
         pruning = self._model.pruning
         if changes:
-            pruning = changed_pruning(self._settings, pruning, num_layers, changes)
+            shape = self._model.description.shape
+            pruning = changed_pruning(self._settings, pruning, shape, changes)
         if scores_prompt:
             reason = "echo with logprobs computes the prompt unpruned"
             pruning = unpruned(self._settings, pruning, reason, "echo")

@@ -5,31 +5,42 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import DecodeError
 
-from services.gateway.chat import ChatMessage, plain_messages
+from services.gateway.enforced import enforced
 from services.gateway.gateway import Gateway
+from services.gateway.grpc.chat import grammar_of, messages_of, tools_of
 from services.gateway.request.request import (
     GenerationRequest,
     Prompt,
     RequestOptions,
     checked_request,
 )
+from services.gateway.structured import AskedGrammar
+from services.gateway.tools import answer_format, chat_text
+from winnow.answers import AnswerFormat
 from winnow.chat_template import ChatOptions
 from winnow.errors import InvalidRequest, InvalidSetting
+from winnow.grammar import Grammar
 from winnow.marked_text import plain
 from winnow.v1 import inference_pb2 as pb
 
 # gRPC uses 0 for JSON's null, which keeps every entry.
 _UNLIMITED_AT_ZERO = frozenset({"kv_budget", "decode_budget", "decode_floor"})
-_NO_PRUNING = frozenset({"verify", "task"})
+_NO_PRUNING = frozenset({"verify", "task", "explain"})
 
 
-def request_from_bytes(gateway: Gateway, body: bytes) -> GenerationRequest:
-    """`request_from_proto` for a serialized message."""
+def parsed_bytes(body: bytes) -> pb.CompleteRequest:
+    """The serialized message.  Raises InvalidRequest."""
     try:
-        request = pb.CompleteRequest.FromString(body)
+        message: pb.CompleteRequest = pb.CompleteRequest.FromString(body)
     except DecodeError as error:
         raise InvalidRequest(f"{len(body):,} bytes are no CompleteRequest") from error
-    return request_from_proto(gateway, request)
+    return message
+
+
+def may_have_grammar(request: pb.CompleteRequest) -> bool:
+    """Whether the answer may have to match a grammar."""
+    enforces_calls = request.messages.tool_choice not in ("", "auto", "none")
+    return request.WhichOneof("grammar") is not None or enforces_calls
 
 
 def request_from_proto(gateway: Gateway, request: pb.CompleteRequest) -> GenerationRequest:
@@ -37,7 +48,13 @@ def request_from_proto(gateway: Gateway, request: pb.CompleteRequest) -> Generat
 
     Raises InvalidRequest or a subclass.
     """
-    gateway.limits.require_model(request.model)
+    adapter = gateway.limits.require_model(request.model)
+    asked = grammar_of(request)
+    if request.WhichOneof("prompt") == "messages":
+        prompt, grammar, answer = _chat(gateway, request, asked)
+    else:
+        prompt, answer = _prompt(gateway, request), None
+        grammar = enforced(asked, grammars=gateway.grammars)
     options = RequestOptions(
         max_tokens=_optional(request, "max_tokens"),
         max_tokens_param="max_tokens",
@@ -52,9 +69,13 @@ def request_from_proto(gateway: Gateway, request: pb.CompleteRequest) -> Generat
         task=_optional(request.winnow, "task"),
         verify=request.winnow.verify,
         cache_salt=_optional(request, "cache_salt"),
+        grammar=grammar,
+        answer=answer,
+        explains=request.winnow.explain,
+        model_name=request.model,
+        adapter=adapter,
     )
-    prompt = _prompt(gateway, request)
-    return checked_request("grpc", [prompt], options, gateway.limits, gateway.model.tokenizer)
+    return checked_request("grpc-", [prompt], options, gateway.limits, gateway.model.tokenizer)
 
 
 def _optional(message: Any, field: str) -> Any:  # noqa: ANN401 - generated code has no types
@@ -97,21 +118,27 @@ def _prompt(gateway: Gateway, request: pb.CompleteRequest) -> Prompt:
         gateway.limits.require_prompt(len(token_ids), "token_ids")
         gateway.limits.require_token_ids(token_ids, "token_ids")
         return Prompt(token_ids)
-    if kind == "messages":
-        options = _chat_options(request.messages)
-        text = gateway.model.tokenizer.chat_text(_messages(request.messages), options)
-        token_ids = gateway.limits.encode(text, "messages", add_special_tokens=False)
-        return Prompt(token_ids, plain(text))
     raise InvalidRequest("give a prompt: text, token_ids or messages", param="prompt")
 
 
-def _messages(messages: pb.ChatMessages) -> list[dict[str, Any]]:
-    return plain_messages(
-        [
-            ChatMessage(role=message.role, content=message.content, name=message.name)
-            for message in messages.messages
-        ]
+def _chat(
+    gateway: Gateway, request: pb.CompleteRequest, asked: AskedGrammar | None
+) -> tuple[Prompt, Grammar | None, AnswerFormat | None]:
+    """The prompt of a conversation, what its answers must match, and how they are split."""
+    settings, tokenizer = gateway.settings, gateway.model.tokenizer
+    tools = tools_of(request.messages)
+    messages, options = messages_of(request.messages), _chat_options(request.messages)
+    text = chat_text(tokenizer, messages, options, tools, settings)
+    answer = answer_format(
+        tools,
+        text,
+        settings,
+        tokenizer,
+        include_reasoning=_optional(request, "include_reasoning"),
     )
+    grammar = enforced(asked, tools, answer, tokenizer, grammars=gateway.grammars)
+    token_ids = gateway.limits.encode(text, "messages", add_special_tokens=False)
+    return Prompt(token_ids, plain(text)), grammar, answer
 
 
 def _chat_options(messages: pb.ChatMessages) -> ChatOptions:

@@ -1,11 +1,13 @@
 """Conversion of deltas and usage to messages of proto/winnow/v1/inference.proto."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 
 from services.gateway.logprobs import token_text
 from services.gateway.request.choices import Delta
-from services.gateway.usage import RequestUsage
+from services.gateway.usage import Explanation, RequestUsage
+from winnow.answers.parts import CallArguments, CallStart, Part, ReasoningPart, TextPart
 from winnow.tokenizer import Tokenizer
 from winnow.tokens import Token
 from winnow.v1 import inference_pb2 as pb
@@ -26,14 +28,23 @@ def delta_to_proto(
     logprobs = [_logprob(token, tokenizer) for token in delta.tokens if token.logprobs]
     choice = pb.ChoiceDelta(
         index=delta.index,
-        text=delta.text,
+        text="".join(part.text for part in delta.parts if isinstance(part, TextPart)),
+        reasoning="".join(part.text for part in delta.parts if isinstance(part, ReasoningPart)),
+        tool_calls=[call for part in delta.parts for call in _call(part)],
         token_ids=[token.token_id for token in delta.tokens],
         logprobs=logprobs,
-        finish_reason=delta.finish_reason,
+        finish_reason=delta.told_finish_reason,
         stop_string=delta.stop_reason if isinstance(delta.stop_reason, str) else None,
         stop_token_id=delta.stop_reason if isinstance(delta.stop_reason, int) else None,
     )
     yield pb.CompleteResponse(id=request_id, choices=[choice])
+
+
+def _call(part: Part) -> Iterator[pb.ToolCallDelta]:
+    if isinstance(part, CallStart):
+        yield pb.ToolCallDelta(index=part.index, id=part.id, name=part.name)
+    elif isinstance(part, CallArguments):
+        yield pb.ToolCallDelta(index=part.index, arguments=part.text)
 
 
 def usage_to_proto(usage: RequestUsage, request_id: str) -> pb.CompleteResponse:
@@ -45,8 +56,15 @@ def usage_to_proto(usage: RequestUsage, request_id: str) -> pb.CompleteResponse:
             **asdict(usage.winnow()),
             verify=None if usage.verify is None else pb.Verification(**asdict(usage.verify)),
         ),
+        explain=None if usage.explain is None else _explanation(usage.explain),
     )
     return pb.CompleteResponse(id=request_id, usage=message)
+
+
+def _explanation(explanation: Explanation) -> pb.Explanation:
+    told = explanation.to_json()
+    told["scores"] = [math.nan if score is None else score for score in explanation.scores]
+    return pb.Explanation(**told)
 
 
 def _logprob(token: Token, tokenizer: Tokenizer) -> pb.TokenLogprob:

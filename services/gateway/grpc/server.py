@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
+from functools import partial
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -22,7 +23,7 @@ from services.gateway.access.keys import ApiKey
 from services.gateway.errors import public_error
 from services.gateway.gateway import Gateway
 from services.gateway.grpc.guard import MAX_CALLS, GrpcKeyGuard, authorization, connection_options
-from services.gateway.grpc.requests import request_from_bytes
+from services.gateway.grpc.requests import may_have_grammar, parsed_bytes, request_from_proto
 from services.gateway.grpc.responses import delta_to_proto, usage_to_proto
 from services.gateway.grpc.shutdown import Shutdown
 from winnow.errors import WinnowError
@@ -146,7 +147,10 @@ class _Inference:
         write: Callable[[pb.CompleteResponse], Awaitable[None]],
     ) -> None:
         gateway, tokenizer = self._gateway, self._gateway.model.tokenizer
-        request = await asyncio.to_thread(request_from_bytes, gateway, body)
+        message = await asyncio.to_thread(parsed_bytes, body)
+        read = partial(request_from_proto, gateway, message)
+        has_grammar = may_have_grammar(message)
+        request = await (gateway.reads.read(read) if has_grammar else asyncio.to_thread(read))
         async with (
             gateway.open(request, key, trace_context) as running,
             aclosing(running.deltas()) as deltas,
@@ -154,7 +158,10 @@ class _Inference:
             async for delta in deltas:
                 for response in delta_to_proto(delta, request.request_id, tokenizer):
                     await write(response)
-            await write(usage_to_proto(running.usage(), request.request_id))
+            last = await asyncio.to_thread(
+                lambda: usage_to_proto(running.usage(), request.request_id)
+            )
+            await write(last)
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: WinnowError) -> None:

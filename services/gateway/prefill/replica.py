@@ -9,6 +9,7 @@ from typing import Any
 from services.common.jobs import PrefillJob
 from services.common.routing_stats import RoutingStats, short_hash
 from services.gateway.prefill.order import Load
+from winnow.adapters.ref import variant_fingerprint
 from winnow.engine.prefix.hashes import block_hashes, prefix_salt
 from winnow.methods import method_class
 
@@ -32,7 +33,8 @@ class Addressing:
         method = method_class(job.pruning.method)
         if method.no_prefix_reason() is not None or job.num_prompt_logprobs is not None:
             return ()
-        salt = prefix_salt(self.fingerprint, job.cache_salt)
+        fingerprint = variant_fingerprint(self.fingerprint, job.kv_variant)
+        salt = prefix_salt(fingerprint, job.cache_salt)
         return [short_hash(one) for one in block_hashes(job.token_ids, salt, self.block_tokens)]
 
 

@@ -10,6 +10,7 @@ from services.common.jobs import PrefillJob
 from services.gateway.request.generation_run import PromptRun
 from services.gateway.request.running_request import RunningRequest
 from services.gateway.request.states import State
+from winnow.adapters.ref import AdapterRef
 from winnow.agreement import count_agreeing, kl_lower_bound, same_likeliest
 from winnow.pruning_settings import PruningSettings
 from winnow.sampling_params import MAX_LOGPROBS, SamplingParams
@@ -42,6 +43,8 @@ class QualityCheck:
     first_logprobs: TokenLogprobs
     sampling: SamplingParams
     pruning: PruningSettings
+    adapter: AdapterRef | None = None
+    is_long: bool = False  # as in PrefillJob
 
     @classmethod
     def of(cls, running: RunningRequest, prompt_idx: int) -> "QualityCheck | None":
@@ -63,6 +66,8 @@ class QualityCheck:
             first_logprobs=first,
             sampling=request.sampling,
             pruning=request.pruning,
+            adapter=request.adapter,
+            is_long=run.is_long,
         )
 
     def job(self, deadline_s: float) -> PrefillJob:
@@ -78,6 +83,8 @@ class QualityCheck:
             num_prompt_logprobs=MAX_LOGPROBS,
             scored_from=len(self.token_ids) - 1,
             gives_way=True,
+            adapter=self.adapter,
+            is_long=self.is_long,
         )
 
     def agreement(self, whole: PromptLogprobs, eos_token_ids: frozenset[int]) -> Agreement:

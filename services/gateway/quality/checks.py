@@ -49,10 +49,14 @@ class QualityChecks:
         self._closed = False
 
     def sampled(self, request: GenerationRequest) -> GenerationRequest:
-        """The request, marked if its answers are to be checked."""
+        """The request, marked if its answers are to be checked.
+
+        What a grammar leaves of the tokens is not what the model itself would have said.
+        """
         pruning = request.pruning
         may_prune = pruning.method != "full" or pruning.decode_side.observes
-        if request.verified_by is not None or not may_prune or random.random() >= self._share:
+        is_free = request.verified_by is None and request.grammar is None
+        if not (is_free and may_prune) or random.random() >= self._share:
             return request
         return replace(request, is_sampled=True)
 

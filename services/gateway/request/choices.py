@@ -2,8 +2,11 @@
 
 import time
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from services.gateway.metrics import GatewayMetrics
+from winnow.answers import AnswerFormat, AnswerParser
+from winnow.answers.parts import CallStart, Part, TextPart, joined
 from winnow.sampling_params import SamplingParams
 from winnow.text_stream import TextStream
 from winnow.tokens import FinishReason, Token
@@ -13,10 +16,12 @@ from winnow.tokens import FinishReason, Token
 class Delta:
     """What one engine step added to choice `index`.
 
-    text: complete characters that cannot become part of a stop string. tokens: the step's token,
-    which may not add text yet. finish_reason, stop_reason: in the choice's last delta, the latter
-    being the request's stop token or stop string if one of them ended it. prompt: the prompt's
-    tokens with log-probabilities, in the choice's first delta, if requested.
+    text: complete characters that cannot become part of a stop string. parts: what that text is
+    known to be; calls_tools: whether the choice has called a tool so far, and each call is whole.
+    tokens: the step's token, which may not add text yet. finish_reason, stop_reason: in the
+    choice's last delta, the latter being the request's stop token or stop string if one of them
+    ended it. prompt: the prompt's tokens with log-probabilities, in the choice's first delta, if
+    requested.
     """
 
     index: int
@@ -25,6 +30,15 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     prompt: tuple[Token, ...] = ()
+    parts: tuple[Part, ...] = ()
+    calls_tools: bool = False
+
+    @property
+    def told_finish_reason(self) -> Literal["stop", "length", "tool_calls"] | None:
+        """The finish reason as OpenAI's API names it."""
+        if self.calls_tools and self.finish_reason is FinishReason.STOP:
+            return "tool_calls"
+        return None if self.finish_reason is None else self.finish_reason.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +66,7 @@ class Choice:
     """One choice (answer) of a request.
 
     num_logprobs: what the client asked for, as in SamplingParams; decode may return more.
+    answer: how the text is split into parts.
     """
 
     def __init__(
@@ -62,6 +77,7 @@ class Choice:
         end_tokens: EndTokens,
         num_logprobs: int | None,
         metrics: GatewayMetrics,
+        answer: AnswerFormat | None = None,
     ) -> None:
         self.index = index
         self.num_tokens = 0
@@ -73,6 +89,8 @@ class Choice:
         self._num_logprobs = num_logprobs
         self._metrics = metrics
         self._last_token_s: float | None = None
+        self._parser: AnswerParser | None = None if answer is None else answer.parser()
+        self._calls_tools = False
 
     def begin(self, prompt: tuple[Token, ...]) -> None:
         """Set the prompt's tokens for the first delta."""
@@ -109,7 +127,24 @@ class Choice:
         echo, self._echo = self._echo, ""
         prompt, self._prompt = self._prompt, ()
         reason = self._stop_reason(tokens[-1]) if tokens else None
-        return Delta(self.index, echo + text, tokens, self.finish_reason, reason, prompt)
+        parts = joined((TextPart(echo), *self._parts(text)))
+        self._calls_tools |= any(isinstance(part, CallStart) for part in parts)
+        return Delta(
+            self.index,
+            echo + text,
+            tokens,
+            self.finish_reason,
+            reason,
+            prompt,
+            parts,
+            self._calls_tools and not (self._parser and self._parser.in_call),
+        )
+
+    def _parts(self, text: str) -> tuple[Part, ...]:
+        if self._parser is None:
+            return (TextPart(text),) if text else ()
+        parts = self._parser.feed(text)
+        return parts if self.finish_reason is None else joined((*parts, *self._parser.finish()))
 
     def _stop_reason(self, last: Token) -> int | str | None:
         if self.finish_reason is not FinishReason.STOP:

@@ -54,7 +54,7 @@ class DecodeCalls:
 
     def begin_move(self, request: PromptRequest) -> None:
         """Look for a worker that fetches the prompt, which keeps running meanwhile."""
-        if self._next is None and self.current.grant.allows_fetch:
+        if self._next is None:
             self._stopped, self._fetching = False, None
             request = replace(request, sampler_version=self.current.sampler_version)
             self._next = asyncio.create_task(self._move(request, self.current.origin))

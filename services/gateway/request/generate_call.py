@@ -6,11 +6,17 @@ from dataclasses import dataclass
 
 import grpc.aio
 
-from services.common.messages import recompression_to_proto, sampling_to_proto
-from services.common.registry import MIN_TOKENS, WorkerRecord
+from services.common.messages import (
+    adapter_to_proto,
+    grammar_to_proto,
+    recompression_to_proto,
+    sampling_to_proto,
+)
+from services.common.registry import ADAPTERS, GRAMMAR, MIN_TOKENS, WorkerRecord
 from services.common.rpc import error_from_rpc, is_typed
 from services.common.tracing import metadata_of
 from services.gateway.request.routing import Router, WorkerConnection
+from winnow.adapters.ref import AdapterRef
 from winnow.errors import (
     EngineFailed,
     InvalidSetting,
@@ -21,17 +27,21 @@ from winnow.errors import (
     TransferMismatch,
     WinnowError,
 )
+from winnow.grammar import Grammar
+from winnow.grammar.threads import TIMEOUT_S
 from winnow.model_files import ModelDescription
 from winnow.pruning_settings import PruningSettings
 from winnow.sampler_version import sampler_of
 from winnow.sampling_params import SamplingParams
 from winnow.v1 import decode_pb2 as pb
-from winnow.wire import FIRST_WITH_FETCH, WIRE_VERSIONS, Grant
+from winnow.wire import WIRE_VERSIONS, Grant
 
 logger = logging.getLogger(__name__)
 
-# Admission needs no compute, so a worker that takes longer than this counts as lost.
+# Admission needs no compute, so a worker that takes longer than this counts as lost. A grammar is
+# compiled before it.
 _ADMISSION_TIMEOUT_S = 5.0
+_ADAPTER_TIMEOUT_S = 30.0  # a worker may have to read it first
 # Codes that gRPC itself sets; with any other code that is not Winnow's, the worker is lost.
 _GRPCS_OWN = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
 # Raised by `open_generate_call` if no worker takes the prompt. A prompt that was admitted before
@@ -55,6 +65,9 @@ class PromptRequest:
     sampler_version: int | None = None  # of the worker that has sampled its tokens so far
     num_prompt_logprobs: int | None = None  # as in PrefillJob
     cache_salt: str = ""  # as in PrefillJob
+    grammar: Grammar | None = None
+    explains: bool = False  # as in PrefillJob
+    adapter: AdapterRef | None = None  # as in PrefillJob
 
     def keeps_its_tokens_at(self, sampler_version: int) -> bool:
         """Whether a worker with that sampler goes on with the tokens that would have come."""
@@ -74,6 +87,7 @@ class GenerateCall:
     ) -> None:
         self.worker_id: str = admitted.worker_id
         self.kv_address: str = admitted.kv_address
+        self.rank_kv_addresses = tuple(admitted.rank_kv_addresses)
         self.grant = grant_in(admitted)
         self.sampler_version = sampler_of(admitted.sampler_version)
         self._request_id = request_id
@@ -142,12 +156,14 @@ async def open_generate_call(
 def _able(workers: list[WorkerRecord], request: PromptRequest) -> list[WorkerRecord]:
     """The workers that support all the request needs.  Raises NoDecodeWorker if none does."""
     able = workers
-    if request.origin is not None:
-        able = [worker for worker in able if FIRST_WITH_FETCH in worker.wire_versions]
     if request.sampling.min_tokens:
         able = [worker for worker in able if MIN_TOKENS in worker.features]
+    if request.grammar is not None:
+        able = [worker for worker in able if GRAMMAR in worker.features]
+    if request.adapter is not None:
+        able = [worker for worker in able if ADAPTERS in worker.features]
     if workers and not able:
-        raise NoDecodeWorker(f"none of {len(workers)} decode workers is new enough for the request")
+        raise NoDecodeWorker(f"none of {len(workers)} decode workers can take the request")
     return _with_its_sampler(able, request)
 
 
@@ -182,9 +198,13 @@ async def _admit(
     connection: WorkerConnection, message: pb.GenerateRequest, deadline_s: float, trace_context: str
 ) -> GenerateCall:
     metadata = metadata_of(trace_context)
+    timeout_s = _ADMISSION_TIMEOUT_S + (TIMEOUT_S if message.HasField("grammar") else 0)
+    timeout_s += _ADAPTER_TIMEOUT_S if message.HasField("adapter") else 0
     call = connection.stub.Generate(message, timeout=deadline_s, metadata=metadata)
     try:
-        return GenerateCall(message.request_id, call, connection, await _read_admitted(call))
+        return GenerateCall(
+            message.request_id, call, connection, await _read_admitted(call, timeout_s)
+        )
     except BaseException as error:
         call.cancel()
         connection.leave()
@@ -193,14 +213,14 @@ async def _admit(
         raise
 
 
-async def _read_admitted(call: grpc.aio.UnaryStreamCall) -> pb.Admitted:
+async def _read_admitted(call: grpc.aio.UnaryStreamCall, timeout_s: float) -> pb.Admitted:
     try:
-        async with asyncio.timeout(_ADMISSION_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             event = await call.read()
     except grpc.aio.AioRpcError as error:
         raise _explained(error, "it") from error
     except TimeoutError as error:
-        raise NoDecodeWorker(f"no answer within {_ADMISSION_TIMEOUT_S:g} seconds") from error
+        raise NoDecodeWorker(f"no answer within {timeout_s:g} seconds") from error
     if event is grpc.aio.EOF or not event.HasField("admitted"):
         raise NoDecodeWorker("the worker does not speak winnow.v1.Decode")
     admitted: pb.Admitted = event.admitted
@@ -237,4 +257,6 @@ def _to_proto(request: PromptRequest, model: ModelDescription) -> pb.GenerateReq
         origin=request.origin,
         assured=request.assured,
         sampler_version=request.sampler_version or 0,
+        grammar=None if request.grammar is None else grammar_to_proto(request.grammar),
+        adapter=None if request.adapter is None else adapter_to_proto(request.adapter),
     )

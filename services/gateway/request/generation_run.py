@@ -74,7 +74,8 @@ class PromptRun(Run):
             await self._calls.admit(self.request)
         self._enter(State.ADMITTED)
         self._service.metrics.requests_admitted.inc()
-        self._service.metrics.admission_seconds.observe(time.monotonic() - self._arrived_s)
+        self.stats.admission_s = time.monotonic() - self._arrived_s
+        self._service.metrics.admission_seconds.observe(self.stats.admission_s)
 
     async def tokens(self) -> AsyncGenerator[list[Token]]:
         self._begin_prefill()
@@ -163,7 +164,7 @@ class PromptRun(Run):
         assert self._prefill is not None
         outcome = await self._last_words(self._prefill, "prefill delivered the KV")
         if outcome is not None:
-            self.stats.timings = outcome.timings
+            self.stats.timings, self.stats.scores = outcome.timings, outcome.scores
         if len(self._ended) == self.request.num_sequences:
             # Read the end of the call, so that it is not cancelled.
             await self._last_words(self._calls.current.next_event(), "decode gave all tokens")
@@ -235,4 +236,8 @@ class PromptRun(Run):
             admitted=self.stats.attempts > 1,
             num_prompt_logprobs=None if self._logprobs else request.num_prompt_logprobs,
             cache_salt=request.cache_salt,
+            rank_kv_addresses=call.rank_kv_addresses,
+            explains=request.explains,
+            adapter=request.adapter,
+            is_long=self.is_long,
         )

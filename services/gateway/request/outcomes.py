@@ -27,6 +27,10 @@ class Outcomes:
             self._metrics.requests_running.inc()
             self._metrics.prompt_tokens.inc(len(run.request.token_ids))
             self._metrics.request_prompt_tokens.observe(len(run.request.token_ids))
+            if run.request.adapter is not None:
+                adapter = self._metrics.adapter_label(run.request.adapter.name)
+                self._metrics.adapter_requests.labels(adapter).inc()
+                self._metrics.adapter_prompt_tokens.labels(adapter).inc(len(run.request.token_ids))
 
     def __exit__(
         self,
@@ -49,6 +53,9 @@ class Outcomes:
         num_generated = sum(choice.num_tokens for choice in choices)
         metrics.generated_tokens.inc(num_generated)
         metrics.request_generated_tokens.observe(num_generated)
+        if run.request.adapter is not None:
+            adapter = metrics.adapter_label(run.request.adapter.name)
+            metrics.adapter_generated_tokens.labels(adapter).inc(num_generated)
         metrics.prefill_retries.inc(max(0, stats.attempts - 1 - stats.migrations))
         if stats.ttft_s is None or stats.last_token_s is None:
             return

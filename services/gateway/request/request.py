@@ -6,10 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.gateway.access.request_limits import RequestLimits
+from winnow.adapters.ref import AdapterRef
+from winnow.answers import AnswerFormat
 from winnow.errors import InvalidSetting
+from winnow.grammar import Grammar
 from winnow.pruning_settings import PruningSettings
 from winnow.sampling_params import MAX_LOGPROBS, SamplingParams
 from winnow.tokenizer import Tokenizer
+
+MAX_EXPLAINED_TOKENS = 262_144
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,10 @@ class GenerationRequest:
     task: the client's name for it, in metrics of quality. is_sampled: a quality check follows.
     verified_by: settings under which its only prompt is run a second time, to compare the answers.
     cache_salt: the client's; the prefix store sees `Access.cache_salt`.
+    grammar: what every answer must match. answer: what its text has parts of; None: all is text.
+    explains: the usage says what was dropped of the prompt.
+    model_name: the name under which the client asked for the model.
+    adapter: the one that this name is of; None: the model itself.
     """
 
     request_id: str
@@ -59,6 +68,11 @@ class GenerationRequest:
     is_sampled: bool = False
     verified_by: PruningSettings | None = None
     cache_salt: str | None = None
+    grammar: Grammar | None = None
+    answer: AnswerFormat | None = None
+    explains: bool = False
+    model_name: str | None = None
+    adapter: AdapterRef | None = None
 
     @property
     def runs(self) -> tuple[tuple[CheckedPrompt, PruningSettings], ...]:
@@ -108,6 +122,11 @@ class RequestOptions:
     task: str | None = None
     verify: bool = False
     cache_salt: str | None = None
+    grammar: Grammar | None = None
+    answer: AnswerFormat | None = None
+    explains: bool = False
+    model_name: str | None = None
+    adapter: AdapterRef | None = None
 
 
 def checked_request(
@@ -125,14 +144,20 @@ def checked_request(
     limits.require_choices(num_choices)
     limits.require_stop(options.stop)
     limits.require_cache_salt(options.cache_salt)
+    if options.grammar is not None and options.sampling.get("ignore_eos"):
+        raise InvalidSetting(
+            "ignore_eos is true, but an answer that matches a grammar ends", param="ignore_eos"
+        )
     num_prompt_logprobs = options.sampling.get("num_logprobs") if options.echo else None
     checked = tuple(_checked_prompt(prompt, options, limits, tokenizer) for prompt in prompts)
     shortest = max(1, min(prompt.max_tokens for prompt in checked))
     pruning = limits.pruning(options.pruning, scores_prompt=num_prompt_logprobs is not None)
     if options.verify:
         _require_verifiable(checked, num_choices, scores_prompt=num_prompt_logprobs is not None)
+    if options.explains:
+        _require_explainable(checked)
     return GenerationRequest(
-        request_id=f"{id_prefix}-{secrets.token_hex(16)}",
+        request_id=f"{id_prefix}{secrets.token_hex(16)}",
         prompts=checked,
         num_choices=num_choices,
         sampling=_sampling({**options.sampling, "max_tokens": shortest}, limits),
@@ -144,6 +169,11 @@ def checked_request(
         task=options.task,
         verified_by=limits.verifying(pruning) if options.verify else None,
         cache_salt=options.cache_salt,
+        grammar=options.grammar,
+        answer=options.answer,
+        explains=options.explains,
+        model_name=options.model_name,
+        adapter=options.adapter,
     )
 
 
@@ -163,6 +193,19 @@ def _require_verifiable(
     if fault is not None:
         message = f"verify compares one answer to a pruned prompt with the unpruned one; {fault}"
         raise InvalidSetting(message, param="winnow.verify")
+
+
+def _require_explainable(prompts: Sequence[CheckedPrompt]) -> None:
+    """Raises InvalidSetting unless there is one prompt, short enough to tell of each token."""
+    fault = None
+    if len(prompts) > 1:
+        fault = f"the request has {len(prompts)} prompts; the limit is 1"
+    elif len(prompts[0].token_ids) > MAX_EXPLAINED_TOKENS:
+        num_tokens = len(prompts[0].token_ids)
+        fault = f"the prompt has {num_tokens:,} tokens; the limit is {MAX_EXPLAINED_TOKENS:,}"
+    if fault is not None:
+        message = f"explain tells of every token of one prompt: {fault}"
+        raise InvalidSetting(message, param="winnow.explain")
 
 
 def _checked_prompt(

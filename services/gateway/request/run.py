@@ -112,6 +112,12 @@ class Run(ABC):
         assert logprobs is not None
         return logprobs
 
+    @property
+    def is_long(self) -> bool:
+        """As in PrefillJob."""
+        request = self.request
+        return self._service.model.is_long(len(request.token_ids) + request.sampling.max_tokens)
+
     def _scoring_job(self, attempt: int, trace_context: str) -> PrefillJob:
         """A job that computes only the prompt's log-probabilities."""
         return PrefillJob(
@@ -125,6 +131,9 @@ class Run(ABC):
             trace_context=trace_context,
             admitted=self.stats.attempts > 1,
             num_prompt_logprobs=self.request.num_prompt_logprobs,
+            explains=self.request.explains,
+            adapter=self.request.adapter,
+            is_long=self.is_long,
         )
 
     def _begin_prefill(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from services.common.tasks import end, is_cancelled
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.request.choices import Choice, Delta, EndTokens
+from services.gateway.request.explaining import explain
 from services.gateway.request.generate_call import PromptRequest
 from services.gateway.request.generation_run import PromptRun
 from services.gateway.request.request import CheckedPrompt, GenerationRequest
@@ -16,7 +17,7 @@ from services.gateway.request.run import Run, Service
 from services.gateway.request.scoring_run import PromptScoring
 from services.gateway.request.verification import Comparison
 from services.gateway.served_model import ServedModel
-from services.gateway.usage import RequestUsage, winnow_usage
+from services.gateway.usage import Explanation, RequestUsage, winnow_usage
 from winnow.text_stream import TextStream
 from winnow.tokens import PromptLogprobs, Token
 
@@ -36,6 +37,7 @@ class RunningRequest:
     ) -> None:
         self.request = request
         self.runs = runs
+        self._model = model
         self.choices = [
             Choice(
                 prompt_idx * request.num_choices + sequence_idx,
@@ -44,6 +46,7 @@ class RunningRequest:
                 EndTokens.of(request.sampling, model.description.eos_token_ids),
                 request.sampling.num_logprobs,
                 metrics,
+                request.answer,
             )
             for prompt_idx, (prompt, _) in enumerate(request.runs)
             for sequence_idx in range(request.num_choices)
@@ -89,14 +92,22 @@ class RunningRequest:
         return self.choices[first : first + self.request.num_choices]
 
     def usage(self) -> RequestUsage:
-        """The request's usage; call it after reading all deltas."""
+        """The request's usage; call it after reading all deltas.  Slow if it is to explain."""
         request, comparison = self.request, self._comparison
+        num_generated = sum(c.num_tokens for c in self.choices[: request.num_answers])
+        shape, own_runs = self._model.description.shape, self.runs[: len(request.prompts)]
         return RequestUsage(
             prompt_tokens=sum(len(prompt.token_ids) for prompt in request.prompts),
-            completion_tokens=sum(c.num_tokens for c in self.choices[: request.num_answers]),
-            prompts=tuple(winnow_usage(run.stats) for run in self.runs[: len(request.prompts)]),
+            completion_tokens=num_generated,
+            prompts=tuple(winnow_usage(run.stats, shape) for run in own_runs),
             verify=None if comparison is None else comparison.result(self.runs),
+            explains=request.explains,
+            explain=self._explanation(num_generated) if request.explains else None,
         )
+
+    def _explanation(self, num_generated: int) -> Explanation | None:
+        run = self.runs[0]
+        return explain(run.request, run.stats, self._model, num_generated)
 
     async def _pump(
         self, prompt_idx: int, waiting: asyncio.Queue[Delta | Exception | None]
@@ -156,6 +167,7 @@ def _text_stream(request: GenerationRequest, model: ServedModel) -> TextStream:
         include_stop_str_in_output=request.include_stop_str_in_output,
         skip_special_tokens=request.skip_special_tokens,
         min_tokens=request.sampling.min_tokens,
+        shown_token_ids=request.answer.shown_token_ids if request.answer else frozenset(),
     )
 
 
@@ -193,6 +205,9 @@ def prompt_runs(
                 trace_context=trace_context,
                 num_prompt_logprobs=request.num_prompt_logprobs,
                 cache_salt=cache_salt,
+                grammar=request.grammar,
+                explains=request.explains and prompt_idx < len(request.prompts),
+                adapter=request.adapter,
             ),
             service,
             deadline_s,

@@ -23,6 +23,7 @@ class PromptScoring(Run):
         assert self._prefill is not None
         outcome = await self._prefill
         self.stats.report, self.stats.timings = outcome.report, outcome.timings
+        self.stats.scores = outcome.scores
         yield []
 
     async def finish(self) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import uvicorn
@@ -17,14 +18,24 @@ from starlette.responses import JSONResponse, Response
 
 from services.common.metrics import CONTENT_TYPE, render
 from services.common.ports import listening
+from services.gateway.body import Body, validate
 from services.gateway.errors import as_winnow_error
 from services.gateway.gateway import Gateway
 from services.gateway.rest.errors import error_response
+from services.gateway.rest.json_body import read_json
 from winnow.errors import InvalidSetting, WinnowError
 
 _MAX_CONNECTIONS = 64
+_MAX_BODY_BYTES = 16 << 10
 _GRACE_S = 1
 _READ = ["GET", "HEAD"]
+
+
+class LoadAdapter(Body):
+    """Body of POST /adapters.  folder: an absolute path, the same for gateways and workers."""
+
+    name: str
+    folder: str
 
 
 class AdminServer:
@@ -82,6 +93,7 @@ def create_admin_api(gateway: Gateway) -> FastAPI:
     api.add_exception_handler(WinnowError, failed)
     _add_state(api, gateway)
     _add_metrics(api, gateway)
+    _add_adapters(api, gateway)
     return api
 
 
@@ -118,3 +130,25 @@ def _add_metrics(api: FastAPI, gateway: Gateway) -> None:
     async def metrics() -> Response:
         """Metrics of the gateway that answers; Prometheus scrapes each gateway's own port."""
         return Response(render(gateway.metrics.registry), media_type=CONTENT_TYPE)
+
+
+def _add_adapters(api: FastAPI, gateway: Gateway) -> None:
+    adapters = gateway.adapters
+
+    @api.get("/adapters")
+    async def served() -> list[dict[str, str]]:
+        found = [adapters.find(name) for name in adapters.names]
+        return [asdict(ref) for ref in found if ref is not None]
+
+    @api.post("/adapters")
+    async def load(request: Request) -> Response:
+        body = validate(LoadAdapter, await read_json(request, _MAX_BODY_BYTES))
+        loaded = await gateway.load_adapter(body.name, body.folder)
+        return JSONResponse(
+            asdict(loaded.ref) | {"rank": loaded.rank, "modules": len(loaded.modules)}
+        )
+
+    @api.delete("/adapters/{name:path}")
+    async def drop(name: str) -> Response:
+        await adapters.drop(name)
+        return Response(status_code=204)

@@ -13,6 +13,8 @@ from services.gateway.body import Body, Integer
 from services.gateway.chat import ChatMessage, ChatParameters
 from services.gateway.rest.winnow_options import WinnowOptions
 from services.gateway.rest.without_effect import WithoutEffect
+from services.gateway.structured import StructuredOutput
+from services.gateway.tools import ToolParameters
 from winnow.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
@@ -34,18 +36,16 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None  # without effect
 
 
-class _Generation(WithoutEffect, Body):
-    """Fields shared by completions and chat."""
+class Sampling(Body):
+    """Fields that all APIs share: the model, how its tokens are sampled, how prompts are pruned."""
 
     model: str
-    max_tokens: Integer | None = _told(minimum=1)
     min_tokens: Integer | None = _told(minimum=0)
     temperature: float | None = _told(minimum=0, maximum=2)
     top_p: float | None = _told(exclusiveMinimum=0, maximum=1)
     top_k: Integer | None = _told(minimum=-1)
     min_p: float | None = _told(minimum=0, maximum=1)
     seed: Integer | None = _told(minimum=-1)
-    stop: str | list[str] | None = None
     stop_token_ids: list[Integer] | None = _told(maxItems=MAX_STOP_TOKEN_IDS)
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -53,12 +53,21 @@ class _Generation(WithoutEffect, Body):
     frequency_penalty: float | None = _told(minimum=-2, maximum=2)
     repetition_penalty: float | None = _told(exclusiveMinimum=0, maximum=10)
     logit_bias: dict[str, float] | None = None
-    n: Integer | None = _told(minimum=1)
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
     cache_salt: str | None = _told(minLength=1, maxLength=MAX_CACHE_SALT_CHARS)
     winnow: WinnowOptions | None = None
+
+
+class _Generation(WithoutEffect, StructuredOutput, Sampling):
+    """Fields shared by completions and chat."""
+
+    max_tokens: Integer | None = _told(minimum=1)
+    stop: str | list[str] | None = None
+    n: Integer | None = _told(minimum=1)
+    stream_options: StreamOptions | None = None
+    include_reasoning: bool | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class CompletionRequest(_Generation):
@@ -69,14 +78,14 @@ class CompletionRequest(_Generation):
     echo: bool | None = None
 
 
-class ChatRequest(_Generation, ChatParameters):
+class ChatRequest(_Generation, ChatParameters, ToolParameters):
     messages: list[ChatMessage] = Field(json_schema_extra={"minItems": 1})
     max_completion_tokens: Integer | None = _told(minimum=1)
     logprobs: bool | None = None
     top_logprobs: Integer | None = None
 
 
-class TokenizeRequest(ChatParameters):
+class TokenizeRequest(ChatParameters, ToolParameters):
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None

@@ -1,4 +1,4 @@
-"""Errors in the format of OpenAI's API."""
+"""Errors in the formats of OpenAI's API and, for its paths, of Anthropic's."""
 
 import logging
 from typing import Any
@@ -17,6 +17,17 @@ logger = logging.getLogger(__name__)
 _RETRY_AFTER_S = 1
 _RETRIABLE = frozenset({429, 503})
 _UNAUTHENTICATED = 401
+_MESSAGES = "/v1/messages"
+# Anthropic's `error.type` by HTTP status; all other errors are `api_error`.
+_ANTHROPIC_TYPES = {
+    **dict.fromkeys((400, 405, 415, 431), "invalid_request_error"),
+    _UNAUTHENTICATED: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    **dict.fromkeys((408, 504), "timeout_error"),
+}
 
 
 def error_object(error: WinnowError) -> dict[str, Any]:
@@ -31,8 +42,27 @@ def error_object(error: WinnowError) -> dict[str, Any]:
     }
 
 
-def error_response(error: WinnowError) -> Response:
-    """The error with its HTTP status, and Retry-After if a retry may succeed."""
+def anthropic_error(error: WinnowError, request_id: str | None = None) -> dict[str, Any]:
+    """`{"type": "error", "error": {"type", "message", "param", "code"}, "request_id"}`.
+
+    param and code are additions to Anthropic's.
+    """
+    problem = error_object(error)["error"]
+    return _anthropic_object(problem, status_of(error).http, request_id)
+
+
+def _anthropic_object(
+    problem: dict[str, Any], status: int, request_id: str | None
+) -> dict[str, Any]:
+    told = {**problem, "type": _ANTHROPIC_TYPES.get(status, "api_error")}
+    return {"type": "error", "error": told, "request_id": request_id}
+
+
+def error_response(error: WinnowError, path: str = "", request_id: str | None = None) -> Response:
+    """The error in the format of the path's API, with its HTTP status.
+
+    It has Retry-After if a retry may succeed.
+    """
     status = status_of(error).http
     headers = {}
     if status in _RETRIABLE:
@@ -40,35 +70,45 @@ def error_response(error: WinnowError) -> Response:
         headers["retry-after"] = str(wait_s)
     elif status == _UNAUTHENTICATED:
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse(error_object(error), status_code=status, headers=headers)
+    body = anthropic_error(error, request_id) if _is_messages(path) else error_object(error)
+    return JSONResponse(body, status_code=status, headers=headers)
 
 
-def refusal(error: WinnowError, metrics: GatewayMetrics) -> Response:
+def refusal(
+    error: WinnowError, metrics: GatewayMetrics, path: str, request_id: str | None = None
+) -> Response:
     """`error_response` for a refused request, which is also counted in the metrics."""
     metrics.requests_refused.labels(error.code).inc()
-    return error_response(error)
+    return error_response(error, path, request_id)
+
+
+def _is_messages(path: str) -> bool:
+    return path == _MESSAGES or path.startswith(f"{_MESSAGES}/")
 
 
 def add_error_handlers(api: FastAPI, metrics: GatewayMetrics) -> None:
-    """Give every error that leaves `api` the format of OpenAI's API."""
+    """Give every error that leaves `api` the format of its path's API."""
 
     async def refused(request: Request, error: Exception) -> Response:
         typed = public_error(error)
         logger.info("refused %s: %s, %s", request.url.path, typed.code, typed.param)
-        return refusal(typed, metrics)
+        return refusal(typed, metrics, request.url.path)
 
     async def not_served(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         allowed = (error.headers or {}).get("Allow")
         if request.method == "OPTIONS" and allowed is not None:
             return Response(status_code=204, headers={"allow": f"{allowed}, OPTIONS"})
-        body = {
-            "message": f"{error.detail}: {request.method} {request.url.path}",
+        path, status = request.url.path, error.status_code
+        problem = {
+            "message": f"{error.detail}: {request.method} {path}",
             "type": "invalid_request_error",
             "param": None,
-            "code": "not_found" if error.status_code == 404 else "method_not_allowed",
+            "code": "not_found" if status == 404 else "method_not_allowed",
         }
-        return JSONResponse({"error": body}, error.status_code, headers=dict(error.headers or {}))
+        is_messages = _is_messages(path)
+        body = _anthropic_object(problem, status, None) if is_messages else {"error": problem}
+        return JSONResponse(body, status, headers=dict(error.headers or {}))
 
     api.add_exception_handler(WinnowError, refused)
     api.add_exception_handler(HTTPException, not_served)

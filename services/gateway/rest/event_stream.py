@@ -1,15 +1,14 @@
-"""Server-sent events in the format of OpenAI's API."""
+"""Server-sent events."""
 
 import asyncio
 import json
 import time
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 from starlette.types import Send
 
-from services.gateway.rest.errors import error_object
-from winnow.errors import WinnowError
+from services.gateway.rest.responses import Event
 
 # How long to wait for a client to read an error.
 _ERROR_TIMEOUT_S = 5.0
@@ -18,20 +17,29 @@ _ERROR_TIMEOUT_S = 5.0
 _REFUSAL_TIMEOUT_S = 0.25
 
 
-def event_text(event: dict[str, Any]) -> str:
-    """An event as JSON."""
-    return json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+def event_text(event: Event) -> str:
+    """An event's lines."""
+    data = json.dumps(event.data, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {data}" if event.name is None else f"event: {event.name}\ndata: {data}"
+
+
+def request_ids(request_id: str) -> dict[str, str]:
+    """The headers in which OpenAI's and Anthropic's clients look for a request's id."""
+    return {"x-request-id": request_id, "request-id": request_id}
 
 
 class EventStream:
-    """An event stream of chunks, with comments as keepalive during silence.
+    """An event stream, with comments as keepalive during silence.
 
-    keepalive_s: the longest silence in seconds; None or 0 means no keepalive.
-    After an error the stream ends without `[DONE]`.
+    keepalive_s: the longest silence in seconds; None or 0 means no keepalive.  first: the events
+    that go out with the headers, as `event_text` has them.
     """
 
-    def __init__(self, send: Send, request_id: str, keepalive_s: float | None) -> None:
+    def __init__(
+        self, send: Send, request_id: str, keepalive_s: float | None, first: Sequence[str] = ()
+    ) -> None:
         self._send = send
+        self._first = first
         self._request_id = request_id
         self._keepalive_s = keepalive_s
         self._said_s = 0.0
@@ -43,10 +51,10 @@ class EventStream:
             return _REFUSAL_TIMEOUT_S
         return max(0.0, self._left_s()) if self._keepalive_s else None
 
-    async def send(self, data: str) -> None:
-        """Send one event, `data: ...`."""
+    async def send(self, lines: str) -> None:
+        """Send one event, as `event_text` has it."""
         await self.start()
-        await self._send_text(f"data: {data}")
+        await self._send_text(lines)
 
     async def keep_alive(self) -> None:
         """Send the headers if they were not sent; a comment if the silence is too long."""
@@ -54,15 +62,17 @@ class EventStream:
         if self._keepalive_s and self._left_s() <= 0:
             await self._send_text(": keep-alive")
 
-    async def finish(self) -> None:
-        await self.send("[DONE]")
+    async def finish(self, done: str | None) -> None:
+        """End the stream, after a last line of data if there is one."""
+        if done is not None:
+            await self.send(f"data: {done}")
         await self._end()
 
-    async def fail(self, error: WinnowError) -> None:
-        """Send the error as the last event."""
+    async def fail(self, lines: str) -> None:
+        """Send what tells of an error as the last event."""
         with suppress(TimeoutError):
             async with asyncio.timeout(_ERROR_TIMEOUT_S):
-                await self.send(event_text(error_object(error)))
+                await self.send(lines)
                 await self._end()
 
     async def start(self) -> None:
@@ -74,11 +84,13 @@ class EventStream:
             "content-type": "text/event-stream; charset=utf-8",
             "cache-control": "no-cache",
             "x-accel-buffering": "no",  # nginx would hold events back
-            "x-request-id": self._request_id,
+            **request_ids(self._request_id),
         }
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await self._send({"type": "http.response.start", "status": 200, "headers": raw})
         self._said_s = time.monotonic()
+        for lines in self._first:
+            await self._send_text(lines)
 
     def _left_s(self) -> float:
         """Seconds until the silence reaches its limit."""

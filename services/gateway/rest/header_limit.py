@@ -24,7 +24,7 @@ class HeaderLimit:
             error = HeadersTooLarge(
                 f"request line and headers have {size:,} bytes; the limit is {MAX_HEADER_BYTES:,}"
             )
-            await refusal(error, self._metrics)(scope, receive, send)
+            await refusal(error, self._metrics, scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
 

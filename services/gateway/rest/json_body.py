@@ -1,20 +1,19 @@
 """Reads request bodies: size and time limits, and strict parsing of JSON."""
 
 import asyncio
-import json
 import logging
 import re
 from email.message import Message
-from typing import Any, NoReturn
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
+from services.gateway.json_text import parse_object
 from winnow.errors import (
     BodyEncoded,
     BodyNotJson,
     BodyTooLarge,
     BodyTooSlow,
-    InvalidRequest,
     RequestCancelled,
 )
 
@@ -43,7 +42,7 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     encoding = request.headers.get("content-encoding", _PLAIN)
     if encoding.lower() != _PLAIN:
         raise BodyEncoded(f"content-encoding {encoding!r} is not taken; send the body as it is")
-    return parse_json(await read_body(request, max_bytes))
+    return parse_object(await read_body(request, max_bytes), "body")
 
 
 def _require_json_type(types: list[str]) -> None:
@@ -95,37 +94,3 @@ async def _discard(request: Request) -> None:
                     return
     except TimeoutError:
         logger.debug("a client goes on sending a body that is too large")
-
-
-def parse_json(body: bytes) -> dict[str, Any]:
-    """Raises InvalidRequest for anything but a JSON object in UTF-8."""
-    try:
-        parsed = json.loads(body.decode(), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(
-            f"body is not UTF-8: byte 0x{body[error.start]:02x} at position {error.start}"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise InvalidRequest(
-            f"body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-        ) from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
-        raise InvalidRequest(f"body is not JSON that can be read: {error}") from error
-    if not isinstance(parsed, dict):
-        raise InvalidRequest("body must be a JSON object")
-    _require_unicode(body, parsed)
-    return parsed
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise InvalidRequest(f"body is not JSON: it has {name}, which is no JSON number")
-
-
-def _require_unicode(body: bytes, parsed: dict[str, Any]) -> None:
-    """Refuse half a surrogate pair (`"\\ud800"`), which is not a character."""
-    if b"\\ud" not in body.lower():
-        return
-    try:
-        json.dumps(parsed, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequest("body has half a surrogate pair, which is no character") from error

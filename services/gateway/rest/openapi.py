@@ -4,6 +4,7 @@ Requests are described by the models that parse them, so the two cannot differ. 
 described here; a test compares actual responses with this description.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -17,7 +18,7 @@ from services.gateway.rest.bodies import (
     TokenizeRequest,
 )
 from services.gateway.rest.winnow_options import WinnowOptions, options_schema
-from services.gateway.usage import Verification, WinnowUsage
+from services.gateway.usage import Explanation, Verification, WinnowUsage
 from winnow import __version__
 from winnow.errors import ERROR_CODES
 from winnow.pruning_settings import PruningSettings
@@ -54,10 +55,14 @@ class Error(_Sent):
 
 @dataclass(frozen=True, slots=True)
 class SummedUsage(WinnowUsage):
-    """prompts: usage of each prompt, if the request has several. verify: if it was requested."""
+    """prompts: usage of each prompt, if the request has several.
+
+    verify, explain: if requested.
+    """
 
     prompts: tuple[WinnowUsage, ...] = ()
     verify: Verification | None = None
+    explain: Explanation | None = None
 
 
 class PromptTokensDetails(_Sent):
@@ -111,17 +116,32 @@ class ChatLogprobs(_Sent):
     refusal: None
 
 
+class Function(_Sent):
+    name: str
+    arguments: str = Field(description="JSON text, unless the model wrote something else")
+
+
+class ToolCall(_Sent):
+    id: str
+    type: Literal["function"]
+    function: Function
+
+
 class Message(_Sent):
+    """content: null if the answer is calls alone. The last two are there if there are some."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: str = ""
+    tool_calls: list[ToolCall] = []
 
 
 class ChatChoice(_Sent):
     index: int
     message: Message
     logprobs: ChatLogprobs | None
-    finish_reason: _FinishReason
+    finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: _StopReason
 
 
@@ -145,6 +165,26 @@ class SamplingDefaults(_Sent):
     max_tokens: int | None
 
 
+class Caps(_Sent):
+    """The most that a request may ask for; null: no limit."""
+
+    select_tokens: int | None
+    kv_budget: int | None
+    decode_budget: int | None
+
+
+class WinnowModel(_Sent):
+    """How prompts are pruned by default, and what requests may change.
+
+    prefix_cache: what prompts share is kept. chat: the model has a chat template.
+    """
+
+    pruning: PruningSettings
+    caps: Caps
+    prefix_cache: bool
+    chat: bool
+
+
 class Model(_Sent):
     id: str
     object: Literal["model"]
@@ -153,6 +193,7 @@ class Model(_Sent):
     max_model_len: int
     max_output_tokens: int
     sampling_defaults: SamplingDefaults
+    winnow: WinnowModel
 
 
 class Models(_Sent):
@@ -173,12 +214,15 @@ class Text(_Sent):
 
 
 class Status(_Sent):
-    status: Literal["ok", "ready", "not ready"]
+    status: Literal["ok", "ready", "not ready", "downloading"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Operation:
-    """body: None for GET. streams: the response may be server-sent events instead."""
+class Operation:
+    """body: None for GET. streams: the response may be server-sent events instead.
+
+    error: what it answers otherwise.
+    """
 
     path: str
     summary: str
@@ -186,52 +230,61 @@ class _Operation:
     answer: type[BaseModel]
     streams: bool = False
     is_probe: bool = False
+    error: type[BaseModel] = Error
 
 
 _OPERATIONS = (
-    _Operation(
+    Operation(
         "/v1/completions", "Complete prompts", CompletionRequest, TextCompletion, streams=True
     ),
-    _Operation("/v1/chat/completions", "Answer a chat", ChatRequest, ChatCompletion, streams=True),
-    _Operation("/tokenize", "The tokens of a text or a chat", TokenizeRequest, Tokens),
-    _Operation("/detokenize", "The text of tokens", DetokenizeRequest, Text),
-    _Operation("/v1/models", "The model that is served", None, Models),
-    _Operation("/v1/models/{name}", "One model, by its name", None, Model),
-    _Operation("/health", "Whether the process lives", None, Status, is_probe=True),
-    _Operation("/ready", "Whether it can serve a request now", None, Status, is_probe=True),
+    Operation("/v1/chat/completions", "Answer a chat", ChatRequest, ChatCompletion, streams=True),
+    Operation("/tokenize", "The tokens of a text or a chat", TokenizeRequest, Tokens),
+    Operation("/detokenize", "The text of tokens", DetokenizeRequest, Text),
+    Operation("/v1/models", "The model that is served", None, Models),
+    Operation("/v1/models/{name}", "One model, by its name", None, Model),
+    Operation("/health", "Whether the process lives", None, Status, is_probe=True),
+    Operation("/ready", "Whether it can serve a request now", None, Status, is_probe=True),
 )
 
 
-def describe(pruning: PruningSettings, *, needs_key: bool) -> dict[str, Any]:
-    """The document.  pruning: the service's settings.  needs_key: requests need an API key."""
+def describe(
+    pruning: PruningSettings, more: Sequence[Operation] = (), *, needs_key: bool
+) -> dict[str, Any]:
+    """The document.
+
+    pruning: the service's settings.  more: operations besides those here.  needs_key: requests need
+    an API key.
+    """
+    operations = (*_OPERATIONS, *more)
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "Winnow",
             "version": __version__,
-            "description": "OpenAI's API, and in `winnow` how prompts are pruned. Numbers out of "
-            "the ranges that this service allows are refused with 400. HEAD is answered as GET is, "
-            "without the body.",
+            "description": "OpenAI's and Anthropic's APIs, and in `winnow` how prompts are pruned. "
+            "Numbers out of the ranges that this service allows are refused with 400. HEAD is "
+            "answered as GET is, without the body.",
         },
-        "paths": {one.path: _path(one) for one in _OPERATIONS},
+        "paths": {one.path: _path(one) for one in operations},
         "components": {
-            "schemas": _schemas(pruning),
+            "schemas": _schemas(pruning, operations),
             "securitySchemes": {_KEY: {"type": "http", "scheme": "bearer"}},
         },
         "security": [{_KEY: []}] if needs_key else [],
     }
 
 
-def _schemas(pruning: PruningSettings) -> dict[str, Any]:
-    inputs: list[_Use] = [(one.body, "validation") for one in _OPERATIONS if one.body is not None]
-    outputs: list[_Use] = [(one.answer, "serialization") for one in _OPERATIONS]
-    models: list[_Use] = [*inputs, *outputs, (Error, "serialization")]
+def _schemas(pruning: PruningSettings, operations: Sequence[Operation]) -> dict[str, Any]:
+    inputs: list[_Use] = [(one.body, "validation") for one in operations if one.body is not None]
+    outputs: list[_Use] = [(one.answer, "serialization") for one in operations]
+    errors: list[_Use] = [(one.error, "serialization") for one in operations]
+    models = [*inputs, *outputs, *dict.fromkeys(errors)]
     schemas: dict[str, Any] = models_json_schema(models, ref_template=_REFERENCES)[1]["$defs"]
     name = WinnowOptions.__name__
     return {**schemas, name: options_schema(schemas[name], pruning)}
 
 
-def _path(one: _Operation) -> dict[str, Any]:
+def _path(one: Operation) -> dict[str, Any]:
     operation: dict[str, Any] = {"summary": one.summary, "responses": _responses(one)}
     if one.is_probe:
         operation["security"] = []
@@ -244,14 +297,14 @@ def _path(one: _Operation) -> dict[str, Any]:
     return {"post": operation}
 
 
-def _responses(one: _Operation) -> dict[str, Any]:
+def _responses(one: Operation) -> dict[str, Any]:
     content = _json(one.answer)
     if one.streams:
         content["text/event-stream"] = {"schema": _EVENT}
     return {
         "200": {"description": "done", "content": content},
         **({"503": {"description": "not now", "content": content}} if one.is_probe else {}),
-        "default": {"description": "one typed error", "content": _json(Error)},
+        "default": {"description": "one typed error", "content": _json(one.error)},
     }
 
 

@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 _METHODS = ("GET", "HEAD", "POST")
-_EXPOSED = ("x-request-id", "retry-after")
+_EXPOSED = ("x-request-id", "request-id", "retry-after")
 
 
 def add_origins(api: FastAPI, origins: Sequence[str]) -> None:

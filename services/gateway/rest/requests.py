@@ -8,6 +8,7 @@ from services.common.settings import Settings
 from services.gateway.access.request_limits import RequestLimits
 from services.gateway.body import validate
 from services.gateway.chat import chat_options, plain_messages
+from services.gateway.enforced import enforced
 from services.gateway.request.request import (
     GenerationRequest,
     Prompt,
@@ -25,7 +26,13 @@ from services.gateway.rest.unsupported import (
     COMPLETION_PARAMETERS,
     without_unsupported,
 )
+from services.gateway.structured import read_grammar
+from services.gateway.tools import answer_format, chat_text, read_tools
+from winnow.adapters.ref import AdapterRef
+from winnow.answers import AnswerFormat
 from winnow.errors import InvalidRequest, InvalidSetting
+from winnow.grammar import Grammar
+from winnow.grammar.compiler import GrammarCompiler
 from winnow.sampling_params import MAX_LOGPROBS
 from winnow.tokenizer import Tokenizer
 
@@ -66,15 +73,22 @@ class OpenAIRequest:
 class RequestReader:
     """Parses requests of one service. Tokenizing is slow: call it from a worker thread."""
 
-    def __init__(self, settings: Settings, limits: RequestLimits, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        limits: RequestLimits,
+        tokenizer: Tokenizer,
+        grammars: GrammarCompiler,
+    ) -> None:
         self._settings = settings
         self._limits = limits
         self._tokenizer = tokenizer
+        self._grammars = grammars
 
     def completion(self, body: Mapping[str, Any]) -> OpenAIRequest:
         """A request for text completions.  Raises InvalidRequest or a subclass."""
         request = validate(CompletionRequest, without_unsupported(body, COMPLETION_PARAMETERS))
-        self._limits.require_model(request.model)
+        adapter = self._limits.require_model(request.model)
         _require_logprobs("logprobs", request.logprobs)
         prompts = read_prompts(request.prompt, self._limits, self._settings.max_prompts_per_request)
         options = _options(
@@ -84,16 +98,27 @@ class RequestReader:
             default_max_tokens=COMPLETION_MAX_TOKENS,
             echo=bool(request.echo),
             num_logprobs=request.logprobs,
+            grammar=enforced(read_grammar(request), grammars=self._grammars),
+            adapter=adapter,
         )
-        generation = checked_request("cmpl", prompts, options, self._limits, self._tokenizer)
+        generation = checked_request("cmpl-", prompts, options, self._limits, self._tokenizer)
         return _delivered(request, generation, request.logprobs)
 
-    def chat(self, body: Mapping[str, Any]) -> OpenAIRequest:
+    def chat(self, body: Mapping[str, Any], id_prefix: str = "chatcmpl-") -> OpenAIRequest:
         """A request for a chat completion.  Raises InvalidRequest or a subclass."""
         request = validate(ChatRequest, without_unsupported(body, CHAT_PARAMETERS))
-        self._limits.require_model(request.model)
+        adapter = self._limits.require_model(request.model)
         top_logprobs = _chat_logprobs(request)
-        text = self._tokenizer.chat_text(plain_messages(request.messages), chat_options(request))
+        tools = read_tools(request, parallel=request.parallel_tool_calls)
+        messages, chat = plain_messages(request.messages), chat_options(request)
+        text = chat_text(self._tokenizer, messages, chat, tools, self._settings)
+        answer = answer_format(
+            tools,
+            text,
+            self._settings,
+            self._tokenizer,
+            include_reasoning=request.include_reasoning,
+        )
         token_ids = self._limits.encode(text, "messages", add_special_tokens=False)
         options = _options(
             request,
@@ -104,9 +129,14 @@ class RequestReader:
             default_max_tokens=None,
             echo=False,
             num_logprobs=top_logprobs,
+            grammar=enforced(
+                read_grammar(request), tools, answer, self._tokenizer, grammars=self._grammars
+            ),
+            answer=answer,
+            adapter=adapter,
         )
         generation = checked_request(
-            "chatcmpl", [Prompt(token_ids)], options, self._limits, self._tokenizer
+            id_prefix, [Prompt(token_ids)], options, self._limits, self._tokenizer
         )
         return _delivered(request, generation, top_logprobs)
 
@@ -148,6 +178,9 @@ def _options(
     default_max_tokens: int | None,
     echo: bool,
     num_logprobs: int | None,
+    grammar: Grammar | None,
+    answer: AnswerFormat | None = None,
+    adapter: AdapterRef | None = None,
 ) -> RequestOptions:
     sampling = {name: getattr(request, name) for name in _SAMPLING_FIELDS}
     sampling |= {name: value for name, value in _AT_MINUS_ONE.items() if sampling[name] == -1}
@@ -171,6 +204,11 @@ def _options(
         task=request.winnow.task if request.winnow else None,
         verify=bool(request.winnow and request.winnow.verify),
         cache_salt=request.cache_salt,
+        grammar=grammar,
+        answer=answer,
+        explains=bool(request.winnow and request.winnow.explain),
+        model_name=request.model,
+        adapter=adapter,
     )
 
 
@@ -197,11 +235,13 @@ def _delivered(
         raise InvalidRequest(
             "stream_options is only allowed when stream is true", param="stream_options"
         )
-    if request.stream and generation.verified_by is not None and not options.include_usage:
-        raise InvalidRequest(
-            "what verify finds is in the usage: a stream needs stream_options.include_usage",
-            param="winnow.verify",
-        )
+    in_usage = {"verify": generation.verified_by is not None, "explain": generation.explains}
+    for name, is_asked in in_usage.items():
+        if request.stream and is_asked and not options.include_usage:
+            raise InvalidRequest(
+                f"what {name} finds is in the usage: a stream needs stream_options.include_usage",
+                param=f"winnow.{name}",
+            )
     return OpenAIRequest(
         generation=generation,
         stream=bool(request.stream),

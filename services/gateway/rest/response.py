@@ -1,7 +1,7 @@
 """HTTP response of a completion: a JSON object, or server-sent events while it is generated."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
 
@@ -15,10 +15,10 @@ from services.gateway.gateway import Gateway
 from services.gateway.request.choices import Delta
 from services.gateway.request.running_request import RunningRequest
 from services.gateway.rest.errors import refusal
-from services.gateway.rest.event_stream import EventStream, event_text
+from services.gateway.rest.event_stream import EventStream, event_text, request_ids
 from services.gateway.rest.key_guard import key_of
 from services.gateway.rest.requests import OpenAIRequest
-from services.gateway.rest.responses import ResponseFormatter
+from services.gateway.rest.responses import Event, ResponseFormatter
 from winnow.errors import Overloaded
 
 
@@ -43,17 +43,25 @@ class OpenAIResponse(Response):
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         keepalive_s = self._gateway.settings.sse_keepalive_s
-        events = EventStream(send, self._request.generation.request_id, keepalive_s)
+        request_id = self._request.generation.request_id
+        repeats = self._formatter.repeats_request
+        first = (
+            await _texts(self._formatter.begin, in_thread=repeats) if self._request.stream else ()
+        )
+        events = EventStream(send, request_id, keepalive_s, first)
         try:
             response = await self._run(events, key_of(scope))
         except Exception as error:  # the client always gets one typed error
             failure = public_error(error)
             if events.started:
-                await events.fail(failure)
+                (told,) = await _texts(
+                    lambda: [self._formatter.failure(failure)], in_thread=repeats
+                )
+                await events.fail(told)
                 return
-            response = refusal(failure, self._gateway.metrics)
+            response = refusal(failure, self._gateway.metrics, scope["path"], request_id)
         if response is not None:
-            response.headers["x-request-id"] = self._request.generation.request_id
+            response.headers.update(request_ids(request_id))
             await response(scope, receive, send)
 
     async def _run(self, events: EventStream, key: ApiKey | None) -> Response | None:
@@ -73,36 +81,43 @@ class OpenAIResponse(Response):
         except Exception:
             await events.start()
             raise
-        if self._request.include_usage:
-            await events.send(event_text(self._formatter.usage_chunk(running.usage())))
-        await events.finish()
+        for text in await self._last_texts(running):
+            await events.send(text)
+        await events.finish(self._formatter.done)
 
     async def _stream_deltas(self, running: RunningRequest, events: EventStream) -> None:
         async with aclosing(running.paced_deltas(events.patience_s)) as deltas:
             async for delta in deltas:
-                text = None if delta is None else await self._event_text(delta)
-                if text is None:
-                    await events.keep_alive()
-                else:
+                texts = [] if delta is None else await self._event_texts(delta)
+                for text in texts:
                     await events.send(text)
+                if not texts:
+                    await events.keep_alive()
 
-    async def _event_text(self, delta: Delta) -> str | None:
+    async def _event_texts(self, delta: Delta) -> list[str]:
         """Format in a thread if the delta has prompt log-probabilities, which may be many."""
-        if delta.prompt:
-            return await asyncio.to_thread(self._format_event, delta)
-        return self._format_event(delta)
+        return await _texts(lambda: self._formatter.events(delta), in_thread=bool(delta.prompt))
 
-    def _format_event(self, delta: Delta) -> str | None:
-        chunk = self._formatter.chunk(delta)
-        return None if chunk is None else event_text(chunk)
+    async def _last_texts(self, running: RunningRequest) -> list[str]:
+        """Format in a thread if the usage tells of every token of the prompt."""
+        in_thread = self._request.generation.explains or self._formatter.repeats_request
+        return await _texts(lambda: self._formatter.end(running.usage()), in_thread=in_thread)
 
     async def _whole(self, running: RunningRequest) -> Response:
         async with aclosing(running.deltas()) as deltas:
             collected = [delta async for delta in deltas]
-        usage = running.usage()
         return await asyncio.to_thread(
-            lambda: JSONResponse(self._formatter.whole(collected, usage))
+            lambda: JSONResponse(self._formatter.whole(collected, running.usage()))
         )
+
+
+async def _texts(events: Callable[[], list[Event]], *, in_thread: bool) -> list[str]:
+    """What `events` returns, as lines.  in_thread: for what may be long."""
+
+    def texts() -> list[str]:
+        return [event_text(event) for event in events()]
+
+    return await asyncio.to_thread(texts) if in_thread else texts()
 
 
 async def _unless_disconnected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

@@ -3,18 +3,62 @@
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from services.gateway.logprobs import CompletionLogprobs, chat_logprobs
 from services.gateway.request.choices import Delta
+from services.gateway.rest.errors import error_object
 from services.gateway.rest.requests import OpenAIRequest
 from services.gateway.usage import RequestUsage, token_counts
+from winnow.answers.parts import CallArguments, CallStart, Part, ReasoningPart, TextPart, joined
+from winnow.errors import WinnowError
 from winnow.tokenizer import Tokenizer
 from winnow.tokens import Token
 
 
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A server-sent event: its data as JSON, and its `event:` line if it has one."""
+
+    data: dict[str, Any]
+    name: str | None = None
+
+
 class ResponseFormatter(ABC):
-    """Converts one request's deltas to JSON objects; counts the tokens streamed per choice."""
+    """Converts one request's deltas to the events of a stream, or to one object.
+
+    done: the stream's last line of data after all events; None if it has none.  repeats_request:
+    whether its first and last events, and failures, hold what the client has sent, which may be
+    much.
+    """
+
+    done: str | None = "[DONE]"
+    repeats_request = False
+
+    def begin(self) -> list[Event]:
+        """The events that are sent with the headers."""
+        return []
+
+    @abstractmethod
+    def events(self, delta: Delta) -> list[Event]:
+        """The events for `delta`; none if they would be empty for the client."""
+
+    @abstractmethod
+    def end(self, usage: RequestUsage) -> list[Event]:
+        """The events after the last delta."""
+
+    @abstractmethod
+    def whole(self, deltas: list[Delta], usage: RequestUsage) -> dict[str, Any]:
+        """The whole response in one object, from all deltas."""
+
+    @abstractmethod
+    def failure(self, error: WinnowError) -> Event:
+        """The last event of a stream that fails after it has begun."""
+
+
+class OpenAIFormatter(ResponseFormatter):
+    """Converts deltas to chunks of OpenAI's API; counts the tokens streamed per choice."""
 
     def __init__(self, request: OpenAIRequest, model_name: str, tokenizer: Tokenizer) -> None:
         self._request = request
@@ -26,15 +70,19 @@ class ResponseFormatter(ABC):
             "model": model_name,
         }
 
-    def chunk(self, delta: Delta) -> dict[str, Any] | None:
-        """The chunk for `delta`; None if it would be empty for the client."""
+    def events(self, delta: Delta) -> list[Event]:
         self._num_tokens[delta.index] += len(delta.tokens)
-        if not (delta.text or delta.finish_reason or self._request.top_logprobs is not None):
-            return None
-        chunk = self._chunk_of(delta)
+        usage: dict[str, Any] = {}
         if self._request.include_usage:
-            chunk["usage"] = self._usage_so_far(delta) if self._request.continuous_usage else None
-        return chunk
+            usage["usage"] = self._usage_so_far(delta) if self._request.continuous_usage else None
+        return [Event({**chunk, **usage}) for chunk in self._chunks_of(delta)]
+
+    def end(self, usage: RequestUsage) -> list[Event]:
+        """With stream_options.include_usage a last chunk, which has no choices."""
+        return [Event(self._usage_chunk(usage))] if self._request.include_usage else []
+
+    def failure(self, error: WinnowError) -> Event:
+        return Event(error_object(error))
 
     def _usage_so_far(self, delta: Delta) -> dict[str, int]:
         """Usage of the delta's choice so far, counted as in vLLM."""
@@ -42,17 +90,17 @@ class ResponseFormatter(ABC):
         num_prompt_tokens = len(generation.prompts[delta.index // generation.num_choices].token_ids)
         return token_counts(num_prompt_tokens, self._num_tokens[delta.index])
 
-    @abstractmethod
-    def _chunk_of(self, delta: Delta) -> dict[str, Any]:
-        """`chunk` without the usage."""
+    def _is_empty(self, delta: Delta) -> bool:
+        """Whether the client need not hear of a delta without text."""
+        return delta.finish_reason is None and self._request.top_logprobs is None
 
     @abstractmethod
-    def whole(self, deltas: list[Delta], usage: RequestUsage) -> dict[str, Any]:
-        """The whole response in one object, from all deltas."""
+    def _chunks_of(self, delta: Delta) -> list[dict[str, Any]]:
+        """The chunks for `delta`, without the usage."""
 
     @abstractmethod
-    def usage_chunk(self, usage: RequestUsage) -> dict[str, Any]:
-        """The last chunk with stream_options.include_usage, which has no choices."""
+    def _usage_chunk(self, usage: RequestUsage) -> dict[str, Any]:
+        """The chunk that has the usage and no choices."""
 
     def _chunk(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "object": kind, "choices": choices}
@@ -78,16 +126,21 @@ class ResponseFormatter(ABC):
                 own[-1].finish_reason,
                 own[-1].stop_reason,
                 own[0].prompt,
+                joined(part for delta in own for part in delta.parts),
+                own[-1].calls_tools,
             )
             for index, own in enumerate(parts)
         ]
 
 
+_NO_END = {"logprobs": None, "finish_reason": None, "stop_reason": None}
+
+
 def _end(delta: Delta) -> dict[str, Any]:
-    return {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+    return {"finish_reason": delta.told_finish_reason, "stop_reason": delta.stop_reason}
 
 
-class CompletionFormatter(ResponseFormatter):
+class CompletionFormatter(OpenAIFormatter):
     """Format of /v1/completions."""
 
     _KIND = "text_completion"
@@ -105,14 +158,16 @@ class CompletionFormatter(ResponseFormatter):
             for _ in range(request.generation.num_choices)
         ]
 
-    def _chunk_of(self, delta: Delta) -> dict[str, Any]:
-        return self._chunk(self._KIND, [self._choice(delta)])
+    def _chunks_of(self, delta: Delta) -> list[dict[str, Any]]:
+        if not delta.text and self._is_empty(delta):
+            return []
+        return [self._chunk(self._KIND, [self._choice(delta)])]
 
     def whole(self, deltas: list[Delta], usage: RequestUsage) -> dict[str, Any]:
         choices = [self._choice(delta) for delta in self._by_choice(deltas)]
         return self._whole(self._KIND, choices, usage)
 
-    def usage_chunk(self, usage: RequestUsage) -> dict[str, Any]:
+    def _usage_chunk(self, usage: RequestUsage) -> dict[str, Any]:
         return self._whole(self._KIND, [], usage)
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
@@ -127,30 +182,36 @@ class CompletionFormatter(ResponseFormatter):
         }
 
 
-class ChatFormatter(ResponseFormatter):
+class ChatFormatter(OpenAIFormatter):
     """Format of /v1/chat/completions."""
 
     def __init__(self, request: OpenAIRequest, model_name: str, tokenizer: Tokenizer) -> None:
         super().__init__(request, model_name, tokenizer)
         self._begun: set[int] = set()
 
-    def _chunk_of(self, delta: Delta) -> dict[str, Any]:
-        """The first chunk of each choice has the role."""
-        role = {} if delta.index in self._begun else {"role": "assistant"}
+    def _chunks_of(self, delta: Delta) -> list[dict[str, Any]]:
+        """A chunk for each part; the first one of a choice has the role, the last one the rest.
+
+        The first one comes with the first token, since clients want choices to begin in order.
+        """
+        is_first = delta.index not in self._begun
         self._begun.add(delta.index)
-        choice = {
-            "index": delta.index,
-            "delta": {**role, "content": delta.text},
-            "logprobs": self._logprobs(delta.tokens),
-            **_end(delta),
-        }
-        return self._chunk("chat.completion.chunk", [choice])
+        told = [_told(part) for part in delta.parts]
+        if not told:
+            if self._is_empty(delta) and not is_first:
+                return []
+            told = [{"content": ""} if self._request.generation.answer is None else {}]
+        if is_first:
+            told[0] = {"role": "assistant", **told[0]}
+        choices = [{"index": delta.index, "delta": one, **_NO_END} for one in told]
+        choices[-1] |= {"logprobs": self._logprobs(delta.tokens), **_end(delta)}
+        return [self._chunk("chat.completion.chunk", [choice]) for choice in choices]
 
     def whole(self, deltas: list[Delta], usage: RequestUsage) -> dict[str, Any]:
         choices = [
             {
                 "index": delta.index,
-                "message": {"role": "assistant", "content": delta.text, "refusal": None},
+                "message": _message(delta),
                 "logprobs": self._logprobs(delta.tokens),
                 **_end(delta),
             }
@@ -158,10 +219,49 @@ class ChatFormatter(ResponseFormatter):
         ]
         return self._whole("chat.completion", choices, usage)
 
-    def usage_chunk(self, usage: RequestUsage) -> dict[str, Any]:
+    def _usage_chunk(self, usage: RequestUsage) -> dict[str, Any]:
         return self._whole("chat.completion.chunk", [], usage)
 
     def _logprobs(self, tokens: tuple[Token, ...]) -> dict[str, Any] | None:
         if self._request.top_logprobs is None:
             return None
         return chat_logprobs(self._tokenizer, tokens)
+
+
+def _told(part: Part) -> dict[str, Any]:
+    """A part as the delta of a chunk. A call's id and name come once, with empty arguments."""
+    match part:
+        case TextPart(text):
+            return {"content": text}
+        case ReasoningPart(text):
+            return {"reasoning_content": text}
+        case CallStart(index):
+            return {"tool_calls": [{"index": index, **_tool_call(part, "")}]}
+        case CallArguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+
+
+def _message(delta: Delta) -> dict[str, Any]:
+    """The message of a whole answer. Reasoning and calls are there only if it has some."""
+    text = "".join(part.text for part in delta.parts if isinstance(part, TextPart))
+    reasoning = "".join(part.text for part in delta.parts if isinstance(part, ReasoningPart))
+    arguments: dict[int, str] = {
+        part.index: part.text for part in delta.parts if isinstance(part, CallArguments)
+    }
+    calls = [
+        _tool_call(part, arguments.get(part.index, ""))
+        for part in delta.parts
+        if isinstance(part, CallStart)
+    ]
+    return {
+        "role": "assistant",
+        "content": None if calls and not text else text,
+        "refusal": None,
+        **({"reasoning_content": reasoning} if reasoning else {}),
+        **({"tool_calls": calls} if calls else {}),
+    }
+
+
+def _tool_call(call: CallStart, arguments: str) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}

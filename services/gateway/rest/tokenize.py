@@ -9,6 +9,7 @@ from services.gateway.chat import chat_options, plain_messages
 from services.gateway.gateway import Gateway
 from services.gateway.logprobs import token_text
 from services.gateway.rest.bodies import DetokenizeRequest, TokenizeRequest
+from services.gateway.tools import chat_text, read_tools
 from winnow.errors import InvalidRequest
 
 
@@ -49,8 +50,9 @@ def _tokens(gateway: Gateway, request: TokenizeRequest) -> Sequence[int]:
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequest("give either prompt or messages", param="prompt")
     if request.messages is not None:
+        tools = read_tools(request, parallel=None)
         messages, options = plain_messages(request.messages), chat_options(request)
-        text = gateway.model.tokenizer.chat_text(messages, options)
+        text = chat_text(gateway.model.tokenizer, messages, options, tools, gateway.settings)
         return gateway.limits.encode(text, "messages", add_special_tokens=False)
     if not request.prompt:  # invalid in a completion, but has tokens here: none, or special ones
         return gateway.model.tokenizer.encode("", add_special_tokens=_has_special(request))

@@ -11,15 +11,11 @@ from winnow.errors import UnsupportedParameter
 _COMMON: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "moderation": (),
-    "response_format": ({"type": "text"},),
     # vLLM's
     "allowed_token_ids": (),
     "bad_words": ([],),
     "early_stopping": (False,),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
+    "guided_whitespace_pattern": ("",),
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
@@ -27,7 +23,6 @@ _COMMON: Mapping[str, tuple[Any, ...]] = {
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
@@ -42,8 +37,6 @@ COMPLETION_PARAMETERS: Mapping[str, tuple[Any, ...]] = {
 
 CHAT_PARAMETERS: Mapping[str, tuple[Any, ...]] = {
     **_COMMON,
-    "tools": ([],),
-    "tool_choice": ("none",),
     "functions": ([],),
     "function_call": ("none",),
     "modalities": (["text"],),
@@ -55,6 +48,40 @@ CHAT_PARAMETERS: Mapping[str, tuple[Any, ...]] = {
     "documents": ([],),
     "echo": (False,),
     "mm_processor_kwargs": ({},),
+}
+
+RESPONSES_PARAMETERS: Mapping[str, tuple[Any, ...]] = {
+    "access_programs": ({},),
+    "background": (False,),
+    "context_management": ([],),
+    "conversation": ("",),
+    "image": ({},),
+    "max_tool_calls": (),
+    "moderation": (),
+    "previous_response_id": ("",),
+    "prompt": ({},),
+    "truncation": ("disabled", ""),
+    # vLLM's
+    "enable_response_messages": (False,),
+    "mm_processor_kwargs": ({},),
+    "previous_input_messages": ([],),
+    "request_id": ("",),
+    "vllm_xargs": ({},),
+}
+
+MESSAGES_PARAMETERS: Mapping[str, tuple[Any, ...]] = {
+    "billing_policy": ({},),
+    "compaction": ({},),
+    "container": ({}, ""),
+    # Claude Code's value says that nothing is to be cleared.
+    "context_management": (
+        *({}, {"edits": []}),
+        {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    ),
+    "fallback_credit_token": ("",),
+    "fallbacks": ([],),
+    "mcp_servers": ([],),
+    "thread": ({},),
 }
 
 

@@ -28,11 +28,13 @@ class WinnowOptions(create_model("_Settings", __base__=Body, **_FIELDS)):  # typ
     """How the request's prompts are pruned; an absent field keeps the service's setting.
 
     null means none, where that is possible. verify: generate the unpruned answer too, and compare.
-    task: the name under which metrics of quality count the request.
+    task: the name under which metrics of quality count the request. explain: tell in the usage what
+    was dropped of the prompt, and by which scores.
     """
 
     verify: bool | None = None
     task: str | None = None
+    explain: bool | None = None
 
     def changes(self) -> dict[str, Any]:
         """The pruning settings that the request set."""

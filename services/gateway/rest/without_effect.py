@@ -13,7 +13,6 @@ class WithoutEffect(BaseModel):
 
     # OpenAI's
     metadata: dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
     prediction: dict[str, Any] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
@@ -25,5 +24,5 @@ class WithoutEffect(BaseModel):
     user: str | None = None
     verbosity: str | None = None
     # vLLM's
-    include_reasoning: bool | None = None
+    guided_decoding_backend: str | None = None
     priority: int | None = None

@@ -2,21 +2,39 @@
 
 import pytest
 
-from evals.calibrate.candidates import UNPRUNED_VARIANT, Budgets, fixed_layers, layer_grid
+from evals.calibrate.candidates import (
+    UNPRUNED_VARIANT,
+    Budgets,
+    fixed_layers,
+    kv_grid,
+    layer_grid,
+    observers,
+)
 from evals.calibrate.curve import LayerCurve
 from evals.calibrate.measured import Measured
 from tests.evals.calibrate.records import record
+from tests.winnow.shapes import SLIDING, shape_of
+from winnow.layers import FULL
 
 OBSERVATION = {"window_size": 16, "kernel_size": 31}
 
 
 @pytest.mark.parametrize("num_layers", [4, 6, 12, 30, 32, 80])
 def test_no_layer_of_the_middle_third_is_left_out(num_layers: int) -> None:
-    grid = layer_grid(num_layers)
+    grid = layer_grid(shape_of(num_layers))
     assert {*range(num_layers // 3, num_layers * 2 // 3)} <= {*grid}
     assert grid == sorted(set(grid))
     assert grid[0] > 0
     assert grid[-1] < num_layers - 1
+
+
+def test_of_a_model_with_windows_every_full_layer_in_the_middle_is_tried() -> None:
+    shape = shape_of(([SLIDING] * 5 + [FULL]) * 4)
+    assert layer_grid(shape) == [5, 11, 17]
+    options = [one.spec.options for one in observers(Budgets(4000, 1000), OBSERVATION, shape)]
+    assert {(own["observed_layers"], own["min_layer"]) for own in options} == {(2, 11)}
+    windows = {one.spec.options["window_size"] for one in kv_grid(Budgets(4000, 1000), shape)}
+    assert windows == {8}, "none longer than the layers'"
 
 
 @pytest.mark.parametrize(
@@ -35,7 +53,7 @@ def test_tokens_selected_are_above_the_window_and_within_the_budget(
 
 
 def test_a_layer_that_finds_what_its_neighbours_miss_keeps_its_score() -> None:
-    fixed = fixed_layers(Budgets(4000, 1000), OBSERVATION, 30)
+    fixed = fixed_layers(Budgets(4000, 1000), OBSERVATION, shape_of(30))
     records = [
         record(one.method, float(layer == 17), layer)
         for one in fixed
@@ -51,7 +69,7 @@ def test_a_layer_that_finds_what_its_neighbours_miss_keeps_its_score() -> None:
 
 
 def test_one_number_of_tokens_alone_is_not_believed() -> None:
-    fixed = fixed_layers(Budgets(4000, 1000), OBSERVATION, 30)
+    fixed = fixed_layers(Budgets(4000, 1000), OBSERVATION, shape_of(30))
     lucky = next(one for one in fixed if one.spec.options["select_tokens"] == 250)
     records = [
         record(one.method, float(one is lucky), one.spec.options["fixed_layer"]) for one in fixed

@@ -5,13 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from evals.calibrate.recording import RecordedModel
 from tests.winnow.drive import prefill_all
 from winnow.attention import AttentionCall
-from winnow.decoder import DecoderModel, Rope
+from winnow.decoder import DecoderModel
 from winnow.models import load_model
 from winnow.pruning_settings import PruningSettings
+from winnow.rotary import RotaryTables
 
 TOKENS = torch.randint(0, 300, (90,), generator=torch.Generator().manual_seed(1)).tolist()
 SMALL: dict[str, Any] = {"select_tokens": 40, "kv_budget": 24, "observed_layers": 2, "min_layer": 1}
@@ -34,7 +36,7 @@ class CountedModel(RecordedModel):
 
     computed = 0
 
-    def _compute(self, layer_idx: int, hidden: torch.Tensor, rope: Rope) -> object:  # type: ignore[override]
+    def _compute(self, layer_idx: int, hidden: Tensor, rope: RotaryTables) -> object:  # type: ignore[override]
         self.computed += 1
         return super()._compute(layer_idx, hidden, rope)
 
@@ -82,7 +84,7 @@ def test_one_token_at_a_time_goes_to_the_model(model: DecoderModel) -> None:
     token = torch.tensor([[5]])
 
     def last(model: DecoderModel) -> torch.Tensor:
-        call: AttentionCall = lambda _, q, k, v, scaling: v.repeat_interleave(2, 1)  # noqa: E731
+        call: AttentionCall = lambda _, q, k, v, _how: v.repeat_interleave(2, 1)  # noqa: E731
         return model.layer(0, model.embed(token), model.rope(token), call)
 
     assert torch.equal(last(recorded), last(model))

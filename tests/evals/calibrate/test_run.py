@@ -8,6 +8,7 @@ import pytest
 from evals.calibrate.report import PICTURE
 from evals.records import SAMPLES_FILE
 from services.cli.main import main
+from tests.winnow.shapes import shape_of
 from winnow.defaults import override, scaled_defaults
 
 NUM_PROMPTS = 8
@@ -40,8 +41,8 @@ def finished(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 
 def test_the_settings_are_those_that_a_model_folder_takes(finished: Path) -> None:
     found = json.loads((finished / "winnow.json").read_text())
-    settings = override(scaled_defaults(4), found)
-    settings.require_fits(4)
+    settings = override(scaled_defaults(shape_of(4)), found)
+    settings.require_fits(shape_of(4))
     assert {"window_size", "kernel_size", "select_tokens", "kv_budget"} <= found.keys()
     assert settings.method in {"asl", "fastkv"}
     assert (finished / "run" / PICTURE).stat().st_size > 0

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from evals.turns import run
+from evals import local_model
 from services.cli.main import main
 from winnow.engine.prefix.store import PrefixStore
 
@@ -82,17 +82,25 @@ def test_prints_a_table_per_figure(
 def test_the_store_is_where_the_settings_say(
     tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    where = []
+    seen = []
 
     class Seen(PrefixStore):
-        def __init__(self, *args: Any, location: str = "device") -> None:
-            super().__init__(*args, location=location)
-            where.append(location)
+        @classmethod
+        def within(cls, *args: Any, **settings: Any) -> PrefixStore | None:
+            seen.append(settings)
+            return super().within(*args, **settings)
 
-    monkeypatch.setattr(run, "PrefixStore", Seen)
+    monkeypatch.setattr(local_model, "PrefixStore", Seen)
     more = ("--samples", "1", "--turns", "1", "--prefix-cache-device", "host")
-    assert main(flags(tiny_models["llama"], tmp_path / "run", *more)) == 0
-    assert where == ["host"]
+    beside_model = ("--prefix-cache-device-bytes", "2MiB")
+    assert main(flags(tiny_models["llama"], tmp_path / "run", *more, *beside_model)) == 0
+    (settings,) = seen
+    assert settings == {
+        "prefix_cache_bytes": 1 << 30,
+        "prefix_cache_device": "host",
+        "prefix_cache_device_bytes": 2 << 20,
+        "kv_dtype": "auto",
+    }
 
 
 @pytest.mark.parametrize(

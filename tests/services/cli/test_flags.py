@@ -39,8 +39,9 @@ def test_a_flag_becomes_its_setting() -> None:
     args = parser.parse_args(["--kv-overcommit", "2", "--pruning", "kv_budget=64"])
     assert settings_from_flags(args) == {"kv_overcommit": "2", "pruning": {"kv_budget": 64}}
     chat = ["--chat-template-kwargs", "enable-thinking=false", "--chat-template-kwargs", "style=a"]
-    args = parser.parse_args([*chat, "--allow-special-tokens", "true"])
+    args = parser.parse_args([*chat, "--allow-special-tokens", "true", "--dequantize"])
     assert load_settings(settings_from_flags(args)).model_dump(exclude_defaults=True) == {
         "chat_template_kwargs": {"enable_thinking": False, "style": "a"},
         "allow_special_tokens": True,
+        "dequantize": True,
     }

@@ -41,6 +41,13 @@ IN_A_STRING = """
 while True:
     exec("for _ in range(1000): pass")
 """
+MAKES_ANOTHER_ERROR_OF_IT = """
+try:
+    while True:
+        time.sleep(0.01)
+except BaseException as error:  # as modules in C do that import numpy's
+    raise ImportError("core.multiarray failed to import") from error
+"""
 PROGRAM = """
 import sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -79,11 +86,14 @@ def run(body: str, *, ignored: bool = False, grace_s: float = 0.5) -> "subproces
 def end_of(process: "subprocess.Popen[str]") -> str:
     """What it said to SIGINT, of which it died in time."""
     _, errors = process.communicate(timeout=SOON_S)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     return errors
 
 
-@pytest.mark.parametrize("body", [LOSES_IT, IN_A_FINALISER, WAITS_FOR_A_THREAD, IN_A_STRING])
+@pytest.mark.parametrize(
+    "body",
+    [LOSES_IT, IN_A_FINALISER, WAITS_FOR_A_THREAD, IN_A_STRING, MAKES_ANOTHER_ERROR_OF_IT],
+)
 def test_sigint_ends_a_program_that_loses_it(body: str) -> None:
     process = run(body)
     process.send_signal(signal.SIGINT)

@@ -4,7 +4,13 @@ import asyncio
 import dataclasses
 
 from services.common.heartbeat import Heartbeat
-from services.common.registry import LeasedRecords, MetricsTarget, Record, WorkerRecord
+from services.common.registry import (
+    AdapterRecord,
+    LeasedRecords,
+    MetricsTarget,
+    Record,
+    WorkerRecord,
+)
 from tests.deadlines import SOON_S
 
 TARGET = MetricsTarget("worker-1", "10.0.0.1:9400", "decode", "tiny")
@@ -33,6 +39,9 @@ class SlowRegistry:
 
     async def targets(self) -> list[MetricsTarget]:
         return self.records.live(MetricsTarget)
+
+    async def adapters(self) -> list[AdapterRecord]:
+        return self.records.live(AdapterRecord)
 
     async def close(self) -> None:
         pass

@@ -3,6 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.common.messages import (
+    grammar_from_proto,
+    grammar_to_proto,
     recompression_from_proto,
     recompression_to_proto,
     sampling_from_proto,
@@ -10,7 +12,8 @@ from services.common.messages import (
     tokens_from_proto,
     tokens_to_proto,
 )
-from winnow.errors import InvalidSetting
+from winnow.errors import InvalidGrammar, InvalidSetting
+from winnow.grammar import Grammar
 from winnow.pruning_settings import PruningSettings, Recompression
 from winnow.sampling_params import SamplingParams
 from winnow.tokens import FinishReason, Token, TokenLogprobs
@@ -79,3 +82,20 @@ def test_tokens_come_back_as_they_were() -> None:
     message = tokens_to_proto(tokens, recompressed_entries=3)
     assert message.recompressed_entries == 3
     assert tokens_from_proto(pb.Tokens.FromString(message.SerializeToString())) == tokens
+
+
+@given(
+    st.builds(
+        Grammar,
+        kind=st.sampled_from(["json_schema", "regex", "lark"]),
+        source=st.text(),
+        control_token_ids=st.frozensets(st.integers(0, 2**32 - 1), max_size=5),
+    )
+)
+def test_grammar_round_trip(grammar: Grammar) -> None:
+    assert grammar_from_proto(grammar_to_proto(grammar)) == grammar
+
+
+def test_a_grammar_of_no_known_kind_is_refused() -> None:
+    with pytest.raises(InvalidGrammar):
+        grammar_from_proto(pb.Grammar())

@@ -14,12 +14,15 @@ import pytest
 import ray
 import redis
 import uvloop
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from services.common.open_registry import open_registry
 from services.common.ports import free_port
 from services.common.ray_registry import RayRegistry, remove_ray_registry
 from services.common.redis_registry import RedisRegistry
 from services.common.registry import (
+    AdapterRecord,
     LeasedRecords,
     MetricsTarget,
     Registry,
@@ -153,6 +156,14 @@ async def test_keeps_workers_and_metrics_targets_apart(registry: Registry) -> No
     assert (await registry.workers(), await registry.targets()) == ([], [])
 
 
+async def test_an_adapter_is_no_process_and_outlives_one_of_its_name(registry: Registry) -> None:
+    adapter = AdapterRecord(RECORD.worker_id, "abc", "/models/one", version=3, is_dropped=True)
+    await registry.put(RECORD, lease_s=30)
+    await registry.put(adapter, lease_s=30)
+    await registry.remove(RECORD.worker_id)
+    assert (await registry.workers(), await registry.adapters()) == ([], [adapter])
+
+
 async def test_a_record_is_gone_after_its_lease(registry: Registry) -> None:
     lasting = dataclasses.replace(RECORD, worker_id="lasting")
     await registry.put(lasting, lease_s=30)
@@ -223,6 +234,21 @@ async def test_processes_of_one_cluster_share_the_records(ray_cluster: None) -> 
     registry = RayRegistry("shared")
     await asyncio.wait_for(put_elsewhere.remote(), 60)
     assert await registry.workers() == [RECORD]
+
+
+async def test_the_actor_outlives_the_placement_group_of_a_worker_that_starts_it(
+    ray_cluster: None,
+) -> None:
+    group = placement_group([{"CPU": 1}], strategy="STRICT_PACK")
+    own = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
+
+    @ray.remote(num_cpus=1, scheduling_strategy=own)
+    def put_from_a_group() -> None:
+        asyncio.run(RayRegistry("grouped").put(RECORD, lease_s=30))
+
+    await asyncio.wait_for(put_from_a_group.remote(), 60)
+    remove_placement_group(group)
+    assert await RayRegistry("grouped").workers() == [RECORD]
 
 
 def test_lease_ends_exactly_when_it_ends() -> None:

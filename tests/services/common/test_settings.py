@@ -89,6 +89,59 @@ def test_a_prefix_cache_is_some_memory_somewhere(given: dict[str, object], compl
         load_settings(given)
 
 
+@pytest.mark.parametrize(
+    ("given", "gpus"),
+    [
+        ({}, (0, 0)),
+        ({"tensor_parallel": 2}, (0, 0)),
+        ({"device": "cuda"}, (1, 1)),
+        ({"device": "cuda", "tensor_parallel": 4}, (4, 4)),
+        ({"device": "cuda", "tensor_parallel": 4, "prefill_tensor_parallel": 2}, (2, 4)),
+        ({"device": "cuda", "decode_tensor_parallel": 8, "worker_num_gpus": 8}, (8, 8)),
+        ({"device": "cuda", "worker_num_gpus": 0.5}, (0.5, 0.5)),
+        ({"decode_tensor_parallel": 2, "worker_num_gpus": 0}, (0, 0)),
+    ],
+)
+def test_each_rank_of_a_worker_has_a_gpu(given: dict[str, object], gpus: tuple[int, int]) -> None:
+    settings = load_settings(given)
+    of_workers = (settings.prefill_ranks, settings.decode_ranks)
+    assert tuple(map(settings.gpus_per_worker, of_workers)) == gpus
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"tensor_parallel": 0}, "setting tensor_parallel is 0: .* greater than or equal to 1"),
+        (
+            {"device": "cuda:0", "decode_tensor_parallel": 2},
+            "device is cuda:0; with tensor_parallel 2 it is cuda, of which each process takes",
+        ),
+        (
+            {"device": "cuda", "decode_tensor_parallel": 8, "worker_num_gpus": 3},
+            "worker_num_gpus is 3; with tensor_parallel 8 on cuda a worker needs 8, one for each",
+        ),
+        (
+            {"device": "cuda", "prefill_tensor_parallel": 2, "worker_num_gpus": 1.5},
+            "worker_num_gpus is 1.5; with tensor_parallel 2 on cuda a worker needs 2",
+        ),
+    ],
+)
+def test_ranks_are_some_and_each_takes_its_own_gpu(
+    given: dict[str, object], complaint: str
+) -> None:
+    with pytest.raises(InvalidSetting, match=complaint):
+        load_settings(given)
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "cuda:7"])
+def test_another_gpu_than_the_first_is_chosen_by_the_variable(device: str) -> None:
+    assert load_settings({"device": "cuda:0"}).device == "cuda:0"
+    said = rf"device is {device}; .*CUDA_VISIBLE_DEVICES={device[-1]}"
+    with pytest.raises(InvalidSetting, match=said) as refused:
+        load_settings({"device": device})
+    assert refused.value.param == "device"
+
+
 def test_default_model_is_the_embedded_one_wherever_the_process_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,3 +273,69 @@ def test_workers_share_the_cores_unless_told_otherwise() -> None:
 def test_a_model_s_name_may_be_too_long_for_a_path() -> None:
     """It is refused where models are, in one line."""
     assert Settings(model="a" * 5000).model == "a" * 5000
+
+
+@pytest.mark.parametrize(
+    ("given", "source", "name"),
+    [
+        ({"model": "o/n"}, "o/n", "n"),
+        ({"model": "o/n", "revision": "v1"}, "o/n@v1", "n"),
+        ({"model": "o/n@v1"}, "o/n@v1", "n"),
+        ({"model": "o/n-GGUF:Q8_0", "revision": "v1"}, "o/n-GGUF:Q8_0@v1", "n-GGUF"),
+        ({"model": "o/n/m.Q8_0.gguf"}, "o/n/m.Q8_0.gguf", "m.Q8_0"),
+        ({"model": "o/n@v1", "model_name": "mine"}, "o/n@v1", "mine"),
+    ],
+)
+def test_a_hub_model_has_a_revision_and_a_name(
+    given: dict[str, str], source: str, name: str
+) -> None:
+    settings = load_settings(given)
+    assert settings.model_source == source
+    assert settings.served_name == name
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"revision": "v1"}, "revision is set, but model .* is none of a hub"),
+        ({"model": "o/n@v2", "revision": "v1"}, "revision is v1, but model o/n@v2 names v2"),
+        ({"model": "o/n@"}, "is no name of a hub's model: that is org/name"),
+        ({"model": "o/n", "revision": "a b"}, "setting revision is 'a b'"),
+    ],
+)
+def test_a_revision_that_names_nothing_is_refused(given: dict[str, str], reason: str) -> None:
+    with pytest.raises(InvalidSetting, match=reason):
+        load_settings(given)
+
+
+def test_adapters_are_named_by_flags_variables_and_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = {"one": tmp_path / "a", "two": tmp_path / "b=c"}
+    pairs = [f"{name}={folder}" for name, folder in expected.items()]
+    assert load_settings({"adapters": pairs}).adapters == expected
+    file = tmp_path / "winnow.yaml"
+    file.write_text(f"adapters: {{one: {tmp_path}/a, two: {tmp_path}/b=c}}\n")
+    assert load_settings(config=file).adapters == expected
+    monkeypatch.setenv("WINNOW_ADAPTERS", " ".join(pairs))
+    assert load_settings().adapters == expected
+    monkeypatch.chdir(tmp_path)
+    assert load_settings({"adapters": ["one=a"]}).adapters == {"one": tmp_path / "a"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"adapters": ["one"]}, "'one' is not NAME=FOLDER"),
+        ({"adapters": ["one=a", "one=b"]}, "a name is there twice"),
+        ({"adapters": ["a b=c"]}, "'a b' is no adapter's name"),
+        ({"adapters": ["tiny=a"], "model_name": "tiny"}, "adapter tiny has a name of the model"),
+        ({"adapters": ["x=a"], "model_aliases": "x"}, "adapter x has a name of the model"),
+        ({"adapters": ["x=a", "y=b"], "max_adapters": "1"}, "max_adapters is 1; adapters names 2"),
+        ({"max_adapters": "1", "tensor_parallel": "2"}, "tensor_parallel is 2"),
+        ({"max_adapter_rank": "0"}, "max_adapter_rank is '0'"),
+    ],
+)
+def test_adapters_that_cannot_be_had_are_refused(flags: dict[str, object], told: str) -> None:
+    with pytest.raises(InvalidSetting, match=told):
+        load_settings(flags)

@@ -28,6 +28,12 @@ from winnow.wire import WIRE_VERSIONS, Grant, Header, TransferEncoder
 PROMPT = tuple(range(5, 45))
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 NOT_GRANTED = Grant(max(WIRE_VERSIONS), b"a secret of nobody's")
+# A transfer that waits for frames is cancelled; one that is writing is refused.
+BROKEN_OFF = (
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.NOT_FOUND,
+)
 Call: TypeAlias = grpc.aio.UnaryStreamCall[Any, Any]
 
 
@@ -209,6 +215,11 @@ async def error_of(call: Call) -> WinnowError:
     except grpc.aio.AioRpcError as error:
         return error_from_rpc(error)
     raise AssertionError("the call ended with OK")
+
+
+def damage_data(frames: list[bytes]) -> list[bytes]:
+    frames[2] = frames[2][:-1] + bytes([frames[2][-1] ^ 1])
+    return frames
 
 
 def right_answer(client: Client) -> list[int]:

@@ -6,18 +6,25 @@ from pathlib import Path
 import pytest
 import torch
 
+from services.decode.active_request import Move
+from services.decode.admission import Admission
 from services.decode.engine_thread import EngineThread
 from services.decode.metrics import DecodeMetrics
 from tests.deadlines import SOON_S
 from tests.services.decode.client import GREEDY, PROMPT
-from tests.winnow.drive import UNPRUNED, admit, prefill_all, spec
+from tests.winnow.drive import UNPRUNED, admit, make_engine, prefill_all, spec
+from tests.winnow.eager_recorder import EagerRecorder
 from winnow.decoder import DecoderModel
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.kv_pool import KVPool, KVPoolConfig
 from winnow.engine.outputs import StepOutput
+from winnow.engine.page_storage import PageStorage
+from winnow.engine.runner import LaunchedStep
+from winnow.engine.sequence import Sequence
 from winnow.errors import EngineFailed, NotFinite, WinnowError
 from winnow.models import load_model
 from winnow.sampling_params import SamplingParams
+from winnow.wire import WIRE_VERSIONS, Grant, Trailer
 
 
 class BreaksOnce(DecodeEngine):
@@ -52,6 +59,54 @@ async def test_a_broken_step_fails_its_requests_and_the_thread_goes_on(
         await thread.stop()
     assert not thread.alive
     assert "winnow-decode-engine" not in {t.name for t in threading.enumerate()}
+
+
+async def test_a_request_that_moves_has_said_its_last_token(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker goes on after the last token, so nobody would read one that came later."""
+    model = load_model(tiny_models["llama"])
+    engine = make_engine(model, rows=4, new_recorder=EagerRecorder)
+    admission = Admission(engine)
+    thread = EngineThread(engine, DecodeMetrics("tiny"), admission.deliver, admission.fail_all)
+    layers, result = prefill_all(model, PROMPT, UNPRUNED)
+    requests = {}
+    for name in ("stays", "moves"):
+        long = spec(name, len(PROMPT), replace(GREEDY, max_tokens=4000))
+        request = requests[name] = await admission.admit(long, Grant.issue(WIRE_VERSIONS))
+        request.begin_attempt(1, lambda: None)
+        for layer in layers:
+            request.write_layer(1, layer)
+        request.arrive(1, Trailer(result.final_hidden, result.report))
+    moving, has_left = requests["moves"], threading.Event()
+    launch = engine._runner.launch
+
+    def launch_late(batch: list[Sequence], unread: LaunchedStep | None) -> LaunchedStep:
+        """A step without the request takes until the request has been seen to leave."""
+        if len(batch) == 1:
+            has_left.wait(SOON_S)
+        return launch(batch, unread)
+
+    def give_away() -> list[int]:
+        with moving.given_away() as (seq,):
+            has_left.set()
+            return list(seq.state().token_ids)
+
+    thread.start()
+    try:
+        async with asyncio.timeout(SOON_S):
+            events = [await moving.events.get() for _ in range(4)]
+            monkeypatch.setattr(engine._runner, "launch", launch_late)
+            known = await asyncio.to_thread(give_away)
+            while events[-1] is not Move.OVER:
+                events.append(await moving.events.get())
+    finally:
+        has_left.set()
+        await thread.stop()
+    outputs = [event for event in events if isinstance(event, StepOutput)]
+    assert [token.token_id for output in outputs for token in output.tokens] == known
+    assert events[-2:] == [Move.BEGUN, Move.OVER]
+    assert moving.events.empty()
 
 
 class AlwaysBreaks(DecodeEngine):
@@ -132,7 +187,7 @@ async def test_the_thread_ends_when_every_batch_fails_though_the_device_lives(
 
 
 # What asks the device something, of a pool.
-_DEVICE_CALLS = ("_blank", "plan_step", "place_queries", "read_layer", "write_layer")
+_DEVICE_CALLS = ("begin_step", "plan_step", "place_queries", "read_layer", "write_layer")
 
 
 def dies(*_: object) -> None:
@@ -143,6 +198,7 @@ def kill_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call that the device takes part in fails from now on."""
     for name in _DEVICE_CALLS:
         monkeypatch.setattr(KVPool, name, dies)
+    monkeypatch.setattr(PageStorage, "blank", dies)
     monkeypatch.setattr(DecoderModel, "layer", dies)
     monkeypatch.setattr(DecoderModel, "logits", dies)
 

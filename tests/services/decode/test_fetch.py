@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,10 +16,12 @@ import pytest_asyncio
 from services.common.messages import recompression_to_proto, sampling_to_proto, tokens_from_proto
 from services.common.rpc import error_from_rpc
 from tests.deadlines import SOON_S
+from tests.models_in_code import save_tiny_model
 from tests.services.decode.client import GREEDY, PROMPT, Call, Client, error_of
 from tests.services.decode.conftest import StartWorker
 from tests.winnow.drive import UNPRUNED
 from winnow.errors import DeliveryFailed, TransferForged, TransferMismatch, UnknownReservation
+from winnow.kv import KvDtype
 from winnow.pruning_settings import PruningSettings
 from winnow.sampling_params import SamplingParams
 from winnow.tokens import Token
@@ -135,6 +138,26 @@ async def test_the_tokens_are_those_that_would_have_been(
     assert got == expected
 
 
+async def test_a_request_moves_with_what_its_windows_see(
+    start_worker: StartWorker, tmp_path: Path
+) -> None:
+    """To smaller pages: there, fewer entries may be held besides those than are held here."""
+    windows: dict[str, Any] = {"sliding_window": 20, "max_window_layers": 2}
+    model = save_tiny_model(tmp_path, "qwen2", use_sliding_window=True, **windows)
+    workers = [await start_worker(model=str(model), page_size=size) for size in (16, 4)]
+    asked = {"sampling": sampling_to_proto(replace(LONG, max_tokens=60))}
+    async with Client(workers[0]) as here, Client(workers[1]) as there:
+        two = Two(here, there)
+        expected = await whole(two, **asked)
+        old = await two.begin(**asked)
+        early, _ = await read(old, 20)
+        new = await two.move(**asked)
+        late, moved = await read(old)
+        rest, _ = await read(new)
+        assert moved
+        assert [*early, *late, *rest] == expected
+
+
 async def test_a_sequence_that_has_ended_stays_behind(two: Two) -> None:
     """Of three answers one has met its end token when the request moves."""
     eos = next(iter(two.here.worker.engine.model.eos_token_ids))
@@ -152,6 +175,37 @@ async def test_a_sequence_that_has_ended_stays_behind(two: Two) -> None:
     got = sorted([*early, *late, *rest], key=lambda token: token.sequence_idx)
     assert got == expected
     assert len({token.sequence_idx for token in rest}) < 6
+
+
+@pytest.mark.parametrize("wire_versions", [(5,), (5, 6)])
+@pytest.mark.parametrize("kv_dtypes", [("int8", "int8"), ("int8", "auto"), ("auto", "int8")])
+async def test_a_request_moves_whatever_its_workers_pools_and_wire_versions(
+    start_worker: StartWorker, kv_dtypes: tuple[str, str], wire_versions: tuple[int, ...]
+) -> None:
+    """Between int8 pools it loses nothing; else its entries are converted."""
+    workers = [await start_worker(kv_dtype=kv_dtype) for kv_dtype in kv_dtypes]
+    async with Client(workers[0]) as here, Client(workers[1]) as there:
+        two = Two(here, there)
+        expected = await whole(two)
+        old = await two.begin()
+        early, _ = await read(old, 20)
+        received = there.worker.metrics.received_bytes._value.get()
+        new = await two.move(wire_versions=wire_versions)
+        late, moved = await read(old)
+        rest, _ = await read(new)
+        assert moved
+        got, num_here = [*early, *late, *rest], len(early) + len(late)
+        assert len(got) == len(expected)
+        assert got[:num_here] == expected[:num_here]
+        if set(kv_dtypes) == {"int8"}:
+            assert got == expected
+        shape = there.worker.engine.model.shape
+        sent_as: KvDtype = "int8" if kv_dtypes[0] == "int8" else "auto"
+        num_entries = shape.num_layers * shape.num_kv_heads * (len(PROMPT) + num_here - 1)
+        num_bytes = there.worker.metrics.received_bytes._value.get() - received
+        assert num_bytes == shape.kv_bytes(num_entries, sent_as) + 4 * num_entries
+    for worker in workers:
+        await worker.stop()
 
 
 async def test_a_request_that_waits_in_host_memory_moves_too(start_worker: StartWorker) -> None:
@@ -353,7 +407,7 @@ class Forger:
 
 async def fetch(client: Client, **fields: Any) -> list[bytes]:
     """All frames; raises the WinnowError that the worker refuses with."""
-    asked = pb.FetchRequest(into_request_id="x", wire_version=4, **fields)
+    asked = pb.FetchRequest(into_request_id="x", wire_version=6, **fields)
     async with grpc.aio.insecure_channel(client.worker.kv_address) as channel:
         call = channel.unary_stream(FETCH)(asked.SerializeToString(), timeout=SOON_S)
         try:

@@ -1,19 +1,27 @@
 import asyncio
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
-from services.common.messages import recompression_to_proto, sampling_to_proto
+from services.common.messages import (
+    grammar_to_proto,
+    recompression_to_proto,
+    sampling_to_proto,
+)
 from services.common.rpc import ERROR_KEY, PARAM_KEY
 from services.decode.worker import DecodeWorker
 from tests.services.decode.client import GREEDY, PROMPT, Client, error_of, events_of, token_ids_of
 from tests.services.decode.conftest import StartWorker
 from tests.winnow.drive import admit, decode_all, ids, make_engine, spec
 from winnow.errors import InvalidSetting, ModelMismatch, Overloaded
+from winnow.grammar import Grammar
 from winnow.pruning_settings import PruningSettings
 from winnow.sampling_params import SamplingParams
+from winnow.tokenizer import load_tokenizer
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire import WIRE_VERSIONS
 
@@ -99,6 +107,46 @@ async def test_recompression_is_counted(client: Client) -> None:
     await client.push(client.frames(pruning=pruning))
     events = [event async for event in events_of(call)]
     assert events[-1].tokens.recompressed_entries > 0
+
+
+async def test_an_answer_keeps_to_the_requests_grammar(
+    client: Client, tiny_models: dict[str, Path]
+) -> None:
+    sampling = replace(GREEDY, ignore_eos=False, temperature=1.0, max_tokens=30)
+    grammar = grammar_to_proto(Grammar("regex", "(yes|no){3}"))
+    request = client.request(sampling=sampling_to_proto(sampling), grammar=grammar)
+    call = await client.admit(request)
+    await client.push(client.frames())
+    *tokens, end = await token_ids_of(call)
+    assert end in client.worker.engine.model.eos_token_ids
+    text = load_tokenizer(tiny_models["llama"]).decode(tokens)
+    assert re.fullmatch("(yes|no){3}", text)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "param", "message"),
+    [
+        (pb.Grammar(json_schema='{"items": {"not": {}}}'), "grammar.items", "cannot be enforced"),
+        (pb.Grammar(lark="start: <|end|>"), "grammar", "names the token <|end|>"),
+        (pb.Grammar(), "grammar", "no kind that is known here"),
+    ],
+)
+async def test_a_grammar_that_cannot_be_compiled_is_refused_before_anything_is_reserved(
+    client: Client, grammar: pb.Grammar, param: str, message: str
+) -> None:
+    sampling = sampling_to_proto(replace(GREEDY, ignore_eos=False))
+    call = client.generate(client.request(sampling=sampling, grammar=grammar))
+    error = await error_of(call)
+    assert (error.code, error.param) == ("invalid_grammar", param)
+    assert message in error.message
+    assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+    await client.until_idle()
+
+
+async def test_a_grammar_needs_its_end_token(client: Client) -> None:
+    grammar = pb.Grammar(regex="a")
+    error = await error_of(client.generate(client.request(grammar=grammar)))
+    assert (error.code, error.param) == ("invalid_value", "ignore_eos")
 
 
 async def test_cancelling_before_the_kv_came_frees_all_pages(client: Client) -> None:

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from services.common.rpc import ERROR_KEY, error_from_rpc
-from services.decode.push import MAX_OPEN_TRANSFERS
+from services.decode.kv_server import MAX_OPEN_TRANSFERS
 from tests.deadlines import SOON_S
 from tests.services.decode.client import (
+    BROKEN_OFF,
     GREEDY,
     PROMPT,
     Client,
+    damage_data,
     error_of,
     events_of,
     right_answer,
@@ -30,18 +32,6 @@ from winnow.errors import (
 from winnow.v1 import decode_pb2 as pb
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-# A transfer that waits for frames is cancelled; one that is writing is refused.
-BROKEN_OFF = (
-    grpc.StatusCode.CANCELLED,
-    grpc.StatusCode.ABORTED,
-    grpc.StatusCode.NOT_FOUND,
-)
-
-
-def damage_data(frames: list[bytes]) -> list[bytes]:
-    frames[2] = frames[2][:-1] + bytes([frames[2][-1] ^ 1])
-    return frames
 
 
 def drop_data(frames: list[bytes]) -> list[bytes]:
@@ -74,7 +64,7 @@ def other_wire_version(frames: list[bytes]) -> list[bytes]:
 
 def older_wire_version(frames: list[bytes]) -> list[bytes]:
     header = pb.PushFrame.FromString(frames[0])
-    header.header.wire_version = 3
+    header.header.wire_version = 5
     header.header.transfer_token = b""
     return [header.SerializeToString(), *frames[1:]]
 
@@ -270,9 +260,9 @@ async def test_transfers_over_the_cap_wait_their_turn(client: Client) -> None:
 
 
 async def test_a_gateway_without_common_version_is_refused(client: Client) -> None:
-    call = client.generate(client.request(wire_versions=(5, 6)))
+    call = client.generate(client.request(wire_versions=(7, 8)))
     assert await call.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert "versions 5, 6; this worker speaks 3, 4" in await call.details()
+    assert "versions 7, 8; this worker speaks 5, 6" in await call.details()
 
 
 @pytest.mark.parametrize(("where", "what"), [(KVPool, "write_layer"), (Reservation, "begin")])

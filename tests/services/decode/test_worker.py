@@ -1,4 +1,5 @@
 import asyncio
+import shutil
 import socket
 import threading
 from dataclasses import replace
@@ -14,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from services.common.messages import sampling_to_proto
 from services.common.redis_registry import RedisRegistry
+from services.common.registry import FEATURES, GRAMMAR
 from services.common.settings import Settings
 from services.decode.worker import DecodeWorker
 from tests.deadlines import SOON_S
@@ -55,6 +57,25 @@ async def test_registers_itself(worker: DecodeWorker, registry: RedisRegistry) -
     assert record.wire_versions == WIRE_VERSIONS
     assert record.pages_free == record.pages_total == worker.engine.stats().pool.pages_total
     assert not record.draining
+    assert record.features == (*FEATURES, GRAMMAR)
+
+
+async def test_without_a_tokenizer_it_takes_no_grammar_and_says_so(
+    start_worker: StartWorker,
+    registry: RedisRegistry,
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name in ("config.json", "model.safetensors", "generation_config.json"):
+        shutil.copy(tiny_models["llama"] / name, tmp_path)
+    worker = await start_worker(model=str(tmp_path))
+    record = next(r for r in await registry.workers() if r.worker_id == worker.worker_id)
+    assert record.features == FEATURES
+    assert "requests with a grammar go to other workers" in caplog.text
+    async with Client(worker) as client:
+        request = client.request(grammar=pb.Grammar(regex="a"))
+        assert (await error_of(client.generate(request))).code == "invalid_grammar"
 
 
 async def test_announces_the_ports_that_lead_to_it(
@@ -170,9 +191,13 @@ async def test_stop_leaves_nothing_behind(
     )
     await worker.start()
     async with Client(worker) as client:
-        sampling = sampling_to_proto(replace(GREEDY, max_tokens=4000))
-        running = await client.admit(client.request(sampling=sampling))
+        sampling = sampling_to_proto(replace(GREEDY, max_tokens=4000, ignore_eos=False))
+        grammar = pb.Grammar(regex="[ab]{5000}")
+        running = await client.admit(client.request(sampling=sampling, grammar=grammar))
         await client.push(client.frames())
+        while not (await running.read()).tokens.tokens:
+            pass
+        assert {"winnow-masks_0", "winnow-grammar"} <= our_threads()
         assert len(listening_ports() - ports) == 3
         await worker.stop()
         assert (await error_of(running)).code in ("no_decode_worker", "cancelled")

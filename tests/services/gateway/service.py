@@ -25,6 +25,8 @@ from services.gateway.rest.api import create_api
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
 from tests.deadlines import SOON_S
+from winnow.decoder import DecoderModel
+from winnow.distributed.ranks import Ranks
 from winnow.engine.prefix.store import PrefixStore
 from winnow.models import load_model
 
@@ -119,15 +121,24 @@ def running_redis(folder: Path) -> Iterator[str]:
 
 @asynccontextmanager
 async def running_service(
-    model: Path, redis_url: str, *, num_workers: int = 1, **changes: object
+    model: Path,
+    redis_url: str,
+    *,
+    num_workers: int = 1,
+    prefill_model: Any = None,
+    prefill_ranks: Any = None,
+    **changes: object,
 ) -> AsyncIterator[TestService]:
-    """A service on free ports; `changes` are settings."""
+    """A service on free ports; `changes` are settings.
+
+    prefill_model: in place of `model`'s.  prefill_ranks: as for PrefillQueue.
+    """
     settings = _settings(model, redis_url, changes)
     async with AsyncExitStack() as running:
         workers = [await _start_worker(running, settings) for _ in range(num_workers)]
         registry = RedisRegistry(redis_url, settings.namespace)
         running.push_async_callback(registry.close)
-        prefiller = _start_prefill(running, settings)
+        prefiller = _start_prefill(running, settings, prefill_model, prefill_ranks)
         gateway = Gateway(settings, registry, prefiller)
         running.push_async_callback(gateway.close)
         grpc_server = GrpcServer(gateway)
@@ -173,16 +184,32 @@ async def _start_worker(running: AsyncExitStack, settings: Settings) -> DecodeWo
     return worker
 
 
-def _start_prefill(running: AsyncExitStack, settings: Settings) -> QueuePrefiller:
-    model = load_model(settings.model, max_model_len=settings.max_model_len)
+def _start_prefill(
+    running: AsyncExitStack,
+    settings: Settings,
+    model: DecoderModel | None,
+    ranks: Ranks | None,
+) -> QueuePrefiller:
+    model = model or load_model(
+        settings.model,
+        max_model_len=settings.max_model_len,
+        adapter_room=settings.adapter_room(),
+    )
     queue = PrefillQueue(
         model,
         PrefillMetrics("tiny"),
         max_waiting=settings.max_waiting_prefills,
         max_open=settings.max_open_prefills,
         num_threads=1,
-        store=PrefixStore.within(model, settings.prefix_cache_bytes, settings.prefix_cache_device),
+        store=PrefixStore.within(
+            model,
+            settings.prefix_cache_bytes,
+            settings.prefix_cache_device,
+            settings.kv_dtype,
+        ),
+        kv_dtype=settings.kv_dtype,
         peers=PeerTls.load(settings),
+        ranks=ranks,
     )
     queue.start()
     running.push_async_callback(asyncio.to_thread, queue.stop)

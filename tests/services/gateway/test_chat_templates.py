@@ -197,7 +197,7 @@ async def prompt_tokens(service: TestService, messages: pb.ChatMessages) -> int:
 
 
 async def test_grpc_takes_the_same_options(service: TestService) -> None:
-    asked = [pb.ChatMessage(**message) for message in ASKED]
+    asked = [pb.ChatMessage(role=message["role"], content=message["content"]) for message in ASKED]
     count = (await tokenized(service, messages=ASKED))["count"]
     assert await prompt_tokens(service, pb.ChatMessages(messages=asked)) == count
     kwargs = Struct()
@@ -206,7 +206,7 @@ async def test_grpc_takes_the_same_options(service: TestService) -> None:
     count = (await tokenized(service, messages=ASKED, chat_template_kwargs=given))["count"]
     messages = pb.ChatMessages(messages=asked, chat_template_kwargs=kwargs)
     assert await prompt_tokens(service, messages) == count
-    begun = [pb.ChatMessage(**message) for message in BEGUN]
+    begun = [pb.ChatMessage(role=message["role"], content=message["content"]) for message in BEGUN]
     messages = pb.ChatMessages(messages=begun, continue_final_message=True)
     count = (await tokenized(service, messages=BEGUN, continue_final_message=True))["count"]
     assert await prompt_tokens(service, messages) == count
@@ -216,8 +216,11 @@ async def test_grpc_takes_the_same_options(service: TestService) -> None:
 
 
 async def test_grpc_refuses_what_a_template_cannot_do(service: TestService) -> None:
-    both = {"add_generation_prompt": True, "continue_final_message": True}
-    messages = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="a")], **both)
+    messages = pb.ChatMessages(
+        messages=[pb.ChatMessage(role="user", content="a")],
+        add_generation_prompt=True,
+        continue_final_message=True,
+    )
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await prompt_tokens(service, messages)
     assert error_from_rpc(error.value).param == "continue_final_message"
@@ -233,7 +236,11 @@ async def test_grpc_refuses_numbers_that_no_template_has(service: TestService) -
 
 
 async def test_echo_over_grpc_is_the_conversation_as_text(service: TestService) -> None:
-    messages = pb.ChatMessages(messages=[pb.ChatMessage(**message) for message in ASKED])
+    messages = pb.ChatMessages(
+        messages=[
+            pb.ChatMessage(role=message["role"], content=message["content"]) for message in ASKED
+        ]
+    )
     request = pb.CompleteRequest(model=MODEL_NAME, messages=messages, max_tokens=1, echo=True)
     async with grpc.aio.insecure_channel(service.grpc_address) as channel:
         chunks = [one async for one in InferenceStub(channel).Complete(request, timeout=30)]

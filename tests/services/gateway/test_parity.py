@@ -1,16 +1,18 @@
 """The cornerstone: with pruning off, the whole service gives the tokens of transformers."""
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 import pytest
 
-from tests.models_in_code import FAMILIES
+from tests.models_in_code import FAMILIES, long_rope, save_tiny_model
 from tests.services.gateway.service import MODEL_NAME, running_service
 from tests.winnow import reference
 from tests.winnow.drive import prompt
-from winnow.models import MLP_BLOCK_TOKENS
+from winnow.decoder import MLP_BLOCK_TOKENS
 from winnow.v1 import inference_pb2 as pb
 from winnow.v1.inference_pb2_grpc import InferenceStub
 
@@ -34,21 +36,55 @@ async def answer(stub: InferenceStub, token_ids: list[int]) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-async def test_sixteen_prompts_at_once_get_the_tokens_of_generate(
-    tiny_models: dict[str, Path], redis_url: str, family: str
-) -> None:
-    prompts = [prompt(num_tokens, seed=num_tokens) for num_tokens in LENGTHS]
-    network = reference.load(tiny_models[family])
+async def assert_as_generate(model: Path, redis_url: str, lengths: Sequence[int]) -> None:
+    """Prompts of these lengths at once get the tokens of `generate`."""
+    prompts = [prompt(num_tokens, seed=num_tokens) for num_tokens in lengths]
+    network = reference.load(model)
     expected = [reference.greedy(network, token_ids, NUM_NEW) for token_ids in prompts]
     async with (
-        running_service(tiny_models[family], redis_url) as service,
+        running_service(model, redis_url) as service,
         grpc.aio.insecure_channel(service.grpc_address) as channel,
     ):
         stub = InferenceStub(channel)
         answers = await asyncio.gather(*(answer(stub, token_ids) for token_ids in prompts))
         assert answers == expected
         await service.until_idle()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_sixteen_prompts_at_once_get_the_tokens_of_generate(
+    tiny_models: dict[str, Path], redis_url: str, family: str
+) -> None:
+    await assert_as_generate(tiny_models[family], redis_url, LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mistral", {}),  # every layer slides
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 2}),
+    ],
+)
+async def test_prompts_of_several_windows_get_the_tokens_of_generate(
+    tmp_path: Path, redis_url: str, family: str, changes: dict[str, Any]
+) -> None:
+    path = save_tiny_model(tmp_path, family, sliding_window=24, **changes)
+    await assert_as_generate(path, redis_url, (1, 20, 24, 65, 300))
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1"])
+async def test_models_with_recurrent_layers_get_the_tokens_of_generate(
+    tmp_path: Path, redis_url: str, family: str
+) -> None:
+    path = save_tiny_model(tmp_path, family)
+    await assert_as_generate(path, redis_url, (1, 3, 17, 64, 150))
+
+
+async def test_short_and_long_sequences_at_once_are_rotated_by_tables_of_their_own(
+    tmp_path: Path, redis_url: str
+) -> None:
+    path = save_tiny_model(tmp_path, "phi3", **long_rope(original=100))
+    await assert_as_generate(path, redis_url, (3, 40, 101, 300))
 
 
 async def test_64_streaming_clients_each_get_all_of_their_own_answer(

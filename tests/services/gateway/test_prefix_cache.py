@@ -219,3 +219,25 @@ async def test_log_probabilities_of_a_prompt_are_computed_without_it(service: Te
     await ask(service, first)
     scored: dict[str, Any] = {"echo": True, "logprobs": 1, "winnow": {"method": "full"}}
     assert await num_cached(service, second, **scored) == 0
+
+
+async def test_a_message_tells_what_was_cached_though_claude_code_counts_its_requests(
+    service: TestService,
+) -> None:
+    system = {"type": "text", "text": "the quick brown fox " * NUM_CACHED}
+    usages = []
+    for request_idx in range(2):
+        counted = f"x-anthropic-billing-header: cc_version=2.1; cch=fa69{request_idx};"
+        body = {
+            "model": MODEL_NAME,
+            "system": [{"type": "text", "text": counted}, system],
+            "messages": [{"role": "user", "content": f"question {request_idx}"}],
+            "max_tokens": 2,
+        }
+        answer = await service.http.post("/v1/messages", json=body, headers={"x-api-key": ALICE})
+        usages.append(answer.raise_for_status().json()["usage"])
+    first, second = usages
+    assert first["cache_read_input_tokens"] == 0
+    assert second["cache_read_input_tokens"] >= NUM_CACHED
+    total = second["input_tokens"] + second["cache_read_input_tokens"]
+    assert total == first["input_tokens"]

@@ -44,7 +44,8 @@ def reader(folder: Path, source: str = "auto", **changes: Any) -> RequestReader:
         **changes,
     )
     model = ServedModel.load(settings)
-    return RequestReader(settings, RequestLimits(settings, model), model.tokenizer)
+    compiler = model.new_grammar_compiler()
+    return RequestReader(settings, RequestLimits(settings, model), model.tokenizer, compiler)
 
 
 def sampled(sampling: SamplingParams) -> tuple[float, ...]:

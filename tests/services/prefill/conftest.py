@@ -1,5 +1,6 @@
 """A tiny model, a queue that runs it, and a receiver."""
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from services.common.jobs import PrefillJob
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
+from tests.deadlines import SOON_S
 from tests.services.prefill.receiver import GRANT, Receiver
 from winnow.decoder import DecoderModel
 from winnow.models import load_model
@@ -19,6 +21,13 @@ PRUNING = PruningSettings(
 )
 
 MakeJob = Callable[..., PrefillJob]
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + SOON_S
+    while not is_so():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="session")

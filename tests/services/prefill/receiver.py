@@ -3,9 +3,9 @@
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
-import torch
 
 from services.common.rpc import abort, server_options
 from winnow.decoder import DecoderModel
@@ -21,15 +21,25 @@ GRANT = Grant.issue(WIRE_VERSIONS)
 class Receiver:
     """Keeps what arrives. `before_layer` runs before each layer is taken; it may block or raise."""
 
-    def __init__(self, model: DecoderModel, num_prompt_tokens: int) -> None:
+    def __init__(
+        self, model: DecoderModel, num_prompt_tokens: int, heads: range | None = None
+    ) -> None:
+        """heads: those of a rank; None: all."""
         self.expected = Expected(
-            GRANT, model.fingerprint, model.shape, num_prompt_tokens, MAX_ENTRIES, MAX_WINDOW
+            GRANT,
+            model.fingerprint,
+            model.shape,
+            num_prompt_tokens,
+            MAX_ENTRIES,
+            MAX_WINDOW,
+            heads=heads,
         )
         self.headers: list[Header] = []
         self.layers: list[LayerKV] = []
         self.trailers: list[Trailer] = []
         self.before_layer: Callable[[int], None] = lambda layer_idx: None
         self.stop_after_layer: int | None = None  # answer as if this were the last one
+        self.call_begun = threading.Event()
         self.call_ended = threading.Event()
         self._server = grpc.server(ThreadPoolExecutor(4), options=server_options())
         handler = grpc.stream_unary_rpc_method_handler(
@@ -47,6 +57,7 @@ class Receiver:
         self._server.stop(None).wait(10)
 
     def _push(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> pb.PushReceipt:
+        self.call_begun.set()
         context.add_callback(self.call_ended.set)
         decoder = TransferDecoder(self.expected)
         try:
@@ -70,8 +81,10 @@ class Receiver:
 
 def _owned(layer: LayerKV) -> LayerKV:
     """A copy: the decoder's own tensors are views of a buffer that it uses again."""
-    tensors: dict[str, torch.Tensor] = {
+    tensors: dict[str, Any] = {
         name: getattr(layer, name).clone()
-        for name in ("keys", "values", "positions", "window_queries")
+        for name in ("keys", "values", "positions", "window_queries", "scales")
+        if getattr(layer, name) is not None
     }
+    tensors["states"] = tuple(state.clone() for state in layer.states)
     return LayerKV(layer_idx=layer.layer_idx, head_lengths=layer.head_lengths, **tensors)

@@ -75,6 +75,16 @@ def test_delivers_every_layer_and_the_report(
     assert outcome.report.selection_layer == 1
 
 
+def test_reports_scores_to_whom_asks_for_them(queue: PrefillQueue, make_job: MakeJob) -> None:
+    assert queue.submit(make_job()).result(SOON_S).scores is None
+    scores = queue.submit(make_job("r2", explains=True)).result(SOON_S).scores
+    assert scores is not None
+    assert scores.layer_idx == PRUNING.fixed_layer
+    assert len(scores.scores) == NUM_TOKENS - PRUNING.window_size
+    num_selected = (scores.last_layers > PRUNING.fixed_layer).sum()
+    assert num_selected == PRUNING.select_tokens
+
+
 def test_timings_add_up(queue: PrefillQueue, receiver: Receiver, make_job: MakeJob) -> None:
     timings = queue.submit(make_job()).result(SOON_S).timings
     payload = sum(layer.nbytes + layer.window_queries.nbytes for layer in receiver.layers)

@@ -6,6 +6,7 @@ from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from services.prefill.channels import Channels
 from services.prefill.sender import (
@@ -17,10 +18,12 @@ from services.prefill.sender import (
 )
 from services.prefill.work import Work
 from tests.deadlines import SOON_S
-from tests.services.prefill.conftest import NUM_TOKENS, PRUNING, MakeJob
+from tests.services.prefill.conftest import NUM_TOKENS, PRUNING, MakeJob, until
 from tests.services.prefill.receiver import GRANT, Receiver
 from tests.winnow.drive import prefill_all
+from tests.winnow.engine.late_copies import LateCopies
 from winnow.decoder import DecoderModel
+from winnow.engine.outgoing import OutgoingBuffers
 from winnow.engine.prefill import PrefillResult, PrefillRun
 from winnow.errors import DeliveryFailed, PrefillFailed, RequestCancelled, WinnowError
 from winnow.wire import Header, TransferEncoder
@@ -123,6 +126,69 @@ def test_aborting_wakes_the_engine_and_the_receiver(
         push.send(layer)
     abort.join()
     assert ends.empty()
+    channels.close()
+
+
+def test_layers_leave_from_buffers_that_are_all_given_back(
+    model: DecoderModel, ends: "SimpleQueue[Delivered | WinnowError]", receiver: Receiver
+) -> None:
+    stream = LateCopies()
+    buffers, channels = OutgoingBuffers(stream, LAYERS_AHEAD + 2), Channels()
+    layers, result = prefill_all(model, range(1, NUM_TOKENS + 1), PRUNING)
+    for _ in range(3):
+        push = Push(receiver.address, encoder(model), ends.put, buffers=buffers)
+        push.open(channels, timeout_s=30)
+        push.finish(hand_over(push, model))
+        assert isinstance(ends.get(timeout=30), Delivered)
+    until(lambda: buffers.num_used == 0)
+    assert len(buffers._free) <= LAYERS_AHEAD + 2
+    for received, sent in zip(receiver.layers, 3 * layers, strict=True):
+        assert torch.equal(received.keys, sent.keys)
+        assert torch.equal(received.positions, sent.positions)
+    assert torch.equal(receiver.trailers[-1].final_hidden, result.final_hidden)
+    channels.close()
+
+
+def test_a_push_that_is_aborted_gives_its_buffers_back(
+    model: DecoderModel, ends: "SimpleQueue[Delivered | WinnowError]", receiver: Receiver
+) -> None:
+    """While a layer is being sent and others wait, and for one that comes too late."""
+    reached, released = threading.Event(), threading.Event()
+
+    def wait(layer_idx: int) -> None:
+        reached.set()
+        released.wait(SOON_S)
+
+    receiver.before_layer = wait
+    buffers, channels = OutgoingBuffers(LateCopies(), LAYERS_AHEAD + 2), Channels()
+    push = Push(receiver.address, encoder(model), ends.put, buffers=buffers)
+    push.open(channels, timeout_s=30)
+    layers, result = prefill_all(model, range(1, NUM_TOKENS + 1), PRUNING)
+    for layer in layers[:LAYERS_AHEAD]:
+        push.send(layer)
+    assert reached.wait(SOON_S)
+    push.abort(RequestCancelled("gone"))
+    with pytest.raises(RequestCancelled):
+        push.send(layers[-1])
+    push.finish(result)
+    assert isinstance(ends.get(timeout=SOON_S), RequestCancelled)
+    released.set()
+    until(lambda: buffers.num_used == 0)
+    channels.close()
+
+
+def test_a_device_that_fails_while_it_copies_ends_the_push(
+    model: DecoderModel, ends: "SimpleQueue[Delivered | WinnowError]", receiver: Receiver
+) -> None:
+    stream = LateCopies()
+    stream.error = RuntimeError("the device is gone")
+    buffers, channels = OutgoingBuffers(stream, LAYERS_AHEAD + 2), Channels()
+    push = Push(receiver.address, encoder(model), ends.put, buffers=buffers)
+    push.open(channels, timeout_s=30)
+    layers, _ = prefill_all(model, range(1, NUM_TOKENS + 1), PRUNING)
+    push.send(layers[0])
+    assert isinstance(ends.get(timeout=SOON_S), PrefillFailed)
+    until(lambda: buffers.num_used == 0)
     channels.close()
 
 

@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from winnow.attention import GatherBackend, decode_backend
+from winnow.attention import GatherBackend, PagedEntries, decode_backend
+from winnow.layers import FULL
 
 
 def pool(device: str) -> Any:
-    return SimpleNamespace(device=torch.device(device), page_size=16, vectors=torch.zeros(64, 64))
+    keys, values = torch.zeros(2, 4, 16, 64)
+    pages = PagedEntries(keys, values, torch.zeros(4, 16, dtype=torch.int32))
+    shape = SimpleNamespace(dtype=torch.float32, layers=(FULL,))
+    return SimpleNamespace(device=torch.device(device), page_size=16, paged=pages, shape=shape)
 
 
 def test_a_cpu_gathers_pages(caplog: pytest.LogCaptureFixture) -> None:
@@ -24,7 +28,7 @@ def test_a_cpu_gathers_pages(caplog: pytest.LogCaptureFixture) -> None:
 def test_where_the_kernel_cannot_run_pages_are_gathered_and_one_line_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "winnow.attention.paged", None)
+    monkeypatch.setitem(sys.modules, "winnow.kernels.gpu.attention", None)
     with caplog.at_level(logging.WARNING):
         assert isinstance(decode_backend(pool("cuda"), 4), GatherBackend)
     (record,) = caplog.records

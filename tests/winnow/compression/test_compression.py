@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 
 from tests.winnow import naive
 from tests.winnow.naive import UNIT
-from winnow.compression import compression_rule, recompression_rule
-from winnow.compression.recompress import recompress_layer
-from winnow.kv import LayerKV
-from winnow.pruning_settings import PruningSettings, Recompression
+from winnow.attention import AttentionOptions
+from winnow.compression import compression_rule
+from winnow.pruning_settings import PruningSettings
 from winnow.scoring import observed_attention
 
 BASE = PruningSettings(window_size=4, kernel_size=3, kv_budget=8, select_tokens=8)
@@ -42,7 +41,7 @@ def test_snapkv_keeps_what_the_formula_keeps(
 def test_top_p_keeps_the_smallest_set_with_the_mass(p: float) -> None:
     torch.manual_seed(3)
     queries, keys = torch.randn(4, 4, 8) * 2, torch.randn(2, 50, 8) * 2
-    mass = observed_attention(queries, keys, 8**-0.5)
+    mass = observed_attention(queries, keys, AttentionOptions(8**-0.5))
     config = replace(BASE, compression="top_p", kv_top_p=p)
     kept = [head.tolist() for head in compression_rule(config).keep(mass, 2)]
     assert kept == naive.top_p(naive.as_lists(mass), 2, 4, p)
@@ -71,25 +70,3 @@ def test_knows_when_a_layer_stays_whole(
     if whole:
         kept = rule.keep(torch.rand(2, num_tokens), 2)
         assert [head.tolist() for head in kept] == [list(range(num_tokens))] * 2
-
-
-def test_recompression_cuts_long_heads_by_the_ring_and_leaves_short_ones() -> None:
-    torch.manual_seed(0)
-    lengths, window = (20, 9), 4
-    keys, queries = torch.randn(sum(lengths), 8), torch.randn(4, window, 8)
-    layer = LayerKV(
-        layer_idx=0,
-        keys=keys,
-        values=torch.randn(sum(lengths), 8),
-        positions=torch.arange(sum(lengths), dtype=torch.int32),
-        head_lengths=lengths,
-        window_queries=queries,
-    )
-    rule = recompression_rule(Recompression(kernel_size=3))
-    cut = recompress_layer(layer, 8**-0.5, rule, 10)
-    mass = naive.observed_attention(queries[:2], keys[None, :20])
-    expected = naive.snapkv(mass, 1, window, 3, 10)[0]
-    assert cut.head_lengths == (10, 9)
-    assert cut.positions.tolist() == expected + list(range(20, 29))
-    torch.testing.assert_close(cut.keys, keys[cut.positions.long()])
-    torch.testing.assert_close(cut.values, layer.values[cut.positions.long()])

@@ -4,12 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.winnow import naive_rivals
+from tests.winnow import naive_recompression, naive_rivals
+from tests.winnow.compression.one_head import kept_of
 from tests.winnow.naive import by_score
-from winnow.compression import recompression_rule, rkv
-from winnow.compression.recompress import recompress_layer
-from winnow.compression.rkv import importance, keep_diverse, redundancy
-from winnow.kv import LayerKV
+from winnow.compression.rkv import importance, redundancy
 from winnow.pruning_settings import Recompression
 
 SCALING = 8**-0.5
@@ -19,6 +17,10 @@ def random_head(num_entries: int, window: int, group: int, seed: int) -> tuple[T
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(num_entries, 8, generator=generator)
     return keys, torch.randn(group, window, 8, generator=generator)
+
+
+def all_of(keys: Tensor) -> Tensor:
+    return torch.ones(1, len(keys), dtype=torch.bool)
 
 
 def keys_with_exact_cosines(num_entries: int, seed: int) -> Tensor:
@@ -38,9 +40,8 @@ def keys_with_exact_cosines(num_entries: int, seed: int) -> Tensor:
 def test_importance_equals_the_formula(n: int, kernel_size: int, window: int, group: int) -> None:
     keys, queries = random_head(n, window, group, seed=n)
     expected = torch.tensor(naive_rivals.rkv_importance(queries, keys, kernel_size))
-    torch.testing.assert_close(
-        importance(keys, queries, SCALING, kernel_size), expected, rtol=1e-5, atol=1e-6
-    )
+    found = importance(keys[None], all_of(keys), queries[None], SCALING, kernel_size)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @settings(max_examples=100)
@@ -49,9 +50,7 @@ def test_redundancy_equals_the_formula_in_blocks_of_any_size(
     num_entries: int, block: int, seed: int
 ) -> None:
     keys = keys_with_exact_cosines(num_entries, seed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rkv, "_BLOCK_SIZE", block)
-        found = redundancy(keys)
+    found = redundancy(keys[None], all_of(keys), block)[0]
     expected = torch.tensor(naive_rivals.rkv_redundancy(keys))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
@@ -59,9 +58,29 @@ def test_redundancy_equals_the_formula_in_blocks_of_any_size(
 def test_of_equal_keys_the_last_is_not_redundant() -> None:
     keys = torch.eye(8)[:5]
     keys[[1, 3]] = keys[0].clone()
-    scores = redundancy(keys)
+    scores = redundancy(keys[None], all_of(keys), 8)[0]
     assert scores[3] == scores[2] == scores[4], "as those that are like no other"
     assert scores[3] < scores[1] < scores[0]
+
+
+@settings(max_examples=50)
+@given(num_entries=st.lists(st.integers(0, 12), min_size=1, max_size=4), seed=st.integers(0, 2**32))
+def test_heads_beside_longer_ones_score_as_alone(num_entries: list[int], seed: int) -> None:
+    """What is behind a head's last candidate, NaN too, changes nothing."""
+    heads = [random_head(num, 2, 3, seed + idx) for idx, num in enumerate(num_entries)]
+    padded = torch.full((len(heads), 14, 8), torch.nan)
+    for own, (keys, _) in zip(padded, heads, strict=True):
+        own[: len(keys)] = keys
+    is_candidate = torch.arange(14) < torch.tensor(num_entries)[:, None]
+    queries = torch.stack([queries for _, queries in heads])
+    attended = importance(padded, is_candidate, queries, SCALING, 3)
+    redundant = redundancy(padded, is_candidate, 5)
+    for idx, (keys, own) in enumerate(heads):
+        if len(keys):
+            alone = importance(keys[None], all_of(keys), own[None], SCALING, 3)[0]
+            torch.testing.assert_close(attended[idx, : len(keys)], alone)
+            alone = redundancy(keys[None], all_of(keys), 5)[0]
+            torch.testing.assert_close(redundant[idx, : len(keys)], alone)
 
 
 @settings(max_examples=100)
@@ -72,13 +91,13 @@ def test_of_equal_keys_the_last_is_not_redundant() -> None:
 )
 def test_redundancy_alone_keeps_what_the_formula_keeps(window: int, more: int, seed: int) -> None:
     keys = keys_with_exact_cosines(window + more, seed)
-    queries = torch.zeros(2, window, 6)
     budget = window + 1 + seed % (more - 1)
-    kept = keep_diverse(keys, queries, SCALING, 3, budget, redundancy_weight=0.0)
+    asked = Recompression(method="rkv", redundancy_weight=0.0)
+    kept = kept_of(keys, torch.zeros(2, window, 6), budget, asked)
     scores = [-value for value in naive_rivals.rkv_redundancy(keys[:more])]
     scores = [round(value, 9) for value in scores]  # ties are ties, however the sum is rounded
     best = sorted(by_score(scores)[: budget - window])
-    assert kept.tolist() == best + list(range(more, window + more))
+    assert kept == best + list(range(more, window + more))
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1, 0.7, 1.0])
@@ -90,45 +109,23 @@ def test_keeps_the_best_by_both_and_the_window(
     num_entries: int, window: int, group: int, budget: int, kernel_size: int, weight: float
 ) -> None:
     keys, queries = random_head(num_entries, window, group, seed=num_entries)
-    kept = keep_diverse(keys, queries, SCALING, kernel_size, budget, weight)
-    candidates = keys[: num_entries - window]
-    attended = naive_rivals.rkv_importance(queries, candidates, kernel_size)
-    redundant = naive_rivals.rkv_redundancy(candidates)
-    scores = [
-        round(weight * one - (1 - weight) * other, 7)  # max-pooling makes ties
-        for one, other in zip(attended, redundant, strict=True)
-    ]
-    best = sorted(by_score(scores)[: budget - window])
-    assert kept.tolist() == best + list(range(num_entries - window, num_entries))
+    asked = Recompression(method="rkv", kernel_size=kernel_size, redundancy_weight=weight)
+    kept = kept_of(keys, queries, budget, asked)
+    scores = [round(value, 7) for value in naive_recompression.scores(keys, queries, asked)]
+    best = sorted(by_score(scores)[: budget - window])  # max-pooling makes ties
+    assert kept == best + list(range(num_entries - window, num_entries))
 
 
-def test_recompression_keeps_of_a_repeated_phrase_what_attention_alone_would_not() -> None:
-    """Long heads are cut to diverse entries, each by its own queries; short heads stay."""
-    lengths, window = (20, 9), 4
-    keys, queries = random_head(sum(lengths), window, 4, seed=3)
+def test_keeps_of_a_repeated_phrase_what_attention_alone_would_not() -> None:
+    keys, queries = random_head(20, 4, 2, seed=3)
     keys[2:8] = keys[1]  # seven times the same
-    queries[:2] = keys[1] * 2  # and the window asks for just that
-    layer = LayerKV(
-        layer_idx=0,
-        keys=keys,
-        values=torch.randn(sum(lengths), 8),
-        positions=torch.arange(sum(lengths), dtype=torch.int32),
-        head_lengths=lengths,
-        window_queries=queries,
-    )
-    cuts = {
-        method: recompress_layer(
-            layer, SCALING, recompression_rule(Recompression(method=method, kernel_size=1)), 12
+    queries[:] = keys[1] * 2  # and the window asks for just that
+    copies = {
+        method: sum(
+            1 <= entry < 8
+            for entry in kept_of(keys, queries, 12, Recompression(method=method, kernel_size=1))
         )
         for method in ("snapkv", "rkv")
     }
-    assert [cut.head_lengths for cut in cuts.values()] == [(12, 9), (12, 9)]
-    copies = {
-        name: sum(1 <= position < 8 for position in cut.positions[:12].tolist())
-        for name, cut in cuts.items()
-    }
     assert copies["snapkv"] == 7
     assert 1 <= copies["rkv"] < 7
-    expected = keep_diverse(keys[:20], queries[:2], SCALING, 1, 12, 0.1).tolist()
-    assert cuts["rkv"].positions.tolist() == expected + list(range(20, 29))
-    torch.testing.assert_close(cuts["rkv"].values, layer.values[cuts["rkv"].positions.long()])

@@ -21,11 +21,10 @@ from tests.winnow.drive import (
     prompt,
     spec,
 )
-from winnow.attention import StepPlan
 from winnow.catalog import RECOMPRESSIONS
 from winnow.engine.generation_spec import GenerationSpec
 from winnow.engine.kv_pool import KVPool
-from winnow.engine.sequence import Reservation
+from winnow.engine.sequence import Reservation, Sequence
 from winnow.errors import InvalidSetting, Overloaded
 from winnow.kv import LayerKV, SequenceState
 from winnow.models import load_model
@@ -54,8 +53,8 @@ def test_a_long_prompt_in_the_batch_makes_no_other_as_long(
     gathered: list[int] = []
     gather = KVPool.gather
 
-    def counted(pool: KVPool, layer_idx: int, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = gather(pool, layer_idx, plan)
+    def counted(pool: KVPool, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = gather(pool, pages)
         gathered.append(keys.shape[0] * keys.shape[2])
         return keys, values
 
@@ -194,6 +193,22 @@ def test_the_last_queries_count_as_memory_of_their_request(tiny_models: dict[str
             engine.reserve(wide(str(idx)))
     with pytest.raises(InvalidSetting, match="KV pages; the worker has"):
         engine.reserve(wide("never", num_sequences=8))
+
+
+def test_queries_that_are_not_recorded_change_nothing(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows shorter and longer than the interval."""
+    answers = []
+    sampling = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
+    for _ in range(2):
+        engine = make_engine(load_model(tiny_models["qwen2"]))
+        for window in (8, 12, 30):
+            more = {"window_size": window, "decode_budget": 40, "recompress_interval": 12}
+            admit(engine, spec(str(window), 50, sampling, **more), prompt(50, seed=window))
+        answers.append({name: ids(tokens) for name, tokens in decode_all(engine).items()})
+        monkeypatch.setattr(Sequence, "may_be_cut", lambda *_: True)
+    assert answers[0] == answers[1]
 
 
 def test_a_decode_budget_above_the_length_changes_nothing(tiny_models: dict[str, Path]) -> None:

@@ -5,39 +5,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.winnow.pools import SHAPE, layer_of, make_pool
 from winnow.engine.kv_manager import KVManager
 from winnow.engine.kv_pool import KVPool, KVPoolConfig
 from winnow.engine.promises import Promise
-from winnow.engine.query_ring import QueryRing
+from winnow.engine.query_ring import QueryRing, push_queries
 from winnow.errors import InvalidSetting
-from winnow.kv import LayerKV, ModelShape
+from winnow.kv import KV_DTYPES, KvDtype, LayerKV, ModelShape
 
-SHAPE = ModelShape(
-    num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, hidden_size=16, dtype=torch.float32
-)
 PAGE_BYTES = 4 * (SHAPE.kv_bytes(1) + 4)
 
 
-def make_pool(num_pages: int = 100, rows: int = 4) -> KVPool:
-    config = KVPoolConfig(memory_bytes=(num_pages + 1) * PAGE_BYTES, page_size=4)
-    return KVPool(SHAPE, config, rows, torch.device("cpu"))
+def make_memory(num_pages: int = 100, rows: int = 4, kv_dtype: KvDtype = "auto") -> KVManager:
+    return KVManager(make_pool(num_pages, rows, kv_dtype), rows, overcommit=1.0)
 
 
-def make_memory(num_pages: int = 100, rows: int = 4) -> KVManager:
-    return KVManager(make_pool(num_pages, rows), rows, overcommit=1.0)
-
-
-def layer_of(layer_idx: int, lengths: tuple[int, int], seed: int = 0) -> LayerKV:
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(lengths)
-    return LayerKV(
-        layer_idx=layer_idx,
-        keys=torch.randn(total, 4, generator=generator),
-        values=torch.randn(total, 4, generator=generator),
-        positions=torch.arange(total, dtype=torch.int32) * 3,
-        head_lengths=lengths,
-        window_queries=torch.empty(4, 0, 4),
-    )
+def as_held(layer: LayerKV, pool: KVPool) -> LayerKV:
+    return layer.quantized() if pool.kv_dtype == "int8" else layer
 
 
 def pages_of(lengths: tuple[int, ...]) -> int:
@@ -56,11 +40,11 @@ ACTIONS = st.lists(
 
 
 @settings(max_examples=200)
-@given(ACTIONS)
+@given(ACTIONS, st.sampled_from(KV_DTYPES))
 def test_pages_are_accounted_and_contents_kept_through_any_history(
-    actions: list[tuple[Any, ...]],
+    actions: list[tuple[Any, ...]], kv_dtype: KvDtype
 ) -> None:
-    memory = make_memory(num_pages=400, rows=3)
+    memory = make_memory(num_pages=400, rows=3, kv_dtype=kv_dtype)
     pool, rows = memory.pool, memory.reserve(3, Promise(100, 100))
     held = {(row, layer): layer_of(layer, (0, 0)) for row in rows for layer in range(2)}
     for turn, (action, target, *rest) in enumerate(actions):
@@ -75,9 +59,7 @@ def test_pages_are_accounted_and_contents_kept_through_any_history(
             step(pool, [rows[i] for i in sorted(target)], held, turn)
     for (row, layer_idx), expected in held.items():
         actual = pool.read_layer(row, layer_idx, expected.window_queries)
-        assert actual.head_lengths == expected.head_lengths
-        for name in ("keys", "values", "positions"):
-            assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+        assert_same(actual, as_held(expected, pool))
     assert pool.num_used == sum(pages_of(layer.head_lengths) for layer in held.values())
     for row in rows:
         memory.release(row)
@@ -85,16 +67,27 @@ def test_pages_are_accounted_and_contents_kept_through_any_history(
     assert (stats.pages_used, stats.pages_reserved) == (0, 0)
 
 
+def assert_same(actual: LayerKV, expected: LayerKV) -> None:
+    assert actual.head_lengths == expected.head_lengths
+    for name in ("keys", "values", "positions"):
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+    assert (actual.scales is None) == (expected.scales is None)
+    if actual.scales is not None and expected.scales is not None:
+        assert torch.equal(actual.scales, expected.scales)
+
+
 def step(pool: KVPool, rows: list[int], held: dict[tuple[int, int], LayerKV], turn: int) -> None:
     """One decode step of the rows; what it must have added goes into `held`."""
-    plan = pool.plan_step(rows, torch.full((len(rows),), 1000 + turn))
+    at = [1000 + turn] * len(rows)
+    (sent_rows, positions), longest = pool.begin_step(rows, at, [rows, at])
+    plan = pool.plan_step(sent_rows, positions, longest)
     for layer_idx in range(2):
         new = torch.randn(2, len(rows), 2, 4, generator=torch.Generator().manual_seed(turn))
-        pool.append(layer_idx, plan, new[0], new[1])
-        keys, values = pool.gather(layer_idx, plan)
+        pool.append(plan.slots[layer_idx], new[0], new[1])
+        keys, values = pool.gather(plan.pages[layer_idx, rows])
         for idx, row in enumerate(rows):
             held[row, layer_idx] = extend(held[row, layer_idx], new[:, idx], 1000 + turn)
-            expected = held[row, layer_idx]
+            expected = as_held(held[row, layer_idx], pool).dequantized(SHAPE.dtype)
             entry = torch.arange(keys.shape[2])
             visible = entry < plan.lengths[layer_idx, idx][:, None]
             assert torch.equal(keys[idx][visible], expected.keys)
@@ -159,24 +152,78 @@ def test_rows_that_cannot_be_cleared_are_free_for_others_all_the_same(
     assert memory.stats().pages_used == 0
 
 
-def test_queries_lie_in_pages_that_go_with_their_row() -> None:
-    memory = make_memory(num_pages=30, rows=2)
-    pool, (first, second) = memory.pool, memory.reserve(2, Promise(15, 15))
+@pytest.mark.parametrize(("kv_dtype", "pages_per_ring"), [("auto", 5), ("int8", 20)])
+def test_queries_lie_in_pages_that_go_with_their_row(
+    kv_dtype: KvDtype, pages_per_ring: int
+) -> None:
+    memory = make_memory(num_pages=60, rows=2, kv_dtype=kv_dtype)
+    pool, (first, second) = memory.pool, memory.reserve(2, Promise(30, 30))
     layer = layer_of(0, (9, 5))
     pool.write_layer(first, layer)
     rings = [QueryRing(pool, row, window_size=5) for row in (first, second)]
     queries = torch.randn(2, 2, 4, 7, 4, generator=torch.Generator().manual_seed(1))
-    for ring, own in zip(rings, queries, strict=True):
+    for ring, own, num_seen in zip(rings, queries, (3, 5), strict=True):
         for layer_idx in range(2):
-            ring.seed(layer_idx, own[layer_idx, :, :3])
-        for idx in range(3, 7):
-            ring.push(own[:, :, idx])
+            ring.seed(layer_idx, own[layer_idx, :, :num_seen])
+    for step in range(4):  # the second row pauses for two steps, while others share the batch
+        new = torch.stack([torch.ones(2, 4, 4), queries[0, :, :, 3 + step]], dim=1)
+        going = {1: rings[0]}
+        if step in (0, 3):
+            new = torch.cat([new, queries[1, :, None, :, 5 + step // 3]], dim=1)
+            going[2] = rings[1]
+        push_queries(pool, going, new)
     for ring, own in zip(rings, queries, strict=True):
+        assert ring.num_tokens == 5
         assert torch.equal(torch.stack([ring.ordered(idx) for idx in range(2)]), own[:, :, 2:])
-    assert torch.equal(pool.read_layer(first, 0).keys, layer.keys)
+    assert torch.equal(pool.read_layer(first, 0).keys, as_held(layer, pool).keys)
     per_ring = pool.pages_for_queries(2 * 4 * 5)
-    assert (per_ring, pool.num_used) == (5, 5 + 2 * per_ring)
+    assert (per_ring, pool.num_used) == (pages_per_ring, 5 + 2 * per_ring)
     pool.clear(first)
     assert pool.num_used == per_ring
     memory.release(first, second)
     assert pool.num_used == 0
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "share"),
+    [(64, torch.bfloat16, 66 / 128), (128, torch.float16, 130 / 256), (128, torch.float32, 0.254)],
+)
+def test_int8_takes_a_byte_per_number_and_two_per_vector(
+    head_dim: int, dtype: torch.dtype, share: float
+) -> None:
+    shape = ModelShape(2, 4, 2, head_dim, 16, dtype)
+    assert shape.kv_bytes(7, "int8") / shape.kv_bytes(7) == pytest.approx(share, abs=1e-4)
+    pools = [KVPoolConfig(1 << 24, kv_dtype=kv_dtype).num_pages(shape) for kv_dtype in KV_DTYPES]
+    assert pools[1] / pools[0] == pytest.approx(
+        (2 * head_dim * dtype.itemsize + 4) / (2 * head_dim + 8), rel=0.01
+    )
+
+
+def test_a_pool_takes_layers_of_either_kind_and_keeps_its_own() -> None:
+    layer = layer_of(0, (5, 9))
+    for kv_dtype in KV_DTYPES:
+        pool = make_pool(kv_dtype=kv_dtype)
+        pool.write_layer(0, layer.quantized())
+        assert_same(
+            pool.read_layer(0, 0), as_held(layer.quantized().dequantized(SHAPE.dtype), pool)
+        )
+
+
+def test_an_int8_page_without_room_for_whole_queries_is_refused() -> None:
+    config = KVPoolConfig(1 << 20, page_size=6, kv_dtype="int8")
+    with pytest.raises(InvalidSetting, match="page_size is 6; with int8 KV it must be a multiple"):
+        KVPool(SHAPE, config, 1, torch.device("cpu"))
+
+
+def test_nan_in_freed_int8_pages_reaches_no_later_row() -> None:
+    pool = make_pool(num_pages=4, rows=1, kv_dtype="int8")
+    nan = torch.full((8, 4), torch.nan)
+    positions = torch.arange(4, dtype=torch.int32).repeat(2)
+    pool.write_layer(0, LayerKV(0, nan, nan, positions, (4, 4), torch.empty(4, 0, 4)))
+    pool.clear(0)
+    pool.write_layer(0, layer_of(0, (3, 1)))
+    (rows, positions), longest = pool.begin_step([0], [5], [[0], [5]])
+    plan = pool.plan_step(rows, positions, longest)
+    pool.append(plan.slots[0], torch.ones(1, 2, 4), torch.ones(1, 2, 4))
+    for part in pool.gather(plan.pages[0, [0], :, :1]):
+        assert part.isfinite().all()

@@ -1,6 +1,5 @@
 """From the prefix store = from scratch."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,19 +10,18 @@ from hypothesis import strategies as st
 
 from tests.models_in_code import FAMILIES, VOCAB_SIZE, save_tiny_model
 from tests.winnow.drive import UNPRUNED, all_layers, prompt
+from tests.winnow.engine.from_store import BLOCK, assert_same, make_store, prefill
 from tests.winnow.methods.small_runs import SMALL, answer
 from winnow.catalog import METHODS
 from winnow.decoder import DecoderModel
-from winnow.engine.prefill import PrefillResult, PrefillRun
+from winnow.engine.prefill import PrefillRun
 from winnow.engine.prefix.store import PrefixStore
 from winnow.kv import LayerKV
 from winnow.methods import method_class
 from winnow.methods.base import Cut, LayerView
 from winnow.models import load_model
-from winnow.pruning_settings import PruningSettings
 from winnow.wire.messages import report_from_proto, report_to_proto
 
-BLOCK = 16
 WITH_PREFIX = [name for name in METHODS if method_class(name).no_prefix_reason() is None]
 WITHOUT_PREFIX = [name for name in METHODS if name not in WITH_PREFIX]
 FASTKV = replace(SMALL, method="fastkv", fixed_layer=1)
@@ -32,53 +30,6 @@ FASTKV = replace(SMALL, method="fastkv", fixed_layer=1)
 @pytest.fixture(scope="module")
 def models(tiny_models: dict[str, Path]) -> dict[str, DecoderModel]:
     return {family: load_model(path) for family, path in tiny_models.items()}
-
-
-Prefilled = tuple[list[LayerKV], PrefillResult]
-
-
-def make_store(
-    model: DecoderModel, max_bytes: int = 64 << 20, location: str = "device"
-) -> PrefixStore:
-    return PrefixStore(model, max_bytes, location=location, block_tokens=BLOCK)
-
-
-def prefill(
-    model: DecoderModel,
-    token_ids: Sequence[int],
-    pruning: PruningSettings,
-    store: PrefixStore | None = None,
-    cache_salt: str = "",
-) -> Prefilled:
-    run = PrefillRun(model, token_ids, pruning, store=store, cache_salt=cache_salt)
-    layers = [layer for layer in all_layers(run) if layer is not None]
-    return layers, run.result(keep_hidden=True)
-
-
-def assert_same(one: Prefilled, other: Prefilled) -> None:
-    """Same layer, tokens and entries; in float32, the same numbers but for rounding."""
-    (layers, result), (others, expected) = one, other
-    report, wanted = result.report, expected.report
-    assert report.selection_layer == wanted.selection_layer
-    assert report.no_selection_reason == wanted.no_selection_reason
-    assert report.num_selected_tokens == wanted.num_selected_tokens
-    assert report.next_position == wanted.next_position
-    assert report.layer_entries == wanted.layer_entries
-    assert [layer for layer, _ in report.rho] == [layer for layer, _ in wanted.rho]
-    assert [value for _, value in report.rho] == pytest.approx([value for _, value in wanted.rho])
-    for layer, like in zip(layers, others, strict=True):
-        assert layer.head_lengths == like.head_lengths
-        assert torch.equal(layer.positions, like.positions)
-        for name in ("keys", "values", "window_queries"):
-            close(getattr(layer, name), getattr(like, name))
-    close(result.final_hidden, expected.final_hidden)
-    assert result.hidden is not None
-    assert expected.hidden is not None
-    close(result.hidden, expected.hidden)
-
-
-def close(one: torch.Tensor, other: torch.Tensor) -> None:
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,7 +79,7 @@ def conversations(draw: st.DrawFn) -> list[list[int]]:
     return prompts
 
 
-@pytest.mark.parametrize("location", ["device", "host"])
+@pytest.mark.parametrize("location", ["device", "host", "both"])
 @given(
     prompts=conversations(),
     methods=st.lists(st.sampled_from(WITH_PREFIX), min_size=1, max_size=3),
@@ -288,7 +239,7 @@ def test_a_run_that_was_overtaken_may_save_nothing(models: dict[str, DecoderMode
     assert report_from_proto(report_to_proto(report)) == report
 
 
-@pytest.mark.parametrize("location", ["device", "host"])
+@pytest.mark.parametrize("location", ["device", "host", "both"])
 @given(data=st.data(), num_blocks=st.integers(1, 12))
 @settings(max_examples=40, derandomize=True)
 def test_runs_in_any_order_within_any_memory_get_what_they_get_from_scratch(

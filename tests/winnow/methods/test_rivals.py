@@ -15,7 +15,7 @@ from tests.winnow.drive import prefill_all, prompt
 from tests.winnow.methods.small_runs import SMALL
 from tests.winnow.naive import UNIT
 from winnow import scoring
-from winnow.attention import PrefillAttention
+from winnow.attention import AttentionOptions, PrefillAttention
 from winnow.decoder import DecoderModel
 from winnow.kv import LayerKV
 from winnow.methods.base import LayerView
@@ -51,7 +51,7 @@ def test_accumulated_attention_equals_the_formula_in_blocks_of_any_size(
     queries = torch.randn(num_heads, num_tokens, 8)
     keys = torch.randn(num_kv_heads, num_tokens, 8)
     monkeypatch.setattr(scoring, "_QUERY_BLOCK", block)
-    mass = accumulated_attention(queries, keys, 8**-0.5)
+    mass = accumulated_attention(queries, keys, AttentionOptions(8**-0.5))
     expected = torch.tensor(naive_rivals.accumulated_attention(queries, keys))
     torch.testing.assert_close(mass, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(mass.sum(1), torch.full((num_heads,), float(num_tokens)))
@@ -154,7 +154,7 @@ def test_context_lengths_fall_by_the_schedule_to_the_budgets_mean(
 def test_context_scores_equal_the_formula(num_heads: int, num_kv_heads: int, window: int) -> None:
     torch.manual_seed(window)
     queries, keys = torch.randn(num_heads, window, 8), torch.randn(num_kv_heads, 30, 8)
-    view = LayerView(0, keys, queries, 8**-0.5, window)
+    view = LayerView(0, keys, queries, AttentionOptions(8**-0.5), window)
     expected = torch.tensor(naive_rivals.pyramid_scores(queries, keys))
     torch.testing.assert_close(context_scores(view), expected, rtol=1e-5, atol=1e-6)
 

@@ -30,13 +30,15 @@ def test_only_rows_with_a_short_top_k_sort(changes: dict[str, Any], kind: Kind) 
 def kept(params: SamplingParams, logits: Tensor) -> list[bool]:
     """Which tokens the cut of one row keeps."""
     rows = logits[None]
-    weights = (rows / params.temperature).softmax(-1)
-    cut = Filters.of([params], logits.device).cut(rows, block_maxima(rows), weights)
+    filters_of_row = Filters.of([params], logits.device)
+    cut = filters_of_row.cut(rows, block_maxima(rows))
     assert cut is not None
     ties = logits == cut.threshold[0]
     keeps = (logits > cut.threshold[0]) | (ties & (ties.cumsum(-1) <= cut.num_ties[0]))
-    totals, _ = cut.shares(rows, weights)
-    assert torch.allclose(totals.float(), block_sums(weights * keeps), atol=1e-6)
+    best = rows.amax(-1, keepdim=True)
+    weights = ((rows - best) / params.temperature).exp()
+    totals, _ = cut.shares(rows, best, filters_of_row.scale)
+    assert torch.allclose(totals, block_sums(weights * keeps), rtol=1e-5)
     return list(keeps.tolist())
 
 

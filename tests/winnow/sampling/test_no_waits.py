@@ -12,5 +12,5 @@ def test_a_batch_of_every_kind_is_sampled_without_waiting() -> None:
     logits = torch.empty(len(states), 3000, device=META)
     with no_waiting():
         sampled = sample_batch(logits, states, {0, 2})
-    assert sampled.columns.device == META
-    assert len(sampled.columns) == len(states)
+    assert sampled.tokens.device == META
+    assert len(sampled.columns.wait()) == len(states)

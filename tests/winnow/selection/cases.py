@@ -13,7 +13,7 @@ def run(
     masses: list[Tensor], config: PruningSettings
 ) -> tuple[int | None, Tensor | None, tuple[tuple[int, float], ...]]:
     """The layer at which ASL selects, the tokens, and rho."""
-    selection = AdaptiveSelection(config, config.latest_layer)
+    selection = AdaptiveSelection(config, config.latest_layer, range(len(masses)))
     for layer_idx, mass in enumerate(masses):
         if selection.needs_scores(layer_idx):
             chosen = selection.observe(layer_idx, mass)

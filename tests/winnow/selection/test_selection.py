@@ -11,7 +11,7 @@ from tests.winnow import naive
 from tests.winnow.selection.cases import masses_and_settings, run
 from winnow.pruning_settings import PruningSettings
 from winnow.scoring import descending_order
-from winnow.selection import best_tokens, most_relevant, token_scores
+from winnow.selection import best_tokens, most_relevant, relevance, token_scores
 
 BASE = PruningSettings(
     select_tokens=12, window_size=4, kernel_size=3, observed_layers=2, min_layer=2, threshold=0.3
@@ -101,4 +101,4 @@ def test_gemfilters_choice_equals_the_formula(
     select_tokens = data.draw(st.integers(1, num_tokens - 1))
     raw = torch.einsum("hd,hnd->hn", query, keys.repeat_interleave(group, 0))
     expected = naive.gemfilter(naive.as_lists(raw), select_tokens)
-    assert most_relevant(query, keys, select_tokens).tolist() == expected
+    assert most_relevant(relevance(query, keys), select_tokens).tolist() == expected

@@ -7,17 +7,17 @@ NEWEST = max(WIRE_VERSIONS)
 NO_TOKEN = Ticket(NEWEST, b"")
 
 
-@pytest.mark.parametrize(("offered", "agreed"), [((3,), 3), ((3, 4), 4), ((4, 5), 4), ((2, 3), 3)])
+@pytest.mark.parametrize(("offered", "agreed"), [((5,), 5), ((5, 6), 6), ((6, 7), 6), ((4, 5), 5)])
 def test_the_newest_common_version_is_agreed_on(offered: tuple[int, ...], agreed: int) -> None:
     assert Grant.issue(offered).wire_version == agreed
 
 
 def test_no_common_version_is_said_with_both_sides_versions() -> None:
-    with pytest.raises(TransferMismatch, match=r"versions 5, 6; this worker speaks 3, 4"):
-        Grant.issue((6, 5))
+    with pytest.raises(TransferMismatch, match=r"versions 7, 8; this worker speaks 5, 6"):
+        Grant.issue((8, 7))
     with pytest.raises(TransferMismatch, match="versions that it does not tell; this worker"):
         Grant.issue(())
-    assert newest_common((5, 6)) is None
+    assert newest_common((7, 8)) is None
 
 
 def test_only_the_attempts_own_token_is_taken() -> None:
@@ -29,7 +29,7 @@ def test_only_the_attempts_own_token_is_taken() -> None:
 
 
 def test_an_older_version_cannot_be_used_to_avoid_the_token() -> None:
-    with pytest.raises(TransferMismatch, match="transfer is 2; 4 was agreed on"):
+    with pytest.raises(TransferMismatch, match="transfer is 2; 6 was agreed on"):
         Grant.issue(WIRE_VERSIONS).require(Ticket(2, b""), 1)
 
 
@@ -43,5 +43,5 @@ def test_only_the_token_of_a_fetch_opens_a_fetch() -> None:
 
 def test_secrets_are_not_printed() -> None:
     grant = Grant.issue(WIRE_VERSIONS)
-    assert repr(grant) == "Grant(wire_version=4)"
-    assert repr(grant.ticket(1)) == "Ticket(wire_version=4)"
+    assert repr(grant) == "Grant(wire_version=6)"
+    assert repr(grant.ticket(1)) == "Ticket(wire_version=6)"

@@ -7,19 +7,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.winnow.wire.transfers import NUM_PROMPT_TOKENS, REPORT, encode, expected, make_layers
+from tests.winnow.wire.transfers import (
+    NUM_PROMPT_TOKENS,
+    REPORT,
+    SHAPE,
+    encode,
+    expected,
+    make_layers,
+)
 from winnow.errors import (
     TransferDamaged,
     TransferMalformed,
     TransferMismatch,
     TransferRefused,
 )
+from winnow.kv_quantization import dequantize
+from winnow.layers import FULL, Layer
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire import MAX_PAYLOAD_BYTES, Expected, TransferDecoder, read_header
 from winnow.wire.framing import MAX_FRAME_BYTES, Field, join_data_frame, join_frame
 
 # 0: header; 1: manifest of layer 0; 2 to 9: its data; then the same for layer 1; trailer.
 FRAMES = encode(make_layers(), torch.ones(32))
+INT8_FRAMES = encode(make_layers(), torch.ones(32), kv_dtype="int8")
 MANIFEST, FIRST_DATA, SECOND_DATA, TRAILER = 1, 2, 3, len(FRAMES) - 1
 
 
@@ -46,14 +56,14 @@ def test_the_untouched_transfer_is_taken() -> None:
 
 
 @settings(max_examples=300)
-@given(data=st.data())
-def test_no_flipped_bit_yields_another_transfer(data: st.DataObject) -> None:
-    frame_idx = data.draw(st.integers(0, len(FRAMES) - 1))
-    damaged = bytearray(FRAMES[frame_idx])
+@given(data=st.data(), frames=st.sampled_from([FRAMES, INT8_FRAMES]))
+def test_no_flipped_bit_yields_another_transfer(data: st.DataObject, frames: list[bytes]) -> None:
+    frame_idx = data.draw(st.integers(0, len(frames) - 1))
+    damaged = bytearray(frames[frame_idx])
     byte_idx = data.draw(st.integers(0, len(damaged) - 1))
     damaged[byte_idx] ^= 1 << data.draw(st.integers(0, 7))
     with pytest.raises(TransferRefused):
-        feed_all([*FRAMES[:frame_idx], bytes(damaged), *FRAMES[frame_idx + 1 :]])
+        feed_all([*frames[:frame_idx], bytes(damaged), *frames[frame_idx + 1 :]])
 
 
 @settings(max_examples=200)
@@ -159,10 +169,11 @@ def test_a_transfer_without_trailer_is_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"wire_version": 1}, "wire version of the transfer is 1; 4 was agreed on"),
-        ({"wire_version": 3}, "wire version of the transfer is 3; 4 was agreed on"),
+        ({"wire_version": 1}, "wire version of the transfer is 1; 6 was agreed on"),
+        ({"wire_version": 5}, "wire version of the transfer is 5; 6 was agreed on"),
         ({"model_fingerprint": "xyz"}, "fingerprint of the transfer is xyz; this worker has abc"),
         ({"num_layers": 3}, "shape"),
+        ({"num_layers": 2**31}, "shape of the transfer has 2147483648 layers; the limit is 16384"),
         ({"dtype": pb.DTYPE_BFLOAT16}, "shape"),
         ({"dtype": 9}, "dtype 9"),
         ({"codec": 7}, "codec 7"),
@@ -171,6 +182,53 @@ def test_a_transfer_without_trailer_is_refused() -> None:
 def test_another_models_transfer_is_refused(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(TransferMismatch, match=named):
         feed_all(set_header(**fields))
+
+
+@pytest.mark.parametrize(
+    ("frames", "codec", "error"),
+    [
+        (FRAMES, pb.CODEC_INT8, TransferMalformed),  # more data than that codec has
+        (INT8_FRAMES, pb.CODEC_RAW, TransferDamaged),  # less: the next layer comes too early
+    ],
+)
+def test_a_header_that_lies_about_its_codec_is_refused(
+    frames: list[bytes], codec: pb.Codec, error: type[TransferRefused]
+) -> None:
+    header = pb.PushFrame.FromString(frames[0])
+    header.header.codec = codec
+    with pytest.raises(error, match=r"data goes on to|LAYER frame arrived out of turn"):
+        feed_all([header.SerializeToString(), *frames[1:]])
+
+
+@pytest.mark.parametrize(
+    ("scale", "named"),
+    [
+        (float("nan"), "scales of layer 1 are not finite"),
+        (float("inf"), "scales of layer 1 are not finite"),
+        (-0.5, "scales of layer 1 reach from -0.5 to"),
+        (512.0, "to 512; the limits are 0 and 511.75"),  # -128 * 512 is no float16
+    ],
+)
+def test_scales_of_numbers_that_cannot_be_are_refused(scale: float, named: str) -> None:
+    with pytest.raises(TransferMalformed, match=named):
+        feed_all(*with_scale(scale, torch.float16))
+
+
+@pytest.mark.parametrize(("scale", "dtype"), [(511.75, torch.float16), (600, torch.bfloat16)])
+def test_a_large_scale_is_taken_where_its_numbers_are_finite(
+    scale: float, dtype: torch.dtype
+) -> None:
+    assert feed_all(*with_scale(scale, dtype)).complete
+    lowest = torch.full((1, 1), -128, dtype=torch.int8)
+    assert dequantize(lowest, torch.tensor([scale]).half(), dtype).isfinite().all()
+
+
+def with_scale(scale: float, dtype: torch.dtype) -> tuple[list[bytes], Expected]:
+    shape = replace(SHAPE, dtype=dtype)
+    layers = [layer.quantized() for layer in make_layers(shape)]
+    assert layers[1].scales is not None
+    layers[1].scales[3, 1] = scale
+    return encode(layers, torch.ones(32), shape, kv_dtype="int8"), expected(shape)
 
 
 def test_another_prompt_length_is_refused() -> None:
@@ -187,6 +245,20 @@ def test_more_entries_than_reserved_are_refused_before_memory_is_taken() -> None
 def test_one_entry_over_the_reservation_is_refused() -> None:
     with pytest.raises(TransferMalformed, match="announces 7 entries"):
         feed_all(FRAMES, replace(expected(), max_entries=6))
+
+
+def test_more_entries_than_a_layers_window_are_refused() -> None:
+    shape = replace(SHAPE, layers=(Layer("sliding", 6), *SHAPE.layers[1:]))
+    with pytest.raises(TransferMalformed, match=r"layer 0 announces 7 entries.* is for 6"):
+        feed_all(FRAMES, expected(shape))
+
+
+def test_entries_of_windows_are_not_bound_by_what_recompression_leaves_to_full_layers() -> None:
+    shape = replace(SHAPE, layers=(FULL, *(Layer("sliding", 9) for _ in SHAPE.layers[1:])))
+    to = replace(expected(shape), max_entries=7, max_in_windows=8)
+    assert feed_all(FRAMES, to).complete
+    with pytest.raises(TransferMalformed, match=r"layer 1 announces 7 entries.* is for 6"):
+        feed_all(FRAMES, replace(to, max_in_windows=6))
 
 
 def test_more_window_queries_than_allowed_are_refused() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from winnow.kv import LayerKV, ModelShape
+from winnow.kv import KvDtype, LayerKV, ModelShape
 from winnow.report import PrefillReport
 from winnow.wire import WIRE_VERSIONS, Expected, Grant, Header, TransferEncoder
 
@@ -72,9 +72,14 @@ def encode(
     *,
     frame_bytes: int = 256,
     report: PrefillReport = REPORT,
+    kv_dtype: KvDtype = "auto",
+    heads: range | None = None,
 ) -> list[bytes]:
     """Every frame of the transfer, in order."""
-    header = Header("request-1", 1, GRANT.ticket(1), "abc", shape, NUM_PROMPT_TOKENS)
+    ticket = GRANT.ticket(1)
+    header = Header(
+        "request-1", 1, ticket, "abc", shape, NUM_PROMPT_TOKENS, kv_dtype=kv_dtype, heads=heads
+    )
     encoder = TransferEncoder(header, frame_bytes=frame_bytes)
     frames = [encoder.header()]
     for layer in layers:

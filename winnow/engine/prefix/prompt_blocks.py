@@ -1,25 +1,33 @@
 """What one run has of the prefix store: the blocks of its prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 
+from winnow.engine.prefix.block import Block
 from winnow.engine.prefix.storage import DamagedBlock, Stored
-from winnow.engine.prefix.store import Block, PrefixStore
+from winnow.engine.prefix.store import PrefixStore
 
 
 class PromptBlocks:
     """Holds the blocks of a prompt: no other run evicts them, and all see how far each has come.
 
+    cache_salt, variant: see PrefixStore.hashes.
     Each method that reads raises DamagedBlock with the index of the block.
     """
 
-    def __init__(self, store: PrefixStore, token_ids: Sequence[int], cache_salt: str) -> None:
+    def __init__(
+        self,
+        store: PrefixStore,
+        token_ids: Sequence[int],
+        cache_salt: str,
+        variant: str | None = None,
+    ) -> None:
         store.release_abandoned()
         self._store = store
-        self._hashes = store.hashes(token_ids, cache_salt)
+        self._hashes = store.hashes(token_ids, cache_salt, variant)
         self._blocks = store.take(self._hashes)
         self._lent: dict[Block, Stored] = {}  # frontiers that are views of the run's hidden states
 
@@ -37,10 +45,8 @@ class PromptBlocks:
 
     def keys_and_values(self, layer_idx: int, num_cached: int, num_tokens: int) -> Tensor:
         """[2, num_kv_heads, num_tokens, head_dim] with the first `num_cached` tokens filled in."""
-        num_blocks = -(-num_cached // self.block_tokens)
-        parts = self._store.storage.fetch(
-            [block.layers[layer_idx] for block in self._blocks[:num_blocks]]
-        )
+        blocks = self._blocks[: -(-num_cached // self.block_tokens)]
+        parts = self._store.fetch_layer(blocks, layer_idx)
         _, num_kv_heads, _, head_dim = parts[0].shape
         both = parts[0].new_empty((2, num_kv_heads, num_tokens, head_dim))
         for part, start in zip(parts, range(0, num_cached, self.block_tokens), strict=True):
@@ -48,16 +54,13 @@ class PromptBlocks:
             both[:, :, start:end] = part[:, :, : end - start]
         return both
 
-    def frontier(self, start: int, end: int) -> Tensor:
-        """Hidden states [end - start, hidden_size] of tokens, after the last layer of their blocks.
-
-        The tokens' blocks must have the same depth.
-        """
+    def hidden(self, layer_idx: int, start: int, end: int) -> Tensor:
+        """Hidden states [end - start, hidden_size] of tokens after a layer, their blocks' last."""
         first, last = start // self.block_tokens, -(-end // self.block_tokens)
         blocks = self._blocks[first:last]
-        assert len({block.depth for block in blocks}) == 1
+        assert {block.depth for block in blocks} == {layer_idx + 1}
         try:
-            parts = self._store.storage.fetch(
+            parts = self._store.memory.fetch(
                 [block.frontier for block in blocks if block.frontier is not None]
             )
         except DamagedBlock as damage:
@@ -65,14 +68,37 @@ class PromptBlocks:
         offset = first * self.block_tokens
         return torch.cat(parts)[start - offset : end - offset]
 
-    def grow(self, layer_idx: int, keys: Tensor, values: Tensor, hidden: Tensor) -> None:
+    @property
+    def computes_alone(self) -> bool:
+        """Whether some cached tokens can be computed without those before them."""
+        return True
+
+    @property
+    def ends(self) -> Sequence[int]:
+        """Numbers of tokens after which a recurrent layer's state is wanted, ascending."""
+        return ()
+
+    def state(self, layer_idx: int) -> tuple[Tensor, ...]:
+        """The state of a recurrent layer after its cached tokens: [1, *shape] of each part."""
+        return ()
+
+    def grow(
+        self,
+        layer_idx: int,
+        offset: int,
+        entries: tuple[Tensor, Tensor] | None,
+        hidden: Tensor,
+        states: Mapping[int, tuple[Tensor, ...]],
+    ) -> None:
         """Give the store what a layer computed, for each block that has this layer to come.
 
-        keys, values: [num_kv_heads, N, head_dim] of the first N tokens.
-        hidden: [T, hidden_size] after the layer, of the last T of them.
+        entries: keys and values [num_kv_heads, T, head_dim] of T tokens from the `offset`-th on;
+        None for a layer without.  hidden: [T, hidden_size], of the same tokens after the layer.
+        states: as `state`, after each of `ends` that the layer has passed.
         """
-        num_tokens, num_computed = keys.shape[1], len(hidden)
-        offset = num_tokens - num_computed
+        assert entries is not None
+        keys, values = entries
+        num_tokens = offset + len(hidden)
         growing = True
         for block, start in zip(
             self._blocks, range(0, num_tokens, self.block_tokens), strict=False
@@ -82,11 +108,10 @@ class PromptBlocks:
                 self._lent.pop(block, None)  # another run has given it a later one
                 continue
             growing = growing and block.depth == layer_idx and start >= offset and end <= num_tokens
-            tokens = slice(start, end)
             if growing:
+                tokens = slice(start - offset, end - offset)
                 layer = torch.stack([keys[:, tokens], values[:, tokens]])
-                frontier = hidden[start - offset : end - offset]
-                growing = self._store.grow(block, layer, frontier)
+                growing = self._store.grow(block, layer, hidden[tokens])
             if growing:
                 assert block.frontier is not None
                 self._lent[block] = block.frontier

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from winnow.engine.prefix.reads import Reads
 from winnow.engine.prefix.slots import Slots
 
 
@@ -27,10 +28,13 @@ class Stored:
     """A tensor in its storage, whose memory is used again when this object is gone.
 
     checksum: 0-d int64 on the model's device, if the tensor was moved.
+    storage: None for a tensor of somebody else's.  write: when it was put there, see Reads.
     """
 
     tensor: Tensor
     checksum: Tensor | None = None
+    storage: "Storage | None" = None
+    write: int = -1
 
 
 class Storage:
@@ -41,7 +45,8 @@ class Storage:
 
     max_bytes: of all memory taken from the system, but for the first piece of each shape.
 
-    Copies do not wait for the device. They are ordered because one thread makes them on one stream.
+    Copies do not wait for the device, which makes those to host memory after what it has to do by
+    then. Those from there it makes beside its work, and only they are waited for, to be checked.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class Storage:
         self._in_host_memory = in_host_memory
         self._max_bytes = max_bytes
         self._slots: dict[tuple[torch.Size, torch.dtype], Slots] = {}
+        self._reads = Reads(device)
 
     def put(self, tensor: Tensor) -> Stored:
         """Copy a tensor whose bytes are a multiple of 8.  Raises StorageFull."""
@@ -61,7 +67,7 @@ class Storage:
         slots = self._slots[key]
         self._require_room(slots)
         copy, give_back = slots.take()
-        stored = Stored(copy, checksum)
+        stored = Stored(copy, checksum, self, self._reads.note_write())
         weakref.finalize(stored, give_back).atexit = False
         copy.copy_(tensor, non_blocking=True)
         return stored
@@ -92,19 +98,28 @@ class Storage:
         return Slots(tuple(tensor.shape), tensor.nbytes, allocate)
 
     def fetch(self, stored: Sequence[Stored]) -> list[Tensor]:
-        """The tensors on the device, to be read only; raises DamagedBlock for the first damaged."""
-        tensors = [one.tensor.to(self._device, non_blocking=True) for one in stored]
-        sums = [
-            (_checksum(tensor), one.checksum, idx)
-            for idx, (tensor, one) in enumerate(zip(tensors, stored, strict=True))
-            if one.checksum is not None
-        ]
-        if sums:
-            found, expected, indices = zip(*sums, strict=True)
-            damaged = (torch.stack(found) != torch.stack(expected)).nonzero()[:, 0].tolist()
-            if damaged:
-                raise DamagedBlock(indices[damaged[0]])
+        """The tensors on the device, to be read only; raises DamagedBlock for the first damaged.
+
+        Others than this storage's must be on the device.
+        """
+        tensors = [one.tensor for one in stored]
+        moved = [idx for idx, one in enumerate(stored) if one.checksum is not None]
+        if moved:
+            newest = max(stored[idx].write for idx in moved)
+            with self._reads.after(newest) as copy:
+                for idx in moved:
+                    tensors[idx] = copy(tensors[idx])
+                found = torch.stack([_checksum(tensors[idx]) for idx in moved])
+                checksums = [one.checksum for one in stored if one.checksum is not None]
+                differing = _where(found != torch.stack(checksums))
+            if differing:
+                raise DamagedBlock(moved[differing[0]])
         return tensors
+
+
+def _where(flags: Tensor) -> list[int]:
+    """The indices of what is true, for which the host waits."""
+    return flags.nonzero()[:, 0].tolist()
 
 
 def _checksum(tensor: Tensor) -> Tensor:

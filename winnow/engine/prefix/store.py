@@ -1,55 +1,32 @@
 """The prefix store: keys, values and hidden states of prompts' beginnings, for later prompts."""
 
-import logging
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 
+import torch
 from torch import Tensor
 
+from winnow.adapters.ref import variant_fingerprint
 from winnow.checks import require_choice
 from winnow.decoder import DecoderModel
+from winnow.engine.prefix.block import Block, IdleBlocks
 from winnow.engine.prefix.hashes import BLOCK_TOKENS, block_hashes, prefix_salt
-from winnow.engine.prefix.storage import Storage, StorageFull, Stored
+from winnow.engine.prefix.memory import BlockMemory
+from winnow.engine.prefix.tiers import LOCATIONS, make_tiers, require_free
 from winnow.errors import InvalidSetting
-
-logger = logging.getLogger(__name__)
-
-LOCATIONS = ("device", "host")
-# Memory is taken in pieces, and blocks of other depths leave gaps in them.
-_SPARE_BYTES = 64 << 20
-
-
-@dataclass(slots=True, eq=False)
-class Block:
-    """Consecutive tokens of prompts that begin alike, B of them, as far as they were computed.
-
-    layers: of each layer computed, keys and values [2, num_kv_heads, B, head_dim] of all tokens.
-    frontier: their hidden states [B, hidden_size] after the last of these layers.
-    num_users: runs that hold it.  dropped: it is found no more; its users still have it.
-
-    The depth, len(layers), never grows from a parent to its child.
-    """
-
-    hash: bytes
-    parent: "Block | None"
-    children: "set[Block]" = field(default_factory=set)
-    layers: list[Stored] = field(default_factory=list)
-    frontier: Stored | None = None
-    num_users: int = 0
-    dropped: bool = False
-
-    @property
-    def depth(self) -> int:
-        return len(self.layers)
+from winnow.kv import KvDtype
+from winnow.kv_quantization import pack, unpack
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixStats:
     """num_blocks, num_blocks_in_use, used_bytes: now.  The others: since the start.
 
+    used_bytes, max_bytes: of all memory.  device_used_bytes, device_max_bytes: beside the model.
     looked_up_tokens: of all prompts.  hit_tokens: those of them that layer 0 did not compute.
+    moved_blocks: to host memory, for lack of memory beside the model.
     evicted_blocks: for lack of memory.  damaged_blocks: that failed their checksum.
     """
 
@@ -57,8 +34,11 @@ class PrefixStats:
     num_blocks_in_use: int
     used_bytes: int
     max_bytes: int
+    device_used_bytes: int
+    device_max_bytes: int
     looked_up_tokens: int
     hit_tokens: int
+    moved_blocks: int
     evicted_blocks: int
     damaged_blocks: int
 
@@ -67,7 +47,10 @@ class PrefixStore:
     """Blocks within `max_bytes`; the least recently used are evicted, children before parents.
 
     location: `device` keeps the blocks beside the model, `host` in host memory, pinned for a GPU.
+    device_bytes: of `host`, memory beside the model, besides `max_bytes`. Blocks are there first,
+    move to host memory when others need the place, and come back when they are used.
     block_tokens: a multiple of 8.
+    kv_dtype: how keys and values are kept; hidden states keep the model's dtype.
 
     One thread, the one that runs the model, uses it; `stats`, `held`, `num_held` and `abandon` are
     for all.
@@ -80,58 +63,86 @@ class PrefixStore:
         max_bytes: int,
         *,
         location: str = "device",
+        device_bytes: int = 0,
         block_tokens: int = BLOCK_TOKENS,
+        kv_dtype: KvDtype = "auto",
     ) -> None:
         require_choice("prefix_cache_device", location, LOCATIONS)
         assert block_tokens % 8 == 0, "checksums are of 64-bit words"
         shape = model.shape
         self.block_tokens = block_tokens
-        self.storage = Storage(
-            model.device,
-            in_host_memory=location == "host",
-            max_bytes=max_bytes + _SPARE_BYTES,
-        )
         self._fingerprint = model.fingerprint
-        self._layer_bytes = shape.kv_bytes(block_tokens * shape.num_kv_heads)
-        self._frontier_bytes = block_tokens * shape.hidden_size * shape.dtype.itemsize
-        least = self._layer_bytes + self._frontier_bytes
-        if max_bytes < least:
-            raise InvalidSetting(
-                f"prefix_cache_bytes is {max_bytes:,}; one layer of {block_tokens} tokens takes "
-                f"{least:,}",
-                param="prefix_cache_bytes",
-            )
-        self._max_bytes = max_bytes
-        self._used_bytes = 0
+        self._dtype, self._is_int8 = shape.dtype, kv_dtype == "int8"
+        self.shape = shape
+        self._layer_bytes = shape.kv_bytes(block_tokens * shape.num_kv_heads, kv_dtype)
+        self._hidden_bytes = block_tokens * shape.hidden_size * shape.dtype.itemsize
+        self._require_least(max_bytes, "prefix_cache_bytes")
+        if device_bytes:
+            self._require_least(device_bytes, "prefix_cache_device_bytes")
+        tiers = make_tiers(model.device, location, max_bytes, device_bytes)
+        self._idle = IdleBlocks(tiers)
+        frontier_bytes = 0 if shape.has_states else self._hidden_bytes
+        self.memory = BlockMemory(tiers, frontier_bytes, self._idle, self._evict)
         self._blocks: dict[bytes, Block] = {}
-        # Blocks without users, the least recently used first. A run lets go of a child before its
-        # parent, so the first block never has children.
-        self._idle: OrderedDict[bytes, Block] = OrderedDict()
         self._abandoned: deque[Callable[[], None]] = deque()
         self._looked_up_tokens = self._hit_tokens = 0
         self._evicted_blocks = self._damaged_blocks = 0
 
     @classmethod
     def within(
-        cls, model: DecoderModel, prefix_cache_bytes: int, prefix_cache_device: str
+        cls,
+        model: DecoderModel,
+        prefix_cache_bytes: int,
+        prefix_cache_device: str,
+        kv_dtype: KvDtype = "auto",
+        *,
+        prefix_cache_device_bytes: int = 0,
     ) -> "PrefixStore | None":
-        """The store of these settings; None for 0 bytes."""
+        """The store of these settings; None for 0 bytes.
+
+        On a CPU all memory is the host's, and prefix_cache_device_bytes is not used.
+        Raises InvalidSetting for more memory than the device has free.
+        """
         require_choice("prefix_cache_device", prefix_cache_device, LOCATIONS)
         if prefix_cache_bytes == 0:
             return None
-        return cls(model, prefix_cache_bytes, location=prefix_cache_device)
+        device_bytes = 0
+        if prefix_cache_device == "device":
+            require_free(model.device, prefix_cache_bytes, "prefix_cache_bytes")
+        elif model.device.type != "cpu":
+            device_bytes = prefix_cache_device_bytes
+            require_free(model.device, device_bytes, "prefix_cache_device_bytes")
+        return cls(
+            model,
+            prefix_cache_bytes,
+            location=prefix_cache_device,
+            device_bytes=device_bytes,
+            kv_dtype=kv_dtype,
+        )
+
+    def _require_least(self, num_bytes: int, setting: str) -> None:
+        least = self._layer_bytes + self._hidden_bytes
+        if num_bytes < least:
+            raise InvalidSetting(
+                f"{setting} is {num_bytes:,}; one layer of {self.block_tokens} tokens takes "
+                f"{least:,}",
+                param=setting,
+            )
 
     # For any thread
 
     def stats(self) -> PrefixStats:
-        blocks = tuple(self._blocks.values())
+        blocks, tiers = tuple(self._blocks.values()), self.memory.tiers
         return PrefixStats(
             num_blocks=sum(block.depth > 0 for block in blocks),
             num_blocks_in_use=sum(block.num_users > 0 for block in blocks),
-            used_bytes=self._used_bytes,
-            max_bytes=self._max_bytes,
+            used_bytes=sum(tier.used_bytes for tier in tiers),
+            max_bytes=sum(tier.limit_bytes for tier in tiers),
+            device_used_bytes=sum(tier.used_bytes for tier in tiers if tier.beside_model),
+            device_max_bytes=sum(tier.limit_bytes for tier in tiers if tier.beside_model),
             looked_up_tokens=self._looked_up_tokens,
             hit_tokens=self._hit_tokens,
+            moved_blocks=self.memory.moved_blocks,
             evicted_blocks=self._evicted_blocks,
             damaged_blocks=self._damaged_blocks,
         )
@@ -141,18 +152,25 @@ class PrefixStore:
         blocks = tuple(self._blocks.values())  # a copy, since the owner may change the dictionary
         return {block.hash: depth for block in blocks if (depth := block.depth)}
 
-    def num_held(self, token_ids: Sequence[int], cache_salt: str) -> int:
+    def num_held(
+        self, token_ids: Sequence[int], cache_salt: str, variant: str | None = None
+    ) -> int:
         """The number of a prompt's tokens, from the first on, that layer 0 need not compute now."""
-        held = takewhile(self._holds, self.hashes(token_ids, cache_salt))
+        held = takewhile(self._holds, self.hashes(token_ids, cache_salt, variant))
         return self.block_tokens * sum(1 for _ in held)
 
     def _holds(self, block_hash: bytes) -> bool:
         block = self._blocks.get(block_hash)
         return block is not None and block.depth > 0
 
-    def hashes(self, token_ids: Sequence[int], cache_salt: str) -> list[bytes]:
-        """The hashes of a prompt's whole blocks."""
-        salt = prefix_salt(self._fingerprint, cache_salt)
+    def hashes(
+        self, token_ids: Sequence[int], cache_salt: str, variant: str | None = None
+    ) -> list[bytes]:
+        """The hashes of a prompt's whole blocks.
+
+        variant: from `kv_variant`.
+        """
+        salt = prefix_salt(variant_fingerprint(self._fingerprint, variant), cache_salt)
         return block_hashes(token_ids, salt, self.block_tokens)
 
     def abandon(self, release: Callable[[], None]) -> None:
@@ -166,7 +184,7 @@ class PrefixStore:
         chain = []
         for block_hash in hashes:
             block = self._blocks.get(block_hash) or self._add(block_hash, parent)
-            self._idle.pop(block_hash, None)
+            self._idle.remove(block)
             block.num_users += 1
             chain.append(block)
             parent = block
@@ -185,9 +203,9 @@ class PrefixStore:
             if block.num_users:
                 continue
             if block.dropped:
-                self._free(block)
+                self.memory.free(block)
             elif block.depth:
-                self._idle[block.hash] = block
+                self._idle.add(block)
             else:
                 self._remove(block)
 
@@ -207,51 +225,45 @@ class PrefixStore:
         layer: is copied.  frontier: a view, kept as it is until the block grows again or
         `settle` copies it, which must be called if it does not.
         """
-        num_bytes = self._layer_bytes + (0 if block.depth else self._frontier_bytes)
-        if block.dropped or not self._make_room(num_bytes):
+        return self.grow_kept(block, self.as_kept(layer), frontier)
+
+    def grow_kept(self, block: Block, layer: Tensor, frontier: Tensor) -> bool:
+        """As `grow`, with the layer as it is kept."""
+        self.release_abandoned()
+        if block.dropped:
             return False
-        stored = self._put(layer)
-        if stored is None:
-            return False
-        self._used_bytes += num_bytes
-        block.frontier = Stored(frontier)
-        block.layers.append(stored)
-        return True
+        return self.memory.grow(block, layer, frontier)
+
+    def fetch_layer(self, blocks: Sequence[Block], layer_idx: int) -> list[Tensor]:
+        """Keys and values [2, num_kv_heads, B, head_dim] of each block.  Raises DamagedBlock."""
+        return [self.as_used(part) for part in self.memory.fetch_layer(blocks, layer_idx)]
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        return torch.int8 if self._is_int8 else self._dtype
+
+    def as_kept(self, layer: Tensor) -> Tensor:
+        """Keys and values [..., head_dim], packed if they are kept as int8."""
+        return pack(layer) if self._is_int8 else layer
+
+    def as_used(self, kept: Tensor) -> Tensor:
+        """Keys and values [..., head_dim] that `as_kept` gave `kept` of."""
+        return unpack(kept, self._dtype) if self._is_int8 else kept
 
     def settle(self, block: Block) -> None:
         """Replace the view that `grow` was given by a copy in the store's own memory.
 
         Without memory for it the block is removed, as are those that follow it.
         """
-        assert block.frontier is not None
-        stored = self._put(block.frontier.tensor)
-        if stored is not None:
-            block.frontier = stored
-        elif not block.dropped:
+        if not self.memory.settle(block) and not block.dropped:
             self._remove_with_children(block)
-
-    def _put(self, tensor: Tensor) -> Stored | None:
-        """A copy of a tensor; None if all the memory for such tensors is held by runs."""
-        while True:
-            try:
-                return self.storage.put(tensor)
-            except StorageFull as full:
-                if not self._idle:
-                    logger.warning("the prefix store cannot keep a block: %s", full)
-                    return None
-            self._evict()
-
-    def _make_room(self, num_bytes: int) -> bool:
-        self.release_abandoned()
-        while self._used_bytes + num_bytes > self._max_bytes and self._idle:
-            self._evict()
-        return self._used_bytes + num_bytes <= self._max_bytes
 
     def _evict(self) -> None:
         """Free the least recently used block; it has both keys and values, and hidden states."""
-        _, block = self._idle.popitem(last=False)
+        block = self._idle.oldest()
+        self._idle.remove(block)
         self._remove(block)
-        self._free(block)
+        self.memory.free(block)
         self._evicted_blocks += 1
 
     def drop(self, block: Block) -> None:
@@ -267,8 +279,8 @@ class PrefixStore:
             block = doomed.pop()
             block.dropped = True
             self._blocks.pop(block.hash, None)
-            if self._idle.pop(block.hash, None) is not None:
-                self._free(block)
+            if self._idle.remove(block):
+                self.memory.free(block)
             doomed.extend(block.children)
 
     def _remove(self, block: Block) -> None:
@@ -276,9 +288,3 @@ class PrefixStore:
         del self._blocks[block.hash]
         if block.parent is not None:
             block.parent.children.discard(block)
-
-    def _free(self, block: Block) -> None:
-        if block.depth:
-            self._used_bytes -= block.depth * self._layer_bytes + self._frontier_bytes
-        block.layers.clear()
-        block.frontier = None

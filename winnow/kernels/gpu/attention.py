@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from winnow.kernels.gpu.launch import FUSED, needs_float32, require_contiguous
+from winnow.kernels.gpu.quantization import quantize
+from winnow.kernels.variant import PLAIN, Variant
 
 HEAD_DIMS = (64, 96, 128, 256)
 MAX_GROUP = 16  # query heads per KV head: the rows of one tensor-core product
@@ -20,25 +22,38 @@ _LOG2_E = 1.4426950408889634
 _COMBINED = 16  # splits that are merged at a time
 
 
-def block_size(head_dim: int) -> int:
-    """Entries that are loaded at a time, so that NUM_STAGES blocks fit into shared memory."""
-    return 32 if head_dim > 128 else 64
+def block_size(head_dim: int, *, is_int8: bool = False) -> int:
+    """Entries that are loaded at a time: their products with 16 queries fit into registers."""
+    num_entries = 32 if head_dim > 128 else 64
+    return num_entries // 2 if is_int8 else num_entries
 
 
 @triton.jit
-def _attend(
+def _capped(logits, softcap):
+    """The product of softcap and tanh(logits / softcap)."""
+    return softcap - 2 * softcap / (tl.exp2(logits * (2 * 1.4426950408889634 / softcap)) + 1)
+
+
+@triton.jit
+def _attend(  # noqa: PLR0912 - most are decided when it is compiled
     query_ptr,
     new_keys_ptr,
     new_values_ptr,
     keys_ptr,
     values_ptr,
+    scales_ptr,
     slots_ptr,
     pages_ptr,
+    rows_ptr,
     lengths_ptr,
+    first_ptr,
+    positions_ptr,
+    sinks_ptr,
     output_ptr,
     partial_ptr,
     stats_ptr,
     scaling,
+    softcap,
     query_stride_b,
     query_stride_h,
     keys_stride_b,
@@ -55,6 +70,11 @@ def _attend(
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     FLOAT32: tl.constexpr,
+    INT8: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     head = tl.program_id(0).to(tl.int64)  # of all rows
     split = tl.program_id(1)
@@ -80,36 +100,79 @@ def _attend(
     value_at = row * values_stride_b + kv_head * values_stride_h + dim
     new_value = tl.load(new_values_ptr + value_at, mask=in_dim, other=0.0)
     has_new = (split == 0) & (old_length >= 0)
+    held_key = new_key.to(tl.float32)
+    held_value = new_value.to(tl.float32)
+    if INT8:
+        new_key, new_key_scale = quantize(held_key)
+        new_value, new_value_scale = quantize(held_value)
+        held_key = new_key.to(tl.float32) * new_key_scale.to(tl.float32)
+        held_value = new_value.to(tl.float32) * new_value_scale.to(tl.float32)
     if has_new:
-        slot = tl.load(slots_ptr + head).to(tl.int64) * D
-        tl.store(keys_ptr + slot + dim, new_key, mask=in_dim)
-        tl.store(values_ptr + slot + dim, new_value, mask=in_dim)
-    logit = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scaling
+        slot = tl.load(slots_ptr + head).to(tl.int64)
+        tl.store(keys_ptr + slot * D + dim, new_key, mask=in_dim)
+        tl.store(values_ptr + slot * D + dim, new_value, mask=in_dim)
+        if INT8:
+            tl.store(scales_ptr + slot * 2, new_key_scale)
+            tl.store(scales_ptr + slot * 2 + 1, new_value_scale)
+    logit = tl.sum(query.to(tl.float32) * held_key[None, :], 1) * scaling
+    if SOFTCAP:
+        logit = _capped(logit, softcap)
     best = tl.where(has_new, logit, -float("inf"))
     total = tl.where(has_new, 1.0, 0.0) + tl.zeros([16], tl.float32)
-    mixed = tl.where(has_new, new_value.to(tl.float32), 0.0)[None, :]
+    mixed = tl.where(has_new, held_value, 0.0)[None, :]
     mixed += tl.zeros([16, D_PAD], tl.float32)
+    if SINKS:
+        sink = tl.load(sinks_ptr + kv_head * GROUP + group, mask=group < GROUP, other=0.0)
+        sink = tl.where(has_new, sink.to(tl.float32) * 1.4426950408889634, -float("inf"))
+        best = tl.maximum(logit, sink)
+        weight = tl.exp2(logit - best)
+        total = tl.where(has_new, weight + tl.exp2(sink - best), 0.0)
+        mixed *= weight[:, None]
+        best = tl.where(has_new, best, -float("inf"))
+    if WINDOW:
+        first_position = tl.load(first_ptr + row)
 
+    table_row = tl.load(rows_ptr + row).to(tl.int64)
+    own_pages_ptr = pages_ptr + (table_row * num_kv_heads + kv_head) * width
     end = tl.minimum(start + SPLIT, old_length)
     for first in range(start, end, BLOCK):
         entry = first + tl.arange(0, BLOCK)
         is_entry = entry < end
-        page = tl.load(pages_ptr + head * width + entry // PAGE, mask=is_entry, other=0)
-        block_at = ((page.to(tl.int64) * PAGE + entry % PAGE) * D)[:, None] + dim[None, :]
+        page = tl.load(own_pages_ptr + entry // PAGE, mask=is_entry, other=0)
+        slots = page.to(tl.int64) * PAGE + entry % PAGE
+        is_seen = is_entry
+        if WINDOW:  # loads of keys and values must not wait for this one
+            position = tl.load(positions_ptr + slots, mask=is_entry, other=0)
+            is_seen &= position >= first_position
+        block_at = (slots * D)[:, None] + dim[None, :]
         in_block = is_entry[:, None] & in_dim[None, :]
-        key = tl.load(keys_ptr + block_at, mask=in_block, other=0.0)
-        value = tl.load(values_ptr + block_at, mask=in_block, other=0.0)
-        if FLOAT32:
-            key = key.to(tl.float32)
-            value = value.to(tl.float32)
+        key = tl.load(keys_ptr + block_at, mask=in_block, other=0)
+        value = tl.load(values_ptr + block_at, mask=in_block, other=0)
+        # As the query: float32 in the interpreter, else 16 bits, which hold any int8.
+        key = key.to(query.dtype)
         logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scaling
-        logits = tl.where(is_entry[None, :], logits, -float("inf"))
+        if INT8:
+            # Both scales of an entry are one word: shorter ones would not be loaded ahead.
+            pair_ptr = scales_ptr.to(tl.pointer_type(tl.int32))
+            pair = tl.load(pair_ptr + slots, mask=is_entry, other=0)
+            key_scale = pair.to(tl.int16).to(tl.float16, bitcast=True)
+            logits *= key_scale.to(tl.float32)[None, :]
+        if SOFTCAP:
+            logits = _capped(logits, softcap)
+        logits = tl.where(is_seen[None, :], logits, -float("inf"))
         new_best = tl.maximum(best, tl.max(logits, 1))
-        weights = tl.exp2(logits - new_best[:, None])
-        shrink = tl.exp2(best - new_best)
+        base = new_best
+        if WINDOW:  # which may hide all entries so far
+            base = tl.where(new_best == -float("inf"), 0.0, new_best)
+        weights = tl.exp2(logits - base[:, None])
+        shrink = tl.exp2(best - base)
         total = total * shrink + tl.sum(weights, 1)
         mixed = mixed * shrink[:, None]
-        mixed += tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+        if INT8:
+            value_scale = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+            weights *= value_scale.to(tl.float32)[None, :]
+        value = value.to(WEIGHTS)
+        mixed += tl.dot(weights.to(WEIGHTS), value, input_precision="ieee")
         best = new_best
 
     if old_length <= SPLIT:
@@ -166,6 +229,16 @@ def _combine(
     tl.store(output_ptr + output_at, mixed.to(output_ptr.dtype.element_ty), mask=dim < D)
 
 
+def _weights_dtype(query: Tensor, *, is_int8: bool) -> tl.dtype:
+    """In which weights are multiplied with values.
+
+    Weights times int8's scales have too large a range for float16.
+    """
+    if needs_float32(query):
+        return tl.float32
+    return tl.bfloat16 if is_int8 or query.dtype == torch.bfloat16 else tl.float16
+
+
 def append_and_attend(
     query: Tensor,
     new_keys: Tensor,
@@ -174,18 +247,30 @@ def append_and_attend(
     values: Tensor,
     slots: Tensor,
     pages: Tensor,
+    rows: Tensor,
     lengths: Tensor,
+    most: int,
     scaling: float,
+    scales: Tensor | None = None,
+    variant: Variant = PLAIN,
 ) -> Tensor:
     """As `winnow.kernels.attention.append_and_attend`; waits for nothing."""
+    is_int8 = scales is not None
+    # Of the following, what there is not is not read.
+    scales = scales if scales is not None else keys
+    first = variant.first if variant.first is not None else rows
+    positions = variant.positions if variant.positions is not None else lengths
+    sinks = variant.sinks if variant.sinks is not None else query
     require_contiguous(keys=keys, values=values, slots=slots, pages=pages, lengths=lengths)
+    require_contiguous(rows=rows, scales=scales, first=first, positions=positions)
+    assert variant.sinks is None or variant.sinks.is_contiguous()
     num_rows, num_heads, head_dim = query.shape
     num_kv_heads, width = pages.shape[1:]
     group, page_size = num_heads // num_kv_heads, keys.shape[1]
     assert group <= MAX_GROUP, f"{group} query heads share a KV head; the limit is {MAX_GROUP}"
     assert query.stride(2) == new_keys.stride(2) == new_values.stride(2) == 1
     heads = num_rows * num_kv_heads
-    num_splits = triton.cdiv(max(width * page_size - 1, 1), SPLIT)
+    num_splits = triton.cdiv(max(most - 1, 1), SPLIT)
     output = query.new_empty(query.shape)
     partial = query.new_empty((heads, num_splits, group, head_dim), dtype=torch.float32)
     stats = query.new_empty((heads, num_splits, group, 2), dtype=torch.float32)
@@ -196,13 +281,19 @@ def append_and_attend(
         new_values,
         keys,
         values,
+        scales,
         slots,
         pages,
+        rows,
         lengths,
+        first,
+        positions,
+        sinks,
         output,
         partial,
         stats,
         scaling * _LOG2_E,  # logits in base 2
+        (variant.softcap or 1.0) * _LOG2_E,
         *query.stride()[:2],
         *new_keys.stride()[:2],
         *new_values.stride()[:2],
@@ -214,8 +305,13 @@ def append_and_attend(
         D_PAD=padded,
         PAGE=page_size,
         SPLIT=SPLIT,
-        BLOCK=block_size(head_dim),
+        BLOCK=block_size(head_dim, is_int8=is_int8),
         FLOAT32=needs_float32(query),
+        INT8=is_int8,
+        WEIGHTS=_weights_dtype(query, is_int8=is_int8),
+        WINDOW=variant.first is not None,
+        SOFTCAP=variant.softcap is not None,
+        SINKS=variant.sinks is not None,
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
         **FUSED,

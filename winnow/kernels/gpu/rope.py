@@ -1,6 +1,6 @@
-"""Rotary embedding of a step's queries and keys, their norms before it, and the query ring.
+"""Rotary embedding of queries and keys, and their norms before it.
 
-A program rotates some heads of one row, and stores those that are queries in the ring as well.
+A program rotates some heads of one row.
 """
 
 import triton
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from winnow.kernels.gpu.launch import FUSED, require_contiguous
-from winnow.kernels.rope import HeadNorms, RingSlots
+from winnow.kernels.rope import HeadNorms
 
 _HEADS = 16  # of a program: 16 bytes per thread for the smallest heads
 
@@ -20,8 +20,6 @@ def _rotate(
     sin_ptr,
     query_norm_ptr,
     key_norm_ptr,
-    vectors_ptr,
-    slots_ptr,
     eps,
     row_stride,
     NUM_HEADS: tl.constexpr,
@@ -30,7 +28,6 @@ def _rotate(
     HALF_PAD: tl.constexpr,
     HEADS: tl.constexpr,
     HAS_NORMS: tl.constexpr,
-    HAS_RING: tl.constexpr,
 ):
     HALF: tl.constexpr = D // 2
     row = tl.program_id(0).to(tl.int64)
@@ -54,16 +51,8 @@ def _rotate(
         second *= scale * tl.where(is_query, query_norm[None, :], key_norm[None, :])
     cos = tl.load(cos_ptr + row * D + dim, mask=in_dim, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(sin_ptr + row * D + dim, mask=in_dim, other=0.0).to(tl.float32)[None, :]
-    new_first = (first * cos - second * sin).to(dtype)
-    new_second = (second * cos + first * sin).to(dtype)
-    tl.store(heads_at, new_first, mask=inside)
-    tl.store(heads_at + HALF, new_second, mask=inside)
-    if HAS_RING:
-        slot = tl.load(slots_ptr + row * NUM_HEADS + head, mask=head < NUM_HEADS, other=-1)
-        is_kept = (slot >= 0)[:, None] & in_dim[None, :]
-        vectors_at = vectors_ptr + slot.to(tl.int64)[:, None] * D + dim[None, :]
-        tl.store(vectors_at, new_first, mask=is_kept)
-        tl.store(vectors_at + HALF, new_second, mask=is_kept)
+    tl.store(heads_at, (first * cos - second * sin).to(dtype), mask=inside)
+    tl.store(heads_at + HALF, (second * cos + first * sin).to(dtype), mask=inside)
 
 
 def rotate(
@@ -73,12 +62,9 @@ def rotate(
     num_heads: int,
     num_kv_heads: int,
     norms: HeadNorms | None = None,
-    ring: RingSlots | None = None,
 ) -> None:
     """As `winnow.kernels.rope.rotate`."""
     require_contiguous(heads=heads, cos=cos, sin=sin)
-    if ring is not None:
-        require_contiguous(vectors=ring.vectors, slots=ring.slots)
     num_rows, all_heads, head_dim = heads.shape
     assert all_heads == num_heads + 2 * num_kv_heads, f"{all_heads} heads in the projection"
     _rotate[(num_rows, triton.cdiv(num_heads + num_kv_heads, _HEADS))](
@@ -87,8 +73,6 @@ def rotate(
         sin,
         heads if norms is None else norms.query,
         heads if norms is None else norms.key,
-        heads if ring is None else ring.vectors,
-        heads if ring is None else ring.slots,
         0.0 if norms is None else norms.eps,
         heads.stride(0),
         NUM_HEADS=num_heads,
@@ -97,7 +81,6 @@ def rotate(
         HALF_PAD=triton.next_power_of_2(head_dim // 2),
         HEADS=_HEADS,
         HAS_NORMS=norms is not None,
-        HAS_RING=ring is not None,
         num_warps=2,
         **FUSED,
     )

@@ -1,9 +1,13 @@
 """Writing an arriving layer into its pages: a program per block of entries."""
 
+from math import prod
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from winnow.kernels import scatter as reference
 from winnow.kernels.gpu.launch import FUSED, require_contiguous
 
 _ENTRIES = 32  # of a program
@@ -57,3 +61,27 @@ def scatter(
         ENTRIES=_ENTRIES,
         **FUSED,
     )
+
+
+def try_out(pool: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Scatter a few entries like the pool's, beside the reference.
+
+    Raises RuntimeError if the results differ, or whatever kept the kernel from running.
+    """
+    num_entries = _ENTRIES + 1
+    slots = torch.arange(num_entries, device=pool[0].device).flip(0) * 3
+    keys, values, positions = (_numbers(part, num_entries) for part in pool)
+    written = []
+    for write in (scatter, reference.scatter):
+        target = tuple(part.new_zeros((3 * num_entries, *part.shape[1:])) for part in pool)
+        write((keys, values, positions), slots, (target[0], target[1], target[2]))
+        written.append(target)
+    for name, found, expected in zip(("keys", "values", "positions"), *written, strict=True):
+        if not torch.equal(found, expected):
+            raise RuntimeError(f"it writes other {name} than it is given")
+
+
+def _numbers(part: Tensor, num_entries: int) -> Tensor:
+    """Entries of small numbers that differ, like those of a part of the pool."""
+    size = (num_entries, *part.shape[1:])
+    return (torch.arange(prod(size), device=part.device) % 101).view(size).to(part.dtype)

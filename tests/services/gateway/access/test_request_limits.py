@@ -10,7 +10,7 @@ import pytest
 from services.common.settings import Settings
 from services.gateway.access.request_limits import RequestLimits
 from services.gateway.served_model import ServedModel
-from winnow.errors import InvalidSetting, PromptTooLong, UnusableModel
+from winnow.errors import InvalidSetting, PromptTooLong, UnknownModel, UnusableModel
 
 PRUNING = {"window_size": 8, "observed_layers": 2, "min_layer": 1}
 
@@ -42,6 +42,21 @@ def test_settings_that_contradict_each_other_are_refused_at_the_start(
 def test_a_broken_model_folder_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(UnusableModel, match=r"no config\.json"):
         limits(tmp_path)
+
+
+def test_aliases_are_names_of_the_model(model_path: Path) -> None:
+    ours = limits(model_path, model_name="own", model_aliases="gpt-5, claude-opus")
+    for name in ("own", "gpt-5", "claude-opus"):
+        ours.require_model(name)
+    any_name = limits(model_path, model_aliases="*")
+    any_name.require_model("m" * 256)
+    for name in ("", "m" * 257):
+        with pytest.raises(UnknownModel):
+            any_name.require_model(name)
+    for name in ("claude", "*", "gpt-5, claude-opus"):
+        with pytest.raises(UnknownModel, match="served is 'own'"):
+            ours.require_model(name)
+    limits(model_path, model_aliases="gpt-5,*").require_model("anything")
 
 
 def test_a_prompt_leaves_room_for_at_least_one_token(model_path: Path) -> None:

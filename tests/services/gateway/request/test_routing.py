@@ -20,7 +20,7 @@ RECORD = WorkerRecord(
     kv_address="127.0.0.1:2",
     fingerprint="f",
     model_name="m",
-    wire_versions=(3,),
+    wire_versions=(5,),
     pages_total=100,
     pages_free=50,
     running=0,
@@ -49,7 +49,7 @@ async def test_prefers_the_worker_with_most_free_pages(registry: RedisRegistry) 
 async def test_leaves_out_workers_that_cannot_take_the_prompt(registry: RedisRegistry) -> None:
     others = [
         replace(RECORD, worker_id="other-model", fingerprint="g"),
-        replace(RECORD, worker_id="other-wire", wire_versions=(2, 5)),
+        replace(RECORD, worker_id="other-wire", wire_versions=(2, 7)),
         replace(RECORD, worker_id="draining", draining=True),
     ]
     for record in (RECORD, *others):

@@ -1,4 +1,4 @@
-"""This release beside one that speaks wire version 3 alone, as in a rolling upgrade."""
+"""This release beside one that speaks wire version 5 alone, as in a rolling upgrade."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from winnow.v1 import decode_pb2 as pb
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-OLD = (3,)
+OLD = (5,)
 
 
 class OldServicer(GenerateServicer):
-    """Generate as before wire version 4."""
+    """Generate as before wire version 6."""
 
     async def Generate(self, request: pb.GenerateRequest, context: ServicerContext) -> None:
         del request.wire_versions[:]
@@ -44,7 +44,7 @@ async def test_an_older_decode_worker_is_pushed_to_as_it_knows(
         assert record.wire_versions == OLD
         assert await answer(service) == expected
         (job,) = service.prefiller.jobs
-        assert job.ticket is not None and job.ticket.wire_version == 3
+        assert job.ticket is not None and job.ticket.wire_version == 5
 
 
 async def test_a_worker_without_common_version_gets_nothing_and_is_reported(
@@ -53,14 +53,14 @@ async def test_a_worker_without_common_version_gets_nothing_and_is_reported(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("services.decode.worker.WIRE_VERSIONS", (5, 6))
+    monkeypatch.setattr("services.decode.worker.WIRE_VERSIONS", (7, 8))
     async with running_service(model_path, redis_url, namespace="newer") as service:
         refused = await service.http.post(
             "/v1/completions", json={"model": MODEL_NAME, "prompt": "a"}
         )
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "no_decode_worker"
-        assert "it speaks wire versions (5, 6); this gateway (3, 4)" in caplog.text
+        assert "it speaks wire versions (7, 8); this gateway (5, 6)" in caplog.text
         await service.http.get("/ready")
         metrics = (await service.admin.get("/metrics")).text
         assert value(metrics, "winnow_incompatible_decode_workers") == 1

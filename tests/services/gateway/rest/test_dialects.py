@@ -6,12 +6,24 @@ from typing import Any
 
 import openai
 import pytest
+from anthropic.types.beta.message_create_params import MessageCreateParamsBase as MessageParams
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as TextParams
+from openai.types.responses.response_create_params import (
+    ResponseCreateParamsBase as ResponseParams,
+)
 
-from services.gateway.rest.bodies import ChatRequest, CompletionRequest
+from services.gateway.body import Body
+from services.gateway.rest.bodies import ChatRequest, CompletionRequest, Sampling
+from services.gateway.rest.messages_bodies import MessagesRequest
 from services.gateway.rest.requests import RequestReader
-from services.gateway.rest.unsupported import CHAT_PARAMETERS, COMPLETION_PARAMETERS
+from services.gateway.rest.responses_bodies import ResponsesRequest
+from services.gateway.rest.unsupported import (
+    CHAT_PARAMETERS,
+    COMPLETION_PARAMETERS,
+    MESSAGES_PARAMETERS,
+    RESPONSES_PARAMETERS,
+)
 from services.gateway.rest.without_effect import WithoutEffect
 from tests.services.gateway.service import MODEL_NAME, TestService
 
@@ -26,8 +38,8 @@ CHAT = {
     "temperature": 0,
 }
 WITHOUT_EFFECT: dict[str, Any] = {
+    "guided_decoding_backend": "xgrammar",
     "metadata": {"run": "7"},
-    "parallel_tool_calls": False,
     "prediction": {"type": "content", "content": "the lazy dog"},
     "prompt_cache_key": "tenant",
     "prompt_cache_options": {"mode": "explicit"},
@@ -38,7 +50,6 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "store": True,
     "user": "someone",
     "verbosity": "low",
-    "include_reasoning": True,
     "priority": 3,
 }
 FOR_NOTHING: list[dict[str, Any]] = [
@@ -64,18 +75,39 @@ FOR_NOTHING: list[dict[str, Any]] = [
     [
         (ChatParams, ChatRequest, CHAT_PARAMETERS),
         (TextParams, CompletionRequest, COMPLETION_PARAMETERS),
+        (ResponseParams, ResponsesRequest, RESPONSES_PARAMETERS),
+        (MessageParams, MessagesRequest, MESSAGES_PARAMETERS),
     ],
 )
 async def test_every_parameter_of_the_official_client_is_known(
-    params: Any, request_type: type[ChatRequest | CompletionRequest], refused: dict[str, Any]
+    params: Any, request_type: type[Body], refused: dict[str, Any]
 ) -> None:
-    known = set(request_type.model_fields) | set(refused) | {"stream"}
+    in_headers = {"betas"}
+    known = set(request_type.model_fields) | set(refused) | {"stream"} | in_headers
     assert set(params.__annotations__) - known == set()
 
 
 async def test_no_parameter_is_both_taken_and_refused() -> None:
     assert not set(ChatRequest.model_fields) & set(CHAT_PARAMETERS)
     assert not set(CompletionRequest.model_fields) & set(COMPLETION_PARAMETERS)
+    assert not set(ResponsesRequest.model_fields) & set(RESPONSES_PARAMETERS)
+    assert not set(MessagesRequest.model_fields) & set(MESSAGES_PARAMETERS)
+
+
+@pytest.mark.parametrize(
+    ("title", "request_type", "refused"),
+    [
+        ("/v1/responses", ResponsesRequest, RESPONSES_PARAMETERS),
+        ("/v1/messages", MessagesRequest, MESSAGES_PARAMETERS),
+    ],
+)
+async def test_the_page_about_the_api_lists_the_parameters_of_other_apis(
+    title: str, request_type: type[Body], refused: dict[str, Any]
+) -> None:
+    section = PAGE.read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+    common = set(Sampling.model_fields) if title == "/v1/messages" else set()
+    listed = set(re.findall(r"`([a-z_]+)[`.:]", section)) | common
+    assert (request_type.model_fields.keys() | refused.keys()) - listed == set()
 
 
 async def test_the_page_about_the_api_lists_every_parameter() -> None:
@@ -142,7 +174,10 @@ async def test_a_stream_may_ask_for_obfuscation_and_gets_none(service: TestServi
 
 @pytest.fixture(scope="module")
 def reader(service: TestService) -> RequestReader:
-    return RequestReader(service.settings, service.gateway.limits, service.gateway.model.tokenizer)
+    gateway = service.gateway
+    return RequestReader(
+        service.settings, gateway.limits, gateway.model.tokenizer, gateway.grammars
+    )
 
 
 async def test_minus_one_is_no_top_k_and_a_random_seed(reader: RequestReader) -> None:

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 Operation: TypeAlias = "schemathesis.APIOperation[Any, Any, Any, Any]"
 
 NUM_EXAMPLES = 40
+NUM_TRANSLATED_EXAMPLES = 15  # of APIs whose requests become chats
 CHECKS = [
     not_a_server_error,
     status_code_conformance,
@@ -41,7 +42,12 @@ NEEDED = {
     "/v1/chat/completions": ["messages"],
     "/tokenize": ["prompt"],
     "/detokenize": ["tokens"],
+    "/v1/responses": ["input"],
+    "/v1/messages": ["messages", "max_tokens"],
+    "/v1/messages/count_tokens": ["messages"],
 }
+# What is needed although it may be left out.
+SELDOM: dict[str, dict[str, Any]] = {"/tokenize": {"prompt": "a"}}
 FULL: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": ["a", "b"], "logprobs": 2, "n": 2},
     "/v1/chat/completions": {
@@ -50,6 +56,13 @@ FULL: dict[str, dict[str, Any]] = {
         "top_logprobs": 2,
         "stop_token_ids": [*range(4, 100)],
     },
+    "/v1/responses": {
+        "input": [{"role": "user", "content": [{"type": "input_text", "text": "a"}]}],
+        "include": ["message.output_text.logprobs"],
+        "top_logprobs": 2,
+        "metadata": {"a": "b"},
+    },
+    "/v1/messages": {"messages": [{"role": "user", "content": "a"}], "stop_sequences": ["zz"]},
 }
 
 
@@ -89,7 +102,7 @@ async def test_every_route_is_described(service: TestService, document: dict[str
     served = {
         route.path.replace(":path", "")
         for route in create_api(service.gateway).routes
-        if isinstance(route, Route) and route.path != "/openapi.json"
+        if isinstance(route, Route) and route.path not in ("/", "/openapi.json")
     }
     assert served == document["paths"].keys()
 
@@ -100,10 +113,11 @@ def ask_all(operation: Operation, url: str, mode: GenerationMode) -> set[int]:
     What should be taken names the model that is served, and seldom asks for much at once.
     """
     statuses = set()
+    translated = operation.path.startswith(("/v1/responses", "/v1/messages"))
 
     @given(case=operation.as_strategy(generation_mode=mode), num_options=st.integers(0, 2))
     @settings(
-        max_examples=NUM_EXAMPLES,
+        max_examples=NUM_TRANSLATED_EXAMPLES if translated else NUM_EXAMPLES,
         derandomize=True,
         database=None,
         suppress_health_check=list(HealthCheck),
@@ -112,10 +126,13 @@ def ask_all(operation: Operation, url: str, mode: GenerationMode) -> set[int]:
         if mode is GenerationMode.POSITIVE and operation.method == "post":
             names = [name for name in NEEDED[operation.path] if name in case.body]
             needed = {name: case.body.pop(name) for name in names}
-            if "messages" in needed:
+            if "max_tokens" in needed:
+                needed["max_tokens"] = 2
+            elif "messages" in needed:
                 needed["messages"] = [said(message) for message in needed["messages"]]
             options = sorted(case.body.items())[:num_options]
-            case.body = needed | dict(options) | {"model": MODEL_NAME}
+            seldom = SELDOM.get(operation.path, {})
+            case.body = seldom | needed | dict(options) | {"model": MODEL_NAME}
         response = case.call(base_url=url, timeout=60)
         case.validate_response(response, checks=CHECKS)
         statuses.add(response.status_code)
@@ -125,12 +142,17 @@ def ask_all(operation: Operation, url: str, mode: GenerationMode) -> set[int]:
 
 
 def said(message: dict[str, Any]) -> dict[str, Any]:
-    """A message with content; what only an assistant's has is left out of others."""
-    if message.get("role") == "assistant":
-        return message
-    own = ("refusal", "reasoning", "reasoning_content")
+    """A message with content, and with a call's id if it is a result.
+
+    What only an assistant's has is left out of others.
+    """
+    calls = ("tool_calls", "tool_call_id")
+    role, content = message.get("role"), message.get("content") or "?"
+    if role == "assistant":
+        return {name: value for name, value in message.items() if name not in calls}
+    own = ("refusal", "reasoning", "reasoning_content", *calls)
     kept = {name: value for name, value in message.items() if name not in own}
-    return kept | {"content": kept.get("content") or "?"}
+    return kept | {"content": content} | ({"tool_call_id": "1"} if role == "tool" else {})
 
 
 def operations(document: dict[str, Any]) -> list[Operation]:
@@ -151,7 +173,7 @@ async def test_what_is_not_described_is_refused(
     service: TestService, document: dict[str, Any]
 ) -> None:
     with_bodies = [one for one in operations(document) if one.method == "post"]
-    assert len(with_bodies) == 4
+    assert len(with_bodies) == 7
     for operation in with_bodies:
         asked = asyncio.to_thread(ask_all, operation, service.url, GenerationMode.NEGATIVE)
         assert max(await asked) < 500, operation.path
@@ -165,7 +187,8 @@ async def test_a_full_answer_is_as_described(
     """Every optional part, which drawn requests seldom ask for."""
     operation = schemathesis.openapi.from_dict(document)[path]["POST"]
     for stream in (False, True):
-        body = FULL[path] | {"model": MODEL_NAME, "max_tokens": 3, "stream": stream}
+        most = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+        body = FULL[path] | {"model": MODEL_NAME, most: 3, "stream": stream}
         case = operation.Case(body=body, media_type="application/json")
         response = await asyncio.to_thread(case.call, base_url=service.url, timeout=60)
         assert response.status_code == 200

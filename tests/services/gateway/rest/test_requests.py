@@ -5,14 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.common.settings import Settings
 from services.gateway.access.request_limits import RequestLimits
+from services.gateway.body import Body
+from services.gateway.json_text import parse_object
 from services.gateway.rest.bodies import ChatRequest, CompletionRequest
-from services.gateway.rest.json_body import parse_json
+from services.gateway.rest.messages_bodies import CountTokensRequest, MessagesRequest
 from services.gateway.rest.requests import RequestReader
+from services.gateway.rest.responses_bodies import ResponsesRequest
+from services.gateway.rest.translate_messages import count_tokens, read_messages
+from services.gateway.rest.translate_responses import read_responses
 from services.gateway.rest.winnow_options import WinnowOptions
 from services.gateway.served_model import ServedModel
 from winnow.errors import InvalidRequest
@@ -24,6 +29,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
     max_leaves=5,
 )
+USER = [{"role": "user", "content": "fox"}]
 WINNOW = st.dictionaries(st.sampled_from(sorted(WinnowOptions.model_fields)), SCALARS, max_size=3)
 
 
@@ -37,7 +43,8 @@ def reader(model_path: Path) -> RequestReader:
     pruning = {"window_size": 8, "observed_layers": 2, "min_layer": 1}
     settings = Settings(model=str(model_path), model_name="tiny", pruning=pruning)
     model = ServedModel.load(settings)
-    return RequestReader(settings, RequestLimits(settings, model), model.tokenizer)
+    compiler = model.new_grammar_compiler()
+    return RequestReader(settings, RequestLimits(settings, model), model.tokenizer, compiler)
 
 
 @given(changes=bodies(CompletionRequest))
@@ -46,7 +53,7 @@ def test_any_completion_body_is_taken_or_refused(
 ) -> None:
     body = {"model": "tiny", "prompt": "the fox"} | changes
     try:
-        asked = reader.completion(parse_json(json.dumps(body).encode()))
+        asked = reader.completion(parse_object(json.dumps(body).encode(), "body"))
     except InvalidRequest as error:
         assert error.message
     else:
@@ -57,17 +64,42 @@ def test_any_completion_body_is_taken_or_refused(
 def test_any_chat_body_is_taken_or_refused(reader: RequestReader, changes: dict[str, Any]) -> None:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "fox"}]} | changes
     try:
-        asked = reader.chat(parse_json(json.dumps(body).encode()))
+        asked = reader.chat(parse_object(json.dumps(body).encode(), "body"))
     except InvalidRequest as error:
         assert error.message
     else:
         assert len(asked.generation.prompts) == 1
 
 
+@pytest.mark.parametrize(
+    ("read", "cls", "usual"),
+    [
+        (read_responses, ResponsesRequest, {"input": "fox"}),
+        (read_messages, MessagesRequest, {"messages": USER, "max_tokens": 4}),
+        (count_tokens, CountTokensRequest, {"messages": USER}),
+    ],
+)
+def test_any_body_of_another_api_is_taken_or_refused(
+    reader: RequestReader, read: Any, cls: type[Body], usual: dict[str, Any]
+) -> None:
+    names = st.sampled_from([*cls.model_fields, "prompt", "unknown"])
+
+    @given(changes=st.dictionaries(names, JSON | WINNOW, max_size=4))
+    @settings(max_examples=60)
+    def ask(changes: dict[str, Any]) -> None:
+        body = {"model": "tiny"} | usual | changes
+        try:
+            assert read(reader, parse_object(json.dumps(body).encode(), "body"))
+        except InvalidRequest as error:
+            assert error.message
+
+    ask()
+
+
 @given(body=st.binary(max_size=40) | st.text('{}[]",:\\ud8aN1e.-', max_size=20).map(str.encode))
 def test_any_bytes_are_a_json_object_or_refused(body: bytes) -> None:
     try:
-        assert isinstance(parse_json(body), dict)
+        assert isinstance(parse_object(body, "body"), dict)
     except InvalidRequest as error:
         assert "body" in error.message
 

@@ -1,3 +1,5 @@
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -9,11 +11,12 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from torch import Tensor
 
 from winnow.decoder import DecoderModel
-from winnow.engine.prefix import slots
-from winnow.engine.prefix import store as store_module
+from winnow.engine.prefix import slots, tiers
+from winnow.engine.prefix.block import Block
 from winnow.engine.prefix.prompt_blocks import PromptBlocks
+from winnow.engine.prefix.reads import Reads
 from winnow.engine.prefix.storage import DamagedBlock, Storage, StorageFull, Stored
-from winnow.engine.prefix.store import Block, PrefixStore
+from winnow.engine.prefix.store import PrefixStore
 from winnow.errors import InvalidSetting
 from winnow.models import load_model
 
@@ -67,18 +70,19 @@ class Run:
     def _compute(self, layer_idx: int, num_tokens: int) -> None:
         start = min(self.blocks.num_cached(layer_idx), num_tokens - 1)
         if start < self.start and layer_idx:
-            joining = self.blocks.frontier(start, self.start)
+            joining = self.blocks.hidden(layer_idx - 1, start, self.start)
             assert torch.equal(joining, self.hidden(layer_idx - 1, self.start)[start:])
+        self.start = start
         if start:
             both = self.blocks.keys_and_values(layer_idx, start, num_tokens)
             assert torch.equal(both[:, :, :start], self.layer(layer_idx, num_tokens)[:, :, :start])
-        self.start = start
         self.give(layer_idx, num_tokens)
         self.layer_idx += 1
 
     def give(self, layer_idx: int, num_tokens: int) -> None:
-        keys, values = self.layer(layer_idx, num_tokens)
-        self.blocks.grow(layer_idx, keys, values, self.hidden(layer_idx, num_tokens)[self.start :])
+        keys, values = self.layer(layer_idx, num_tokens)[:, :, self.start :]
+        hidden = self.hidden(layer_idx, num_tokens)[self.start :]
+        self.blocks.grow(layer_idx, self.start, (keys, values), hidden, {})
 
     def layer(self, layer_idx: int, num_tokens: int) -> Tensor:
         parts = [content((one, layer_idx), 2, 2, BLOCK, 16) for one in self.hashes]
@@ -89,18 +93,30 @@ class Run:
         return torch.cat([*parts, torch.zeros(1, 64)])[:num_tokens]
 
 
+def parts_of(block: Block) -> list[Stored]:
+    return [one for one in (*block.layers, block.frontier) if one is not None]
+
+
 class Machine(RuleBasedStateMachine):
     """Runs of prompts of up to four blocks that share beginnings, in any order."""
 
     model: DecoderModel
     location: str
+    device_layers: int
+    max_layers: int
     runs = Bundle("runs")
 
     def __init__(self) -> None:
         super().__init__()
         self.open: list[Run] = []
-        most = 9 * layer_bytes(self.model) + 4 * frontier_bytes(self.model)
-        self.store = PrefixStore(self.model, most, location=self.location, block_tokens=BLOCK)
+        layer, frontier = layer_bytes(self.model), frontier_bytes(self.model)
+        self.store = PrefixStore(
+            self.model,
+            self.max_layers * layer + self.max_layers // 2 * frontier,
+            location=self.location,
+            device_bytes=self.device_layers * (layer + frontier),
+            block_tokens=BLOCK,
+        )
 
     @rule(
         target=runs,
@@ -134,8 +150,8 @@ class Machine(RuleBasedStateMachine):
         stored = [
             one
             for block in self.store._blocks.values()
-            for one in (*block.layers, block.frontier)
-            if one is not None and one.checksum is not None
+            for one in parts_of(block)
+            if one.checksum is not None
         ]
         if stored:
             one = data.draw(st.sampled_from(stored))
@@ -148,6 +164,20 @@ class Machine(RuleBasedStateMachine):
         held = sum(block.depth * each[0] + (block.depth > 0) * each[1] for block in blocks)
         stats = self.store.stats()
         assert stats.used_bytes == held <= stats.max_bytes
+        assert all(tier.has_room(0) for tier in self.store.memory.tiers)
+
+    @invariant()
+    def each_part_of_a_block_is_charged_to_the_memory_that_it_is_in(self) -> None:
+        for tier in self.store.memory.tiers:
+            blocks = [block for block in self.blocks() if block.depth]
+            layers = [one for block in blocks for one in block.layers if one.storage is tier]
+            frontiers = [block for block in blocks if block.frontier_tier is tier]
+            expected = len(layers) * layer_bytes(self.model)
+            expected += len(frontiers) * frontier_bytes(self.model)
+            assert tier.used_bytes == expected
+            idle = [block for block in blocks if block in self.store._idle]
+            is_there = any(one.storage is tier for block in idle for one in parts_of(block))
+            assert (self.store._idle.oldest_in(tier) is not None) == is_there
 
     @invariant()
     def no_block_is_deeper_than_its_parent(self) -> None:
@@ -162,7 +192,7 @@ class Machine(RuleBasedStateMachine):
         uses = [block for run in self.open for block in run.blocks._blocks]
         assert all(block.num_users == uses.count(block) for block in self.blocks())
         idle = {block for block in self.store._blocks.values() if not block.num_users}
-        assert set(self.store._idle.values()) == idle
+        assert set(self.store._idle) == idle
         assert all(block.depth for block in idle)
 
     def blocks(self) -> set[Block]:
@@ -175,12 +205,18 @@ class Machine(RuleBasedStateMachine):
         assert self.store.stats().num_blocks_in_use == 0
 
 
-@pytest.mark.parametrize("location", ["device", "host"])
-def test_any_order_of_runs_leaves_the_store_consistent(model: DecoderModel, location: str) -> None:
+@pytest.mark.parametrize(
+    ("location", "device_layers", "max_layers"),
+    [("device", 0, 9), ("host", 0, 9), ("host", 1, 9), ("host", 5, 9), ("host", 2, 2)],
+)
+def test_any_order_of_runs_leaves_the_store_consistent(
+    model: DecoderModel, location: str, device_layers: int, max_layers: int
+) -> None:
     class Here(Machine):
         pass
 
     Here.model, Here.location = model, location
+    Here.device_layers, Here.max_layers = device_layers, max_layers
     case = Here.TestCase
     case.settings = settings(max_examples=60, stateful_step_count=30)
     case().runTest()
@@ -191,6 +227,38 @@ def test_refuses_memory_for_less_than_one_layer_of_a_block(model: DecoderModel) 
     PrefixStore(model, least, block_tokens=BLOCK)
     with pytest.raises(InvalidSetting, match=f"{least - 1:,}; one layer of 8 tokens .* {least:,}"):
         PrefixStore(model, least - 1, block_tokens=BLOCK)
+
+
+def test_refuses_memory_beside_the_model_for_less_than_one_layer_of_a_block(
+    model: DecoderModel,
+) -> None:
+    least = layer_bytes(model) + frontier_bytes(model)
+    with pytest.raises(InvalidSetting, match=f"prefix_cache_device_bytes is {least - 1:,}; one"):
+        PrefixStore(model, least, location="host", device_bytes=least - 1, block_tokens=BLOCK)
+
+
+def test_memory_beside_the_model_is_for_gpus_and_must_be_free(
+    model: DecoderModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu = DecoderModel(model._model, model.description, torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8 << 20, 9 << 20))
+
+    def device_bytes(own: DecoderModel, most: int, where: str, beside_model: int) -> int:
+        store = PrefixStore.within(own, most, where, prefix_cache_device_bytes=beside_model)
+        assert store is not None
+        return store.stats().device_max_bytes
+
+    assert device_bytes(model, 4 << 20, "host", 4 << 20) == 0
+    assert device_bytes(on_gpu, 4 << 20, "host", 2 << 20) == 2 << 20
+    assert device_bytes(on_gpu, 99 << 20, "host", 0) == 0
+    assert device_bytes(on_gpu, 4 << 20, "device", 9 << 20) == 4 << 20
+    for setting, given in (
+        ("prefix_cache_device_bytes", (9 << 20, "host", 9 << 20)),
+        ("prefix_cache_bytes", (9 << 20, "device", 1 << 20)),
+    ):
+        expected = f"{setting} is 9,437,184; beside the model 8,388,608 bytes of cuda are free"
+        with pytest.raises(InvalidSetting, match=expected):
+            device_bytes(on_gpu, *given)
 
 
 def test_refuses_an_unknown_location(model: DecoderModel) -> None:
@@ -212,13 +280,94 @@ def test_the_least_recently_used_leaves_are_evicted(model: DecoderModel) -> None
     assert store.stats().used_bytes == 2 * chain
 
 
+def test_blocks_move_to_host_memory_before_they_are_given_up_and_come_back_when_they_are_used(
+    model: DecoderModel,
+) -> None:
+    one = layer_bytes(model) + frontier_bytes(model)
+    store = PrefixStore(model, 3 * one, location="host", device_bytes=2 * one, block_tokens=BLOCK)
+
+    def use(*tokens: int) -> None:
+        run = Run(store, tokens, "")
+        run.step()  # checks what is there
+        run.blocks.close()
+
+    def places() -> list[str]:
+        """Where the layer of each block is that begins a prompt, in the order of their tokens."""
+        names = []
+        for token in range(5):
+            (block_hash,) = store.hashes([token] * BLOCK, "")
+            block = store._blocks.get(block_hash)
+            moved = block is not None and block.layers[0].checksum is not None
+            names.append("gone" if block is None else "host" if moved else "device")
+        return names
+
+    for token in range(4):
+        use(token)
+    assert places() == ["host", "host", "device", "device", "gone"]
+    use(1)
+    assert places() == ["host", "device", "host", "device", "gone"]
+    use(4)
+    assert places() == ["gone", "device", "host", "host", "device"]
+    stats = store.stats()
+    assert (stats.moved_blocks, stats.evicted_blocks, stats.damaged_blocks) == (4, 1, 0)
+    beside_model = 2 * one - frontier_bytes(model)  # which the block that came back left behind
+    assert (stats.device_used_bytes, stats.device_max_bytes) == (beside_model, 2 * one)
+    assert (stats.used_bytes, stats.max_bytes) == (4 * one, 5 * one)
+
+
+def test_a_block_for_which_host_memory_is_too_small_is_given_up_alone(model: DecoderModel) -> None:
+    one = layer_bytes(model) + frontier_bytes(model)
+    device_bytes = one + 3 * layer_bytes(model) + one
+    store = PrefixStore(
+        model, 2 * one, location="host", device_bytes=device_bytes, block_tokens=BLOCK
+    )
+    deep, grows, held, idle = (Run(store, (token,), "") for token in range(4))
+    for run, depth in ((deep, 4), (grows, 1), (held, 1), (idle, 1)):
+        for _ in range(depth):
+            run.step()
+    deep.blocks.close()
+    idle.blocks.close()
+    assert store.stats().used_bytes == store.stats().max_bytes
+    grows.step()
+    assert set(store.held()) == {run.hashes[0] for run in (grows, held, idle)}
+    assert (store.stats().evicted_blocks, store.stats().moved_blocks) == (1, 0)
+
+
+@pytest.mark.parametrize("device_layers", [0, 1, 3])
+def test_what_is_read_is_the_copy_that_was_checked_or_beside_the_model(
+    model: DecoderModel, monkeypatch: pytest.MonkeyPatch, device_layers: int
+) -> None:
+    one = layer_bytes(model) + frontier_bytes(model)
+    store = PrefixStore(
+        model, 9 * one, location="host", device_bytes=device_layers * one, block_tokens=BLOCK
+    )
+    for tokens in ((1, 2), (3, 4, 5)):
+        run = Run(store, tokens, "")
+        run.step()
+        run.blocks.close()
+
+    @contextlib.contextmanager
+    def after(_: Reads, group: int) -> Iterator[Callable[[Tensor], Tensor]]:
+        yield torch.clone  # as on a GPU, another tensor
+
+    monkeypatch.setattr(Reads, "after", after)
+    blocks = store.take(Run(store, (1, 2), "").hashes)
+    for _ in range(2):
+        for part, block in zip(store.fetch_layer(blocks, 0), blocks, strict=True):
+            stored = block.layers[0]
+            assert torch.equal(part, stored.tensor)
+            assert (part is stored.tensor) == (stored.checksum is None)
+    came_back = [block.layers[0].checksum is None for block in blocks]
+    assert came_back == [device_layers > 0] * 2
+
+
 def test_gaps_that_shallow_blocks_leave_do_not_take_more_memory(
     model: DecoderModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of one layer have many hidden states, those of four have many keys and values."""
     chunk, max_bytes = 16 << 10, 256 << 10
     monkeypatch.setattr(slots, "_CHUNK_BYTES", chunk)
-    monkeypatch.setattr(store_module, "_SPARE_BYTES", 2 * chunk)
+    monkeypatch.setattr(tiers, "_SPARE_BYTES", 2 * chunk)
     store = PrefixStore(model, max_bytes, block_tokens=BLOCK)
     random = Random(0)
     for depths in ((1,), (4,), (1, 4), (1,)):
@@ -228,7 +377,7 @@ def test_gaps_that_shallow_blocks_leave_do_not_take_more_memory(
             for _ in range(random.choice(depths)):
                 run.step()
             run.blocks.close()
-            assert store.storage.allocated_bytes <= max_bytes + 2 * chunk
+            assert store.memory.tiers[0].allocated_bytes <= max_bytes + 2 * chunk
     assert store.stats().used_bytes > max_bytes / 2
 
 

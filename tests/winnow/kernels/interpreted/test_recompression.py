@@ -1,16 +1,21 @@
-"""Scoring and compaction of many heads at once, against their references and the rule."""
+"""Scoring and compaction of many heads at once, against their references."""
+
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.winnow.kernels.pages import Pages, filled_pages
-from winnow.compression import recompression_rule
-from winnow.compression.recompress import recompress_layer
+from winnow.catalog import RECOMPRESSIONS
+from winnow.compression import choice, recompression_rule
+from winnow.compression.heads import PagedHeads
+from winnow.compression.recompress import entries_to_keep
 from winnow.kernels import recompression
 from winnow.kernels.gpu import recompression as on_gpu
 from winnow.kernels.gpu.attention import HEAD_DIMS
-from winnow.kv import LayerKV
+from winnow.kv_quantization import quantize
 from winnow.pruning_settings import Recompression
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -23,7 +28,7 @@ def heads_in_pages(
 ) -> tuple[Pages, Tensor]:
     """One row whose heads are of these lengths, and a position of each slot."""
     with_next = [[length + 1 for length in lengths]]
-    pages = filled_pages(with_next, head_dim=head_dim, page_size=page_size, dtype=dtype)
+    pages = filled_pages(with_next, head_dim=head_dim, page_size=page_size, dtype=dtype).row(0)
     return pages, torch.randperm(pages.keys[..., 0].numel()).int().view(-1, page_size)
 
 
@@ -66,32 +71,64 @@ def test_compaction_equals_the_reference_bit_for_bit(head_dim: int, dtype: torch
         assert torch.equal(own.nan_to_num(7), expected.nan_to_num(7))
 
 
-@pytest.mark.parametrize("budget", [12, 20, 64])
-def test_a_batch_of_heads_keeps_what_the_rule_keeps_of_each(budget: int) -> None:
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_int8_keys_score_as_the_reference_scores_them_and_move_with_their_scales(
+    dtype: torch.dtype,
+) -> None:
     pages, positions = heads_in_pages(LENGTHS, 64, 16, torch.float32)
-    queries, lengths = torch.randn(len(LENGTHS), 2, WINDOW, 64), torch.tensor(LENGTHS)
-    before = layer_of(pages, positions, lengths, queries)
-    rule = recompression_rule(Recompression(window_size=WINDOW, kernel_size=3))
-    expected = recompress_layer(before, 0.125, rule, budget)
-    scores = on_gpu.window_scores(queries, pages.keys, pages.pages[0], lengths, 0.125)
-    kept, new_lengths = recompression.best_entries(scores, lengths, budget, WINDOW, 3)
-    on_gpu.compact((pages.keys, pages.values, positions), pages.pages[0], kept, new_lengths)
-    after = layer_of(pages, positions, new_lengths, queries)
-    assert after.head_lengths == expected.head_lengths
-    for name in ("keys", "values", "positions"):
-        assert torch.equal(getattr(after, name), getattr(expected, name))
+    (keys, values), scales = quantize(torch.stack([pages.keys, pages.values]).nan_to_num(3))
+    queries, lengths = torch.randn(len(LENGTHS), 2, WINDOW, 64).to(dtype), torch.tensor(LENGTHS)
+    scales = scales.movedim(0, -1).contiguous()
+    step = (queries, keys, pages.pages[0], lengths, 0.125, scales)
+    tolerance = TOLERANCES[dtype]
+    scores, expected = on_gpu.window_scores(*step), recompression.window_scores(*step)
+    torch.testing.assert_close(scores, expected, atol=tolerance, rtol=tolerance)
+    kept = torch.stack([torch.randperm(length)[:8].sort().values for length in LENGTHS])
+    pools = [tuple(part.clone() for part in (keys, values, positions, scales)) for _ in range(2)]
+    for kernels, pool in zip((on_gpu, recompression), pools, strict=True):
+        kernels.compact(pool, pages.pages[0], kept, torch.tensor([8, 7, 6, 8, 1, 0]))
+    assert all(map(torch.equal, *pools))
 
 
-def layer_of(pages: Pages, positions: Tensor, lengths: Tensor, queries: Tensor) -> LayerKV:
-    page_size = pages.keys.shape[1]
-    slots = pages.pages[0, :, :, None] * page_size + torch.arange(page_size)
-    slots = slots.flatten(1)  # [H_kv, P * page_size]
-    slots = slots[torch.arange(slots.shape[1]) < lengths[:, None]]
-    return LayerKV(
-        layer_idx=0,
-        keys=pages.keys.flatten(0, 1)[slots],
-        values=pages.values.flatten(0, 1)[slots],
-        positions=positions.flatten()[slots],
-        head_lengths=tuple(lengths.tolist()),
-        window_queries=queries.flatten(0, 1),
-    )
+@pytest.mark.parametrize("method", RECOMPRESSIONS)
+def test_a_batch_of_heads_keeps_what_it_keeps_with_the_reference(method: str) -> None:
+    lengths, budgets = (16, 17, 65, 100), torch.tensor([9, 16, 12, 64])
+    pages, positions = heads_in_pages(lengths, 64, 16, torch.float32)
+    queries, asked = torch.randn(len(lengths), 2, WINDOW, 64), torch.tensor(lengths)
+    rule = recompression_rule(Recompression(method=method, window_size=WINDOW, kernel_size=3))
+    results = []
+    for kernels in (choice.triton_kernels(), choice.REFERENCE):
+        pool = (pages.keys.clone(), pages.values.clone(), positions.clone())
+        heads = PagedHeads(queries, pool[0], pages.pages[0], asked, 0.125, kernels)
+        kept = entries_to_keep(heads, rule, budgets, 9, 64)
+        kernels.compact(pool, pages.pages[0], kept, budgets)
+        results.append((kept, *pool))
+    for own, expected in zip(*results, strict=True):
+        assert torch.equal(own.nan_to_num(7), expected.nan_to_num(7))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_the_trial_before_use_passes(dtype: torch.dtype) -> None:
+    for held in (dtype, torch.int8):
+        choice.try_out_triton(torch.empty(1, 16, 64, dtype=held), dtype, 4)
+
+
+def wrong_scores(*args: Any) -> Tensor:
+    return on_gpu.window_scores(*args) + 1.6
+
+
+def wrong_moves(pool: Any, pages: Tensor, kept: Tensor, lengths: Tensor) -> None:
+    on_gpu.compact(pool, pages, kept, lengths - 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"window_scores": wrong_scores}, r"their scores are 0\.1 off; the limit is 0\.02"),
+        ({"compact": wrong_moves}, "they move entries to the wrong places"),
+    ],
+)
+def test_the_trial_before_use_fails_where_results_differ(wrong: Any, message: str) -> None:
+    kernels = replace(choice.triton_kernels(), **wrong)
+    with pytest.raises(RuntimeError, match=message):
+        choice.try_out(kernels, torch.empty(1, 16, 64), torch.float32, 2)

@@ -1,4 +1,4 @@
-"""Rotation, head norms and the query ring, against their reference and transformers."""
+"""Rotation and head norms, against their reference and transformers."""
 
 import pytest
 import torch
@@ -17,30 +17,23 @@ def tables(num_rows: int, head_dim: int) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-@pytest.mark.parametrize("with_ring", [False, True])
 @pytest.mark.parametrize("with_norms", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(1, 1), (7, 1), (4, 2), (16, 16)])
 def test_equals_the_reference(
-    num_heads: int, num_kv_heads: int, dtype: torch.dtype, with_norms: bool, with_ring: bool
+    num_heads: int, num_kv_heads: int, dtype: torch.dtype, with_norms: bool
 ) -> None:
     for head_dim in HEAD_DIMS:
         heads = torch.randn(3, num_heads + 2 * num_kv_heads, head_dim).to(dtype)
         cos, sin = (table.to(dtype) for table in tables(3, head_dim))
         query_norm, key_norm = torch.randn(2, head_dim).to(dtype)
         norms = rope.HeadNorms(query_norm, key_norm, eps=1e-6) if with_norms else None
-        slots = torch.randperm(3 * num_heads + 4)[: 3 * num_heads].view(3, num_heads)
-        slots[1] = -1  # a row without a ring
-        results = []
-        for rotate in (on_gpu.rotate, rope.rotate):
-            own, vectors = heads.clone(), torch.zeros(3 * num_heads + 4, head_dim, dtype=dtype)
-            ring = rope.RingSlots(vectors, slots) if with_ring else None
-            rotate(own, cos, sin, num_heads, num_kv_heads, norms, ring)
-            results.append((own, vectors))
-        for output, expected in zip(*results, strict=True):
-            tolerance = TOLERANCES[dtype]
-            torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
-        assert torch.equal(results[0][0][:, -num_kv_heads:], heads[:, -num_kv_heads:])
+        output, expected = heads.clone(), heads.clone()
+        on_gpu.rotate(output, cos, sin, num_heads, num_kv_heads, norms)
+        rope.rotate(expected, cos, sin, num_heads, num_kv_heads, norms)
+        tolerance = TOLERANCES[dtype]
+        torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
+        assert torch.equal(output[:, -num_kv_heads:], heads[:, -num_kv_heads:])
 
 
 def test_rotates_as_transformers_does() -> None:

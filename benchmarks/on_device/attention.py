@@ -1,0 +1,91 @@
+"""Decode attention: bytes of keys and values per second, by batch, entries, page, block and warps.
+
+The pages of enough layers are read in turn that none is still in the device's cache. Blocks and
+warps are the kernel's constants, which each measurement replaces; `chosen` is what decode uses. The
+PyTorch reference, on a CPU, has neither.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import product
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.on_device.pages import append_and_attend, kernel, random_pages
+from benchmarks.on_device.section import Bench, Figure, Result, attempt, measured
+from benchmarks.on_device.timing import device_seconds
+
+Launch = tuple[int, int]  # block and warps
+
+
+def measure(bench: Bench) -> Result:
+    rows = list(_rows(bench))
+    entries, batches = bench.scale.entries, [batch for batch in bench.scale.batches if batch >= 8]
+    chosen = [
+        share
+        for batch in batches
+        for share in measured(rows, "of copy", batch=batch, entries=entries, page=16, chosen=True)
+    ]
+    if not chosen:
+        return Result(rows)
+    name = f"attention, share of a copy's bandwidth ({entries} entries, batch 8 and more)"
+    return Result(rows, [Figure(name, min(chosen), at_least=0.8)])
+
+
+def _rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    module = kernel("attention", bench.device)
+    sizes = bench.scale
+    used = (module.block_size(bench.shape.head_dim), module.NUM_WARPS) if bench.is_cuda else None
+    launches: list[Launch | None] = [None]
+    if used:
+        launches = [*dict.fromkeys([used, *product(sizes.blocks, sizes.warps)])]
+    for batch, entries, page in product(sizes.batches, sizes.lengths, sizes.page_sizes):
+        steps = _steps(bench, batch, entries, page)
+        for launch in launches:
+            block, warps = launch or (None, None)
+            labels: dict[str, Any] = {"batch": batch, "entries": entries, "page": page}
+            labels |= {"block": block, "warps": warps, "chosen": launch == used}
+            yield attempt(labels, partial(_row, module, bench, steps, launch, batch * entries))
+
+
+def _row(
+    module: Any,  # noqa: ANN401
+    bench: Bench,
+    steps: list[Callable[[], object]],
+    launch: Launch | None,
+    num_entries: int,
+) -> dict[str, float]:
+    nbytes = bench.shape.kv_bytes(num_entries * bench.shape.num_kv_heads)
+    with _launched_as(module, launch):
+        seconds = device_seconds(steps, bench.device)
+    bandwidth = nbytes / seconds
+    return {
+        "µs": seconds * 1e6,
+        "GB/s": bandwidth / 1e9,
+        "of copy": bandwidth / bench.copy_bandwidth,
+    }
+
+
+def _launched_as(module: Any, launch: Launch | None) -> AbstractContextManager[object]:  # noqa: ANN401
+    if launch is None:
+        return nullcontext()
+    block, warps = launch
+    return patch.multiple(module, block_size=lambda _: block, NUM_WARPS=warps)
+
+
+def _steps(bench: Bench, batch: int, entries: int, page_size: int) -> list[Callable[[], object]]:
+    """One call for each of as many layers as hold `layer_bytes` together."""
+    shape, head_dim = bench.shape, bench.shape.head_dim
+    lengths = torch.full((batch, shape.num_kv_heads), entries, device=bench.device)
+    nbytes = shape.kv_bytes(lengths.numel() * entries)
+    query = torch.randn(batch, shape.num_heads, head_dim, dtype=bench.dtype, device=bench.device)
+    new = torch.randn(batch, shape.num_kv_heads, head_dim, dtype=bench.dtype, device=bench.device)
+    steps: list[Callable[[], object]] = []
+    for _ in range(max(2, math.ceil(bench.scale.layer_bytes / nbytes))):
+        own = random_pages(lengths, page_size, head_dim, bench.dtype)
+        steps.append(partial(append_and_attend, query, (new, new), own))
+    return steps

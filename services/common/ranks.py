@@ -1,0 +1,49 @@
+"""The model of a worker: in its own process, or shared with other ranks."""
+
+import logging
+import os
+from typing import Any
+
+from services.common.settings import Settings
+from winnow.decoder import DecoderModel
+from winnow.distributed.loading import load_on_ranks
+from winnow.distributed.ranks import Ranks
+from winnow.models import load_model
+
+
+def load_worker_model(
+    settings: Settings, num_ranks: int, num_threads: int, extension: str
+) -> tuple[DecoderModel, Ranks | None]:
+    """The model, or rank 0's share of it and the other ranks.
+
+    num_threads: of each rank.  extension: as for `load_on_ranks`.
+
+    The process ends when one of them does: its KV is gone, and what this one computes may be
+    waiting for it. To others that is a worker that died: requests go on elsewhere.
+    Raises UnusableModel or InvalidSetting.
+    """
+    options: dict[str, Any] = {
+        "device": settings.device,
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "quantize": settings.quantize,
+        "dequantize": settings.dequantize,
+    }
+    if num_ranks == 1:
+        model = load_model(settings.model_source, **options, adapter_room=settings.adapter_room())
+        if model.adapters is not None:
+            model.adapters.read(settings.adapters)
+        return model, None
+    return load_on_ranks(
+        settings.model_source,
+        num_ranks,
+        _end_process,
+        num_threads=num_threads,
+        extension=extension,
+        **options,
+    )
+
+
+def _end_process(_: str) -> None:
+    logging.shutdown()
+    os._exit(1)

@@ -1,0 +1,211 @@
+"""A tiny random model of every causal-LM family of transformers, and what Winnow makes of it."""
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tests.models_in_code import VOCAB_SIZE, save_byte_tokenizer
+from tests.winnow import reference
+from tests.winnow.drive import GREEDY, admit, decode_all, ids, make_engine, prompt, spec
+from winnow.errors import UnusableModel
+from winnow.layers import Layer
+from winnow.model_files import load_config
+from winnow.models import load_model
+
+FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+WINDOW = 8
+_PROMPT_LENGTHS = (5, 5 * WINDOW + 3)
+_NEW_TOKENS = 6
+_GREEDY = replace(GREEDY, max_tokens=_NEW_TOKENS)
+_NUM_LAYERS = 4
+_NAMED = re.compile(
+    r"^(FOLDER(/config.json)?,? (of|is) an? |model FOLDER |family )[\w-]*"
+    r"(,( which Winnow does not run:)?| cannot be run layer by layer:)? "
+)
+
+# What a configuration is given, of the names that it has.
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": _NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "sliding_window": WINDOW,
+    "attention_chunk_size": WINDOW,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "emb_dim": 64,
+    "eos_token_id": 0,
+    "tie_word_embeddings": False,
+    # experts
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    # latent attention
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    # recurrent layers
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_d_ssm": 128,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 16,
+    "state_size": 16,
+    # older names
+    "n_embd": 64,
+    "n_layer": _NUM_LAYERS,
+    "n_layers": _NUM_LAYERS,
+    "num_layers": _NUM_LAYERS,
+    "n_head": 4,
+    "n_heads": 4,
+    "num_heads": 4,
+    "n_positions": 512,
+    "max_seq_len": 512,
+    "d_model": 64,
+    "ffn_dim": 96,
+    "ffn_hidden_size": 96,
+    "word_embed_proj_dim": 64,
+    "decoder_layers": 2,
+    "encoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "decoder_ffn_dim": 96,
+    "encoder_ffn_dim": 96,
+    # factors that are 1 otherwise
+    "embedding_multiplier": 6.0,
+    "logits_scaling": 4.0,
+    "lm_head_multiplier": 0.5,
+    "mup_enabled": True,
+}
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_BY_LAYER: dict[str, Any] = {"rope_parameters": {_FULL: _ROPE, _SLIDING: _ROPE}}
+_BOTH: dict[str, Any] = {"layer_types": [_SLIDING, _FULL] * (_NUM_LAYERS // 2)}
+# Of configurations that have no defaults.
+_TEXTS = {"gemma4_assistant": "gemma4_text"}
+# What a family needs besides.
+_OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "granitemoehybrid": {"layer_types": ["linear_attention", _FULL] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", _FULL] * 2},
+    "minimax": {"sliding_window": None},
+    "nemotron_h": {"layer_types": ["linear_attention", "mlp", _FULL, "moe"]},
+    "phi4_multimodal": {
+        "vision_config": {"num_hidden_layers": 1},
+        "audio_config": {"num_blocks": 1},
+    },
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "beam": _BY_LAYER,
+    "cohere_compass_text": _BY_LAYER,
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0}},
+    "doge": {"sliding_window": None},
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "ernie4_5_moe": {"moe_k": 2},
+    "gemma3_text": _BOTH,
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "kolibri1": _BOTH,
+    "longcat_flash": {"expert_ffn_hidden_size": 32, "zero_expert_num": 2},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "moshi": {"sliding_window": 512},
+    "phimoe": {"sliding_window": None},
+    "zamba2": {"layer_types": ["linear_attention", "hybrid"] * 2},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """kinds: of the layers, of a family that runs.  reason: why another one does not."""
+
+    family: str
+    kinds: tuple[str, ...] = ()
+    reason: str | None = None
+
+
+def _kind(layer: Layer) -> str:
+    has_both = layer.has_kv and layer.is_recurrent
+    return f"{layer} with a state" if has_both else str(layer)
+
+
+def outcome(family: str, folder: Path) -> Outcome:
+    """Load a tiny model of the family, and answer as transformers does, or be refused.
+
+    Raises AssertionError where the answer is another one.
+    """
+    config = tiny_config(family)
+    config.save_pretrained(folder)
+    try:
+        load_config(folder)
+        path = save_network(config, folder)
+        model = load_model(path)
+    except UnusableModel as error:
+        return Outcome(family, reason=_line(error, folder))
+    engine, network = make_engine(model), reference.load(path, "eager")
+    prompts = {str(n): prompt(n, seed=n) for n in _PROMPT_LENGTHS}
+    for name, token_ids in prompts.items():
+        admit(engine, spec(name, len(token_ids), _GREEDY), token_ids)
+    answers = {name: ids(tokens) for name, tokens in decode_all(engine).items()}
+    expected = {name: reference.greedy(network, own, _NEW_TOKENS) for name, own in prompts.items()}
+    assert answers == expected
+    return Outcome(family, tuple(dict.fromkeys(map(_kind, model.shape.layers))))
+
+
+def _line(error: UnusableModel, folder: Path) -> str:
+    """Its message without what names the folder and the family."""
+    return _NAMED.sub("", str(error).replace(f"{folder}", "FOLDER"))
+
+
+def save_network(config: Any, folder: Path) -> Path:
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(config)
+    for name, parameter in network.named_parameters():
+        if "norm" not in name:  # larger than usual, so that greedy choices are clear-cut
+            torch.nn.init.normal_(parameter, std=0.2)
+    network.save_pretrained(folder)
+    save_byte_tokenizer(folder)
+    return folder
+
+
+def tiny_config(family: str) -> Any:
+    """Of a family with several networks, that of its text."""
+    kind = CONFIG_MAPPING[_TEXTS.get(family, family)]
+    if "text_config" in kind.sub_configs:
+        kind = type(kind().get_text_config())
+    names = {*inspect.signature(kind.__init__).parameters, *_fields(kind)}
+    sizes = {name: value for name, value in _SIZES.items() if name in names}
+    return kind(**sizes | _OWN.get(kind.model_type, {}))
+
+
+def _fields(kind: type) -> Iterator[str]:
+    for base in kind.__mro__:
+        yield from vars(base).get("__annotations__", ())

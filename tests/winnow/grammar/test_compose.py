@@ -1,0 +1,139 @@
+"""Reasoning, calls of tools and the form of the answer in one grammar."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from tests.winnow.grammar.walks import END, allowed
+from winnow.errors import InvalidGrammar
+from winnow.grammar import Grammar
+from winnow.grammar.compiler import GrammarCompiler
+from winnow.grammar.compose import Fragment, Reasoning, compose, schema_literal
+from winnow.grammar.source import choice_grammar, schema_grammar
+from winnow.tokenizer import Tokenizer
+
+THINK, END_THINK = 2, 3  # <|user|> and <|assistant|> stand for <think> and </think>
+TAGS = ("<think>", "</think>")
+JSON = schema_grammar({"type": "object", "properties": {"a": {"type": "integer"}}})
+ARGUMENTS = schema_literal(schema_grammar({"type": "object", "maxProperties": 0}))
+CALLS = Fragment(f'call_start: "<call>" {ARGUMENTS} | "<" call_x\ncall_x: "x>"', "call_start")
+BODIES = {
+    JSON: '{"a":1}',
+    Grammar("regex", "[0-9]{2}/x"): "12/x",
+    Grammar("lark", 'start: a\n%ignore / +/\na: "x" "y" // }'): "x  y",
+    Grammar("lark", 'root ::= "yes" | "no"'): "no",
+    choice_grammar(['a"b', "\n}"]): "\n}",
+}
+
+
+def matches(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, grammar: Grammar, parts: Sequence[str | int]
+) -> bool:
+    """Whether the answer, of texts and control tokens, may come and end."""
+    tokens: list[int] = []
+    for part in parts:
+        tokens += [part] if isinstance(part, int) else tokenizer.encode(part)
+    constraint = compiler.compile(grammar).constraint()
+    for count, token in enumerate([*tokens, END]):
+        if token not in allowed(constraint, tokens[:count]):
+            return False
+    return True
+
+
+def with_tokens(tag: str) -> int | None:
+    return {"<think>": THINK, "</think>": END_THINK}[tag]
+
+
+def as_text(_: str) -> None:
+    return None
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("token_id", [with_tokens, as_text])
+def test_an_answer_reasons_or_not_and_then_calls_or_keeps_to_the_form(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, body: Grammar, token_id: object
+) -> None:
+    text = BODIES[body]
+    begin, end = (THINK, END_THINK) if token_id is with_tokens else TAGS
+    expected: dict[Reasoning, tuple[bool, bool, bool]] = {
+        "none": (True, False, False),
+        "possible": (True, True, False),
+        "open": (False, False, True),
+    }
+    for reasoning, (plain, whole, rest) in expected.items():
+        grammar = compose(
+            body,
+            CALLS,
+            must_call=False,
+            reasoning=reasoning,
+            think=TAGS,
+            token_id=token_id,  # type: ignore[arg-type]
+        )
+        assert grammar is not None
+        for answer in (text, "<call>{}", "<x>"):
+            for parts, fits in (
+                ([answer], plain),
+                ([begin, "hm, {}", end, "\n\n", answer], whole or (rest and begin == TAGS[0])),
+                (["hm, </", end, answer], rest),
+            ):
+                assert matches(compiler, tokenizer, grammar, parts) is fits, (reasoning, parts)
+        assert not matches(compiler, tokenizer, grammar, ["anything"])
+
+
+def test_what_must_call_has_no_other_form(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    grammar = compose(
+        JSON, CALLS, must_call=True, reasoning="none", think=TAGS, token_id=with_tokens
+    )
+    assert grammar is not None
+    assert grammar.control_token_ids == frozenset()
+    assert matches(compiler, tokenizer, grammar, ["<call>{}"])
+    assert not matches(compiler, tokenizer, grammar, ['{"a":1}'])
+
+
+def test_control_tokens_are_those_that_the_parts_name(compiler: GrammarCompiler) -> None:
+    calls = Fragment('call_start: <[1]> "x"', "call_start", frozenset({1}))
+    grammar = compose(
+        None, calls, must_call=True, reasoning="open", think=TAGS, token_id=with_tokens
+    )
+    assert grammar is not None
+    assert grammar.control_token_ids == {1, END_THINK}
+    compiler.check(grammar)
+
+
+def test_two_schemas_that_begin_alike_are_told_apart(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    call = schema_literal(
+        schema_grammar(
+            {
+                "type": "object",
+                "properties": {"name": {"const": "f"}},
+                "required": ["name"],
+                "additionalProperties": True,
+            }
+        )
+    )
+    calls = Fragment(f"call_start: {call}", "call_start")
+    grammar = compose(JSON, calls, must_call=False, reasoning="none", think=TAGS, token_id=as_text)
+    assert grammar is not None
+    for text in ('{"a": 1}', '{ "name":"f"}', '{"name": "f", "x":null}'):
+        assert matches(compiler, tokenizer, grammar, [text]), text
+
+
+def test_without_parts_there_is_no_grammar_and_one_form_alone_stays_as_it_is() -> None:
+    free = compose(None, None, must_call=False, reasoning="open", think=TAGS, token_id=with_tokens)
+    alone = compose(JSON, None, must_call=False, reasoning="none", think=TAGS, token_id=with_tokens)
+    assert free is None
+    assert alone is JSON
+
+
+def test_a_form_that_names_control_tokens_is_refused() -> None:
+    with pytest.raises(InvalidGrammar, match=r"names the token <\[3\]>"):
+        compose(
+            Grammar("lark", "start: <[3]>"),
+            None,
+            must_call=False,
+            reasoning="open",
+            think=TAGS,
+            token_id=with_tokens,
+        )

@@ -1,0 +1,108 @@
+"""Adapters in a network's layers: which linear layers there are, and their stacks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from winnow.adapters.ref import AdapterRoom
+from winnow.adapters.rows import applied_rows
+from winnow.adapters.stack import AdapterStack
+from winnow.fused_layer import PRODUCTS, FusedLayer
+from winnow.quantization.layers import Int8Linear
+
+_LAYERS = "model.layers"
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer of transformers', with what the rows of `applied` add."""
+
+    def __init__(self, linear: nn.Module, stack: AdapterStack) -> None:
+        super().__init__()
+        self.linear = linear
+        self._stack = stack
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """inputs: [..., in].  Returns [..., out]."""
+        output: Tensor = self.linear(inputs)
+        rows = applied_rows()
+        if rows is None:
+            return output
+        tokens = output.flatten(0, -2)
+        self._stack.add(tokens, inputs.flatten(0, -2), rows)
+        return tokens.view(output.shape)
+
+
+def linear_sizes(network: Any) -> dict[str, tuple[int, int]]:  # noqa: ANN401
+    """Outputs and inputs of each linear layer in the network's layers, by its name.
+
+    Not of experts, which get some of the tokens in an order of their own.
+    """
+    body = network.get_submodule(_LAYERS)
+    return {
+        f"{_LAYERS}.{name}": (module.out_features, module.in_features)
+        for name, module in body.named_modules()
+        if isinstance(module, nn.Linear | Int8Linear) and "experts" not in name.split(".")
+    }
+
+
+def attach_stacks(
+    network: Any,  # noqa: ANN401
+    sizes: Mapping[str, tuple[int, int]],
+    room: AdapterRoom,
+    dtype: torch.dtype,
+) -> list[AdapterStack]:
+    """Give each product of the layers a stack; returns all.
+
+    sizes: from `linear_sizes`, before layers were fused.
+    """
+    stacks: list[AdapterStack] = []
+    for idx, layer in enumerate(network.get_submodule(_LAYERS)):
+        prefix = f"{_LAYERS}.{idx}."
+        own = {name.removeprefix(prefix): s for name, s in sizes.items() if name.startswith(prefix)}
+        device = next(layer.parameters()).device
+        like = torch.empty(0, dtype=dtype, device=device)
+        if isinstance(layer, FusedLayer):
+            layer.stacks = tuple(
+                _stack([name for name in names if name in own], prefix, own, room, like)
+                for names in PRODUCTS
+            )
+            stacks += layer.stacks
+        else:
+            stacks += _wrap(layer, prefix, own, room, like)
+    return stacks
+
+
+def _wrap(
+    layer: nn.Module,
+    prefix: str,
+    sizes: Mapping[str, tuple[int, int]],
+    room: AdapterRoom,
+    like: Tensor,
+) -> list[AdapterStack]:
+    """Put an AdaptedLinear in the place of each linear layer."""
+    stacks = []
+    for name in sizes:
+        stack = _stack([name], prefix, sizes, room, like)
+        parent, _, last = name.rpartition(".")
+        owner = layer.get_submodule(parent)
+        setattr(owner, last, AdaptedLinear(getattr(owner, last), stack))
+        stacks.append(stack)
+    return stacks
+
+
+def _stack(
+    names: list[str],
+    prefix: str,
+    sizes: Mapping[str, tuple[int, int]],
+    room: AdapterRoom,
+    like: Tensor,
+) -> AdapterStack:
+    return AdapterStack(
+        [prefix + name for name in names],
+        [sizes[name][0] for name in names],
+        sizes[names[0]][1],
+        room,
+        like,
+    )

@@ -1,0 +1,105 @@
+"""One grammar for all parts of an answer: reasoning, calls of tools, what the client asks for."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from winnow.grammar import Grammar
+from winnow.grammar.source import lark_source, parsed_schema
+
+# How an answer begins: without reasoning, perhaps with its tag, or inside of it.
+Reasoning: TypeAlias = Literal["none", "possible", "open"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """Lark rules, and the name of the one to begin with.
+
+    The names begin with `call_`, or `CALL_` for terminals.
+    control_token_ids: those that the rules name as <[id]>.
+    """
+
+    rules: str
+    start: str
+    control_token_ids: frozenset[int] = frozenset()
+
+
+def compose(
+    body: Grammar | None,
+    calls: Fragment | None,
+    *,
+    must_call: bool,
+    reasoning: Reasoning,
+    think: tuple[str, str],
+    token_id: Callable[[str], int | None],
+) -> Grammar | None:
+    """What a whole answer must match; None if that is anything.
+
+    body: what the answer must match unless it calls tools.  calls: the calls of tools; `must_call`:
+    there is nothing else.  reasoning: whether the answer begins with reasoning, after the first tag
+    of `think` (possible), or within it (open).  token_id: of a control token; None for other text.
+    """
+    if body is None and calls is None:
+        return None
+    if calls is None and reasoning == "none":
+        return body
+    rules, alternatives = [], []
+    if calls is not None:
+        rules.append(calls.rules)
+        alternatives.append(calls.start)
+    if body is not None and not must_call:
+        rules.append(f"answer_body: {_inline(body)}")
+        alternatives.append("answer_body")
+    rules.append(f"answer: {' | '.join(alternatives)}")
+    ids = set(calls.control_token_ids if calls else ())
+    rules.append(_start(reasoning, think, token_id, ids))
+    return Grammar("lark", "\n".join(rules), frozenset(ids))
+
+
+def _start(
+    reasoning: Reasoning,
+    think: tuple[str, str],
+    token_id: Callable[[str], int | None],
+    ids: set[int],
+) -> str:
+    """The rule `start`, and those of reasoning.  ids: gets the control tokens that it names."""
+    if reasoning == "none":
+        return "start: answer"
+    opening, end = (token_id(tag) for tag in think)
+    if end is None:
+        text = f"answer_reasoning[suffix={json.dumps(think[1])}]: /(?s:.*)/"
+    else:
+        ids.add(end)
+        text = f"answer_reasoning: /(?s:.*)/ <[{end}]>"
+    reasoned = r"answer_reasoning /\n{1,2}/? answer"
+    if reasoning == "open":
+        return f"{text}\nstart: {reasoned}"
+    if opening is not None:
+        ids.add(opening)
+    tag = json.dumps(think[0]) if opening is None else f"<[{opening}]>"
+    return f"{text}\nstart: answer | {tag} {reasoned}"
+
+
+def _inline(grammar: Grammar) -> str:
+    """A grammar as an expression of Lark."""
+    if grammar.kind == "json_schema":
+        return schema_literal(grammar)
+    if grammar.kind == "regex":
+        return regex_literal(grammar.source)
+    return f"%lark {{\n{lark_source(grammar)}\n}}"
+
+
+def schema_literal(grammar: Grammar) -> str:
+    """A JSON schema as Lark writes it, with the same white space wherever one stands.
+
+    Rules that may begin alike, as two schemas do, are told apart only if that is the same.
+    """
+    return f"%json {json.dumps(parsed_schema(grammar.source), ensure_ascii=False)}"
+
+
+def regex_literal(regex: str) -> str:
+    """A regular expression as Lark writes it."""
+    from llguidance import regex_to_lark  # noqa: PLC0415 - the gateway's types need none of it
+
+    return f"/{regex_to_lark(regex)}/" if regex else '""'

@@ -1,0 +1,93 @@
+"""The library that setup.py builds of the C++ files here.
+
+It needs nothing of Python or PyTorch, so that it can be built without them. Its threads are
+PyTorch's: both use the OpenMP library that PyTorch has loaded.
+"""
+
+import ctypes
+import logging
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_FOLDER = Path(__file__).parent
+VERSION = 3  # of the functions' arguments; see layer.cpp
+LANES = 16  # numbers of a vector; see vectors.h
+_POINTER, _SIZE, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_SIGNATURES = {
+    "winnow_rms_norm": (*[_POINTER] * 5, *[_SIZE] * 2, _FLOAT, _INT),
+    "winnow_silu_mul": (*[_POINTER] * 2, *[_SIZE] * 2, _INT),
+    "winnow_rotate": (*[_POINTER] * 5, _FLOAT, *[_SIZE] * 5, _INT),
+    "winnow_linear": (*[_POINTER] * 3, *[_SIZE] * 3, _INT),
+    "winnow_before_attention": (*[_POINTER] * 6, _SIZE, _INT),
+    "winnow_after_attention": (*[_POINTER] * 5, *[_SIZE] * 2, _INT),
+    "winnow_attend": (*[_POINTER] * 7, *[_SIZE] * 10, *[_FLOAT] * 2, _INT),
+    "winnow_append_and_attend": (*[_POINTER] * 14, *[_SIZE] * 13, *[_FLOAT] * 2, _INT),
+    "winnow_window_scores": (*[_POINTER] * 5, *[_SIZE] * 6, _FLOAT, _INT),
+    "winnow_rkv_scores": (*[_POINTER] * 5, *[_SIZE] * 7, _FLOAT, _FLOAT, _INT),
+    "winnow_best_entries": (*[_POINTER] * 4, *[_SIZE] * 4, _INT),
+    "winnow_compact": (*[_POINTER] * 2, _SIZE, *[_POINTER] * 3, *[_SIZE] * 4, _INT),
+    "winnow_block_masses": (*[_POINTER] * 5, *[_SIZE] * 4, _INT),
+}
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """Raises OSError with the reason if it was not built, is of another version, or cannot run."""
+    path = _FOLDER / f"_library{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not path.exists():
+        raise OSError("they were not built when Winnow was installed")
+    loaded = ctypes.CDLL(str(path))
+    if not hasattr(loaded, "winnow_version") or loaded.winnow_version() != VERSION:
+        raise OSError(
+            "they were built for another version of Winnow; run `make`, or install it again"
+        )
+    if not loaded.winnow_runs_here():
+        raise OSError("this CPU has no bfloat16 products of AVX-512")
+    for name, arguments in _SIGNATURES.items():
+        getattr(loaded, name).argtypes = arguments
+        getattr(loaded, name).restype = None
+    return loaded
+
+
+@cache
+def is_usable() -> bool:
+    """Whether the kernels can be used in this process; the log says once why not."""
+    try:
+        library()
+    except OSError as error:
+        logger.info("PyTorch's own operations are used in place of the CPU kernels: %s", error)
+        return False
+    return True
+
+
+@cache
+def has_amx() -> bool:
+    """Whether this CPU has AMX, with which oneDNN multiplies many rows faster than we do."""
+    return bool(library().winnow_has_amx())
+
+
+def fits(tensor: Tensor) -> bool:
+    """Whether the kernels take it: bfloat16 on a CPU, with whole vectors in each row."""
+    return (
+        tensor.dtype == torch.bfloat16
+        and tensor.is_cpu
+        and tensor.shape[-1] % LANES == 0
+        and tensor.stride(-1) == 1
+    )
+
+
+def require(**tensors: Tensor) -> None:
+    """The kernels compute these tensors' addresses from their shapes alone."""
+    for name, tensor in tensors.items():
+        assert (
+            tensor.dtype == torch.bfloat16
+            and tensor.is_cpu
+            and tensor.is_contiguous()
+            and tensor.shape[-1] % LANES == 0
+        ), f"{name} of {tensor.dtype} on {tensor.device}: {tuple(tensor.shape)}, {tensor.stride()}"

@@ -1,0 +1,119 @@
+"""A decoder of transformers, taken apart: embeddings, rotary tables, layers, norm and head."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from winnow.errors import UnusableModel
+from winnow.long_rope import LongRope, has_long_rope
+from winnow.network_parts import (
+    body_of,
+    final_norm,
+    has_learned_positions,
+    layers_of_body,
+    rotary_of,
+)
+from winnow.network_scales import scales_of
+from winnow.rotary import LONG, RotaryTables, Table
+
+_ANY_LAYER = "any"  # the kind of table of families that have only one
+
+
+class Body(nn.Module):
+    """The parts below the head.  rotary_emb: None if the layers make tables themselves."""
+
+    embed_tokens: Any
+    layers: Any
+    norm: Any
+    rotary_emb: Any
+
+
+class Network(nn.Module):
+    """The parts by Llama's names, whatever the family calls them; they are the network's own.
+
+    Raises UnusableModel for a network without one of them, or with positions in its embeddings.
+    """
+
+    lm_head: Any
+
+    def __init__(self, network: Any) -> None:  # noqa: ANN401 - each family has its own class
+        super().__init__()
+        self.config: Any = network.config
+        body = body_of(network)
+        parts = {
+            "embeddings": network.get_input_embeddings(),
+            "layers": layers_of_body(body),
+            "norm": final_norm(body),
+            "head": network.get_output_embeddings(),
+        }
+        if missing := [name for name, part in parts.items() if part is None]:
+            raise UnusableModel(
+                f"family {self.config.model_type} cannot be run layer by layer: Winnow finds no "
+                f"{', '.join(missing)} in it"
+            )
+        if has_learned_positions(body):
+            raise UnusableModel(
+                f"family {self.config.model_type} cannot be run layer by layer: it adds learned "
+                "positions to its embeddings"
+            )
+        self.model = Body()
+        self.model.embed_tokens, self.model.layers, self.model.norm, self.lm_head = parts.values()
+        self.model.rotary_emb = rotary_of(body)
+        if has_long_rope(self.config):
+            self.model.rotary_emb = LongRope(self.model.rotary_emb, self.config)
+        self.scales = scales_of(self.config)
+        self._table_kinds = self._kinds()
+
+    def _kinds(self) -> list[str]:
+        """The kind of rotary table of each layer."""
+        rotary = self.model.rotary_emb
+        if rotary is None or "layer_type" not in inspect.signature(rotary.forward).parameters:
+            return [_ANY_LAYER] * len(self.model.layers)
+        return list(self.config.layer_types)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """token_ids: [B, T] int64.  Returns hidden states [B, T, hidden_size]."""
+        return self.scales.embedded(self.model.embed_tokens(token_ids))
+
+    def rope(self, positions: Tensor, dtype: torch.dtype) -> RotaryTables:
+        """Tables of this dtype for the positions [B, T] int64, with LONG added for long ones."""
+        rotary = self.model.rotary_emb
+        if rotary is None:
+            return RotaryTables(positions, {})
+        like = torch.empty(0, dtype=dtype, device=positions.device)
+        kinds = dict.fromkeys(self._table_kinds)
+        if isinstance(rotary, LongRope):
+            tables = {_ANY_LAYER: rotary(like, positions)}
+            return RotaryTables(positions % LONG, tables, positions)
+        if _ANY_LAYER in kinds:
+            return RotaryTables(positions, {_ANY_LAYER: rotary(like, positions)})
+        known = getattr(rotary, "layer_types", kinds)
+        by_kind = {kind: rotary(like, positions, kind) for kind in kinds if kind in known}
+        return RotaryTables(positions, by_kind)
+
+    def table(self, layer_idx: int, rope: RotaryTables) -> Table | None:
+        """The one of a layer; None for a kind of layer without."""
+        return rope.by_kind.get(self._table_kinds[layer_idx])
+
+    def run_layer(
+        self,
+        layer_idx: int,
+        hidden: Tensor,
+        rope: RotaryTables,
+        **options: Any,  # noqa: ANN401
+    ) -> Tensor:
+        """One of transformers' layers.  hidden and the result: [B, T, hidden_size].
+
+        options: reach the attention function.
+        """
+        if rope.by_kind:
+            options["position_embeddings"] = self.table(layer_idx, rope)
+        layer = self.model.layers[layer_idx]
+        output = layer(hidden, attention_mask=None, position_ids=rope.positions, **options)
+        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+    def head_outputs(self, hidden: Tensor) -> Tensor:
+        """Final norm and head; `scales` make logits of them.  hidden: [B, hidden_size]."""
+        return self.lm_head(self.model.norm(hidden))  # type: ignore[no-any-return]

@@ -1,0 +1,141 @@
+"""A quantized checkpoint's weights, dequantized one by one as they are read."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from winnow.errors import UnusableModel
+from winnow.memory import free_bytes
+from winnow.quantization.formats.base import Format, Parts
+from winnow.quantization.methods import Quantization
+from winnow.weight_files import StoredTensor, read_tensor
+
+logger = logging.getLogger(__name__)
+
+_GIB = 1 << 30
+_NUM_TOKENS = 4
+_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class ReadTensor:
+    """A tensor that is read, and dequantized, by `tensor[...]`.
+
+    file: where it is, or one of the tensors that it is made of.
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+    is_dequantized: bool = True
+
+    @property
+    def is_matrix_of_parts(self) -> bool:
+        return self.is_dequantized and len(self.shape) == 2
+
+    def __getitem__(self, _: Any) -> Tensor:  # noqa: ANN401 - `...`, as safetensors' slices have it
+        return self.read().to(self.dtype)
+
+
+def dequantized_tensors(
+    table: Mapping[str, StoredTensor], quantization: Quantization, dtype: torch.dtype
+) -> dict[str, ReadTensor]:
+    """What the network takes, none of it read yet.
+
+    table: the tensors in the files.
+    Raises UnusableModel if a quantized weight lacks one of its tensors.
+    """
+    form, settings = quantization.form, quantization.settings
+    assert form is not None, f"{quantization.name} cannot be dequantized"
+    found: dict[str, ReadTensor] = {}
+    used = set()
+    for name, stored in table.items():
+        if not name.endswith(form.marker):
+            continue
+        prefix = name.removesuffix(form.marker)
+        parts = Parts(table, prefix, settings)
+        read = partial(form.dequantize, parts)
+        found[prefix + form.weight] = ReadTensor(stored.file, form.shape(parts), dtype, read)
+        used |= {prefix + suffix for suffix in (form.marker, *form.parts)}
+    for name, stored in table.items():
+        if name not in used and not name.endswith(form.dropped):
+            read = partial(read_tensor, stored, name)
+            kept = dtype if stored.dtype.is_floating_point else stored.dtype
+            found[name] = ReadTensor(stored.file, stored.shape, kept, read, is_dequantized=False)
+    _require_no_rest(form, found)
+    return found
+
+
+def _require_no_rest(form: Format, found: Mapping[str, ReadTensor]) -> None:
+    """Raise UnusableModel for a part of a weight that has no marker."""
+    ends = tuple(part for part in form.parts if part not in ("", ".weight"))
+    if ends and (rest := [name for name in found if name.endswith(ends)]):
+        raise UnusableModel(f"tensor {rest[0]} belongs to a quantized weight that is not there")
+
+
+@torch.inference_mode()
+def require_same(network: Any, tensors: Mapping[str, ReadTensor], path: Path) -> None:  # noqa: ANN401
+    """Compare a product, as a library computes it, with that of the dequantized weight.
+
+    Raises UnusableModel if they differ by more than what quantized activations cost.
+    """
+    name = next((name for name, one in tensors.items() if one.is_matrix_of_parts), None)
+    module = None if name is None else _submodule(network, name.removesuffix(".weight"))
+    if name is None or module is None:
+        logger.info("%s: what its library computes is not compared", path)
+        return
+    weight = tensors[name][...].to(network.device)
+    random = torch.Generator().manual_seed(0)
+    inputs = torch.randn(_NUM_TOKENS, weight.shape[1], generator=random).to(weight)
+    expected = F.linear(inputs, weight, getattr(module, "bias", None)).float()
+    difference = float((module(inputs).float() - expected).abs().max() / expected.abs().max())
+    if not difference <= _TOLERANCE:
+        raise UnusableModel(
+            f"{path}: its library computes {name} {difference:.2g} off what the files say; the "
+            f"limit is {_TOLERANCE:g}. dequantize: true does without it"
+        )
+
+
+def _submodule(network: Any, name: str) -> Any:  # noqa: ANN401
+    """None where transformers has other names than the files."""
+    try:
+        return network.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def require_free(
+    path: Path, tensors: Mapping[str, ReadTensor], method: str, device: str, is_int8: bool
+) -> None:
+    """Tell what dequantizing will take; raise UnusableModel if more than is free.
+
+    tensors: all of the model.  is_int8: whether they become that at once.
+    """
+    held = sum(_bytes(tensor, is_int8) for tensor in tensors.values())
+    stored = sum(file.stat().st_size for file in {tensor.file for tensor in tensors.values()})
+    what = "int8" if is_int8 else str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    told = (
+        f"{path} is dequantized from {method}: {stored / _GIB:.2f} GiB in files become "
+        f"{held / _GIB:.2f} GiB of {what}"
+    )
+    for place in dict.fromkeys(("cpu", device)):
+        free = free_bytes(place)
+        if free is not None:
+            told += f"; {free / _GIB:.2f} GiB are free on {place}"
+            if held > free:
+                raise UnusableModel(told)
+    logger.info("%s", told)
+
+
+def _bytes(tensor: ReadTensor, is_int8: bool) -> int:
+    is_matrix = len(tensor.shape) > 1
+    return prod(tensor.shape) * (1 if is_int8 and is_matrix else tensor.dtype.itemsize)

@@ -1,0 +1,1 @@
+"""How checkpoints hold quantized weights, a file for each method."""

@@ -1,0 +1,32 @@
+"""The text part of a checkpoint of several networks, such as one that also sees images."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+# What the text part's tensors are called in such files, and by themselves.
+TENSOR_NAMES = {
+    r"^(model\.)?language_model\.lm_head\.": "lm_head.",
+    r"^(model\.)?language_model\.(model\.)?": "model.",
+}
+_OTHER_PARTS = re.compile(
+    r"^(model\.)?(vision|visual|image|audio|multi_modal|multimodal|mm_|embed_vision|embed_audio)"
+)
+
+
+def text_config(config: Any) -> Any:  # noqa: ANN401 - each family has its own class
+    """The text part's configuration, with what the whole says of all parts."""
+    text = config.get_text_config()
+    if text is config:
+        return config
+    text.tie_word_embeddings = config.tie_word_embeddings
+    text.name_or_path = config.name_or_path
+    for name in ("dtype", "quantization_config"):
+        if getattr(text, name, None) is None and getattr(config, name, None) is not None:
+            setattr(text, name, getattr(config, name))
+    return text
+
+
+def without_other_parts(tensors: Iterable[str]) -> list[str]:
+    """The tensors that are not of a part for images or sound."""
+    return [name for name in tensors if not _OTHER_PARTS.match(name)]
