@@ -72,12 +72,6 @@ HELD_BY = {State.RECEIVED: CONTROL, State.PREFILLING: KV}
 FREED_S = 10.0
 
 
-@pytest.fixture(scope="module", autouse=True)
-def long_answer(victim: Victim) -> None:
-    """A prompt must still generate when a worker that drains finds another place for it."""
-    victim.learn(LONG_ANSWER)
-
-
 def hold(victim: Victim, state: State) -> None:
     """Keeps the next prompt from going beyond the state, if it does not last by itself."""
     if state in HELD_BY:

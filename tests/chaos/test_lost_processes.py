@@ -18,7 +18,15 @@ from tests.chaos.asking import (
 )
 from tests.chaos.linked_stack import KV
 from tests.chaos.network import CRAWLING
-from tests.chaos.victim import ENDLESS, KV_LEASE_S, LEASE_S, WORKERS, Victim, other_than
+from tests.chaos.victim import (
+    ENDLESS,
+    KV_LEASE_S,
+    LEASE_S,
+    LONG_ANSWER,
+    WORKERS,
+    Victim,
+    other_than,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.chaos, pytest.mark.timeout(300)]
 
@@ -41,7 +49,7 @@ def test_a_decode_worker_drains_while_it_generates(victim: Victim) -> None:
     num_moves = victim.num_moves()
 
     def measure() -> Measured:
-        asked = ask(victim, 5, lambda: victim.begin_drain(victim.generating()))
+        asked = ask(victim, 5, lambda: victim.begin_drain(victim.generating()), LONG_ANSWER)
         asked.require_whole(victim)
         return Measured(asked.silence_s, 0, "no lease, no replay")
 
@@ -61,7 +69,7 @@ def test_the_worker_that_takes_over_from_a_draining_one_is_killed(victim: Victim
         assert victim.end_of_drain(draining) == 0
         victim.stack.start(draining)
 
-    ask(victim, 5, drain_and_kill).require_whole(victim)
+    ask(victim, 5, drain_and_kill, LONG_ANSWER).require_whole(victim)
     assert victim.num_computed_anew() == before + 1
 
 

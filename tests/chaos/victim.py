@@ -40,6 +40,7 @@ ONE_ANSWER: dict[str, Any] = {
     "stream": True,
     "ignore_eos": True,
 }
+# Still under way when a worker hears of a drain, and finds another place for it.
 LONG_ANSWER = ONE_ANSWER | {"max_tokens": 600}
 # Minutes of work: where nothing is held soon after these were asked for, they were broken off.
 ENDLESS = ONE_ANSWER | {"n": 8, "max_tokens": 4000}
@@ -78,6 +79,7 @@ class Victim:
         self._connect()
         self._answers: dict[int, str] = {}
         self.quiet_s = self.learn(ONE_ANSWER)
+        self.learn(LONG_ANSWER)
 
     def learn(self, body: Mapping[str, Any]) -> float:
         """Asks while nothing is amiss, so that `answer` is known; seconds to the first token."""

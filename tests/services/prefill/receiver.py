@@ -57,8 +57,9 @@ class Receiver:
         self._server.stop(None).wait(10)
 
     def _push(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> pb.PushReceipt:
+        if not context.add_callback(self.call_ended.set):  # it has ended already
+            self.call_ended.set()
         self.call_begun.set()
-        context.add_callback(self.call_ended.set)
         decoder = TransferDecoder(self.expected)
         try:
             for frame in frames:
