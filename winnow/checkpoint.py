@@ -28,6 +28,7 @@ from winnow.quantization.dequantize import (
     dequantized_tensors,
     require_free,
     require_same,
+    without_empty_biases,
 )
 from winnow.text_part import TENSOR_NAMES, without_other_parts
 from winnow.weight_files import StoredTensor, stored_tensors
@@ -86,8 +87,10 @@ def require_same_as_dequantized(description: ModelDescription, network: Any) -> 
 def _dequantized(description: ModelDescription) -> dict[str, ReadTensor]:
     path, quantization = description.path, description.quantization
     assert quantization is not None, "others are loaded from their files"
-    table = stored_tensors(path, getattr(load_config(path), "transformers_weights", None))
-    return dequantized_tensors(table, quantization, description.shape.dtype)
+    config = network_config(description)
+    table = stored_tensors(path, getattr(config, "transformers_weights", None))
+    tensors = dequantized_tensors(table, quantization, description.shape.dtype)
+    return without_empty_biases(tensors, empty_network(config).state_dict())
 
 
 def _stored_tensors(description: ModelDescription, config: Any) -> Mapping[str, StoredTensor]:  # noqa: ANN401

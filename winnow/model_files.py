@@ -286,7 +286,8 @@ def _fingerprint(
     digest = hashlib.sha256(json.dumps(content).encode())
     digest.update(str(shape.dtype).encode())
     if is_folder:
-        weight_files.update_digest(digest, path)
+        name = getattr(config, "transformers_weights", None)
+        weight_files.update_digest(digest, path, name)
     else:
         gguf_header.update_digest(digest, read_header(path))
     if max_positions != config.max_position_embeddings:  # config.json's is in the digest already

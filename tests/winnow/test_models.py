@@ -185,12 +185,15 @@ def test_an_index_cannot_name_weights_that_can_run_code(
         load_model(folder)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", "no JSON", '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", "no JSON", '{"weight_map": {}}', '{"weight_map": {"a": 1}}']
+)
 def test_an_index_that_cannot_be_read_is_named(
     tiny_models: dict[str, Path], tmp_path: Path, text: str
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_models["llama"], folder)
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     (folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(UnusableModel, match=r"index\.json"):
         load_model(folder)

@@ -157,6 +157,10 @@ def test_what_was_fetched_serves_when_the_hub_is_gone(
     assert f"answers 503, Service Unavailable; commit {found.commit} of it is used" in caplog.text
 
 
+def test_a_name_that_the_hub_cannot_have_is_refused(hub: Hub) -> None:
+    assert "org/na--me" in refusal("org/na--me")
+
+
 def test_an_unknown_revision_is_named(hub: Hub) -> None:
     hub.add("o/n", FILES)
     assert refusal("o/n@v9") == f"model o/n has no revision v9 on {hub.url}"

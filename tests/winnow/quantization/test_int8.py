@@ -11,6 +11,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from tests.models_in_code import save_byte_tokenizer, save_tiny_model
 from tests.winnow.adapters.made import save_adapter
 from tests.winnow.checkpoints import EXPERTS
+from tests.winnow.families import save_network, tiny_config
 from tests.winnow.kernels.cpu.forgetting import forget
 from tests.winnow.layers import assert_same_layers, is_fused, theirs
 from winnow import Winnow
@@ -104,6 +105,14 @@ def test_an_adapter_adds_to_int8_weights(tmp_path: Path) -> None:
         for model, kind in ((path, "int8"), (rounded, None))
     )
     assert found.token_ids == expected.token_ids
+
+
+def test_what_chooses_the_experts_stays_as_it_is(tmp_path: Path) -> None:
+    config = tiny_config("hunyuan_v1_moe")
+    config.num_experts = 16
+    model = load_model(save_network(config, tmp_path), quantize="int8")
+    routers = [m for name, m in model._model.named_modules() if name.endswith(".wg")]
+    assert routers and all(type(router) is torch.nn.Linear for router in routers)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
