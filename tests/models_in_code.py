@@ -1,5 +1,6 @@
 """Tiny random decoders, built in code and saved to disk as users load theirs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,20 +129,24 @@ def save_tiny_model(
     return folder
 
 
-def save_byte_tokenizer(folder: Path) -> None:
-    """A byte-level BPE tokenizer of VOCAB_SIZE tokens with a chat template."""
+def save_byte_tokenizer(
+    folder: Path,
+    special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    chat_template: str = CHAT_TEMPLATE,
+) -> None:
+    """A byte-level BPE tokenizer of VOCAB_SIZE tokens, of which the first one ends an answer."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 4], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
-    fast.chat_template = CHAT_TEMPLATE
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special_tokens[0])
+    fast.chat_template = chat_template
     fast.save_pretrained(folder)
 
 

@@ -11,12 +11,11 @@ from services.gateway.typed import Typed, one_of
 from winnow.chat_template import ChatOptions
 from winnow.errors import InvalidRequest, InvalidSetting, UnknownParameter, UnsupportedParameter
 from winnow.grammar.source import MAX_NESTING, nesting
+from winnow.tool_support import REASONING
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Fields that only an assistant's message may have.
 _ASSISTANTS_OWN = ("refusal", "reasoning_content", "reasoning", "tool_calls")
-# The names under which templates look for an assistant's reasoning.
-_REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 class TextPart(Typed):
@@ -106,7 +105,7 @@ def _plain(message: ChatMessage, name: str) -> dict[str, Any]:
         "role": role,
         "content": _content(message, name),
         **({"name": message.name} if message.name else {}),
-        **(dict.fromkeys(_REASONING, reasoning) if reasoning else {}),
+        **(dict.fromkeys(REASONING, reasoning) if reasoning else {}),
         **({"tool_calls": _calls(message.tool_calls, name)} if message.tool_calls else {}),
         **({"tool_call_id": message.tool_call_id} if message.tool_call_id else {}),
     }
