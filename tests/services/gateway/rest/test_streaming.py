@@ -179,7 +179,7 @@ async def test_an_error_in_mid_stream_is_the_streams_last_event(
 async def test_the_official_client_raises_an_error_in_mid_stream(
     model_path: Path, redis_url: str
 ) -> None:
-    async with running_service(model_path, redis_url, request_timeout_s=0.5) as service:
+    async with running_service(model_path, redis_url, request_timeout_s=2) as service:
         stream = await service.openai.completions.create(
             model=MODEL_NAME, prompt="the fox", max_tokens=4000, stream=True, **GREEDY
         )
