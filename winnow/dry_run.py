@@ -176,7 +176,7 @@ def require_plain_loop(
             logits = network(torch.arange(_NUM_TOKENS)[None], use_cache=False).logits
         except Exception:  # a real fault will show when the loaded model is run
             logger.debug("family %s cannot run without its weights", family, exc_info=True)
-    if any(one.equal(calls[0].answer) for call in calls[1:] for one in call.besides):
+    if any(_is(one, calls[0].answer) for call in calls[1:] for one in call.besides):
         raise cannot_run(family, "its layers take the embeddings besides the layer before's output")
     if logits is None:
         return
@@ -193,6 +193,11 @@ def require_plain_loop(
                 f"it computes something between its {before.part} and its {after.part} that "
                 "Winnow does not",
             )
+
+
+def _is(one: Tensor, other: Tensor) -> bool:
+    same_kind = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    return same_kind and one.equal(other)
 
 
 def _passed_on(call: _Call, network: Network) -> Tensor:

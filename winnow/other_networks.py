@@ -23,7 +23,7 @@ def require_known(config_file: Path) -> None:
     """Raise UnusableModel for a family that transformers does not have."""
     content = json.loads(config_file.read_text())
     family = content.get("model_type") if isinstance(content, dict) else None
-    if family is None:
+    if not isinstance(family, str):
         raise ValueError("it names no family (model_type)")
     if family not in transformers.CONFIG_MAPPING:
         reason = f"transformers {transformers.__version__} does not know this family"

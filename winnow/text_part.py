@@ -20,7 +20,8 @@ def text_config(config: Any) -> Any:  # noqa: ANN401 - each family has its own c
     if text is config:
         return config
     text.name_or_path = config.name_or_path
-    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
+    if hasattr(config, "tie_word_embeddings"):
+        text.tie_word_embeddings = config.tie_word_embeddings
     for name in ("dtype", "quantization_config"):
         if getattr(text, name, None) is None and getattr(config, name, None) is not None:
             setattr(text, name, getattr(config, name))

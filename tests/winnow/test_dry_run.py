@@ -13,10 +13,10 @@ from transformers import (
     MistralConfig,
     NanoChatConfig,
     PreTrainedConfig,
-    ZambaConfig,
 )
 
 from tests.winnow.checkpoints import EXPERTS, SIZES, check, save
+from tests.winnow.families import tiny_config
 from winnow.errors import UnusableModel
 from winnow.layers import FULL
 from winnow.network_scales import NetworkScales
@@ -64,16 +64,7 @@ def test_what_is_computed_between_the_parts_by_other_factors_is_refused(
         (NanoChatConfig(**SIZES), "it runs its embeddings, layers, norm and head in another order"),
         (DogeConfig(**SIZES), "layer 0 chooses by itself what it attends to"),
         (CodeGenConfig(vocab_size=320, n_embd=64, n_layer=2, n_head=4, rotary_dim=8), "attention"),
-        (
-            ZambaConfig(
-                **SIZES,
-                attention_head_dim=32,
-                layer_types=["linear_attention", "hybrid"],
-                n_mamba_heads=1,
-                pad_token_id=0,
-            ),
-            "its layers take the embeddings besides",
-        ),
+        (tiny_config("zamba"), "its layers take the embeddings besides"),
     ],
     ids=lambda one: getattr(one, "model_type", ""),
 )

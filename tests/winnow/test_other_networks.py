@@ -16,6 +16,7 @@ from transformers import (
     Qwen2Config,
     Qwen3VLConfig,
     RwkvConfig,
+    ViTConfig,
     XLNetConfig,
     ZayaConfig,
 )
@@ -34,8 +35,12 @@ from winnow.model_files import describe_model
         (BloomConfig(), r"its attention depends on distances \(ALiBi\)"),
         (RwkvConfig(), "it has no attention heads"),
         (XLNetConfig(), "its configuration does not say how long a sequence may be"),
-        (ZayaConfig(layer_types=["hybrid_sliding"] * 40), "layer 0 is a hybrid_sliding layer"),
-        (CLIPConfig(), "transformers has no causal language model of this family"),
+        (
+            ZayaConfig(layer_types=["hybrid_sliding"] * 40, sliding_window=8),
+            "layer 0 is a hybrid",
+        ),
+        (CLIPConfig(), "transformers cannot run its text part, clip_text_model, alone"),
+        (ViTConfig(), "transformers has no causal language model of this family"),
         (Qwen3VLConfig(), "transformers cannot run its text part, qwen3_vl_text, alone"),
         (
             LlamaConfig(architectures=["LlamaForSequenceClassification"]),
@@ -68,6 +73,7 @@ def test_networks_of_other_kinds_are_refused_by_name(
             "cannot run foo: .* this family, and Winnow runs no code from model folders$",
         ),
         ({"architectures": ["FooForCausalLM"]}, r"config.json is not usable: it names no family"),
+        ({"model_type": ["llama"]}, r"config.json is not usable: it names no family"),
         ([], r"config.json is not usable: it names no family"),
     ],
     ids=str,
