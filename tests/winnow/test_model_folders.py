@@ -147,7 +147,6 @@ def test_a_quantization_without_a_name_is_refused(folder: Path) -> None:
         ("dtype", "int8"),
         ("dtype", "float64"),
         ("hidden_act", "unheard_of"),
-        ("model_type", "unheard_of"),
         ("model_type", None),
         ("model_type", ["llama"]),
         ("transformers_weights", "../elsewhere.safetensors"),
