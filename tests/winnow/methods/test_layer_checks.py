@@ -212,6 +212,11 @@ def test_what_a_refusal_says_works_does(kind: str, changes: dict[str, Any]) -> N
             override_for(scaled_defaults(shape), changes | choice, shape)
 
 
+def test_the_latest_layer_goes_up_with_the_first_to_a_full_one() -> None:
+    shape = LIKE["gemma3"]
+    assert override_for(scaled_defaults(shape), {"min_layer": 12}, shape).latest_layer == 17
+
+
 def suggested(error: InvalidSetting) -> list[dict[str, Any]]:
     if nearest := _NEAREST.search(error.message):
         return [{str(error.param): int(nearest[1])}]
