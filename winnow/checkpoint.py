@@ -16,9 +16,14 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from winnow.dry_run import RECORDER, require_known_attention, require_plain_loop
+from winnow.dry_run import (
+    OWN_ATTENTION,
+    RECORDER,
+    require_known_attention,
+    require_plain_loop,
+)
 from winnow.errors import UnusableModel
-from winnow.folder_errors import as_unusable
+from winnow.folder_errors import as_unusable, cannot_run
 from winnow.gguf.header import read_header
 from winnow.gguf.weights import GgufTensor, weights
 from winnow.model_files import ModelDescription, load_config
@@ -47,8 +52,8 @@ def require_sound(description: ModelDescription) -> None:
         parts = Network(network)
         if getattr(config, "quantization_config", None) is None:
             _require_all_placed(description, network, stored)
-        require_known_attention(description, parts)
         require_plain_loop(description, network, parts)
+        require_known_attention(description, parts)
 
 
 def network_config(description: ModelDescription) -> Any:  # noqa: ANN401
@@ -122,9 +127,7 @@ def empty_network(config: Any) -> Any:  # noqa: ANN401 - each family has its own
     except KeyError as error:
         if error.args != (RECORDER,):
             raise
-        raise UnusableModel(
-            f"{config.name_or_path} is a {config.model_type}, whose attention cannot be replaced"
-        ) from error
+        raise cannot_run(config.model_type, OWN_ATTENTION) from error
     return network.eval()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from winnow.adapters.rows import applied_rows
 from winnow.adapters.slots import AdapterSlots
-from winnow.attention import AttentionCall, PrefillAttention
+from winnow.attention import AttentionCall, PrefillAttention, attending
 from winnow.fused_layer import FusedLayer
 from winnow.kv import ModelShape
 from winnow.layer_state import LayerState
@@ -134,14 +134,8 @@ class DecoderModel:
         layer = self._model.model.layers[layer_idx]
         if isinstance(layer, FusedLayer):
             return layer.forward(hidden, self._model.table(layer_idx, rope), attention)
-        return self._model.run_layer(
-            layer_idx,
-            hidden,
-            rope,
-            attention_call=attention,
-            attention_layer=self.shape.layers[layer_idx],
-            past_key_values=state,
-        )
+        with attending(attention, self.shape.layers[layer_idx]):
+            return self._model.run_layer(layer_idx, hidden, rope, past_key_values=state)
 
     def view(self, layer_idx: int, attention: PrefillAttention, window_size: int) -> LayerView:
         """What a method sees of the layer that was computed last, with this attention."""

@@ -19,7 +19,7 @@ from winnow import weight_files
 from winnow.checks import require_range
 from winnow.context_length import constant_length, context_length, positive_int, short_length
 from winnow.errors import UnusableModel
-from winnow.folder_errors import as_unusable
+from winnow.folder_errors import as_unusable, cannot_run
 from winnow.generation_defaults import end_token_ids
 from winnow.gguf import SUFFIX, vocabulary
 from winnow.gguf import header as gguf_header
@@ -29,7 +29,7 @@ from winnow.hub.reference import parse
 from winnow.hub.store import local_model
 from winnow.kv import ModelShape
 from winnow.layers import layers_of
-from winnow.other_networks import require_causal, require_decoder
+from winnow.other_networks import require_causal, require_decoder, require_known
 from winnow.quantization.methods import Quantization, quantization_of
 from winnow.quantization.settings import Quantize, require_quantize
 from winnow.text_part import text_config
@@ -105,8 +105,10 @@ def describe_model(
         quantization = quantization_of(config, device, dequantize)
         if quantization is not None:
             quantization.require_usable(path, quantized_as)
-        with as_unusable(f"{_config_file(path)}, of a {config.model_type}, is not usable"):
-            _require_keys_and_values(path, config)
+        file = _config_file(path)
+        with as_unusable(f"Winnow cannot run {config.model_type}: {file} is not usable"):
+            _require_keys_and_values(config)
+            _require_length(config)
             max_positions = _max_positions(path, config, max_model_len)
             shape = shape_of(config, _cache_dtype(config, device, dtype), max_positions)
             vocab_size = positive_int(config, "vocab_size")
@@ -184,12 +186,13 @@ def load_config(path: Path) -> Any:  # noqa: ANN401 - each family has its own cl
     if not (path / "config.json").is_file():
         raise UnusableModel(f"model folder {path} has no config.json")
     with as_unusable(f"{path / 'config.json'} is not usable"):
+        require_known(path / "config.json")
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        require_decoder(path, config)
+        require_decoder(config)
         text = text_config(config)
         if text is not config:
-            require_decoder(path, text)
-        require_causal(path, text)
+            require_decoder(text)
+        require_causal(config, text)
         return text
 
 
@@ -207,13 +210,22 @@ def _max_positions(path: Path, config: Any, max_model_len: int | None) -> int:  
     return max_model_len
 
 
-def _require_keys_and_values(path: Path, config: Any) -> None:  # noqa: ANN401
+def _require_keys_and_values(config: Any) -> None:  # noqa: ANN401
+    family = config.model_type
+    if getattr(config, "num_attention_heads", None) is None:
+        raise cannot_run(family, "it has no attention heads, and no keys and values to prune")
     layers = layers_of(config, positive_int(config, "num_hidden_layers"), sys.maxsize)
     if all(layer.attention is None for layer in layers):
         kinds = ", ".join(sorted({str(layer) for layer in layers}))
-        raise UnusableModel(
-            f"{path} is a {config.model_type}, which Winnow does not run: it has {kinds} layers "
-            "alone, and no keys and values to prune"
+        raise cannot_run(family, f"it has {kinds} layers alone, and no keys and values to prune")
+
+
+def _require_length(config: Any) -> None:  # noqa: ANN401
+    stated = getattr(config, "max_position_embeddings", None)
+    if stated is None or stated == -1:
+        raise cannot_run(
+            config.model_type,
+            "its configuration does not say how long a sequence may be (max_position_embeddings)",
         )
 
 

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from winnow.errors import UnusableModel
+from winnow.folder_errors import cannot_run
 from winnow.long_rope import LongRope, has_long_rope
 from winnow.network_parts import (
     body_of,
     final_norm,
-    has_learned_positions,
+    has_added_positions,
     layers_of_body,
     rotary_of,
 )
@@ -48,15 +48,14 @@ class Network(nn.Module):
             "norm": final_norm(body),
             "head": network.get_output_embeddings(),
         }
+        family = self.config.model_type
+        if has_added_positions(body):
+            raise cannot_run(family, "it adds positions to its embeddings")
         if missing := [name for name, part in parts.items() if part is None]:
-            raise UnusableModel(
-                f"family {self.config.model_type} cannot be run layer by layer: Winnow finds no "
-                f"{', '.join(missing)} in it"
-            )
-        if has_learned_positions(body):
-            raise UnusableModel(
-                f"family {self.config.model_type} cannot be run layer by layer: it adds learned "
-                "positions to its embeddings"
+            raise cannot_run(
+                family,
+                f"it is not embeddings, layers, a norm and a head: Winnow finds no "
+                f"{' and no '.join(missing)} in it",
             )
         self.model = Body()
         self.model.embed_tokens, self.model.layers, self.model.norm, self.lm_head = parts.values()
@@ -106,7 +105,7 @@ class Network(nn.Module):
     ) -> Tensor:
         """One of transformers' layers.  hidden and the result: [B, T, hidden_size].
 
-        options: reach the attention function.
+        options: of the family's layers, besides.
         """
         if rope.by_kind:
             options["position_embeddings"] = self.table(layer_idx, rope)

@@ -20,8 +20,9 @@ def text_config(config: Any) -> Any:  # noqa: ANN401 - each family has its own c
     text = config.get_text_config()
     if text is config:
         return config
-    text.tie_word_embeddings = config.tie_word_embeddings
     text.name_or_path = config.name_or_path
+    if hasattr(config, "tie_word_embeddings"):
+        text.tie_word_embeddings = config.tie_word_embeddings
     for name in ("dtype", "quantization_config"):
         if getattr(text, name, None) is None and getattr(config, name, None) is not None:
             setattr(text, name, _named_alone(getattr(config, name)))
