@@ -157,7 +157,7 @@ class DecoderModel:
     def newest_entries(self, attention: PrefillAttention, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the last tokens of the layer that was computed last.
 
-        Each [num_kv_heads, num_tokens, head_dim].
+        Each [num_kv_heads, num_tokens, numbers].
         """
         return attention.keys[:, -num_tokens:], attention.values[:, -num_tokens:]
 

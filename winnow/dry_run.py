@@ -74,7 +74,7 @@ def require_known_attention(description: ModelDescription, network: Network) -> 
                 f"not compute: layer {layer_idx} attends {len(asked)} times"
             )
         for attention in asked:
-            _require_shape(description, network.config.model_type, attention)
+            _require_shape(description, network.config.model_type, layer_idx, attention)
             _require_computed(description, network.config.model_type, layer_idx, attention)
 
 
@@ -103,17 +103,19 @@ def _attention_of(network: Network, layer_idx: int, has_kv: bool) -> list[_Atten
     return asked
 
 
-def _require_shape(description: ModelDescription, family: str, attention: _Attention) -> None:
-    shape = description.shape
-    entries = (shape.num_kv_heads, shape.head_dim)
-    wanted = ((shape.num_heads, shape.head_dim), entries, entries)
+def _require_shape(
+    description: ModelDescription, family: str, layer_idx: int, attention: _Attention
+) -> None:
+    shape, size = description.shape, description.shape.sizes[layer_idx]
+    key, value = (size.num_kv_heads, size.key_dim), (size.num_kv_heads, size.value_dim)
+    wanted = ((shape.num_heads, size.key_dim), key, value)
     parts = (attention.query, attention.key, attention.value)
     if tuple((part.shape[1], part.shape[3]) for part in parts) != wanted:
         sizes = ", ".join(f"{part.shape[1]} x {part.shape[3]}" for part in parts)
         raise UnusableModel(
             f"{description.path} is a {family}, for whose keys and values Winnow has no cache: "
-            f"queries, keys and values (heads x numbers) are {sizes}; they must be "
-            + ", ".join(f"{heads} x {numbers}" for heads, numbers in wanted)
+            f"queries, keys and values (heads x numbers) of layer {layer_idx} are {sizes}; they "
+            "must be " + ", ".join(f"{heads} x {numbers}" for heads, numbers in wanted)
         )
 
 
@@ -124,7 +126,7 @@ def _require_computed(
     options = {k: v for k, v in attention.options.items() if v is not None}
     layer, most = description.shape.layers[layer_idx], description.max_positions
     asked = min(options.pop("sliding_window", most), most)
-    own = layer.window if layer.attention == "sliding" else most
+    own = most if layer.attention != "sliding" else min(layer.window or most, most)
     if asked != own:
         raise UnusableModel(
             f"{description.path}: layer {layer_idx} attends to {asked} of {most} positions, but "

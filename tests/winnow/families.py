@@ -108,15 +108,25 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _BY_LAYER: dict[str, Any] = {"rope_parameters": {_FULL: _ROPE, _SLIDING: _ROPE}}
 _BOTH: dict[str, Any] = {"layer_types": [_SLIDING, _FULL] * (_NUM_LAYERS // 2)}
-# Of configurations that have no defaults.
-_TEXTS = {"gemma4_assistant": "gemma4_text"}
+# Layers that attend to everything have fewer KV heads and longer keys and values.
+_GEMMA4: dict[str, Any] = _BOTH | {
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+}
+# Of families that are not those of their text parts, and what such a part has to say.
+_TEXTS = {"gemma4_assistant": "gemma4_text", "gemma4_unified_assistant": "gemma4_unified_text"}
+_ASSISTANTS = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 # What a family needs besides.
 _OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_text": _GEMMA4 | {"hidden_size_per_layer_input": 0},
+    "gemma4_unified_text": _GEMMA4,
     "granitemoehybrid": {"layer_types": ["linear_attention", _FULL] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", _FULL] * 2},
+    "mimo_v2_flash": _BOTH | {"head_dim": 24, "v_head_dim": 16},
     "minimax": {"sliding_window": None},
     "nemotron_h": {"layer_types": ["linear_attention", "mlp", _FULL, "moe"]},
     "phi4_multimodal": {
@@ -198,7 +208,9 @@ def save_network(config: Any, folder: Path) -> Path:
 
 def tiny_config(family: str) -> Any:
     """Of a family with several networks, that of its text."""
-    kind = CONFIG_MAPPING[_TEXTS.get(family, family)]
+    kind: Any = CONFIG_MAPPING[family]
+    if family in _TEXTS:
+        return kind(text_config=tiny_config(_TEXTS[family]).to_dict() | _ASSISTANTS)
     if "text_config" in kind.sub_configs:
         kind = type(kind().get_text_config())
     names = {*inspect.signature(kind.__init__).parameters, *_fields(kind)}
