@@ -44,7 +44,7 @@ _LINEAR: dict[str, Any] = {
     "pad_token_id": 0,
 }
 # Layers whose keys and values are of several sizes.
-SIZED_FAMILIES = ("gemma4", "gemma4_experts", "mimo_v2_flash")
+SIZED_FAMILIES = ("gemma4", "gemma4_experts", "gemma4_sharing", "mimo_v2_flash")
 _WINDOWS: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "sliding_window": 20,
@@ -98,6 +98,15 @@ _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "num_experts": 4,
             "top_k_experts": 2,
             "moe_intermediate_size": 32,
+        },
+    ),
+    "gemma4_sharing": (  # whose layers also take inputs of each token's own
+        Gemma4TextConfig,
+        _GEMMA4
+        | {
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB_SIZE,
         },
     ),
     "mimo_v2_flash": (

@@ -6,7 +6,7 @@ computes between them.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -66,8 +66,10 @@ AttentionInterface.register(RECORDER, _record)
 
 
 def require_known_attention(description: ModelDescription, network: Network) -> None:
+    shared: dict[str, tuple[Tensor, Tensor]] = {}
     for layer_idx in range(description.shape.num_layers):
-        asked = _attention_of(network, layer_idx, description.shape.layers[layer_idx].has_kv)
+        has_kv = description.shape.layers[layer_idx].has_kv
+        asked = _attention_of(network, layer_idx, has_kv, shared)
         if len(asked) > 1:
             raise UnusableModel(
                 f"{description.path} is a {network.config.model_type}, whose attention Winnow does "
@@ -79,8 +81,13 @@ def require_known_attention(description: ModelDescription, network: Network) -> 
 
 
 @torch.inference_mode()
-def _attention_of(network: Network, layer_idx: int, has_kv: bool) -> list[_Attention]:
-    """The layer's attention calls; empty if they cannot be recorded on the meta device."""
+def _attention_of(
+    network: Network, layer_idx: int, has_kv: bool, shared: dict[str, tuple[Tensor, Tensor]]
+) -> list[_Attention]:
+    """The layer's attention calls; empty if they cannot be recorded on the meta device.
+
+    shared: as in TokenExtras, of the layers before.
+    """
     asked: list[_Attention] = []
     layer = network.model.layers[layer_idx]
     for name in mlp_names(layer):
@@ -88,7 +95,9 @@ def _attention_of(network: Network, layer_idx: int, has_kv: bool) -> list[_Atten
     positions = torch.arange(_NUM_TOKENS, device=_META)[None]
     try:
         hidden = network.embed(positions)
-        rope = network.rope(positions, hidden.dtype)
+        rope = network.rope(positions, hidden.dtype, positions)
+        if rope.extras is not None:
+            rope = replace(rope, extras=replace(rope.extras, shared=shared))
         network.run_layer(layer_idx, hidden, rope, attention_call=asked)
         if has_kv and not asked:
             raise AttributeError("it computes its attention itself")

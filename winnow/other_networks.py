@@ -45,10 +45,6 @@ def _reasons(config: Any) -> Iterator[str]:  # noqa: ANN401 - each family has it
         yield "it drafts for another model, to whose keys and values it attends"
     if has("altup_num_inputs"):
         yield "its layers take more than the hidden states of the layer before"
-    if has("hidden_size_per_layer_input"):
-        yield "each layer takes an input of the token's own (hidden_size_per_layer_input)"
-    if has("num_kv_shared_layers"):
-        yield "its last layers attend to keys and values of others (num_kv_shared_layers)"
     if any("indexed" in kind or "sparse" in kind for kind in kinds):
         yield "an indexer chooses the tokens that it attends to"
     if has("kv_lora_rank"):

@@ -116,12 +116,16 @@ _GEMMA4: dict[str, Any] = _BOTH | {
 }
 # Of families that are not those of their text parts, and what such a part has to say.
 _TEXTS = {"gemma4_assistant": "gemma4_text", "gemma4_unified_assistant": "gemma4_unified_text"}
-_ASSISTANTS = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+_ASSISTANTS = {
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+    "num_kv_shared_layers": _NUM_LAYERS,
+}
 # What a family needs besides.
 _OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "gemma3n_text": {"num_kv_shared_layers": 0},
-    "gemma4_text": _GEMMA4 | {"hidden_size_per_layer_input": 0},
+    "gemma4_text": _GEMMA4 | {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2},
     "gemma4_unified_text": _GEMMA4,
     "granitemoehybrid": {"layer_types": ["linear_attention", _FULL] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},

@@ -141,9 +141,10 @@ def run_layers(
 ) -> tuple[list[list[list[int]]], list[Tensor], Tensor]:
     at = list(range(len(token_ids)))
     hidden, masses, kept = model.embed(torch.tensor([token_ids])), [], []
+    rope = model.rope(torch.tensor([at]), torch.tensor([token_ids]))
     for layer_idx, layer in enumerate(model.shape.layers):
         attention = NaiveAttention(at, settings.window_size)
-        hidden = model.layer(layer_idx, hidden, model.rope(torch.tensor([at])), attention)
+        hidden = model.layer(layer_idx, hidden, rope, attention)
         masses.append(attention.mass)
         num_kv_heads = model.shape.sizes[layer_idx].num_kv_heads
         kept.append(
@@ -151,6 +152,7 @@ def run_layers(
         )
         if layer_idx == selection_layer:
             at, hidden = [at[idx] for idx in going_on], hidden[:, going_on]
+            rope = rope.take(torch.tensor(going_on))
     return kept, masses, hidden[0, -1]
 
 

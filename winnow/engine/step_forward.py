@@ -73,7 +73,8 @@ class StepForward:
         rows, positions, tokens = inputs
         model = self._model
         tokens = torch.where(tokens == UNREAD, self.newest[rows], tokens)
-        hidden, rope = model.embed(tokens[:, None]), model.rope(positions[:, None])
+        hidden = model.embed(tokens[:, None])
+        rope = model.rope(positions[:, None], tokens[:, None])
         plan = self._pool.plan_step(rows, rope.positions[:, 0], longest)
         attention = StepAttention(self._backend, plan, self._pool.shape)
         states = self._pool.states

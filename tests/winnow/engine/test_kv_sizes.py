@@ -43,6 +43,7 @@ SETTINGS = {
     "full": replace(UNPRUNED, window_size=6),
     "snapkv": replace(PRUNED, method="snapkv"),
     "asl": PRUNED,
+    "asl late": replace(PRUNED, latest_layer=3, min_layer=3, observed_layers=2),
 }
 
 
@@ -101,7 +102,7 @@ def test_prefill_is_what_the_formulas_give(
     wanted = prefill_by_formulas(model, token_ids, settings)
     layers, result = prefill_all(model, token_ids, settings)
     assert result.report.selection_layer == wanted.selection_layer
-    assert (wanted.selection_layer is not None) == (name == "asl")
+    assert (wanted.selection_layer is not None) == name.startswith("asl")
     for layer, kept, size in zip(layers, wanted.kept, model.shape.sizes, strict=True):
         assert [layer.positions[rows].tolist() for rows in layer.head_slices()] == kept
         assert (layer.keys.shape[1], layer.values.shape[1]) == (size.key_dim, size.value_dim)
@@ -113,7 +114,7 @@ def test_prefill_is_what_the_formulas_give(
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
-@pytest.mark.parametrize("name", ["full", "asl"])
+@pytest.mark.parametrize("name", ["full", "asl", "asl late"])
 @pytest.mark.parametrize("family", SIZED_FAMILIES)
 def test_from_the_prefix_store_as_from_scratch(
     models: dict[str, DecoderModel], family: str, name: str, kv_dtype: KvDtype
