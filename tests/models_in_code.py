@@ -11,8 +11,10 @@ from transformers import (
     AutoModelForCausalLM,
     BambaConfig,
     FalconH1Config,
+    Gemma4TextConfig,
     Lfm2Config,
     LlamaConfig,
+    MiMoV2FlashConfig,
     MistralConfig,
     NemotronHConfig,
     Phi3Config,
@@ -41,6 +43,20 @@ _LINEAR: dict[str, Any] = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 8,
     "pad_token_id": 0,
+}
+# Layers whose keys and values are of several sizes.
+SIZED_FAMILIES = ("gemma4", "gemma4_experts", "gemma4_sharing", "mimo_v2_flash")
+_WINDOWS: dict[str, Any] = {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 20,
+    "pad_token_id": 0,
+}
+_GEMMA4: dict[str, Any] = _WINDOWS | {
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
 }
 _MAMBA: dict[str, Any] = {
     "mamba_n_heads": 8,
@@ -74,6 +90,37 @@ _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen3_5": (Qwen3_5TextConfig, _LINEAR),
     "bamba": (BambaConfig, _MAMBA | {"attn_layer_indices": [1, 3]}),
     "falcon_h1": (FalconH1Config, _MAMBA | {"mamba_d_ssm": 128}),
+    "gemma4": (Gemma4TextConfig, _GEMMA4),
+    "gemma4_experts": (
+        Gemma4TextConfig,
+        _GEMMA4
+        | {
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
+    "gemma4_sharing": (  # whose layers also take inputs of each token's own
+        Gemma4TextConfig,
+        _GEMMA4
+        | {
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB_SIZE,
+        },
+    ),
+    "mimo_v2_flash": (
+        MiMoV2FlashConfig,
+        _WINDOWS
+        | {
+            "head_dim": 24,
+            "v_head_dim": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
     "nemotron_h": (  # a layer is attention, a state, or an MLP
         NemotronHConfig,
         {

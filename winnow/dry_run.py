@@ -9,7 +9,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -78,18 +78,25 @@ AttentionInterface.register(RECORDER, _record)
 
 def require_known_attention(description: ModelDescription, network: Network) -> None:
     family = network.config.model_type
+    shared: dict[str, tuple[Tensor, Tensor]] = {}
     for layer_idx in range(description.shape.num_layers):
-        asked = _attention_of(network, layer_idx, description.shape.layers[layer_idx].has_kv)
+        has_kv = description.shape.layers[layer_idx].has_kv
+        asked = _attention_of(network, layer_idx, has_kv, shared)
         if len(asked) > 1:
             raise cannot_run(family, f"layer {layer_idx} attends {len(asked)} times, not once")
         for attention in asked:
-            require_sizes(family, description.shape, attention.tensors)
+            require_sizes(family, description.shape, layer_idx, attention.tensors)
             _require_computed(description, family, layer_idx, attention)
 
 
 @torch.inference_mode()
-def _attention_of(network: Network, layer_idx: int, has_kv: bool) -> list[_Attention]:
-    """The layer's attention calls; empty if they cannot be recorded on the meta device."""
+def _attention_of(
+    network: Network, layer_idx: int, has_kv: bool, shared: dict[str, tuple[Tensor, Tensor]]
+) -> list[_Attention]:
+    """The layer's attention calls; empty if they cannot be recorded on the meta device.
+
+    shared: as in TokenExtras, of the layers before.
+    """
     family = network.config.model_type
     asked: list[_Attention] = []
     _asked.set(asked)
@@ -99,7 +106,9 @@ def _attention_of(network: Network, layer_idx: int, has_kv: bool) -> list[_Atten
     positions = torch.arange(_NUM_TOKENS, device=_META)[None]
     try:
         hidden = network.embed(positions)
-        rope = network.rope(positions, hidden.dtype)
+        rope = network.rope(positions, hidden.dtype, positions)
+        if rope.extras is not None:
+            rope = replace(rope, extras=replace(rope.extras, shared=shared))
         network.run_layer(layer_idx, hidden, rope)
     except _NEVER_FOR_LACK_OF_NUMBERS as error:
         if not asked:
@@ -112,19 +121,23 @@ def _attention_of(network: Network, layer_idx: int, has_kv: bool) -> list[_Atten
     return asked
 
 
-def require_sizes(family: str, shape: ModelShape, tensors: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Raise UnusableModel unless an attention call's tensors are those of the shape.
+def require_sizes(
+    family: str, shape: ModelShape, layer_idx: int, tensors: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Raise UnusableModel unless an attention call's tensors are those of the layer's shape.
 
-    tensors: queries, keys and values, each [B, heads, tokens, head_dim].
+    tensors: queries, keys and values, each [B, heads, tokens, numbers].
     """
-    entries = (shape.num_kv_heads, shape.head_dim)
-    wanted = ((shape.num_heads, shape.head_dim), entries, entries)
+    size = shape.sizes[layer_idx]
+    key, value = (size.num_kv_heads, size.key_dim), (size.num_kv_heads, size.value_dim)
+    wanted = ((shape.num_heads, size.key_dim), key, value)
     if tuple((part.shape[1], part.shape[3]) for part in tensors) != wanted:
         sizes = ", ".join(f"{part.shape[1]} x {part.shape[3]}" for part in tensors)
         raise cannot_run(
             family,
-            f"its queries, keys and values (heads x numbers) are {sizes}; by its configuration "
-            "they would be " + ", ".join(f"{heads} x {numbers}" for heads, numbers in wanted),
+            f"its queries, keys and values (heads x numbers) of layer {layer_idx} are {sizes}; by "
+            "its configuration they would be "
+            + ", ".join(f"{heads} x {numbers}" for heads, numbers in wanted),
         )
 
 
@@ -135,7 +148,7 @@ def _require_computed(
     options = {k: v for k, v in attention.options.items() if v is not None}
     layer, most = description.shape.layers[layer_idx], description.max_positions
     asked = min(options.pop("sliding_window", most), most)
-    own = layer.window if layer.attention == "sliding" else most
+    own = most if layer.attention != "sliding" else min(layer.window or most, most)
     if asked != own:
         raise cannot_run(
             family,

@@ -28,6 +28,7 @@ from winnow.gguf.header import is_gguf, model_files, read_header
 from winnow.hub.reference import parse
 from winnow.hub.store import local_model
 from winnow.kv import ModelShape
+from winnow.kv_sizes import largest_of, require_alike, sizes_of
 from winnow.layers import layers_of
 from winnow.other_networks import require_causal, require_decoder, require_known
 from winnow.quantization.methods import Quantization, quantization_of
@@ -252,31 +253,23 @@ def _cache_dtype(config: Any, device: str, dtype: str) -> torch.dtype:  # noqa: 
 
 def shape_of(config: Any, dtype: torch.dtype, max_positions: int) -> ModelShape:  # noqa: ANN401
     """The model's dimensions; raises ValueError if they are invalid or inconsistent."""
-    num_heads = positive_int(config, "num_attention_heads")
-    hidden_size = positive_int(config, "hidden_size")
-    num_kv_heads = _in_every_layer(config, "num_key_value_heads") or num_heads
-    if num_heads % num_kv_heads:
-        raise ValueError(f"{num_heads} attention heads cannot share {num_kv_heads} KV heads")
     num_layers = positive_int(config, "num_hidden_layers")
+    sizes = sizes_of(config, num_layers)
+    differ = len({*sizes}) > 1
+    # A layer whose window is longer than any sequence is full only if it is as large as full ones.
+    layers = layers_of(config, num_layers, sys.maxsize if differ else max_positions)
+    require_alike(sizes, layers)
+    largest = largest_of(sizes)
     return ModelShape(
         num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=_in_every_layer(config, "head_dim") or hidden_size // num_heads,
-        hidden_size=hidden_size,
+        num_heads=positive_int(config, "num_attention_heads"),
+        num_kv_heads=largest.num_kv_heads,
+        head_dim=largest.key_dim,
+        hidden_size=positive_int(config, "hidden_size"),
         dtype=dtype,
-        layers=layers_of(config, num_layers, max_positions),
+        layers=layers,
+        own_sizes=() if {*sizes} == {largest} else sizes,
     )
-
-
-def _in_every_layer(config: Any, name: str) -> int | None:  # noqa: ANN401
-    """A size that is the same in all layers; None if it is not stated."""
-    layers = config.per_layer_config if config.is_heterogeneous else [config]
-    sizes = {getattr(layer, name, None) for layer in layers}
-    if len(sizes) > 1:
-        raise ValueError(f"{name} is {', '.join(map(str, sizes))}, depending on the layer")
-    size: int | None = sizes.pop()
-    return size
 
 
 def _end_token_ids(path: Path, config: Any, vocab_size: int) -> frozenset[int]:  # noqa: ANN401

@@ -162,7 +162,7 @@ def _load_tensors(description: ModelDescription, **options: Any) -> Any:  # noqa
 def _states_of(decoder: DecoderModel) -> tuple[tuple[StatePart, ...], ...]:
     """What each layer's state consists of, seen where one token has gone through it."""
     token = torch.zeros((1, 1), dtype=torch.int64, device=decoder.device)
-    hidden, rope = decoder.embed(token), decoder.rope(token)
+    hidden, rope = decoder.embed(token), decoder.rope(token, token)
     found = []
     for layer_idx in range(decoder.shape.num_layers):
         state = decoder.new_state(layer_idx)
@@ -206,11 +206,11 @@ def _run_layers(decoder: DecoderModel, token_ids: Tensor) -> Tensor:
     def attend(
         idx: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
-        require_sizes(family, shape, (query, key, value))
+        require_sizes(family, shape, idx, (query, key, value))
         return _attend(idx, query, key, value, options)
 
     positions = torch.arange(token_ids.shape[1], device=decoder.device)[None]
-    hidden, rope = decoder.embed(token_ids), decoder.rope(positions)
+    hidden, rope = decoder.embed(token_ids), decoder.rope(positions, token_ids)
     for layer_idx in range(shape.num_layers):
         hidden = decoder.layer(layer_idx, hidden, rope, attend)
     return decoder.logits(hidden[:, -1])[0]

@@ -1,6 +1,7 @@
 """A decoder of transformers, taken apart: embeddings, rotary tables, layers, norm and head."""
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from winnow.network_parts import (
 )
 from winnow.network_scales import scales_of
 from winnow.rotary import LONG, RotaryTables, Table
+from winnow.token_extras import LayerInputs, TokenExtras, layer_inputs_of, sharing_kinds
 
 _ANY_LAYER = "any"  # the kind of table of families that have only one
 
@@ -28,6 +30,7 @@ class Body(nn.Module):
     layers: Any
     norm: Any
     rotary_emb: Any
+    layer_inputs: LayerInputs | None
 
 
 class Network(nn.Module):
@@ -64,6 +67,8 @@ class Network(nn.Module):
             self.model.rotary_emb = LongRope(self.model.rotary_emb, self.config)
         self.scales = scales_of(self.config)
         self._table_kinds = self._kinds()
+        self.model.layer_inputs = layer_inputs_of(body, len(self.model.layers))
+        self.sharing_kinds = sharing_kinds(self.config)
 
     def _kinds(self) -> list[str]:
         """The kind of rotary table of each layer."""
@@ -76,8 +81,23 @@ class Network(nn.Module):
         """token_ids: [B, T] int64.  Returns hidden states [B, T, hidden_size]."""
         return self.scales.embedded(self.model.embed_tokens(token_ids))
 
-    def rope(self, positions: Tensor, dtype: torch.dtype) -> RotaryTables:
-        """Tables of this dtype for the positions [B, T] int64, with LONG added for long ones."""
+    def rope(
+        self, positions: Tensor, dtype: torch.dtype, token_ids: Tensor | None = None
+    ) -> RotaryTables:
+        """Tables of this dtype for the positions [B, T] int64, with LONG added for long ones.
+
+        token_ids: [B, T] of the tokens there, without which `extras` are not complete.
+        """
+        return replace(self._tables(positions, dtype), extras=self._extras(token_ids))
+
+    def _extras(self, token_ids: Tensor | None) -> TokenExtras | None:
+        inputs = self.model.layer_inputs
+        if inputs is None:
+            return TokenExtras() if self.sharing_kinds else None
+        assert token_ids is not None, "layers take inputs of each token's own"
+        return TokenExtras(inputs(token_ids, self.embed(token_ids)))
+
+    def _tables(self, positions: Tensor, dtype: torch.dtype) -> RotaryTables:
         rotary = self.model.rotary_emb
         if rotary is None:
             return RotaryTables(positions, {})
@@ -109,6 +129,8 @@ class Network(nn.Module):
         """
         if rope.by_kind:
             options["position_embeddings"] = self.table(layer_idx, rope)
+        if rope.extras is not None:
+            options.update(rope.extras.options(layer_idx))
         layer = self.model.layers[layer_idx]
         output = layer(hidden, attention_mask=None, position_ids=rope.positions, **options)
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]

@@ -64,7 +64,9 @@ def _reasons(config: Any) -> Iterator[str]:  # noqa: ANN401 - each family has it
         yield "it is an encoder, whose tokens attend to later ones"
     if has("patcher_config"):
         yield "it reads bytes in patches"
-    if has("altup_num_inputs", "hidden_size_per_layer_input"):
+    if has("backbone_hidden_size"):
+        yield "it drafts for another model, to whose keys and values it attends"
+    if has("altup_num_inputs"):
         yield "its layers take more than the hidden states of the layer before"
     if any("indexed" in kind or "sparse" in kind for kind in kinds):
         yield "an indexer chooses the tokens that it attends to"

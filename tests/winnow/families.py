@@ -106,16 +106,30 @@ _OF_ONE_KIND = ({_FULL}, {_SLIDING})
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _BY_LAYER: dict[str, Any] = {"rope_parameters": {_FULL: _ROPE, _SLIDING: _ROPE}}
 _BOTH: dict[str, Any] = {"layer_types": [_SLIDING, _FULL] * (_NUM_LAYERS // 2)}
-# Of configurations that have no defaults.
-_TEXTS = {"gemma4_assistant": "gemma4_text"}
+# Layers that attend to everything have fewer KV heads and longer keys and values.
+_GEMMA4: dict[str, Any] = _BOTH | {
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+}
+# Of families that are not those of their text parts, and what such a part has to say.
+_TEXTS = {"gemma4_assistant": "gemma4_text", "gemma4_unified_assistant": "gemma4_unified_text"}
+_ASSISTANTS = {
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+    "num_kv_shared_layers": _NUM_LAYERS,
+}
 # What a family needs besides.
 _OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_text": _GEMMA4 | {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2},
+    "gemma4_unified_text": _GEMMA4,
     "granitemoehybrid": {"layer_types": ["linear_attention", _FULL] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", _FULL] * 2, "block_auto_adjust_ff_dim": False},
     "lfm2_moe": {"layer_types": ["conv", _FULL] * 2},
+    "mimo_v2_flash": _BOTH | {"head_dim": 24, "v_head_dim": 16},
     "minimax": {"sliding_window": None},
     "nemotron_h": {"layer_types": ["linear_attention", "mlp", _FULL, "moe"]},
     "phi4_multimodal": {
@@ -211,6 +225,9 @@ def tiny_config(family: str, **changes: Any) -> Any:
 
     It has all kinds of layers that the family's default configuration has.
     """
+    if family in _TEXTS:
+        texts = tiny_config(_TEXTS[family]).to_dict() | _ASSISTANTS
+        return CONFIG_MAPPING[family](text_config=texts)
     kind = _text_kind(family)
     names = _names(kind)
     sizes = {name: value for name, value in _SIZES.items() if name in names}
@@ -227,6 +244,8 @@ def tiny_configs(family: str) -> list[Any]:
 
     Of a family whose text part is none of transformers' causal language models, the whole's.
     """
+    if family in _TEXTS:
+        return [tiny_config(family)]
     kind = _text_kind(family)
     if kind.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return [CONFIG_MAPPING[family]()]
@@ -244,7 +263,7 @@ def tiny_configs(family: str) -> list[Any]:
 
 
 def _text_kind(family: str) -> Any:
-    kind: Any = CONFIG_MAPPING[_TEXTS.get(family, family)]
+    kind: Any = CONFIG_MAPPING[family]
     return type(kind().get_text_config()) if "text_config" in kind.sub_configs else kind
 
 

@@ -22,10 +22,16 @@ from winnow.layers import FULL
 from winnow.network_scales import NetworkScales
 
 
-def test_keys_wider_than_values_are_refused_with_the_sizes(tmp_path: Path) -> None:
+def test_keys_and_values_of_other_sizes_than_configured_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = MiMoV2FlashConfig(**EXPERTS, head_dim=16, v_head_dim=8, sliding_window=512)
-    with pytest.raises(UnusableModel, match=r"mimo_v2_flash: its queries.*4 x 16, .* x 16, .* x 8"):
-        check(save(tmp_path, config))
+    path = save(tmp_path, config)
+    check(path)
+    monkeypatch.setattr("winnow.kv_sizes._MORE_IN_SLIDING", {})
+    said = r"mimo_v2_flash: its queries.* of layer 1 are 4 x 16, 4 x 16, 4 x 8; .* 2 x 16, 2 x 8"
+    with pytest.raises(UnusableModel, match=said):
+        check(path)
 
 
 def test_attention_in_two_calls_is_refused(tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ class _Quantizer(HfQuantizer):
         for module in [*model.modules()]:
             if is_experts(module):
                 as_layers(module)
+            if isinstance(module, Int8Embedding):
+                module.restore_scale()
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:  # noqa: ANN401
         module_name, name = param_name.rsplit(".", 1)

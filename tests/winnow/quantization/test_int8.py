@@ -135,6 +135,17 @@ def test_scaled_embeddings_stay_scaled() -> None:
     torch.testing.assert_close(found, expected[None])
 
 
+def test_so_do_those_of_a_model_that_is_made_int8_as_it_is_loaded(tmp_path: Path) -> None:
+    path = save_tiny_model(tmp_path, "gemma4_sharing")
+    token_ids = torch.arange(60)[None]
+    plain, int8 = (load_model(path, quantize=kind) for kind in (None, "int8"))
+    embedded = [model.embed(token_ids) for model in (plain, int8)]
+    ropes = [model.rope(token_ids, token_ids).extras for model in (plain, int8)]
+    inputs = [extras.inputs for extras in ropes if extras is not None and extras.inputs is not None]
+    for found, exact in (embedded[::-1], inputs[::-1]):
+        assert (found - exact).abs().max() < exact.abs().max() / 30
+
+
 def test_a_number_is_at_most_half_a_step_off_and_a_row_of_zeros_is_exact() -> None:
     weight = torch.randn(3, 70, 33)
     weight[1, 5] = 0
