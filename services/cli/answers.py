@@ -26,20 +26,29 @@ from winnow.sampling_params import SamplingParams
 
 
 class LocalModel:
-    """Answers of a model in this process."""
+    """Answers of a model in this process, or of one of its adapters."""
 
-    def __init__(self, winnow: Winnow, sampling: SamplingParams, settings: Settings) -> None:
+    def __init__(
+        self,
+        winnow: Winnow,
+        sampling: SamplingParams,
+        settings: Settings,
+        adapter: str | None = None,
+    ) -> None:
         self.figures: Figures | None = None
         self._winnow = winnow
         self._sampling = sampling
         self._settings = settings
+        self._adapter = adapter
 
     def answer(self, text: str, messages: list[Message]) -> Generator[Piece | None]:
         """While the prompt is computed, a sign of life after each layer."""
         self.figures = None
         started_s = monotonic()
         prompt, parser, stops = self._prompt(text, messages)
-        stream = yield from self._winnow.stream_by_layer(prompt, self._sampling, stops)
+        stream = yield from self._winnow.stream_by_layer(
+            prompt, self._sampling, stops, adapter=self._adapter
+        )
         figures, first_token_s = _figures_of(stream), None
         self.figures = figures
         with closing(iter(stream)) as pieces:

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from winnow.adapters.ref import AdapterRoom
 from winnow.adapters.rows import applied_rows
 from winnow.adapters.stack import AdapterStack
+from winnow.checkpoint import empty_network
 from winnow.fused_layer import PRODUCTS, FusedLayer
+from winnow.model_files import ModelDescription, load_config
+from winnow.network import Network
 from winnow.quantization.layers import Int8Linear
 
 _LAYERS = "model.layers"
@@ -45,6 +48,11 @@ def linear_sizes(network: Any) -> dict[str, tuple[int, int]]:  # noqa: ANN401
         for name, module in body.named_modules()
         if isinstance(module, nn.Linear | Int8Linear) and "experts" not in name.split(".")
     }
+
+
+def described_sizes(model: ModelDescription) -> dict[str, tuple[int, int]]:
+    """`linear_sizes` of a model that is not loaded."""
+    return linear_sizes(Network(empty_network(load_config(model.path))))
 
 
 def attach_stacks(
