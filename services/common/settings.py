@@ -513,6 +513,10 @@ class Settings(BaseModel):
         """Split NAME=FOLDER pairs, which variables and flags give with spaces between them."""
         if isinstance(adapters, str):
             adapters = adapters.split()
+        if isinstance(adapters, dict):
+            for name, folder in adapters.items():
+                if not folder:
+                    raise ValueError(f"{name} has no folder")
         if not isinstance(adapters, list):
             return adapters
         pairs = [str(pair).partition("=") for pair in adapters]

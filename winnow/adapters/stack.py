@@ -43,6 +43,10 @@ class AdapterStack:
         self._adapts: set[int] = set()  # slots with anything here
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self._down.dtype
+
+    @property
     def nbytes(self) -> int:
         return self._down.nbytes + sum(up.nbytes for up in self._ups)
 
@@ -85,6 +89,6 @@ class AdapterStack:
 
 
 @torch.inference_mode()
-def pair_of(down: Tensor, up: Tensor, scale: float) -> Pair:
+def pair_of(down: Tensor, up: Tensor, scale: float, dtype: torch.dtype) -> Pair:
     """A and B as `fill` takes them; the scale is multiplied in float32."""
-    return down.float(), up.float() * scale
+    return down.to(dtype), (up.float() * scale).to(dtype)

@@ -327,6 +327,7 @@ def test_adapters_are_named_by_flags_variables_and_files(
     ("flags", "told"),
     [
         ({"adapters": ["one"]}, "'one' is not NAME=FOLDER"),
+        ({"adapters": {"one": ""}}, "one has no folder"),
         ({"adapters": ["one=a", "one=b"]}, "a name is there twice"),
         ({"adapters": ["a b=c"]}, "'a b' is no adapter's name"),
         ({"adapters": ["tiny=a"], "model_name": "tiny"}, "adapter tiny has a name of the model"),
