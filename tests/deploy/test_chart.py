@@ -634,7 +634,7 @@ def test_alerts_and_dashboards_are_the_shared_ones() -> None:
         (["model.hub.endpoint=hub"], "/model/hub/endpoint"),
         (["model.source=s3://b/x"], "model.fetch.image needs an image"),
         (["settings.max_adapters=2"], "max_adapters"),
-        (["adapters.sources.a b=/models/a"], "/adapters/sources"),
+        (["adapters.sources.a b=/models/a"], "invalid propertyName 'a b'"),
         (["adapters.sources.a=models/a/b"], "/adapters/sources/a"),
         (["adapters.sources.a=/models/a b"], "/adapters/sources/a"),
         (["adapters.maxAdapters=257"], "/adapters/maxAdapters"),
