@@ -543,11 +543,6 @@ class Settings(BaseModel):
             raise ValueError(
                 f"max_adapters is {self.max_adapters}; adapters names {len(self.adapters)}"
             )
-        num_ranks = max(self.prefill_ranks, self.decode_ranks)
-        if num_ranks > 1 and (self.adapters or self.max_adapters):
-            raise ValueError(
-                f"adapters run on one process per worker; tensor_parallel is {num_ranks}"
-            )
         return self
 
     def adapter_room(self) -> AdapterRoom | None:

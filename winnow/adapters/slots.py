@@ -57,7 +57,10 @@ class AdapterSlots:
     """Every method may be called from any thread; reading an adapter blocks only other reads.
 
     sizes: of the model's linear layers.
+    fill_others: has other ranks do the same `fill`; raises UnusableAdapter if one cannot.
     """
+
+    fill_others: Callable[[int, AdapterDescription], object] = staticmethod(lambda *_: None)
 
     def __init__(
         self, stacks: Sequence[AdapterStack], sizes: LinearSizes, room: AdapterRoom
@@ -135,7 +138,8 @@ class AdapterSlots:
                 return taken
             slot = self._take_slot(description.name)
             try:
-                self._fill(slot, description)
+                self.fill(slot, description)
+                self.fill_others(slot, description)
             except BaseException:
                 with self._lock:
                     self._free.append(slot)
@@ -168,7 +172,7 @@ class AdapterSlots:
             logger.info("adapter %s gives way to %s", oldest.ref.name, name)
             return oldest.slot
 
-    def _fill(self, slot: int, description: AdapterDescription) -> None:
+    def fill(self, slot: int, description: AdapterDescription) -> None:
         """Raises UnusableAdapter, also if the files are not the described ones any more."""
         name, folder = description.name, description.folder
         with as_unusable(f"adapter {name} in {folder} cannot be read", UnusableAdapter):

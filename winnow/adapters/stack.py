@@ -29,9 +29,14 @@ class AdapterStack:
         num_inputs: int,
         room: AdapterRoom,
         like: Tensor,
+        rank: int = 0,
     ) -> None:
-        """like: has the model's dtype and device."""
+        """like: has the model's dtype and device.
+
+        rank: of several, of which each has an equal share of the outputs or of the inputs.
+        """
         self.names = tuple(names)
+        self._rank = rank
         self._room = room
         slots, rank = room.max_adapters, room.max_rank
         self._down = like.new_zeros(slots, len(names), rank, num_inputs)  # A
@@ -59,9 +64,15 @@ class AdapterStack:
             up[idx].zero_()
             if name in pairs:
                 down, scaled = pairs[name]
+                down = self._share(down, 1, self._down.shape[-1])
+                scaled = self._share(scaled, 0, up.shape[-1])
                 self._down[idx, part, : len(down)] = down.to(self._down)
                 up[idx, : len(down)] = scaled.T.to(up)
                 self._adapts.add(slot)
+
+    def _share(self, whole: Tensor, dim: int, size: int) -> Tensor:
+        """This rank's part of a matrix; all of it where that is its size."""
+        return whole.narrow(dim, self._rank * size if whole.shape[dim] > size else 0, size)
 
     def add(self, output: Tensor, inputs: Tensor, rows: AdapterRows) -> None:
         """Add to a product what the tokens' adapters do.
