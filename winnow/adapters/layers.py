@@ -31,11 +31,14 @@ class AdaptedLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs: [..., in].  Returns [..., out]."""
         rows = applied_rows()
-        tokens = inputs.flatten(0, -2)
         if rows is None:
             return self.linear(inputs)  # type: ignore[no-any-return]
-        output = product_with(self.linear, tokens, lambda out: self._stack.add(out, tokens, rows))
-        return output.view(*inputs.shape[:-1], -1)
+
+        def add(output: Tensor) -> Tensor:
+            tokens = self._stack.add(output.flatten(0, -2), inputs.flatten(0, -2), rows)
+            return tokens.view(output.shape)
+
+        return product_with(self.linear, inputs, add)
 
 
 def linear_sizes(network: Any) -> dict[str, tuple[int, int]]:  # noqa: ANN401

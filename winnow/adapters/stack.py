@@ -74,14 +74,14 @@ class AdapterStack:
         """This rank's part of a matrix; all of it where that is its size."""
         return whole.narrow(dim, self._rank * size if whole.shape[dim] > size else 0, size)
 
-    def add(self, output: Tensor, inputs: Tensor, rows: AdapterRows) -> None:
+    def add(self, output: Tensor, inputs: Tensor, rows: AdapterRows) -> Tensor:
         """Add to a product what the tokens' adapters do.
 
-        output: [T, sum of num_outputs], changed in place.  inputs: [T, in].
+        output: [T, sum of num_outputs], changed in place, and returned.  inputs: [T, in].
         """
         if rows.slot is not None:
             self._add_one(output, inputs, rows.slot)
-            return
+            return output
         assert rows.others is not None
         num_slots, num_parts, rank, num_inputs = self._down.shape
         every = inputs @ self._down.view(-1, num_inputs).T  # [T, slots * P * rank]
@@ -89,6 +89,7 @@ class AdapterStack:
         for part, (columns, up) in enumerate(zip(self._columns, self._ups, strict=True)):
             inner = own[:, :, part * rank : (part + 1) * rank].reshape(-1, num_slots * rank)
             output[:, columns] += inner @ up.view(num_slots * rank, -1)
+        return output
 
     def _add_one(self, output: Tensor, inputs: Tensor, slot: int) -> None:
         if slot not in self._adapts:
