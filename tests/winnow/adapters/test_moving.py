@@ -61,8 +61,8 @@ def test_sequences_that_had_to_wait_go_on_with_their_adapters(
     engine = make_engine(
         model,
         rows=4,
-        memory=int((1.5 * pages + 1) * 16 * (model.shape.kv_bytes(1) + 4)),
-        overcommit=3,
+        memory=int((2 * pages + 1) * 16 * (model.shape.kv_bytes(1) + 4)),
+        overcommit=2.1,
         swap_bytes=1 << 30,
         new_recorder=new_recorder,
     )
