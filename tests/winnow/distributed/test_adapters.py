@@ -67,7 +67,9 @@ def two(path: Path) -> Iterator[TwoRanks]:
 
 def loaded(model: DecoderModel, folders: dict[str, Path]) -> dict[str | None, LoadedAdapter | None]:
     assert model.adapters is not None
-    return {None: None, **model.adapters.preload(folders)}
+    used: dict[str | None, LoadedAdapter | None] = {None: None}
+    used.update(model.adapters.preload(folders))
+    return used
 
 
 def answers(
