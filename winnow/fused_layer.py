@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from winnow.adapters.rows import AdapterRows, applied_rows
 from winnow.adapters.stack import AdapterStack
-from winnow.attention import AttentionCall, AttentionOptions, causal_attention
+from winnow.attention import AttentionCall, AttentionOptions, attending, causal_attention
 from winnow.errors import one_line
 from winnow.kernels.choice import REFERENCE, LayerKernels, layer_kernels
 from winnow.kernels.cpu.packed_layer import LayerWeights, PackedLayer
 from winnow.kernels.rope import HeadNorms
 from winnow.kv import ModelShape
-from winnow.linear import PackedLinear, SummedLinear, joined
+from winnow.linear import PackedLinear, SummedLinear, joined, product_with
 from winnow.quantization.layers import Int8Linear
 from winnow.rotary import Table
 
@@ -88,10 +88,10 @@ class FusedLayer(nn.Module):
 
     def _product(self, idx: int, inputs: Tensor, rows: AdapterRows | None) -> Tensor:
         """One of PRODUCTS, with what the tokens' adapters add.  inputs: [T, in]."""
-        output: Tensor = self._products[idx](inputs)
-        if rows is not None:
-            self.stacks[idx].add(output, inputs, rows)
-        return output
+        if rows is None:
+            return self._products[idx](inputs)  # type: ignore[no-any-return]
+        linear = (self.qkv, self.output, self.gate_up, self.down)[idx]
+        return product_with(linear, inputs, lambda out: self.stacks[idx].add(out, inputs, rows))
 
     def _before_attention(
         self, residual: Tensor, cos: Tensor, sin: Tensor, rows: AdapterRows | None
@@ -227,13 +227,8 @@ def _require_same(network: Any, fused: FusedLayer) -> None:  # noqa: ANN401
     ) -> Tensor:
         return causal_attention(query, key, value, options)
 
-    theirs = body.layers[0](
-        hidden,
-        attention_mask=None,
-        position_embeddings=rope,
-        attention_call=attend,
-        attention_layer=fused._shape.layers[0],
-    )
+    with attending(attend, fused._shape.layers[0]):
+        theirs = body.layers[0](hidden, attention_mask=None, position_embeddings=rope)
     theirs = theirs[0] if isinstance(theirs, tuple) else theirs
     difference = (fused(hidden, rope, attend) - theirs).float().abs().max()
     error = float(difference / theirs.float().abs().max().clamp_min(1e-6))

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from winnow import memory
-from winnow.adapters.layers import attach_stacks, linear_sizes
+from winnow.adapters.layers import attach_stacks, linear_sizes, own_sizes
 from winnow.adapters.ref import AdapterRoom
 from winnow.adapters.slots import AdapterSlots
 from winnow.attention import ATTENTION_NAME, AttentionOptions, causal_attention
@@ -30,8 +30,8 @@ from winnow.checks import require_first_gpu
 from winnow.decoder import MLP_BLOCK_TOKENS, DecoderModel, TokenBlocks
 from winnow.distributed.heads import Split
 from winnow.distributed.weights import loading_options, make_plain, split_head
-from winnow.errors import UnusableModel
-from winnow.folder_errors import as_unusable
+from winnow.dry_run import ONE_BY_ONE, require_sizes
+from winnow.folder_errors import as_unusable, cannot_run
 from winnow.fused_layer import fuse_layers
 from winnow.layer_state import StatePart
 from winnow.linear import pack_head, pack_int8
@@ -90,7 +90,7 @@ def load_model(
         require_same_as_dequantized(description, loaded)
     decoder = DecoderModel(Network(loaded), description, torch.device(device), shape)
     if shape.has_states:
-        with as_unusable(f"family {description.model_type} cannot be run layer by layer"):
+        with as_unusable(f"Winnow cannot run {description.model_type}: {ONE_BY_ONE}"):
             shape = replace(shape, states=_states_of(decoder))
         decoder = DecoderModel(decoder.network, replace(description, shape=shape), decoder.device)
     is_verified = description.model_type in VERIFIED_FAMILIES
@@ -98,10 +98,11 @@ def load_model(
         _require_same_as_transformers(decoder, loaded)
     del loaded  # or what is packed would be in memory twice
     network = decoder.network
-    sizes = linear_sizes(network)
+    sizes, own = linear_sizes(network), own_sizes(network)
     is_fused = is_verified and fuse_layers(network, shape, mlp_block_tokens)
     if adapter_room is not None:
-        stacks = attach_stacks(network, sizes, adapter_room, shape.dtype)
+        rank = 0 if split is None else split.rank
+        stacks = attach_stacks(network, own, adapter_room, shape.dtype, rank)
         decoder.adapters = AdapterSlots(stacks, sizes, adapter_room)
     if not is_fused:
         for layer in network.model.layers:
@@ -162,7 +163,7 @@ def _load_tensors(description: ModelDescription, **options: Any) -> Any:  # noqa
 def _states_of(decoder: DecoderModel) -> tuple[tuple[StatePart, ...], ...]:
     """What each layer's state consists of, seen where one token has gone through it."""
     token = torch.zeros((1, 1), dtype=torch.int64, device=decoder.device)
-    hidden, rope = decoder.embed(token), decoder.rope(token)
+    hidden, rope = decoder.embed(token), decoder.rope(token, token)
     found = []
     for layer_idx in range(decoder.shape.num_layers):
         state = decoder.new_state(layer_idx)
@@ -182,7 +183,7 @@ def _require_same_as_transformers(decoder: DecoderModel, network: Any) -> None: 
     family = network.config.model_type
     num_tokens = min(16, decoder.max_positions)
     token_ids = torch.arange(num_tokens, device=decoder.device).remainder(decoder.vocab_size)[None]
-    with as_unusable(f"family {family} cannot be run layer by layer"):
+    with as_unusable(f"Winnow cannot run {family}: {ONE_BY_ONE}"):
         ours = _run_layers(decoder, token_ids)
         network.set_attn_implementation("eager")
         theirs = network(token_ids, use_cache=False).logits[0, -1].float()
@@ -190,9 +191,10 @@ def _require_same_as_transformers(decoder: DecoderModel, network: Any) -> None: 
     tolerance = 1e-3 if decoder.shape.dtype == torch.float32 else 5e-2
     difference = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6))
     if not difference <= tolerance:
-        raise UnusableModel(
-            f"family {family} computes something between its layers that Winnow does not: its "
-            f"logits differ by {difference:.2g} of their size, the limit is {tolerance:g}"
+        raise cannot_run(
+            family,
+            "it computes something between its layers that Winnow does not: its logits differ by "
+            f"{difference:.2g} of their size, the limit is {tolerance:g}",
         )
     logger.info(
         "family %s is not in the verified list; its logits agree (%.1g)", family, difference
@@ -200,8 +202,16 @@ def _require_same_as_transformers(decoder: DecoderModel, network: Any) -> None: 
 
 
 def _run_layers(decoder: DecoderModel, token_ids: Tensor) -> Tensor:
+    family, shape = decoder.description.model_type, decoder.shape
+
+    def attend(
+        idx: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
+    ) -> Tensor:
+        require_sizes(family, shape, idx, (query, key, value))
+        return _attend(idx, query, key, value, options)
+
     positions = torch.arange(token_ids.shape[1], device=decoder.device)[None]
-    hidden, rope = decoder.embed(token_ids), decoder.rope(positions)
-    for layer_idx in range(decoder.shape.num_layers):
-        hidden = decoder.layer(layer_idx, hidden, rope, _attend)
+    hidden, rope = decoder.embed(token_ids), decoder.rope(positions, token_ids)
+    for layer_idx in range(shape.num_layers):
+        hidden = decoder.layer(layer_idx, hidden, rope, attend)
     return decoder.logits(hidden[:, -1])[0]

@@ -1,22 +1,24 @@
 """A decoder of transformers, taken apart: embeddings, rotary tables, layers, norm and head."""
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from winnow.errors import UnusableModel
+from winnow.folder_errors import cannot_run
 from winnow.long_rope import LongRope, has_long_rope
 from winnow.network_parts import (
     body_of,
     final_norm,
-    has_learned_positions,
+    has_added_positions,
     layers_of_body,
     rotary_of,
 )
 from winnow.network_scales import scales_of
 from winnow.rotary import LONG, RotaryTables, Table
+from winnow.token_extras import LayerInputs, TokenExtras, layer_inputs_of, sharing_kinds
 
 _ANY_LAYER = "any"  # the kind of table of families that have only one
 
@@ -28,6 +30,7 @@ class Body(nn.Module):
     layers: Any
     norm: Any
     rotary_emb: Any
+    layer_inputs: LayerInputs | None
 
 
 class Network(nn.Module):
@@ -48,15 +51,14 @@ class Network(nn.Module):
             "norm": final_norm(body),
             "head": network.get_output_embeddings(),
         }
+        family = self.config.model_type
+        if has_added_positions(body):
+            raise cannot_run(family, "it adds positions to its embeddings")
         if missing := [name for name, part in parts.items() if part is None]:
-            raise UnusableModel(
-                f"family {self.config.model_type} cannot be run layer by layer: Winnow finds no "
-                f"{', '.join(missing)} in it"
-            )
-        if has_learned_positions(body):
-            raise UnusableModel(
-                f"family {self.config.model_type} cannot be run layer by layer: it adds learned "
-                "positions to its embeddings"
+            raise cannot_run(
+                family,
+                f"it is not embeddings, layers, a norm and a head: Winnow finds no "
+                f"{' and no '.join(missing)} in it",
             )
         self.model = Body()
         self.model.embed_tokens, self.model.layers, self.model.norm, self.lm_head = parts.values()
@@ -65,6 +67,8 @@ class Network(nn.Module):
             self.model.rotary_emb = LongRope(self.model.rotary_emb, self.config)
         self.scales = scales_of(self.config)
         self._table_kinds = self._kinds()
+        self.model.layer_inputs = layer_inputs_of(body, len(self.model.layers))
+        self.sharing_kinds = sharing_kinds(self.config)
 
     def _kinds(self) -> list[str]:
         """The kind of rotary table of each layer."""
@@ -77,8 +81,23 @@ class Network(nn.Module):
         """token_ids: [B, T] int64.  Returns hidden states [B, T, hidden_size]."""
         return self.scales.embedded(self.model.embed_tokens(token_ids))
 
-    def rope(self, positions: Tensor, dtype: torch.dtype) -> RotaryTables:
-        """Tables of this dtype for the positions [B, T] int64, with LONG added for long ones."""
+    def rope(
+        self, positions: Tensor, dtype: torch.dtype, token_ids: Tensor | None = None
+    ) -> RotaryTables:
+        """Tables of this dtype for the positions [B, T] int64, with LONG added for long ones.
+
+        token_ids: [B, T] of the tokens there, without which `extras` are not complete.
+        """
+        return replace(self._tables(positions, dtype), extras=self._extras(token_ids))
+
+    def _extras(self, token_ids: Tensor | None) -> TokenExtras | None:
+        inputs = self.model.layer_inputs
+        if inputs is None:
+            return TokenExtras() if self.sharing_kinds else None
+        assert token_ids is not None, "layers take inputs of each token's own"
+        return TokenExtras(inputs(token_ids, self.embed(token_ids)))
+
+    def _tables(self, positions: Tensor, dtype: torch.dtype) -> RotaryTables:
         rotary = self.model.rotary_emb
         if rotary is None:
             return RotaryTables(positions, {})
@@ -106,10 +125,12 @@ class Network(nn.Module):
     ) -> Tensor:
         """One of transformers' layers.  hidden and the result: [B, T, hidden_size].
 
-        options: reach the attention function.
+        options: of the family's layers, besides.
         """
         if rope.by_kind:
             options["position_embeddings"] = self.table(layer_idx, rope)
+        if rope.extras is not None:
+            options.update(rope.extras.options(layer_idx))
         layer = self.model.layers[layer_idx]
         output = layer(hidden, attention_mask=None, position_ids=rope.positions, **options)
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]

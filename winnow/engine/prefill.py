@@ -118,8 +118,8 @@ class PrefillRun:
             self._no_prefix_reason = "recurrent_layers"
         self._blocks: PromptBlocks | None = None
         if store is not None and self._no_prefix_reason is None:
-            digest = None if adapter is None else adapter.ref.digest
-            variant = kv_variant(digest, is_long=self._is_long)
+            ref = None if adapter is None else adapter.ref
+            variant = kv_variant(ref, is_long=self._is_long)
             if model.shape.has_states:
                 own = StateBlocks(store, token_ids, cache_salt, variant, settings.window_size)
                 self._blocks, self._no_prefix_reason = own, own.no_reason
@@ -263,8 +263,8 @@ class PrefillRun:
             no_selection_reason=self._method.no_selection_reason,
             rho=self._method.rho,
             computed_share=self._work.layer_tokens / full_layer_tokens,
-            kv_bytes_full=shape.kv_bytes(shape.unpruned_entries(self._num_prompt_tokens)),
-            kv_bytes_kept=shape.kv_bytes(sum(self._layer_entries)),
+            kv_bytes_full=shape.sent_bytes(shape.unpruned_layer_entries(self._num_prompt_tokens)),
+            kv_bytes_kept=shape.sent_bytes(self._layer_entries),
             layer_entries=tuple(self._layer_entries),
             num_cached_tokens=self._num_cached_tokens,
             num_recomputed_tokens=self._work.recomputed_tokens,
