@@ -76,22 +76,27 @@ class Answering:
         for example, token_ids in zip(turns, prompts, strict=True):
             started_s = time.perf_counter()
             if kept is None:
-                prefilled = self._prefill(token_ids, pruning, way)
+                num_positions = len(token_ids) + example.max_new_tokens
+                is_long = self._model.decoder.description.is_long(num_positions)
+                prefilled = self._prefill(token_ids, pruning, way, is_long=is_long)
+                if way.reuse == KEPT:
+                    decoder, layers = self._model.decoder, prefilled.layers
+                    kept = KeptDocument(decoder, layers, num_shared, is_long=is_long)
             else:
                 prefilled = self._extend(kept, token_ids)
-            if way.reuse == KEPT and kept is None:
-                kept = KeptDocument(self._model.decoder, prefilled.layers, num_shared)
             yield self._generate(prefilled, token_ids, example.max_new_tokens, started_s)
 
-    def _prefill(self, token_ids: Sequence[int], pruning: PruningSettings, way: Way) -> _Prefilled:
-        store = self._store if way.reuse == STORE else None
+    def _prefill(
+        self, token_ids: Sequence[int], pruning: PruningSettings, way: Way, *, is_long: bool
+    ) -> _Prefilled:
         run = PrefillRun(
             self._model.decoder,
             token_ids,
             pruning,
-            store=store,
+            store=self._store if way.reuse == STORE else None,
             cache_salt=str(way),
             adapter=self._model.adapter,
+            is_long=is_long,
         )
         layers = list(run.layers())
         result = run.result()
