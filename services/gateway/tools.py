@@ -62,6 +62,10 @@ class ToolUse:
     parallel: bool = True
 
     @property
+    def must_call(self) -> bool:
+        return self.mode in ("required", "named")
+
+    @property
     def callable_tools(self) -> tuple[Tool, ...]:
         """The tools that the answer may call."""
         if self.name is None:
@@ -196,6 +200,7 @@ def answer_format(
         tool_format=tool_format,
         tool_names=frozenset(tool["function"]["name"] for tool in use.callable_tools),
         parallel=use.parallel,
+        must_call=use.must_call,
         frame=frame or THINKING,
         reasoning=reasoning,
         shows_reasoning=include_reasoning is not False,
