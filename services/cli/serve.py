@@ -41,6 +41,7 @@ _RAY_ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_COLOR_PREFIX": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",  # default: 5, three times; too short under load
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "winnow_serve.proxy.middlewares",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # at the default of 0.1 it is never idle
 }
 
