@@ -1,5 +1,6 @@
 """Tools of a request: functions that the model may call, in the prompt and in the answer."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -113,7 +114,17 @@ def _tool(tool: ToolBody, name: str) -> Tool:
             f"{name}.function.parameters is nested {depth} deep; the limit is {MAX_NESTING}",
             param=f"{name}.function.parameters",
         )
+    _require_object(function.parameters or {}, f"{name}.function.parameters")
     return {"type": "function", "function": function.model_dump(exclude_none=True)}
+
+
+def _require_object(parameters: Mapping[str, Any], name: str) -> None:
+    """Arguments are an object; a schema need not say so."""
+    kind = parameters.get("type")
+    if kind is not None and "object" not in (kind if isinstance(kind, list) else [kind]):
+        raise InvalidSetting(
+            f"{name} is of type {json.dumps(kind)[:80]}; arguments are an object", param=name
+        )
 
 
 def _choice(
