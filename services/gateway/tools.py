@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from services.common.settings import Settings
-from services.gateway.body import Body
+from services.gateway.body import Body, shown
 from services.gateway.typed import Typed, one_of
 from winnow.answers import AnswerFormat
 from winnow.answers.conversation import Conversation, has_calls, shown_conversation
@@ -151,7 +151,8 @@ def _chosen_name(choice: Mapping[str, Any], names: Sequence[str]) -> str:
     kind, function = choice.get("type"), choice.get("function")
     if kind != "function":
         raise UnsupportedParameter(
-            f"tool_choice.type is {kind!r}; only function is supported", param="tool_choice.type"
+            f"tool_choice.type is {shown(kind)}; only function is supported",
+            param="tool_choice.type",
         )
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):
