@@ -21,16 +21,19 @@ from winnow.context_length import constant_length, context_length, positive_int,
 from winnow.errors import UnusableModel
 from winnow.folder_errors import as_unusable, cannot_run
 from winnow.generation_defaults import end_token_ids
-from winnow.gguf import SUFFIX, vocabulary
 from winnow.gguf import header as gguf_header
+from winnow.gguf import vocabulary
 from winnow.gguf.config import configuration
-from winnow.gguf.header import is_gguf, model_files, read_header
-from winnow.hub.reference import parse
-from winnow.hub.store import local_model
+from winnow.gguf.header import read_header
 from winnow.kv import ModelShape
 from winnow.kv_sizes import largest_of, require_alike, sizes_of
 from winnow.layers import layers_of
+<<<<<<< HEAD
 from winnow.other_networks import require_causal, require_decoder, require_known
+=======
+from winnow.model_path import model_path, require_config
+from winnow.other_networks import require_causal, require_decoder
+>>>>>>> endpoint
 from winnow.quantization.methods import Quantization, quantization_of
 from winnow.quantization.settings import Quantize, require_quantize
 from winnow.text_part import text_config
@@ -101,7 +104,7 @@ def describe_model(
     """
     quantized_as = require_quantize(quantize, device)
     with as_unusable(f"model {model} cannot be read"):
-        path = _resolve(model)
+        path = model_path(model)
         config = load_config(path)
         quantization = quantization_of(config, device, dequantize)
         if quantization is not None:
@@ -137,40 +140,6 @@ def _weights_become(quantize: Quantize | None, quantization: Quantization | None
     return f"{'dequantized' if is_dequantized else ''}{quantize or ''}"
 
 
-def _resolve(model: str | Path) -> Path:
-    path = Path(model)
-    if path.is_dir():
-        return _gguf_in(path.resolve()) or path.resolve()
-    if is_gguf(path):
-        return path.absolute()  # links of the hub's cache lead to files with other names
-    if path.exists():
-        raise UnusableModel(f"model {model} is a file; a model is a folder or a GGUF file")
-    if "://" in str(model):
-        raise UnusableModel(
-            f"model {model} is an address; Winnow reads folders, GGUF files and the hub's models, "
-            "like org/name. Copy it into a folder first (the Helm chart does: model.fetch)"
-        )
-    if (hub_model := parse(str(model))) is None:
-        raise UnusableModel(f"model folder {model} does not exist")
-    return local_model(hub_model).path
-
-
-def _gguf_in(folder: Path) -> Path | None:
-    """The one GGUF file of a folder with nothing else to load; of several parts, the first.
-
-    Raises UnusableModel if there are several models.
-    """
-    found = sorted(file for file in folder.glob(f"*{SUFFIX}") if "mmproj" not in file.name)
-    if not found or (folder / "config.json").exists() or any(folder.glob("*.safetensors")):
-        return None
-    if {*found} <= {*model_files(found[0])}:
-        return found[0]
-    raise UnusableModel(
-        f"model folder {folder} has {len(found)} GGUF files; name one of them: "
-        f"{', '.join(file.name for file in found)}"
-    )
-
-
 def _config_file(path: Path) -> Path:
     return path if path.is_file() else path / "config.json"
 
@@ -184,8 +153,7 @@ def load_config(path: Path) -> Any:  # noqa: ANN401 - each family has its own cl
         header = read_header(path)
         with as_unusable(f"{path}, of architecture {header.architecture}, is not usable"):
             return AutoConfig.for_model(**configuration(header))
-    if not (path / "config.json").is_file():
-        raise UnusableModel(f"model folder {path} has no config.json")
+    require_config(path)
     with as_unusable(f"{path / 'config.json'} is not usable"):
         require_known(path / "config.json")
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)

@@ -25,6 +25,7 @@ from services.common.ports import free_port, listening
 from services.common.settings import Settings
 from services.deploy_config import APP_NAME, EVERY_ADDRESS, SERVE_LOGGING, for_cluster, http_options
 from winnow.errors import InvalidSetting, UnusableModel, WinnowError
+from winnow.folder_errors import as_unusable
 
 RAY_ADDRESS = "RAY_ADDRESS"
 
@@ -41,6 +42,7 @@ _RAY_ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_COLOR_PREFIX": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",  # default: 5, three times; too short under load
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "winnow_serve.proxy.middlewares",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # at the default of 0.1 it is never idle
 }
 
@@ -59,6 +61,7 @@ def run_service(settings: Settings, progress: Progress, ready: Callable[[Setting
     settings = with_ports(settings)
     with StopSignals() as signals, contextlib.suppress(KeyboardInterrupt):
         settings = with_fetched_model(settings, signals.check)
+        _check_at_once(settings)
         with _ray(settings, progress, signals), _application(settings, progress, signals):
             _wait_until_served(settings, progress, signals)
             ready(settings)
@@ -91,9 +94,21 @@ def _claim(host: str, port: int, name: str) -> socket.socket:
         ) from error
 
 
-def _check(settings: Settings) -> None:
+def _check_at_once(settings: Settings) -> None:
+    """Check what needs no torch, which takes as long to load as Ray takes to start."""
     from services.common.redis_access import require_redis  # noqa: PLC0415 - loads Redis' client
     from services.common.tls import PeerTls, public_credentials  # noqa: PLC0415 - loads gRPC
+    from winnow.model_path import model_path, require_config  # noqa: PLC0415 - loads numpy
+
+    with as_unusable(f"model {settings.model_source} cannot be read"):
+        if (path := model_path(settings.model_source)).is_dir():
+            require_config(path)
+    public_credentials(settings)
+    PeerTls.load(settings)
+    require_redis(settings)
+
+
+def _check(settings: Settings) -> None:
     from services.gateway.served_adapters import require_adapters  # noqa: PLC0415 - loads torch
     from services.gateway.served_model import ServedModel  # noqa: PLC0415 - loads transformers
     from winnow.checkpoint import require_sound  # noqa: PLC0415 - loads transformers
@@ -101,16 +116,13 @@ def _check(settings: Settings) -> None:
     description = ServedModel.load(settings).description
     require_sound(description)
     require_adapters(settings, description)
-    public_credentials(settings)
-    PeerTls.load(settings)
-    require_redis(settings)
 
 
 @contextlib.contextmanager
 def _ray(settings: Settings, progress: Progress, signals: StopSignals) -> Iterator[None]:
     """Connect this process as a driver to RAY_ADDRESS's cluster, or to its own temporary one.
 
-    The model is checked meanwhile, because loading torch takes as long as starting Ray.
+    The model's files are checked meanwhile, because loading torch takes as long as starting Ray.
     """
     progress("starting Ray")
     is_own = not os.environ.get(RAY_ADDRESS)

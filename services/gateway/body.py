@@ -1,14 +1,28 @@
 """Base class of request bodies: strict types, empty unknown fields ignored, named errors."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from winnow.errors import InvalidRequest, InvalidSetting, UnknownParameter
 
 Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 _SHOWN_CHARS = 60
+# What JSON calls the type that a field has, by pydantic's name for the error.
+_JSON_TYPES = {
+    "string_type": "a string",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "an array",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+}
 
 
 def asks_for_nothing(value: object) -> bool:
@@ -43,7 +57,7 @@ class Body(BaseModel):
         if field is None:
             return asks_for_nothing(value)
         is_nullable = type(None) in get_args(field.annotation) or field.annotation is Any
-        return value is None and not is_nullable and not field.is_required()
+        return value is None and not is_nullable
 
 
 BodyT = TypeVar("BodyT", bound=Body)
@@ -60,21 +74,30 @@ def validate(cls: type[BodyT], body: Mapping[str, Any]) -> BodyT:
     except ValidationError as error:
         # For a union type, the alternative that fits best has the error with the longest path.
         errors = error.errors(include_url=False, include_context=False)
-        first = max(errors, key=lambda one: len(one["loc"]))
-        raise _named(body, first["type"], first["loc"], first["msg"], first["input"]) from error
+        raise _named(body, max(errors, key=lambda one: len(one["loc"])), errors) from error
+
+
+def shown(value: object) -> str:
+    """A value from a body, for an error: a quoted text, or JSON."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
 
 
 def _named(
-    body: Mapping[str, Any], kind: str, loc: tuple[int | str, ...], message: str, value: object
+    body: Mapping[str, Any], first: ErrorDetails, errors: Sequence[ErrorDetails]
 ) -> InvalidRequest:
-    param = _path(body, loc, missing=kind == "missing")
-    if kind == "extra_forbidden":
+    is_missing = first["type"] == "missing"
+    param = _path(body, first["loc"], missing=is_missing)
+    if first["type"] == "extra_forbidden":
         return UnknownParameter(f"unknown parameter: {param}", param=param)
-    if kind == "missing":
+    if is_missing:
         return InvalidRequest(f"missing parameter: {param}", param=param)
-    shown = repr(value)
-    shown = shown if len(shown) <= _SHOWN_CHARS else f"{shown[:_SHOWN_CHARS]}..."
-    return InvalidSetting(f"{param} is {shown}: {message.lower()}", param=param)
+    same = (one["type"] for one in errors if _path(body, one["loc"], missing=False) == param)
+    types = dict.fromkeys(_JSON_TYPES[one] for one in same if one in _JSON_TYPES)
+    wanted = first["msg"].lower()
+    if first["type"] in _JSON_TYPES:
+        wanted = f"input should be {' or '.join(types)}"
+    return InvalidSetting(f"{param} is {shown(first['input'])}: {wanted}", param=param)
 
 
 def _path(body: object, loc: tuple[int | str, ...], *, missing: bool) -> str:

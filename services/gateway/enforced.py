@@ -43,7 +43,7 @@ def enforced(
     whole = compose(
         None if asked is None else asked.grammar,
         calls,
-        must_call=use.mode in ("required", "named"),
+        must_call=use.must_call,
         reasoning=answer.reasoning,
         tags=answer.frame.tags,
         token_id=tokenizer.added_token_id,

@@ -1,6 +1,7 @@
 """Strict parsing of the JSON that clients send."""
 
 import json
+import sys
 from typing import Any, NoReturn
 
 from winnow.errors import InvalidRequest
@@ -23,8 +24,10 @@ def parse_object(data: bytes, name: str, param: str | None = None) -> dict[str, 
         fault = "has half a surrogate pair, which is no character"
     except _NotJson as error:
         fault = f"is not JSON: {error}"
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
-        fault = f"is not JSON that can be read: {error}"
+    except RecursionError:
+        fault = "is nested too deep to be read"
+    except ValueError:
+        fault = f"has a number of more than {sys.get_int_max_str_digits():,} digits"
     else:
         if isinstance(parsed, dict):
             return parsed

@@ -1,5 +1,6 @@
 """Tools of a request: functions that the model may call, in the prompt and in the answer."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from services.common.settings import Settings
-from services.gateway.body import Body
+from services.gateway.body import Body, shown
 from services.gateway.typed import Typed, one_of
 from winnow.answers import AnswerFormat
 from winnow.answers.conversation import Conversation, has_calls, shown_conversation
@@ -62,6 +63,10 @@ class ToolUse:
     parallel: bool = True
 
     @property
+    def must_call(self) -> bool:
+        return self.mode in ("required", "named")
+
+    @property
     def callable_tools(self) -> tuple[Tool, ...]:
         """The tools that the answer may call."""
         if self.name is None:
@@ -109,7 +114,17 @@ def _tool(tool: ToolBody, name: str) -> Tool:
             f"{name}.function.parameters is nested {depth} deep; the limit is {MAX_NESTING}",
             param=f"{name}.function.parameters",
         )
+    _require_object(function.parameters or {}, f"{name}.function.parameters")
     return {"type": "function", "function": function.model_dump(exclude_none=True)}
+
+
+def _require_object(parameters: Mapping[str, Any], name: str) -> None:
+    """Arguments are an object; a schema need not say so."""
+    kind = parameters.get("type")
+    if kind is not None and "object" not in (kind if isinstance(kind, list) else [kind]):
+        raise InvalidSetting(
+            f"{name} is of type {json.dumps(kind)[:80]}; arguments are an object", param=name
+        )
 
 
 def _choice(
@@ -136,7 +151,8 @@ def _chosen_name(choice: Mapping[str, Any], names: Sequence[str]) -> str:
     kind, function = choice.get("type"), choice.get("function")
     if kind != "function":
         raise UnsupportedParameter(
-            f"tool_choice.type is {kind!r}; only function is supported", param="tool_choice.type"
+            f"tool_choice.type is {shown(kind)}; only function is supported",
+            param="tool_choice.type",
         )
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):
@@ -196,6 +212,7 @@ def answer_format(
         tool_format=tool_format,
         tool_names=frozenset(tool["function"]["name"] for tool in use.callable_tools),
         parallel=use.parallel,
+        must_call=use.must_call,
         frame=frame or THINKING,
         reasoning=reasoning,
         shows_reasoning=include_reasoning is not False,

@@ -2,7 +2,8 @@
 const LEVELS = 9,
   BLOCK = 3000,
   GAP = 8,
-  BUCKET_PX = 3;
+  BUCKET_PX = 3,
+  TURNS = /[\u202a-\u202e\u2066-\u2069]/; // how a text runs, up to the end of its line if it is not set apart
 const shown = {
   tokens: null,
   starts: [],
@@ -115,8 +116,9 @@ function addBlock(box, first) {
 }
 
 function classOf(idx) {
-  if (shown.kinds[idx] !== "kept") return shown.kinds[idx];
-  return shown.levels[idx] ? `s${shown.levels[idx]}` : "plain";
+  const level = shown.levels[idx] ? `s${shown.levels[idx]}` : "plain",
+    own = shown.kinds[idx] === "kept" ? level : shown.kinds[idx];
+  return TURNS.test(shown.tokens.pieces[idx]) ? `${own} turns` : own;
 }
 
 // Shaded stretches, best first; small gaps do not part them. Without those at the beginning and just before the
@@ -226,7 +228,8 @@ function tell(idx) {
   const share = score == null ? "" : `, ${Number((score * 100).toPrecision(3))}% of the attention`;
   const fate =
     shown.kinds[idx] === "gone" ? `dropped after layer ${lastLayers[idx]}` : "kept to the last layer";
-  $("token").textContent = `Token ${count(idx)} ${JSON.stringify(pieces[idx])}: ${place}${share}, ${fate}`;
+  const piece = element("bdi", { text: JSON.stringify(pieces[idx]) });
+  $("token").replaceChildren(`Token ${count(idx)} `, piece, `: ${place}${share}, ${fate}`);
 }
 
 // The token at a point of the window.

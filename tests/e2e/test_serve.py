@@ -82,7 +82,9 @@ def test_streams_tokens(url: str, model: Path) -> None:
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
         lines = [line for line in response.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
-    assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
+    last = json.loads(lines[-2].removeprefix("data: "))
+    assert last["choices"][0]["finish_reason"]
+    assert response.headers.get_list("x-request-id") == [last["id"]]
 
 
 def test_headers_over_the_limit_are_refused_behind_the_proxy_too(url: str, model: Path) -> None:

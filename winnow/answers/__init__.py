@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from winnow.answers.formats.base import ToolFormat
 from winnow.answers.frames import THINKING, Frame
 from winnow.answers.json_calls import CallParser
-from winnow.answers.parts import Part, ReasoningPart, Split, joined
+from winnow.answers.parts import Part, ReasoningPart, Split, TextPart, joined
 from winnow.grammar.compose import Reasoning
 
 
@@ -15,7 +15,8 @@ class AnswerFormat:
     """How the text of one request's answers is split.
 
     tool_format: the form of calls; None if no tool may be called.  parallel: report more than one
-    call.  frame: how reasoning is written.  reasoning: how an answer begins.
+    call.  must_call: nothing but calls can come; the beginning of one is no text.
+    frame: how reasoning is written.  reasoning: how an answer begins.
     shows_reasoning: report the reasoning, too.
     shown_token_ids: special tokens that are part of the text, because the format needs them.
     """
@@ -23,6 +24,7 @@ class AnswerFormat:
     tool_format: ToolFormat | None = None
     tool_names: frozenset[str] = frozenset()
     parallel: bool = True
+    must_call: bool = False
     frame: Frame = THINKING
     reasoning: Reasoning = "none"
     shows_reasoning: bool = True
@@ -37,6 +39,7 @@ class AnswerParser:
 
     def __init__(self, answer: AnswerFormat) -> None:
         self._shows_reasoning = answer.shows_reasoning
+        self._has_text = not answer.must_call
         self._splitter = answer.frame.splitter(answer.reasoning)
         self._calls: CallParser | None = None
         if answer.tool_format is not None:
@@ -49,17 +52,20 @@ class AnswerParser:
 
     def feed(self, text: str) -> tuple[Part, ...]:
         """The parts that are certain after this text."""
-        return joined(self._parts(self._splitter.feed(text)))
+        return self._told(self._parts(self._splitter.feed(text)))
 
     def finish(self) -> tuple[Part, ...]:
         """The rest, once no more text will come."""
         parts = self._parts(self._splitter.finish())
-        return joined([*parts, *(self._calls.finish() if self._calls else ())])
+        return self._told([*parts, *(self._calls.finish() if self._calls else ())])
 
     @property
     def in_call(self) -> bool:
         """Whether the text so far ends within a call."""
         return self._calls is not None and self._calls.in_call
+
+    def _told(self, parts: Iterable[Part]) -> tuple[Part, ...]:
+        return joined(part for part in parts if self._has_text or not isinstance(part, TextPart))
 
     def _parts(self, split: Iterable[Split]) -> list[Part]:
         parts: list[Part] = []

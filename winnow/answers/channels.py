@@ -50,6 +50,7 @@ class ChannelSplitter:
         self._message = _MESSAGES[reasoning]  # what it is; None in a header
         self._has_text = True  # some of the message's text is told, or is in the prompt
         self._told: set[_Message] = set()
+        self._has_ended = False  # a message: a header comes next
         self._held = ""  # it may be a header, or end a message
 
     @property
@@ -66,7 +67,8 @@ class ChannelSplitter:
         """The rest, once no more text will come. A header that is cut off is no text."""
         held, self._held = self._held, ""
         if self._message is None:
-            if _END.search(held):
+            is_begun = self._has_ended and any(end.startswith(held.strip()) for end in _ENDS)
+            if is_begun or _END.search(held):
                 return []
             self._begin("text")
         return [*self._text(held)]
@@ -80,7 +82,7 @@ class ChannelSplitter:
             yield from self._text(self._taken(end.start()))
             if end[0] not in (START, CHANNEL):
                 self._taken(len(end[0]))
-            self._message = None
+            self._message, self._has_ended = None, True
 
     def _header(self) -> Generator[Split, None, bool]:
         """Read a header; returns whether its message has begun."""

@@ -74,12 +74,18 @@ class CallParser:
         """The rest, once no more text will come.
 
         An unfinished call stays as it is. The mere beginning of one is text, unless it is not the
-        first.
+        first; so is that of what may follow a call.
         """
-        held = "".join(self._held)
-        if not (self._num_calls and held.startswith(self._syntax.next_call)):
+        if not (self._num_calls and self._goes_on("".join(self._held))):
             self._give_back()
         return self._taken()
+
+    def _goes_on(self, held: str) -> bool:
+        """Whether this may be the beginning of what comes after a call, and no text."""
+        if held.startswith(self._syntax.next_call):
+            return True
+        is_after_call = self._markers == self._syntax.after_call
+        return is_after_call and any(marker.startswith(held) for marker in self._markers)
 
     def _taken(self) -> tuple[Part, ...]:
         parts, self._parts = joined(self._parts), []

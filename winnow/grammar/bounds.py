@@ -1,4 +1,4 @@
-"""Bounds of what llguidance compiles without bounds of its own, in minutes and gigabytes."""
+"""Bounds of what llguidance compiles in minutes and gigabytes, or counts wrongly."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ MAX_EVEN_DIVISOR = 1_000_000
 
 
 def require_bounded(schema: Mapping[str, Any]) -> None:
-    """Raise InvalidGrammar, with its place, for what takes too long to compile.
+    """Raise InvalidGrammar, with its place, for what takes too long to compile or is miscounted.
 
     Divisors that hold at once, in `allOf` or beside a `$ref`, make a larger one, and so do those of
     alternatives.
@@ -24,6 +24,7 @@ def require_bounded(schema: Mapping[str, Any]) -> None:
     for place, part in schemas(schema):
         try:
             _require_divisor(divisors.of(part))
+            _require_countable(part)
         except InvalidGrammar as error:
             raise InvalidGrammar(error.message, param=place) from error
 
@@ -37,6 +38,17 @@ def _require_divisor(divisor: int) -> None:
         raise InvalidGrammar(
             f"cannot be enforced: multipleOf comes to {divisor:,}, whatever the decimal point; the "
             f"limit is {MAX_EVEN_DIVISOR:,}, and {MAX_DIVISOR:,} without its factors of 2 and 5"
+        )
+
+
+def _require_countable(part: Mapping[str, Any]) -> None:
+    """Refuse a minProperties that a name given twice would meet: such names count twice."""
+    least, required = part.get("minProperties"), part.get("required")
+    num_named = len({*map(str, required)}) if isinstance(required, list) else 0
+    if isinstance(least, int) and least > num_named + 1:
+        raise InvalidGrammar(
+            f"cannot be enforced: minProperties is {least:,}; the limit is {num_named + 1:,}, one "
+            "more than are required by name"
         )
 
 

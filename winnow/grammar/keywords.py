@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 DEFS = ("$defs", "definitions")
 MAPS = ("properties", "patternProperties", *DEFS)
@@ -45,24 +46,28 @@ def _changed(key: str, value: Any, change: Callable[[Any], Any]) -> Any:  # noqa
 
 
 def referred(schema: Any, whole: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any JSON
-    """The schema that one refers to, among the definitions of the whole; the schema itself if none.
+    """The schema that one refers to within the whole; the schema itself if none.
 
     References that lead to others are followed, up to _MAX_REFERENCES of them.
     """
     for _ in range(_MAX_REFERENCES):
-        target = _target(schema, whole)
-        if target is None:
+        found = target(schema, whole)
+        if found is None:
             break
-        schema = target
+        schema = found
     return schema
 
 
-def _target(schema: Any, whole: Mapping[str, Any]) -> Any:  # noqa: ANN401
+def target(schema: Any, whole: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """What the schema's own reference points to, such as `#/$defs/a`; None if nothing."""
     reference = schema.get("$ref") if isinstance(schema, dict) else None
-    if not isinstance(reference, str):
+    if not isinstance(reference, str) or not reference.startswith("#"):
         return None
-    for key in DEFS:
-        named = whole.get(key)
-        if reference.startswith(f"#/{key}/") and isinstance(named, dict):
-            return named.get(reference.removeprefix(f"#/{key}/"))
-    return None
+    found: Any = whole
+    for step in unquote(reference[1:]).split("/")[1:]:
+        name = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+            found = found[int(name)]
+        else:
+            found = found.get(name) if isinstance(found, dict) else None
+    return found

@@ -9,6 +9,7 @@ from winnow.errors import InvalidGrammar
 from winnow.grammar import Grammar
 from winnow.grammar.bounds import require_bounded
 from winnow.grammar.closed import closed
+from winnow.grammar.endless import require_finite
 from winnow.grammar.exclusive import discriminated
 from winnow.grammar.plain import plain_schema
 
@@ -77,6 +78,7 @@ def parsed_schema(source: str) -> dict[str, Any]:
         raise InvalidGrammar(f"is nested {depth} deep; the limit is {MAX_NESTING}")
     spacing = _COMPACT if schema.get(_OPTIONS) == _COMPACT else _FLEXIBLE
     require_bounded(schema)
+    require_finite(schema)
     own = _without_options(schema)
     return {**closed(discriminated(own, own)), _OPTIONS: {**_STRICT, **spacing}}
 

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from services.gateway.errors import public_error
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.rest.request_ids import new_request_id, request_ids
 from winnow.errors import RateLimited, WinnowError, status_of
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,7 @@ _RETRY_AFTER_S = 1
 _RETRIABLE = frozenset({429, 503})
 _UNAUTHENTICATED = 401
 _MESSAGES = "/v1/messages"
+_LOGGED_PATH_CHARS = 200
 # Anthropic's `error.type` by HTTP status; all other errors are `api_error`.
 _ANTHROPIC_TYPES = {
     **dict.fromkeys((400, 405, 415, 431), "invalid_request_error"),
@@ -59,12 +61,12 @@ def _anthropic_object(
 
 
 def error_response(error: WinnowError, path: str = "", request_id: str | None = None) -> Response:
-    """The error in the format of the path's API, with its HTTP status.
+    """The error in the format of the path's API, with its HTTP status and the request's id.
 
     It has Retry-After if a retry may succeed.
     """
     status = status_of(error).http
-    headers = {}
+    headers = {} if request_id is None else request_ids(request_id)
     if status in _RETRIABLE:
         wait_s = error.retry_after_s if isinstance(error, RateLimited) else _RETRY_AFTER_S
         headers["retry-after"] = str(wait_s)
@@ -77,9 +79,22 @@ def error_response(error: WinnowError, path: str = "", request_id: str | None = 
 def refusal(
     error: WinnowError, metrics: GatewayMetrics, path: str, request_id: str | None = None
 ) -> Response:
-    """`error_response` for a refused request, which is also counted in the metrics."""
+    """`error_response` for a refused request, which is also counted in the metrics.
+
+    request_id: None for a request that has none yet; it gets one, and a line in the log.
+    """
     metrics.requests_refused.labels(error.code).inc()
+    if request_id is None:
+        request_id = _logged(path, f"{error.code}, {error.param}")
     return error_response(error, path, request_id)
+
+
+def _logged(path: str, reason: str) -> str:
+    """Log that a request is refused; returns its id."""
+    request_id = new_request_id()
+    about = {"request_id": request_id}
+    logger.info("refused %s: %s", path[:_LOGGED_PATH_CHARS], reason, extra=about)
+    return request_id
 
 
 def _is_messages(path: str) -> bool:
@@ -90,9 +105,7 @@ def add_error_handlers(api: FastAPI, metrics: GatewayMetrics) -> None:
     """Give every error that leaves `api` the format of its path's API."""
 
     async def refused(request: Request, error: Exception) -> Response:
-        typed = public_error(error)
-        logger.info("refused %s: %s, %s", request.url.path, typed.code, typed.param)
-        return refusal(typed, metrics, request.url.path)
+        return refusal(public_error(error), metrics, request.url.path)
 
     async def not_served(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -106,9 +119,12 @@ def add_error_handlers(api: FastAPI, metrics: GatewayMetrics) -> None:
             "param": None,
             "code": "not_found" if status == 404 else "method_not_allowed",
         }
+        request_id = _logged(path, f"{request.method} {problem['code']}")
         is_messages = _is_messages(path)
-        body = _anthropic_object(problem, status, None) if is_messages else {"error": problem}
-        return JSONResponse(body, status, headers=dict(error.headers or {}))
+        body = _anthropic_object(problem, status, request_id) if is_messages else {"error": problem}
+        return JSONResponse(
+            body, status, headers={**(error.headers or {}), **request_ids(request_id)}
+        )
 
     api.add_exception_handler(WinnowError, refused)
     api.add_exception_handler(HTTPException, not_served)

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from starlette.types import Send
 
+from services.gateway.rest.request_ids import request_ids
 from services.gateway.rest.responses import Event
 
 # How long to wait for a client to read an error.
@@ -21,11 +22,6 @@ def event_text(event: Event) -> str:
     """An event's lines."""
     data = json.dumps(event.data, ensure_ascii=False, separators=(",", ":"))
     return f"data: {data}" if event.name is None else f"event: {event.name}\ndata: {data}"
-
-
-def request_ids(request_id: str) -> dict[str, str]:
-    """The headers in which OpenAI's and Anthropic's clients look for a request's id."""
-    return {"x-request-id": request_id, "request-id": request_id}
 
 
 class EventStream:

@@ -15,8 +15,9 @@ from services.gateway.gateway import Gateway
 from services.gateway.request.choices import Delta
 from services.gateway.request.running_request import RunningRequest
 from services.gateway.rest.errors import refusal
-from services.gateway.rest.event_stream import EventStream, event_text, request_ids
+from services.gateway.rest.event_stream import EventStream, event_text
 from services.gateway.rest.key_guard import key_of
+from services.gateway.rest.request_ids import request_ids
 from services.gateway.rest.requests import OpenAIRequest
 from services.gateway.rest.responses import Event, ResponseFormatter
 from winnow.errors import DeadlineExceeded, Overloaded

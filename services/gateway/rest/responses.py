@@ -208,10 +208,12 @@ class ChatFormatter(OpenAIFormatter):
         return [self._chunk("chat.completion.chunk", [choice]) for choice in choices]
 
     def whole(self, deltas: list[Delta], usage: RequestUsage) -> dict[str, Any]:
+        answer = self._request.generation.answer
+        must_call = answer is not None and answer.must_call
         choices = [
             {
                 "index": delta.index,
-                "message": _message(delta),
+                "message": _message(delta, must_call=must_call),
                 "logprobs": self._logprobs(delta.tokens),
                 **_end(delta),
             }
@@ -241,7 +243,7 @@ def _told(part: Part) -> dict[str, Any]:
             return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
 
 
-def _message(delta: Delta) -> dict[str, Any]:
+def _message(delta: Delta, *, must_call: bool) -> dict[str, Any]:
     """The message of a whole answer. Reasoning and calls are there only if it has some."""
     text = "".join(part.text for part in delta.parts if isinstance(part, TextPart))
     reasoning = "".join(part.text for part in delta.parts if isinstance(part, ReasoningPart))
@@ -255,7 +257,7 @@ def _message(delta: Delta) -> dict[str, Any]:
     ]
     return {
         "role": "assistant",
-        "content": None if calls and not text else text,
+        "content": None if (calls or must_call) and not text else text,
         "refusal": None,
         **({"reasoning_content": reasoning} if reasoning else {}),
         **({"tool_calls": calls} if calls else {}),

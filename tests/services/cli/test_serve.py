@@ -1,8 +1,11 @@
-"""What `winnow serve` reads off Ray Serve's messages about its replicas."""
+"""`winnow serve`: what it refuses at once, and reads off Ray Serve's messages about replicas."""
+
+from pathlib import Path
 
 import pytest
 
-from services.cli.serve import _raise_failure
+from services.cli.serve import _raise_failure, run_service
+from services.common.settings import Settings
 from winnow.errors import UnusableModel, WinnowError
 
 TRACEBACK = """A replica failed to start with exception. Retrying 2 more time(s). Error:
@@ -32,3 +35,21 @@ def test_any_other_error_is_raised_at_the_first_try_by_its_last_line() -> None:
     message = TRACEBACK.format(last="OSError: [Errno 28] No space left on device")
     with pytest.raises(WinnowError, match=r"^Decode cannot start: OSError: \[Errno 28\] No space"):
         _raise_failure("Decode", message)
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [
+        ("nope", "does not exist"),
+        (".", "has no config.json"),
+        ("n" * 300, "cannot be read"),
+    ],
+)
+def test_what_can_be_known_before_ray_starts_is_refused_before(
+    tmp_path: Path, folder: str, reason: str
+) -> None:
+    settings = Settings(model=str(tmp_path / folder), port=0, grpc_port=0, admin_port=0)
+    steps: list[str] = []
+    with pytest.raises(UnusableModel, match=reason):
+        run_service(settings, steps.append, lambda _: None)
+    assert steps == []

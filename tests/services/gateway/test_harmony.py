@@ -126,6 +126,24 @@ async def test_a_call_that_must_be_is_made(service: TestService, choice: Any, se
     assert json.loads(calls[0].function.arguments)["city"] in ("Rome", "Oslo")
 
 
+@pytest.mark.parametrize("max_tokens", [1, 4, 12])
+async def test_one_that_is_cut_off_has_no_text(service: TestService, max_tokens: int) -> None:
+    asked: Any = {
+        "model": MODEL_NAME,
+        "messages": QUESTION,
+        "tools": [TOOL],
+        "tool_choice": "required",
+        "max_tokens": max_tokens,
+        "logit_bias": {str(END): 100},
+    }
+    whole = await service.openai.chat.completions.create(**asked)
+    assert (whole.choices[0].finish_reason, whole.choices[0].message.content) == ("length", None)
+    stream = await service.openai.chat.completions.create(**asked, stream=True)
+    assert [
+        one.choices[0].delta.content async for one in stream if one.choices[0].delta.content
+    ] == []
+
+
 @pytest.mark.parametrize("tools", [[], [TOOL]])
 @pytest.mark.parametrize("seed", range(3))
 async def test_the_form_that_is_asked_for_is_of_the_last_channel(

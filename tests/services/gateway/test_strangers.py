@@ -266,6 +266,29 @@ async def test_nothing_that_is_sent_begins_a_log_line(
         assert line.isprintable()
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "name"),
+    [
+        ("POST", "/v1/messages", 400, "invalid_value"),
+        ("POST", COMPLETIONS, 400, "invalid_value"),
+        ("GET", "/v1/messages", 405, "method_not_allowed"),
+        ("GET", "/v1/messages/batches", 404, "not_found"),
+        ("GET", "/v1/nothing", 404, "not_found"),
+    ],
+)
+async def test_a_refused_request_is_found_in_the_log_by_its_id(
+    service: TestService, log: io.StringIO, method: str, path: str, status: int, name: str
+) -> None:
+    refused = await service.http.request(method, path, json={"model": 1})
+    assert refused.status_code == status
+    (request_id,) = refused.headers.get_list("x-request-id")
+    assert refused.headers["request-id"] == request_id
+    (line,) = [one for one in log.getvalue().splitlines() if f"[{request_id}] refused" in one]
+    assert path in line and name in line
+    if path.startswith("/v1/messages"):
+        assert refused.json()["request_id"] == request_id
+
+
 async def test_a_request_s_id_is_the_service_s_own(service: TestService) -> None:
     """Nobody can name another one's request: ids are drawn, and none is taken from a client."""
     first = await service.http.post(COMPLETIONS, json=BODY)

@@ -123,6 +123,9 @@ def said(**changes: Any) -> dict[str, Any]:
         (function(name="f" * 65), "it must have 1 to 64", "tools[1].function.name"),
         (function(name="now"), "'now', as that of another", "tools[1].function.name"),
         (function(parameters="{}"), "parameters is '{}'", "tools[1].function.parameters"),
+        (function(parameters={"type": "array"}), '"array"; arg', "tools[1].function.parameters"),
+        (function(parameters={"type": "objekt"}), '"objekt"; arg', "tools[1].function.parameters"),
+        (function(parameters={"type": ["null"]}), "are an obj", "tools[1].function.parameters"),
         (function(strict="yes"), "strict is 'yes'", "tools[1].function.strict"),
         (function(returns={"a": 1}), "unknown", "tools[1].function.returns"),
         ({"tools": [NOW] * 129}, "129 entries; at most 128", "tools"),
@@ -177,6 +180,11 @@ def test_a_client_may_send_back_whatever_the_model_wrote(service: Service, argum
     text = service.prompt(ASKED, {"role": "assistant", "content": None, "tool_calls": [call]})
     shown = "{}" if arguments == "" else arguments
     assert f'<tool_call>\n{{"name": "now", "arguments": {shown}}}\n</tool_call>' in text
+
+
+@pytest.mark.parametrize("kind", [{}, {"type": "object"}, {"type": ["object", "null"]}])
+def test_a_schema_of_parameters_may_leave_its_type_out(kind: dict[str, Any]) -> None:
+    read_tools(validate(ToolParameters, function(parameters=kind)), parallel=None)
 
 
 def test_results_may_be_of_calls_that_are_not_there(service: Service) -> None:

@@ -28,6 +28,14 @@ SOON_MS = 5_000  # a tenth of it on a machine with nothing else to do
 # Per token, the class of the span that it is in.
 FATES = """() => [...document.querySelectorAll("#prompt span")].flatMap(
     (span) => Array(span.last - span.first + 1).fill(span.className))"""
+# Of each character of the prompt, where it begins on its line.
+LEFTS = """() => [...document.querySelectorAll("#prompt span")].flatMap((span) =>
+    [...span.textContent].map((_, at) => {
+      const range = new Range();
+      range.setStart(span.firstChild, at);
+      range.setEnd(span.firstChild, at + 1);
+      return range.getBoundingClientRect().left;
+    }))"""
 IS_FILLED = "(length) => document.getElementById('prompt').textContent.length === length"
 
 
@@ -75,6 +83,22 @@ def test_shows_the_prompt_and_the_reports_own_figures(
         assert tuple(kept) == figures.layer_entries
         assert view.complaints == []
         assert view.requests == [report.as_uri()]
+
+
+def test_what_turns_a_text_around_turns_nothing_that_follows(
+    browser: Browser, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    text = "left \u202eright"
+    winnow = Winnow.load(tiny_models["llama"])
+    explained = explain(winnow, winnow.tokenizer.encode(text, add_special_tokens=False), SAMPLING)
+    file = tmp_path / "report.html"
+    file.write_text(report_page(report_of(explained, "tiny")), encoding="utf-8")
+    with shown(browser, file.as_uri()) as view:
+        assert view.page.locator("#prompt").text_content() == text
+        lefts = view.page.evaluate(LEFTS)[text.index("right") :]
+        assert lefts == sorted(set(lefts))
+        view.page.locator("#prompt").press("End")
+        assert view.page.locator("#token bdi").count() == 1
 
 
 def _titles(page: Page, selector: str) -> list[str]:

@@ -8,11 +8,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from winnow.answers import AnswerFormat
 from winnow.answers.formats.base import ToolFormat
 from winnow.answers.formats.generic_json import GenericJson
+from winnow.answers.formats.harmony import Harmony
 from winnow.answers.formats.hermes import Hermes
 from winnow.answers.formats.llama3_json import Llama3Json
 from winnow.answers.formats.mistral import Mistral
+from winnow.answers.frames import CHANNELS, THINKING
 from winnow.answers.json_calls import CallParser
 from winnow.answers.parts import CallArguments, CallStart, Part, TextPart, joined
 
@@ -113,6 +116,7 @@ CALLS: dict[str, list[tuple[str, list[Any]]]] = {
             [F1],
         ),
         ('<tool_call>{"name":"f","arguments":{"a": 1}}</tool_call> a <t', [F1, "a <t"]),
+        ('<tool_call>{"name":"f","arguments":{"a": 1}}\n</tool_', [F1]),
     ],
     "llama3_json": [
         ('{"name": "f", "parameters": {"a": 1}}', [F1]),
@@ -261,6 +265,29 @@ def test_calls_as_a_model_writes_them_are_read(
     read = [(one[0], json.loads(one[1])) for one in found if not isinstance(one, str)]
     assert read == calls
     assert "".join(texts).strip() == ("" if is_bare else before.strip())
+
+
+EVERY_FORM = [*FORMATS.values(), Mistral(named=True), Harmony()]
+
+
+@pytest.mark.parametrize("form", EVERY_FORM, ids=lambda form: form.name)
+@pytest.mark.parametrize("must_call", [False, True])
+@pytest.mark.parametrize("length", [1, 4, 1000])
+def test_wherever_an_answer_of_calls_is_cut_off_no_markup_is_text(
+    form: ToolFormat, must_call: bool, length: int
+) -> None:
+    """Unless it may have other text, and the first call has not begun."""
+    frame = CHANNELS if isinstance(form, Harmony) else THINKING
+    answer = AnswerFormat(form, NAMES, must_call=must_call, frame=frame)
+    call = {"function": {"name": "f", "arguments": {"a": "}<|"}}}
+    text = form.written([call, call])
+    for num_chars in range(len(text)):
+        parser = answer.parser()
+        pieces = (text[:num_chars][i : i + length] for i in range(0, num_chars, length))
+        parts = [part for piece in pieces for part in parser.feed(piece)]
+        parts += parser.finish()
+        if must_call or any(isinstance(part, CallStart) for part in parts):
+            assert not any(isinstance(part, TextPart) for part in parts), text[:num_chars]
 
 
 def test_only_the_first_call_is_told_if_there_is_to_be_one() -> None:

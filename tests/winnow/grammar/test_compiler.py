@@ -18,6 +18,12 @@ from winnow.grammar.source import MAX_SOURCE_CHARS, schema_grammar
 from winnow.tokenizer import Tokenizer
 
 AGE = {"type": "integer", "not": {"const": 3}}
+NODE: dict[str, Any] = {
+    "type": "object",
+    "properties": {"n": {"$ref": "#"}},
+    "additionalProperties": False,
+}
+A_B_A = {"type": "object", "properties": {"b": {"$ref": "#/$defs/a"}}, "required": ["b"]}
 NESTED: dict[str, Any] = {}
 for _ in range(70):
     NESTED = {"items": NESTED}
@@ -53,6 +59,21 @@ def chain(num_links: int, link: Callable[[int], str], last: str) -> str:
         ),
         ({"anyOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}, "", "comes to 99,400,891"),
         ({"type": "integer", "multipleOf": 2**25}, "", "multipleOf comes to 33,554,432"),
+        ({"items": {"minProperties": 2}}, ".items", "minProperties is 2; the limit is 1"),
+        (
+            {"minProperties": 3, "properties": {"a": {}}, "required": ["a"]},
+            "",
+            "minProperties is 3; the limit is 2",
+        ),
+        (NODE | {"required": ["n"]}, "", "no text matches it"),
+        ({"items": {"$ref": "#/$defs/a"}, "$defs": {"a": A_B_A}}, ".$defs.a", "no text matches it"),
+        ({"type": "array", "minItems": 1, "items": {"$ref": "#"}}, "", "no text matches it"),
+        ({"properties": {"x": {"allOf": [{}, {"$ref": "#/properties/x"}]}}}, ".properties.x", "no"),
+        (
+            {"anyOf": [{"$ref": "#"}, NODE | {"required": ["n"]}]},
+            "",
+            "no text matches it",
+        ),
         (NESTED, "", "is nested 71 deep; the limit is 64"),
         ([1], "", "must be a JSON schema"),
         (False, "", "must be a JSON schema"),
@@ -218,6 +239,11 @@ def test_what_proved_slow_fails_at_once_and_close_does_not_wait_for_it(
         {"type": "array", "uniqueItems": False, "description": "d", "items": {"title": "t"}},
         {"type": "object", "properties": {"title": {"type": "string", "title": "t"}}},
         {"multipleOf": 0.25, "type": "number", "if": {}, "dependentRequired": {}},
+        {"minProperties": 2, "properties": {"a": {}}, "required": ["a"]},
+        NODE,
+        {"type": "array", "items": {"$ref": "#"}},
+        {"anyOf": [{"type": "null"}, NODE | {"required": ["n"]}]},
+        {"minProperties": 1, "additionalProperties": {"type": "boolean"}},
         {"anyOf": [{"multipleOf": 97}, {"multipleOf": 101}], "type": "integer"},
         {
             "discriminator": {"propertyName": "kind"},

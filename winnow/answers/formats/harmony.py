@@ -27,6 +27,7 @@ class Harmony(ToolFormat):
     markers = (CHANNEL, CONSTRAIN, MESSAGE)
     syntax = CallSyntax(
         opens=(CHANNEL,),
+        close=CALL,
         named=re.compile(
             rf"{re.escape(CALLED_IN)}([\w.-]+) {re.escape(f'{CONSTRAIN}json{MESSAGE}')}\s*",
             re.ASCII,

@@ -324,6 +324,12 @@ CHAT_CASES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"web_search_options": {}}, "web_s", "web_search_options", "unsupported_parameter"),
     ({"chat_template": "{{ x }}"}, "chat_t", "chat_template", "unsupported_parameter"),
     ({"prompt": "a"}, "unknown parameter: prompt", "prompt", "unknown_parameter"),
+    ({"winnow": "x"}, "winnow is 'x': input should be an object", "winnow", ""),
+    ({"model": None}, "missing parameter: model", "model", "invalid_request"),
+    ({"tool_choice": 3}, "is 3: input should be a string or an object", "tool_choice", ""),
+    ({"stop": [None]}, "stop[0] is null: input should be a string", "stop[0]", ""),
+    ({"guided_choice": {"a": 1}}, 'is {"a": 1}: input should be an array', "guided_choice", ""),
+    ({"logprobs": "yes"}, "is 'yes': input should be true or false", "logprobs", ""),
 ]
 
 
@@ -343,8 +349,8 @@ BODIES: list[tuple[bytes, str]] = [
     (b'{"prompt": "\\ud800"}', "half a surrogate pair"),
     (b'{"temperature": NaN}', "it has NaN"),
     (b'{"temperature": -Infinity}', "it has -Infinity"),
-    (b'{"seed": ' + b"9" * 5000 + b"}", "not JSON that can be read"),
-    (b"[" * 100_000, "not JSON that can be read"),
+    (b'{"seed": ' + b"9" * 5000 + b"}", "has a number of more than 4,300 digits"),
+    (b"[" * 100_000, "body is nested too deep to be read"),
     (b"[1]", "must be a JSON object"),
     (b'"text"', "must be a JSON object"),
 ]
