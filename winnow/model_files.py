@@ -28,12 +28,8 @@ from winnow.gguf.header import read_header
 from winnow.kv import ModelShape
 from winnow.kv_sizes import largest_of, require_alike, sizes_of
 from winnow.layers import layers_of
-<<<<<<< HEAD
-from winnow.other_networks import require_causal, require_decoder, require_known
-=======
 from winnow.model_path import model_path, require_config
-from winnow.other_networks import require_causal, require_decoder
->>>>>>> endpoint
+from winnow.other_networks import require_causal, require_decoder, require_known
 from winnow.quantization.methods import Quantization, quantization_of
 from winnow.quantization.settings import Quantize, require_quantize
 from winnow.text_part import text_config
