@@ -134,6 +134,7 @@ class DecoderModel:
         layer = self._model.model.layers[layer_idx]
         if isinstance(layer, FusedLayer):
             return layer.forward(hidden, self._model.table(layer_idx, rope), attention)
+        attention = self._model.tempered(layer_idx, rope, attention)
         return self._model.run_layer(
             layer_idx,
             hidden,

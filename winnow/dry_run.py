@@ -19,6 +19,7 @@ from winnow.folder_errors import first_line
 from winnow.model_files import ModelDescription
 from winnow.network import Network
 from winnow.network_parts import mlp_names
+from winnow.temperature import HANDED
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,11 @@ _NUM_TOKENS = 4
 _WITHOUT_EFFECT = {
     *("scaling", "dropout", "position_ids", "use_cache", "cache_position"),
     *("output_attentions", "output_router_logits"),
+}
+# What a network may hand its layers: Winnow does so too, or it has no effect on one prompt alone.
+_HANDED_ON = {
+    *("attention_mask", "position_ids", "position_embeddings", "past_key_values", "layer_past"),
+    *("use_cache", "cache_params", "output_attentions", "output_router_logits"),
 }
 _COMPUTED = {"softcap", "s_aux"}  # as AttentionOptions has them
 _NEVER_FOR_LACK_OF_NUMBERS = (TypeError, AttributeError, KeyError)
@@ -157,12 +163,19 @@ def require_plain_loop(
     """
     family = network.config.model_type
     calls = _replace_parts(description, parts)
+    handed = _handed_to_layers(parts)
     try:
         with torch.inference_mode():
             logits = network(torch.arange(_NUM_TOKENS)[None], use_cache=False).logits
     except Exception:  # a real fault will show when the loaded model is run
         logger.debug("family %s cannot run without its weights", family, exc_info=True)
         return
+    for layer_idx, names in handed.items():
+        own = {HANDED} if parts.has_temperature(layer_idx) else set()
+        if others := sorted(names - _HANDED_ON - own):
+            raise UnusableModel(
+                f"family {family} hands layer {layer_idx} what Winnow does not: {', '.join(others)}"
+            )
     expected = ["embeddings", *(f"layer {i}" for i in range(description.shape.num_layers))]
     expected += ["norm", "head"]
     if [call.part for call in calls] != expected:
@@ -175,6 +188,21 @@ def require_plain_loop(
                 f"family {family} computes something between its {before.part} and its "
                 f"{after.part} that Winnow does not"
             )
+
+
+def _handed_to_layers(network: Network) -> dict[int, set[str]]:
+    """The names of what each layer will be called with, by its index."""
+    handed: dict[int, set[str]] = {}
+
+    def record(layer_idx: int, options: dict[str, Any]) -> None:
+        names = {name for name, value in options.items() if value is not None}
+        handed.setdefault(layer_idx, set()).update(names)
+
+    for layer_idx, layer in enumerate(network.model.layers):
+        layer.register_forward_pre_hook(
+            lambda _, __, options, idx=layer_idx: record(idx, options), with_kwargs=True
+        )
+    return handed
 
 
 def _passed_on(call: _Call, network: Network) -> Tensor:

@@ -75,8 +75,9 @@ def explain(winnow: Winnow, token_ids: Sequence[int], sampling: SamplingParams) 
         ranks(view)
         scores(view, cut)
 
-    report = _prefill(winnow, token_ids, settings, watch)
-    prefill_s, full_prefill_s = _times(winnow, token_ids, settings)
+    is_long = winnow.model.description.is_long(len(token_ids) + sampling.max_tokens)
+    report = _prefill(winnow, token_ids, settings, is_long, watch)
+    prefill_s, full_prefill_s = _times(winnow, token_ids, settings, is_long)
     shape, layer = winnow.model.shape, report.selection_layer
     jobs = [BatchJob(token_ids, pruning, sampling) for pruning in (settings, FULL)]
     answers = {result.job_idx: result.completion for result in winnow.generate_many(jobs)}
@@ -120,23 +121,24 @@ def _prefill(
     winnow: Winnow,
     token_ids: Sequence[int],
     settings: PruningSettings,
+    is_long: bool,
     watch: Watch | None = None,
 ) -> PrefillReport:
-    run = PrefillRun(winnow.model, token_ids, settings, watch)
+    run = PrefillRun(winnow.model, token_ids, settings, watch, is_long=is_long)
     while not run.finished:
         run.compute_layer()
     return run.result().report
 
 
 def _times(
-    winnow: Winnow, token_ids: Sequence[int], settings: PruningSettings
+    winnow: Winnow, token_ids: Sequence[int], settings: PruningSettings, is_long: bool
 ) -> tuple[float, float]:
     """Median seconds of prefill with `settings` and without pruning, in alternating rounds."""
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(TIMED_ROUNDS):
         for is_full in (True, False):
             started_s = time.perf_counter()
-            _prefill(winnow, token_ids, FULL if is_full else settings)
+            _prefill(winnow, token_ids, FULL if is_full else settings, is_long)
             if winnow.model.device.type == "cuda":
                 torch.cuda.synchronize(winnow.model.device)
             seconds[is_full].append(time.perf_counter() - started_s)

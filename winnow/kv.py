@@ -34,7 +34,8 @@ class ModelShape:
 
     layers: by default all attend to the whole prompt.
     states: each layer's, of one sequence; known once the model is loaded.
-    Neither is sent: models of one fingerprint have the same.
+    in_parts: whether recurrent layers compute a prompt in parts as they do at once; likewise.
+    None is sent: models of one fingerprint have the same.
     """
 
     num_layers: int
@@ -45,6 +46,7 @@ class ModelShape:
     dtype: torch.dtype
     layers: tuple[Layer, ...] = field(default=(), compare=False)
     states: tuple[tuple[StatePart, ...], ...] = field(default=(), compare=False)
+    in_parts: bool = field(default=True, compare=False)
 
     def __post_init__(self) -> None:
         layers = self.layers or (FULL,) * self.num_layers

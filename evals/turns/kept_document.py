@@ -12,6 +12,7 @@ from torch import Tensor
 from winnow.attention import AttentionOptions, causal_attention
 from winnow.decoder import DecoderModel
 from winnow.kv import LayerKV
+from winnow.rotary import LONG
 
 
 class KeptDocument:
@@ -23,15 +24,17 @@ class KeptDocument:
         self.layers = [_beginning(layer, num_tokens) for layer in layers]
 
     @torch.inference_mode()
-    def prefill(self, token_ids: Sequence[int]) -> tuple[list[LayerKV], Tensor]:
+    def prefill(self, token_ids: Sequence[int], *, is_long: bool) -> tuple[list[LayerKV], Tensor]:
         """Compute what follows the document in a prompt; it attends to what was kept, and itself.
 
+        is_long: whether the tokens are rotated by the model's long tables. The document keeps those
+        of the first prompt.
         Returns the KV of every layer, and the last token's hidden state [hidden_size].
         """
         model, num_prompt_tokens = self._model, len(token_ids)
         positions = torch.arange(self.num_tokens, num_prompt_tokens, device=model.device)
         hidden = model.embed(torch.tensor([token_ids[self.num_tokens :]], device=model.device))
-        rope = model.rope(positions[None])
+        rope = model.rope(positions[None] + LONG * is_long)
         layers = []
         for kept in self.layers:
             attention = _QuestionAttention(kept, positions)
