@@ -4,8 +4,8 @@ transformers chooses between them by the largest position of a call. So a sequen
 by one set in prefill and by the other in decode, and a batch by what its longest row needs. Here
 each sequence has its own, chosen before it begins (ModelDescription.is_long).
 
-Families' modules choose frequencies and factors in ways of their own. What they choose is seen where
-a module is asked for positions of one kind alone.
+Families' modules choose frequencies and factors in ways of their own. What they choose is seen
+where a module is asked for positions of one kind alone.
 """
 
 from collections.abc import Callable

@@ -27,7 +27,7 @@ def take_temperature(body: Any, layer: Any, *, has_table: bool) -> Temperature |
 
     has_table: whether the layer has a rotary table.
     """
-    attention = getattr(layer, "self_attn", None)
+    attention: Any = getattr(layer, "self_attn", None)
     if getattr(attention, "attn_temperature_tuning", False):
         attention.attn_temperature_tuning = False
         if attention.use_rope:

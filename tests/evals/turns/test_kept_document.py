@@ -47,7 +47,7 @@ def test_of_a_document_that_is_kept_whole_it_is_prefill(model: DecoderModel) -> 
     kept = KeptDocument(model, layers, len(DOCUMENT))
     for question in reversed(QUESTIONS):
         expected, result = prefill_all(model, DOCUMENT + question, UNPRUNED)
-        found, final_hidden = kept.prefill(DOCUMENT + question)
+        found, final_hidden = kept.prefill(DOCUMENT + question, is_long=False)
         assert_close(final_hidden, result.final_hidden)
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.head_lengths == theirs.head_lengths
@@ -60,7 +60,7 @@ def test_of_a_pruned_document_it_is_decode_that_is_given_the_question(model: Dec
     layers, _ = prefill_all(model, DOCUMENT + QUESTIONS[0], RAGGED)
     kept, question = KeptDocument(model, layers, len(DOCUMENT)), QUESTIONS[1]
     assert len(set(kept.layers[0].head_lengths)) > 1
-    found, final_hidden = kept.prefill(DOCUMENT + question)
+    found, final_hidden = kept.prefill(DOCUMENT + question, is_long=False)
     at_once = spec("at once", len(DOCUMENT) + len(question), GREEDY)
     more = replace(GREEDY, max_tokens=GREEDY.max_tokens + len(question))
     one_by_one = spec("one by one", len(DOCUMENT), more, replayed=(tuple(question),))
