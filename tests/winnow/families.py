@@ -247,14 +247,14 @@ def save_network(config: Any, folder: Path) -> Path:
     return folder
 
 
-def tiny_config(family: str) -> Any:
+def tiny_config(family: str, **changes: Any) -> Any:
     """Of a family with several networks, that of its text."""
     kind = CONFIG_MAPPING[_TEXTS.get(family, family)]
     if "text_config" in kind.sub_configs:
         kind = type(kind().get_text_config())
     names = {*inspect.signature(kind.__init__).parameters, *_fields(kind)}
     sizes = {name: value for name, value in _SIZES.items() if name in names}
-    return kind(**sizes | _OWN.get(kind.model_type, {}))
+    return kind(**sizes | _OWN.get(kind.model_type, {}) | changes)
 
 
 def _fields(kind: type) -> Iterator[str]:
