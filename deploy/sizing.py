@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaCo
 
 from winnow.context_length import context_length
 from winnow.kv import KvDtype, ModelShape
-from winnow.layers import layers_of
+from winnow.model_files import shape_of
 from winnow.network_parts import mlp_names
 
 KV_DTYPES: dict[str, KvDtype] = {"bf16": "auto", "int8": "int8"}
@@ -57,17 +57,29 @@ class Model:
         """KV of one token in all layers, with the positions that pool and wire hold beside it."""
         return self._kv_bytes(1, kv_dtype, positions=positions)
 
-    def held_bytes(self, num_tokens: int, kv_dtype: KvDtype) -> int:
-        """What so many tokens take in a pool and on the wire, states included."""
+    def sent_bytes(self, num_tokens: int, kv_dtype: KvDtype) -> int:
+        """What so many tokens take on the wire, states included."""
         return self._kv_bytes(num_tokens, kv_dtype) + self.state_bytes
 
+    def held_bytes(self, num_tokens: int, kv_dtype: KvDtype) -> int:
+        """What so many tokens take in a pool, whose pages are of the largest layer's size."""
+        num_entries = sum(self._entries(num_tokens))
+        positions = num_entries * _POSITION_BYTES
+        return self.shape.kv_bytes(num_entries, kv_dtype) + positions + self.state_bytes
+
     def _kv_bytes(self, num_tokens: int, kv_dtype: KvDtype, *, positions: bool = True) -> int:
-        """KV of so many tokens, of which layers with windows hold those that the last one sees."""
-        shape = self.shape
-        with_kv = (shape.layers[idx] for idx in shape.kv_layers)
-        seen = (num_tokens - layer.first_visible(num_tokens - 1) for layer in with_kv)
-        entry = shape.kv_bytes(1, kv_dtype) + (_POSITION_BYTES if positions else 0)
-        return shape.num_kv_heads * sum(seen) * entry
+        entries = self._entries(num_tokens)
+        sent = self.shape.sent_bytes(entries, kv_dtype)
+        return sent + (sum(entries) * _POSITION_BYTES if positions else 0)
+
+    def _entries(self, num_tokens: int) -> list[int]:
+        """Those of each layer, of which layers with windows hold what the last token sees."""
+        return [
+            size.num_kv_heads * (num_tokens - layer.first_visible(num_tokens - 1))
+            if layer.has_kv
+            else 0
+            for size, layer in zip(self.shape.sizes, self.shape.layers, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +122,7 @@ def describe(name: str, config: Any) -> Model:  # noqa: ANN401 - each family has
     weights = sum(parameter.numel() for parameter in network.parameters())
     whole = network.get_input_embeddings().weight.numel()
     config = config.get_text_config()
-    num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
-    shape = ModelShape(
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-        hidden_size=config.hidden_size,
-        dtype=torch.bfloat16,
-        layers=layers_of(config, num_layers, context_length(config)),
-    )
+    shape = shape_of(config, torch.bfloat16, context_length(config))
     state_bytes = _state_bytes(network, config) if shape.has_states else 0
     return Model(name, shape, 2 * weights, 2 * whole, state_bytes)
 
@@ -225,7 +228,7 @@ def network_table(models: Sequence[Model]) -> Table:
     for model in models:
         for part, tokens in (("unpruned", PROMPT), (f"{BUDGET:,} kept", BUDGET)):
             for name, kv_dtype in KV_DTYPES.items():
-                sent = model.held_bytes(tokens, kv_dtype)
+                sent = model.sent_bytes(tokens, kv_dtype)
                 row = {"model": model.name, f"of {PROMPT:,} tokens": part, "KV": name}
                 row["sent"] = _gigabytes(sent)
                 rows.append(row | {link: f"{sent / rate:.3f} s" for link, rate in LINKS.items()})

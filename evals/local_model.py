@@ -64,7 +64,8 @@ class LocalModel:
             quantize=quantize,
             dequantize=dequantize,
         )
-        self._pruning = override(pruning_defaults(self._description), pruning)
+        usual = pruning_defaults(self._description)
+        self._pruning = override(usual, pruning, self._description.shape)
         self.tokenizer = load_tokenizer(self._description.path)
         self.tokenizer.require_fits(self._description.vocab_size)
         self._chat = chat
@@ -207,7 +208,7 @@ class LocalModel:
                 f"--budget {variant.budget}: it must be above window_size, {window_size}",
                 param="budget",
             )
-        return override(self._pruning, variant.changes)
+        return override(self._pruning, variant.changes, self._description.shape)
 
 
 def _greedy(max_new_tokens: int) -> SamplingParams:

@@ -1,5 +1,6 @@
 """Tiny random decoders, built in code and saved to disk as users load theirs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from transformers import (
     AutoModelForCausalLM,
     BambaConfig,
     FalconH1Config,
+    Gemma4TextConfig,
     Lfm2Config,
     LlamaConfig,
+    MiMoV2FlashConfig,
     MistralConfig,
     NemotronHConfig,
     Phi3Config,
@@ -40,6 +43,20 @@ _LINEAR: dict[str, Any] = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 8,
     "pad_token_id": 0,
+}
+# Layers whose keys and values are of several sizes.
+SIZED_FAMILIES = ("gemma4", "gemma4_experts", "gemma4_sharing", "mimo_v2_flash")
+_WINDOWS: dict[str, Any] = {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 20,
+    "pad_token_id": 0,
+}
+_GEMMA4: dict[str, Any] = _WINDOWS | {
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
 }
 _MAMBA: dict[str, Any] = {
     "mamba_n_heads": 8,
@@ -73,6 +90,37 @@ _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen3_5": (Qwen3_5TextConfig, _LINEAR),
     "bamba": (BambaConfig, _MAMBA | {"attn_layer_indices": [1, 3]}),
     "falcon_h1": (FalconH1Config, _MAMBA | {"mamba_d_ssm": 128}),
+    "gemma4": (Gemma4TextConfig, _GEMMA4),
+    "gemma4_experts": (
+        Gemma4TextConfig,
+        _GEMMA4
+        | {
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
+    "gemma4_sharing": (  # whose layers also take inputs of each token's own
+        Gemma4TextConfig,
+        _GEMMA4
+        | {
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB_SIZE,
+        },
+    ),
+    "mimo_v2_flash": (
+        MiMoV2FlashConfig,
+        _WINDOWS
+        | {
+            "head_dim": 24,
+            "v_head_dim": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
     "nemotron_h": (  # a layer is attention, a state, or an MLP
         NemotronHConfig,
         {
@@ -128,20 +176,24 @@ def save_tiny_model(
     return folder
 
 
-def save_byte_tokenizer(folder: Path) -> None:
-    """A byte-level BPE tokenizer of VOCAB_SIZE tokens with a chat template."""
+def save_byte_tokenizer(
+    folder: Path,
+    special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    chat_template: str = CHAT_TEMPLATE,
+) -> None:
+    """A byte-level BPE tokenizer of VOCAB_SIZE tokens, of which the first one ends an answer."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 4], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
-    fast.chat_template = CHAT_TEMPLATE
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special_tokens[0])
+    fast.chat_template = chat_template
     fast.save_pretrained(folder)
 
 

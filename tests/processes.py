@@ -3,10 +3,23 @@
 psutil's own wait_procs can raise FileNotFoundError for one that ends at that very moment.
 """
 
+import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import psutil
+
+_T = TypeVar("_T")
+
+
+def of_each(processes: Iterable[psutil.Process], look: Callable[[psutil.Process], _T]) -> list[_T]:
+    """What `look` finds, without those that have ended meanwhile."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
+            found.append(look(process))
+    return found
 
 
 def left_alive(processes: Iterable[psutil.Process], timeout_s: float) -> list[psutil.Process]:

@@ -16,9 +16,14 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from winnow.dry_run import RECORDER, require_known_attention, require_plain_loop
+from winnow.dry_run import (
+    OWN_ATTENTION,
+    RECORDER,
+    require_known_attention,
+    require_plain_loop,
+)
 from winnow.errors import UnusableModel
-from winnow.folder_errors import as_unusable
+from winnow.folder_errors import as_unusable, cannot_run
 from winnow.gguf.header import read_header
 from winnow.gguf.weights import GgufTensor, weights
 from winnow.model_files import ModelDescription, load_config
@@ -28,6 +33,7 @@ from winnow.quantization.dequantize import (
     dequantized_tensors,
     require_free,
     require_same,
+    without_empty_biases,
 )
 from winnow.text_part import TENSOR_NAMES, without_other_parts
 from winnow.weight_files import StoredTensor, stored_tensors
@@ -46,8 +52,8 @@ def require_sound(description: ModelDescription) -> None:
         parts = Network(network)
         if getattr(config, "quantization_config", None) is None:
             _require_all_placed(description, network, stored)
-        require_known_attention(description, parts)
         require_plain_loop(description, network, parts)
+        require_known_attention(description, parts)
 
 
 def network_config(description: ModelDescription) -> Any:  # noqa: ANN401
@@ -86,8 +92,10 @@ def require_same_as_dequantized(description: ModelDescription, network: Any) -> 
 def _dequantized(description: ModelDescription) -> dict[str, ReadTensor]:
     path, quantization = description.path, description.quantization
     assert quantization is not None, "others are loaded from their files"
-    table = stored_tensors(path, getattr(load_config(path), "transformers_weights", None))
-    return dequantized_tensors(table, quantization, description.shape.dtype)
+    config = network_config(description)
+    table = stored_tensors(path, getattr(config, "transformers_weights", None))
+    tensors = dequantized_tensors(table, quantization, description.shape.dtype)
+    return without_empty_biases(tensors, empty_network(config).state_dict())
 
 
 def _stored_tensors(description: ModelDescription, config: Any) -> Mapping[str, StoredTensor]:  # noqa: ANN401
@@ -119,9 +127,7 @@ def empty_network(config: Any) -> Any:  # noqa: ANN401 - each family has its own
     except KeyError as error:
         if error.args != (RECORDER,):
             raise
-        raise UnusableModel(
-            f"{config.name_or_path} is a {config.model_type}, whose attention cannot be replaced"
-        ) from error
+        raise cannot_run(config.model_type, OWN_ATTENTION) from error
     return network.eval()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from winnow.adapters.rows import applied_rows
 from winnow.adapters.slots import AdapterSlots
-from winnow.attention import AttentionCall, PrefillAttention
+from winnow.attention import AttentionCall, PrefillAttention, attending
 from winnow.fused_layer import FusedLayer
 from winnow.kv import ModelShape
 from winnow.layer_state import LayerState
@@ -110,9 +110,21 @@ class DecoderModel:
         return self._model.embed(token_ids)
 
     @torch.inference_mode()
-    def rope(self, positions: Tensor) -> RotaryTables:
-        """Rotary tables for the positions [B, T] int64, with LONG added for the long ones."""
-        return self._model.rope(positions, self.shape.dtype)
+    def rope(self, positions: Tensor, token_ids: Tensor | None = None) -> RotaryTables:
+        """Rotary tables for the positions [B, T] int64, with LONG added for the long ones.
+
+        token_ids: [B, T] of the tokens there, for families whose layers take inputs of their own.
+        """
+        return self._model.rope(positions, self.shape.dtype, token_ids)
+
+    def share(self, layer_idx: int, rope: RotaryTables, attention: PrefillAttention) -> None:
+        """Keep the keys and values of the layer that was computed last for those that share them.
+
+        rope: of all tokens that `attention` has keys of.
+        """
+        kind = self._model.sharing_kinds.get(layer_idx)
+        if kind is not None and rope.extras is not None:
+            rope.extras.shared[kind] = (attention.keys[None], attention.values[None])
 
     def new_state(self, layer_idx: int) -> LayerState | None:
         """The layer's state before the first token; None if it has none."""
@@ -135,14 +147,8 @@ class DecoderModel:
         if isinstance(layer, FusedLayer):
             return layer.forward(hidden, self._model.table(layer_idx, rope), attention)
         attention = self._model.tempered(layer_idx, rope, attention)
-        return self._model.run_layer(
-            layer_idx,
-            hidden,
-            rope,
-            attention_call=attention,
-            attention_layer=self.shape.layers[layer_idx],
-            past_key_values=state,
-        )
+        with attending(attention, self.shape.layers[layer_idx]):
+            return self._model.run_layer(layer_idx, hidden, rope, past_key_values=state)
 
     def view(self, layer_idx: int, attention: PrefillAttention, window_size: int) -> LayerView:
         """What a method sees of the layer that was computed last, with this attention."""
@@ -158,7 +164,7 @@ class DecoderModel:
     def newest_entries(self, attention: PrefillAttention, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the last tokens of the layer that was computed last.
 
-        Each [num_kv_heads, num_tokens, head_dim].
+        Each [num_kv_heads, num_tokens, numbers].
         """
         return attention.keys[:, -num_tokens:], attention.values[:, -num_tokens:]
 

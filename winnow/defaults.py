@@ -11,6 +11,7 @@ import yaml
 from winnow.checks import MAX_COUNT
 from winnow.errors import InvalidSetting, UnusableModel
 from winnow.folder_errors import as_unusable
+from winnow.methods.layer_checks import first_full_from, no_full_layer
 from winnow.pruning_settings import PruningSettings
 
 if TYPE_CHECKING:
@@ -32,14 +33,15 @@ def pruning_defaults(description: "ModelDescription") -> PruningSettings:
 
     Raises UnusableModel if the file is invalid.
     """
-    usual = override(scaled_defaults(description.shape), _family_settings(description))
+    shape = description.shape
+    usual = override(scaled_defaults(shape), _family_settings(description), shape)
     file = description.folder / SETTINGS_FILE
     if not file.exists():
         return usual
     with as_unusable(f"{file} is not usable"):
         try:
-            settings = override(usual, json.loads(file.read_text()))
-            settings.require_fits(description.shape)
+            settings = override(usual, json.loads(file.read_text()), shape)
+            settings.require_fits(shape)
         except InvalidSetting as error:
             raise UnusableModel(f"{file}: {error}") from error
         return settings
@@ -106,10 +108,13 @@ def _defaults_between_others(shape: "ModelShape", latest: int) -> PruningSetting
     )
 
 
-def override(settings: PruningSettings, changes: dict[str, Any]) -> PruningSettings:
+def override(
+    settings: PruningSettings, changes: dict[str, Any], shape: "ModelShape | None" = None
+) -> PruningSettings:
     """`settings` with `changes`; raises InvalidSetting for an unknown name or an invalid value.
 
     A latest_layer that is not among the changes goes up with min_layer.
+    shape: of the model; None: all of its layers are full.
     """
     known = {field.name for field in fields(PruningSettings)}
     for name in changes:
@@ -119,7 +124,8 @@ def override(settings: PruningSettings, changes: dict[str, Any]) -> PruningSetti
             )
     earliest, latest = changes.get("min_layer"), settings.latest_layer
     if latest is not None and isinstance(earliest, int) and earliest > latest:
-        changes = {"latest_layer": earliest} | changes
+        first = earliest if shape is None else first_full_from(earliest, shape)
+        changes = {"latest_layer": earliest if first is None else first} | changes
     return replace(settings, **changes)
 
 
@@ -131,11 +137,9 @@ def override_for(
     On a model without full layers that is a budget or a layer too: with method full, its default,
     they would say nothing. Who names that method knows.
     """
-    changed = override(settings, dict(changes))
+    changed = override(settings, dict(changes), shape)
     changed.require_fits(shape)
     if not shape.full_layers and "method" not in changes:
-        from winnow.methods.layer_checks import no_full_layer  # noqa: PLC0415 - loads torch
-
         for name in _OF_FULL_LAYERS:
             if changes.get(name) is not None:
                 raise no_full_layer(name, changes[name], shape)

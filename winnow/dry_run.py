@@ -1,12 +1,15 @@
 """Checks, without weights, that a network can be run layer by layer.
 
-The layers run once on torch's meta device, to record the attention that they request. Then the
-network's own forward runs with its parts replaced by random outputs, to detect anything that it
-computes between them.
+The network's own forward runs with its parts replaced by random outputs, to detect anything that it
+computes between them. Then the layers run once on torch's meta device, to record the attention that
+they request.
 """
 
+import contextlib
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,16 +17,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from winnow.errors import UnusableModel
-from winnow.folder_errors import first_line
+from winnow.folder_errors import cannot_run, first_line
+from winnow.kv import ModelShape
 from winnow.model_files import ModelDescription
 from winnow.network import Network
 from winnow.network_parts import mlp_names
-from winnow.temperature import HANDED
 
 logger = logging.getLogger(__name__)
 
 RECORDER = "winnow-recorder"  # attention implementation of networks that are checked here
+ONE_BY_ONE = "its layers cannot be run one by one"
+OWN_ATTENTION = "it computes its attention itself, and Winnow's cannot take its place"
 
 _META = torch.device("meta")
 _NUM_TOKENS = 4
@@ -36,6 +40,7 @@ _WITHOUT_EFFECT = {
 _HANDED_ON = {
     *("attention_mask", "position_ids", "position_embeddings", "past_key_values", "layer_past"),
     *("use_cache", "cache_params", "output_attentions", "output_router_logits"),
+    "shared_kv_states",
 }
 _COMPUTED = {"softcap", "s_aux"}  # as AttentionOptions has them
 _NEVER_FOR_LACK_OF_NUMBERS = (TypeError, AttributeError, KeyError)
@@ -50,6 +55,13 @@ class _Attention:
     value: Tensor
     options: dict[str, Any]
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query, self.key, self.value
+
+
+_asked: ContextVar[list[_Attention]] = ContextVar("attention calls of a layer")
+
 
 def _record(
     module: nn.Module,
@@ -57,14 +69,13 @@ def _record(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    *,
-    attention_call: list[_Attention] | None = None,
     **options: Any,  # noqa: ANN401 - a family's own
 ) -> tuple[Tensor, None]:
-    if attention_call is None:
-        raise TypeError("its layers do not hand on what their attention is to be called with")
-    asked = _Attention(query, key, value, options | {"attention_mask": attention_mask})
-    attention_call.append(asked)
+    # Some families' windows are in their masks alone.
+    window = options.pop("sliding_window", getattr(module, "sliding_window", None))
+    options |= {"attention_mask": attention_mask, "sliding_window": window}
+    asked = _Attention(query, key, value, options)
+    _asked.get().append(asked)
     return query.new_empty((*query.shape[:3], value.shape[3])).transpose(1, 2), None
 
 
@@ -72,54 +83,67 @@ AttentionInterface.register(RECORDER, _record)
 
 
 def require_known_attention(description: ModelDescription, network: Network) -> None:
+    family = network.config.model_type
+    shared: dict[str, tuple[Tensor, Tensor]] = {}
     for layer_idx in range(description.shape.num_layers):
-        asked = _attention_of(network, layer_idx, description.shape.layers[layer_idx].has_kv)
+        has_kv = description.shape.layers[layer_idx].has_kv
+        asked = _attention_of(network, layer_idx, has_kv, shared)
         if len(asked) > 1:
-            raise UnusableModel(
-                f"{description.path} is a {network.config.model_type}, whose attention Winnow does "
-                f"not compute: layer {layer_idx} attends {len(asked)} times"
-            )
+            raise cannot_run(family, f"layer {layer_idx} attends {len(asked)} times, not once")
         for attention in asked:
-            _require_shape(description, network.config.model_type, attention)
-            _require_computed(description, network.config.model_type, layer_idx, attention)
+            require_sizes(family, description.shape, layer_idx, attention.tensors)
+            _require_computed(description, family, layer_idx, attention)
 
 
 @torch.inference_mode()
-def _attention_of(network: Network, layer_idx: int, has_kv: bool) -> list[_Attention]:
-    """The layer's attention calls; empty if they cannot be recorded on the meta device."""
+def _attention_of(
+    network: Network, layer_idx: int, has_kv: bool, shared: dict[str, tuple[Tensor, Tensor]]
+) -> list[_Attention]:
+    """The layer's attention calls; empty if they cannot be recorded on the meta device.
+
+    shared: as in TokenExtras, of the layers before.
+    """
+    family = network.config.model_type
     asked: list[_Attention] = []
+    _asked.set(asked)
     layer = network.model.layers[layer_idx]
     for name in mlp_names(layer):
         setattr(layer, name, nn.Identity())  # routing to experts needs data
     positions = torch.arange(_NUM_TOKENS, device=_META)[None]
     try:
         hidden = network.embed(positions)
-        rope = network.rope(positions, hidden.dtype)
-        network.run_layer(layer_idx, hidden, rope, attention_call=asked)
-        if has_kv and not asked:
-            raise AttributeError("it computes its attention itself")
+        rope = network.rope(positions, hidden.dtype, positions)
+        if rope.extras is not None:
+            rope = replace(rope, extras=replace(rope.extras, shared=shared))
+        network.run_layer(layer_idx, hidden, rope)
     except _NEVER_FOR_LACK_OF_NUMBERS as error:
         if not asked:
-            family = network.config.model_type
-            raise UnusableModel(
-                f"family {family} cannot be run layer by layer: {first_line(error)}"
-            ) from error
+            raise cannot_run(family, f"{ONE_BY_ONE}: {first_line(error)}") from error
     except Exception:  # a real fault will show when the loaded model is run
         logger.debug("layer %d cannot run on the meta device", layer_idx, exc_info=True)
+    else:
+        if has_kv and not asked:
+            raise cannot_run(family, OWN_ATTENTION)
     return asked
 
 
-def _require_shape(description: ModelDescription, family: str, attention: _Attention) -> None:
-    shape = description.shape
-    entries = (shape.num_kv_heads, shape.head_dim)
-    wanted = ((shape.num_heads, shape.head_dim), entries, entries)
-    parts = (attention.query, attention.key, attention.value)
-    if tuple((part.shape[1], part.shape[3]) for part in parts) != wanted:
-        sizes = ", ".join(f"{part.shape[1]} x {part.shape[3]}" for part in parts)
-        raise UnusableModel(
-            f"{description.path} is a {family}, for whose keys and values Winnow has no cache: "
-            f"queries, keys and values (heads x numbers) are {sizes}; they must be "
-            + ", ".join(f"{heads} x {numbers}" for heads, numbers in wanted)
+def require_sizes(
+    family: str, shape: ModelShape, layer_idx: int, tensors: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Raise UnusableModel unless an attention call's tensors are those of the layer's shape.
+
+    tensors: queries, keys and values, each [B, heads, tokens, numbers].
+    """
+    size = shape.sizes[layer_idx]
+    key, value = (size.num_kv_heads, size.key_dim), (size.num_kv_heads, size.value_dim)
+    wanted = ((shape.num_heads, size.key_dim), key, value)
+    if tuple((part.shape[1], part.shape[3]) for part in tensors) != wanted:
+        sizes = ", ".join(f"{part.shape[1]} x {part.shape[3]}" for part in tensors)
+        raise cannot_run(
+            family,
+            f"its queries, keys and values (heads x numbers) of layer {layer_idx} are {sizes}; by "
+            "its configuration they would be "
+            + ", ".join(f"{heads} x {numbers}" for heads, numbers in wanted),
         )
 
 
@@ -130,26 +154,30 @@ def _require_computed(
     options = {k: v for k, v in attention.options.items() if v is not None}
     layer, most = description.shape.layers[layer_idx], description.max_positions
     asked = min(options.pop("sliding_window", most), most)
-    own = layer.window if layer.attention == "sliding" else most
+    own = most if layer.attention != "sliding" else min(layer.window or most, most)
     if asked != own:
-        raise UnusableModel(
-            f"{description.path}: layer {layer_idx} attends to {asked} of {most} positions, but "
-            f"its configuration makes it a {layer} layer that attends to {own}"
+        raise cannot_run(
+            family,
+            f"layer {layer_idx} attends to {asked} of {most} positions, but its configuration "
+            f"makes it a {layer} layer that attends to {own}",
         )
+    if "attention_mask" in options:
+        raise cannot_run(family, f"layer {layer_idx} chooses by itself what it attends to")
     if others := sorted(options.keys() - _WITHOUT_EFFECT - _COMPUTED):
-        raise UnusableModel(
-            f"{description.path} is a {family}, whose attention Winnow does not compute: layer "
-            f"{layer_idx} asks for {', '.join(others)}"
+        raise cannot_run(
+            family, f"layer {layer_idx} asks its attention for {', '.join(others)} besides"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A call of one part of the network: its input, and its random output."""
+    """A call of one part of the network: its input, what it gets besides, and its random output."""
 
     part: str
     given: Tensor
     answer: Tensor
+    besides: tuple[Tensor, ...] = ()
+    names: frozenset[str] = frozenset()  # of what it gets besides
 
 
 def require_plain_loop(
@@ -159,50 +187,42 @@ def require_plain_loop(
 ) -> None:
     """Raise UnusableModel if the network computes anything else between its parts than they do.
 
-    description: for its sizes.  network: of which `parts` are; unusable afterwards.
+    description: for its sizes.  network: of which `parts` are.
     """
     family = network.config.model_type
-    calls = _replace_parts(description, parts)
-    handed = _handed_to_layers(parts)
-    try:
-        with torch.inference_mode():
+    logits = None
+    with torch.inference_mode(), _replaced(description, parts) as calls:
+        try:
             logits = network(torch.arange(_NUM_TOKENS)[None], use_cache=False).logits
-    except Exception:  # a real fault will show when the loaded model is run
-        logger.debug("family %s cannot run without its weights", family, exc_info=True)
+        except Exception:  # a real fault will show when the loaded model is run
+            logger.debug("family %s cannot run without its weights", family, exc_info=True)
+    if any(_is(one, calls[0].answer) for call in calls[1:] for one in call.besides):
+        raise cannot_run(family, "its layers take the embeddings besides the layer before's output")
+    for call in calls:
+        if call.part.startswith("layer"):
+            own = parts.handed_names(int(call.part.removeprefix("layer ")))
+            if others := sorted(call.names - _HANDED_ON - own):
+                raise cannot_run(family, f"it hands {call.part} {', '.join(others)} besides")
+    if logits is None:
         return
-    for layer_idx, names in handed.items():
-        own = {HANDED} if parts.has_temperature(layer_idx) else set()
-        if others := sorted(names - _HANDED_ON - own):
-            raise UnusableModel(
-                f"family {family} hands layer {layer_idx} what Winnow does not: {', '.join(others)}"
-            )
     expected = ["embeddings", *(f"layer {i}" for i in range(description.shape.num_layers))]
     expected += ["norm", "head"]
     if [call.part for call in calls] != expected:
-        raise UnusableModel(f"family {family} runs its embeddings, layers, norm and head otherwise")
+        raise cannot_run(family, "it runs its embeddings, layers, norm and head in another order")
     calls.append(_Call("logits", logits, logits))
     for before, after in pairwise(calls):
         expected_input = _passed_on(before, parts)
         if after.given.shape == expected_input.shape and not after.given.equal(expected_input):
-            raise UnusableModel(
-                f"family {family} computes something between its {before.part} and its "
-                f"{after.part} that Winnow does not"
+            raise cannot_run(
+                family,
+                f"it computes something between its {before.part} and its {after.part} that "
+                "Winnow does not",
             )
 
 
-def _handed_to_layers(network: Network) -> dict[int, set[str]]:
-    """The names of what each layer will be called with, by its index."""
-    handed: dict[int, set[str]] = {}
-
-    def record(layer_idx: int, options: dict[str, Any]) -> None:
-        names = {name for name, value in options.items() if value is not None}
-        handed.setdefault(layer_idx, set()).update(names)
-
-    for layer_idx, layer in enumerate(network.model.layers):
-        layer.register_forward_pre_hook(
-            lambda _, __, options, idx=layer_idx: record(idx, options), with_kwargs=True
-        )
-    return handed
+def _is(one: Tensor, other: Tensor) -> bool:
+    same_kind = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    return same_kind and one.equal(other)
 
 
 def _passed_on(call: _Call, network: Network) -> Tensor:
@@ -212,9 +232,11 @@ def _passed_on(call: _Call, network: Network) -> Tensor:
     return network.scales.scaled(call.answer) if call.part == "head" else call.answer
 
 
-def _replace_parts(description: ModelDescription, network: Network) -> list[_Call]:
-    """Replace each part's forward with a random output; returns the list that records calls."""
+@contextlib.contextmanager
+def _replaced(description: ModelDescription, network: Network) -> Iterator[list[_Call]]:
+    """Within it, each part's forward is replaced with a random output; calls go to the list."""
     calls: list[_Call] = []
+    replaced: list[Any] = []
     shape, body = description.shape, network.model
     random = torch.Generator().manual_seed(0)
 
@@ -222,10 +244,15 @@ def _replace_parts(description: ModelDescription, network: Network) -> list[_Cal
         answer = torch.rand((1, _NUM_TOKENS, width), generator=random)
 
         def forward(*given: Any, **options: Any) -> Tensor:  # noqa: ANN401
-            calls.append(_Call(part, given[0] if given else options["hidden_states"], answer))
+            first = given[0] if given else options.pop("hidden_states")
+            others = (*given[1:], *options.values())
+            besides = tuple(one for one in others if isinstance(one, Tensor))
+            names = frozenset(name for name, one in options.items() if one is not None)
+            calls.append(_Call(part, first, answer, besides, names))
             return answer
 
         module.forward = forward
+        replaced.append(module)
 
     replace("embeddings", body.embed_tokens, shape.hidden_size)
     for layer_idx, layer in enumerate(body.layers):
@@ -234,4 +261,9 @@ def _replace_parts(description: ModelDescription, network: Network) -> list[_Cal
     replace("head", network.lm_head, description.vocab_size)
     if body.rotary_emb is not None:
         body.rotary_emb.forward = lambda *_, **__: (torch.zeros(1), torch.zeros(1))
-    return calls
+        replaced.append(body.rotary_emb)
+    try:
+        yield calls
+    finally:
+        for module in replaced:
+            del module.forward

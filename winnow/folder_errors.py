@@ -1,4 +1,4 @@
-"""Translation of library errors about a folder to one of Winnow's, with a one-line reason."""
+"""One-line reasons why a folder cannot be used: Winnow's own, and those of libraries."""
 
 import logging
 from collections.abc import Iterator
@@ -22,6 +22,11 @@ def as_unusable(what: str, kind: type[WinnowError] = UnusableModel) -> Iterator[
     except Exception as error:
         logger.debug("%s", what, exc_info=True)
         raise kind(f"{what}: {first_line(error)}") from error
+
+
+def cannot_run(family: str, reason: str) -> UnusableModel:
+    """The error for a family, as transformers names it, that Winnow does not run."""
+    return UnusableModel(f"Winnow cannot run {family}: {reason}")
 
 
 def first_line(error: BaseException) -> str:

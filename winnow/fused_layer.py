@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from winnow.adapters.rows import AdapterRows, applied_rows
 from winnow.adapters.stack import AdapterStack
-from winnow.attention import AttentionCall, AttentionOptions, causal_attention
+from winnow.attention import AttentionCall, AttentionOptions, attending, causal_attention
 from winnow.errors import one_line
 from winnow.kernels.choice import REFERENCE, LayerKernels, layer_kernels
 from winnow.kernels.cpu.packed_layer import LayerWeights, PackedLayer
@@ -227,13 +227,8 @@ def _require_same(network: Any, fused: FusedLayer) -> None:  # noqa: ANN401
     ) -> Tensor:
         return causal_attention(query, key, value, options)
 
-    theirs = body.layers[0](
-        hidden,
-        attention_mask=None,
-        position_embeddings=rope,
-        attention_call=attend,
-        attention_layer=fused._shape.layers[0],
-    )
+    with attending(attend, fused._shape.layers[0]):
+        theirs = body.layers[0](hidden, attention_mask=None, position_embeddings=rope)
     theirs = theirs[0] if isinstance(theirs, tuple) else theirs
     difference = (fused(hidden, rope, attend) - theirs).float().abs().max()
     error = float(difference / theirs.float().abs().max().clamp_min(1e-6))

@@ -99,6 +99,12 @@ class LayerState:
         self._held["recurrent", state_idx] = recurrent_states.to(dtype)
         return self._held["recurrent", state_idx]
 
+    def get_linear_cache(self, layer_idx: int) -> Tensor | None:
+        return self.get_recurrent_state(layer_idx)
+
+    def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
+        self.update_recurrent_state(linear_cache, layer_idx)
+
     def is_recording_past(self, layer_idx: int) -> bool:
         return False
 

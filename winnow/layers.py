@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from winnow.folder_errors import cannot_run
+
 AttentionKind = Literal["full", "sliding", "chunked"]
 
 
@@ -69,8 +71,8 @@ def layers_of(config: Any, num_layers: int, max_positions: int) -> tuple[Layer, 
     """The layers of a configuration of transformers'.
 
     A window that is as long as the longest sequence makes a layer full.
-    Raises ValueError for a kind of layer that Winnow does not know, a window that is not stated, or
-    more layers than any model has.
+    Raises UnusableModel for a kind of layer that Winnow does not know, ValueError for a window that
+    is not stated, or more layers than any model has.
     """
     if num_layers > _MOST_LAYERS:
         raise ValueError(f"it has {num_layers:,} layers; the limit is {_MOST_LAYERS:,}")
@@ -101,4 +103,7 @@ def _layer(config: Any, idx: int, name: str, max_positions: int) -> Layer:  # no
         return Layer(None, is_recurrent=True)
     if name in _WITHOUT_MEMORY:
         return Layer(None)
-    raise ValueError(f"layer {idx} is a {name} layer, which Winnow does not run")
+    raise cannot_run(
+        config.model_type,
+        f"layer {idx} is a {name} layer, which is a kind that Winnow does not know",
+    )

@@ -1,6 +1,6 @@
 """The library interface: the service's prefill and decode engines in one process, no server."""
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -201,10 +201,11 @@ class Winnow:
         cache_salt: str = "",
         grammar: Grammar | None = None,
         adapter: str | None = None,
+        shown_token_ids: Set[int] = frozenset(),
     ) -> Generator[None, None, CompletionStream]:
         """As `stream`, pausing after each layer of the prompt; returns the stream at its end.
 
-        Closing it ends the prefill.
+        shown_token_ids: control tokens that are part of the text.  Closing it ends the prefill.
         """
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         require_prompt(self.model, token_ids)
@@ -223,7 +224,12 @@ class Winnow:
             raise
         self._engine.start(reservation, result.final_hidden, result.report.next_position)
         stream = CompletionStream(result.report)
-        text = TextStream(self.tokenizer, stop, min_tokens=sampling.min_tokens)
+        text = TextStream(
+            self.tokenizer,
+            stop,
+            min_tokens=sampling.min_tokens,
+            shown_token_ids=shown_token_ids,
+        )
         stream._pieces = self._decode(reservation, stream, text)
         return stream
 

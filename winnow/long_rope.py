@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from winnow.errors import UnusableModel
+from winnow.folder_errors import cannot_run
 from winnow.rotary import LONG
 
 _TYPE = "longrope"
@@ -66,10 +66,8 @@ class LongRope(nn.Module):
                 _measured(type(rotary)(config), last) for last in (original - 1, original)
             )
         if short is None or long is None or short.layout is not long.layout:
-            raise UnusableModel(
-                f"Winnow cannot run {config.model_type}: its longrope tables are no cosines and "
-                "sines of two sets of frequencies"
-            )
+            reason = "its longrope tables are no cosines and sines of two sets of frequencies"
+            raise cannot_run(config.model_type, reason)
         self._layout, self._factors = short.layout, (short.factor, long.factor)
         device = rotary.inv_freq.device
         self._short = nn.Buffer(short.frequencies.to(device), persistent=False)

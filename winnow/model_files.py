@@ -19,7 +19,7 @@ from winnow import weight_files
 from winnow.checks import require_range
 from winnow.context_length import constant_length, context_length, positive_int, short_length
 from winnow.errors import UnusableModel
-from winnow.folder_errors import as_unusable
+from winnow.folder_errors import as_unusable, cannot_run
 from winnow.generation_defaults import end_token_ids
 from winnow.gguf import SUFFIX, vocabulary
 from winnow.gguf import header as gguf_header
@@ -28,8 +28,9 @@ from winnow.gguf.header import is_gguf, model_files, read_header
 from winnow.hub.reference import parse
 from winnow.hub.store import local_model
 from winnow.kv import ModelShape
+from winnow.kv_sizes import largest_of, require_alike, sizes_of
 from winnow.layers import layers_of
-from winnow.other_networks import require_causal, require_decoder
+from winnow.other_networks import require_causal, require_decoder, require_known
 from winnow.quantization.methods import Quantization, quantization_of
 from winnow.quantization.settings import Quantize, require_quantize
 from winnow.text_part import text_config
@@ -105,8 +106,10 @@ def describe_model(
         quantization = quantization_of(config, device, dequantize)
         if quantization is not None:
             quantization.require_usable(path, quantized_as)
-        with as_unusable(f"{_config_file(path)}, of a {config.model_type}, is not usable"):
-            _require_keys_and_values(path, config)
+        file = _config_file(path)
+        with as_unusable(f"Winnow cannot run {config.model_type}: {file} is not usable"):
+            _require_keys_and_values(config)
+            _require_length(config)
             max_positions = _max_positions(path, config, max_model_len)
             shape = shape_of(config, _cache_dtype(config, device, dtype), max_positions)
             vocab_size = positive_int(config, "vocab_size")
@@ -184,12 +187,13 @@ def load_config(path: Path) -> Any:  # noqa: ANN401 - each family has its own cl
     if not (path / "config.json").is_file():
         raise UnusableModel(f"model folder {path} has no config.json")
     with as_unusable(f"{path / 'config.json'} is not usable"):
+        require_known(path / "config.json")
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        require_decoder(path, config)
+        require_decoder(config)
         text = text_config(config)
         if text is not config:
-            require_decoder(path, text)
-        require_causal(path, text)
+            require_decoder(text)
+        require_causal(config, text)
         return text
 
 
@@ -207,13 +211,22 @@ def _max_positions(path: Path, config: Any, max_model_len: int | None) -> int:  
     return max_model_len
 
 
-def _require_keys_and_values(path: Path, config: Any) -> None:  # noqa: ANN401
+def _require_keys_and_values(config: Any) -> None:  # noqa: ANN401
+    family = config.model_type
+    if getattr(config, "num_attention_heads", None) is None:
+        raise cannot_run(family, "it has no attention heads, and no keys and values to prune")
     layers = layers_of(config, positive_int(config, "num_hidden_layers"), sys.maxsize)
     if all(layer.attention is None for layer in layers):
         kinds = ", ".join(sorted({str(layer) for layer in layers}))
-        raise UnusableModel(
-            f"{path} is a {config.model_type}, which Winnow does not run: it has {kinds} layers "
-            "alone, and no keys and values to prune"
+        raise cannot_run(family, f"it has {kinds} layers alone, and no keys and values to prune")
+
+
+def _require_length(config: Any) -> None:  # noqa: ANN401
+    stated = getattr(config, "max_position_embeddings", None)
+    if stated is None or stated == -1:
+        raise cannot_run(
+            config.model_type,
+            "its configuration does not say how long a sequence may be (max_position_embeddings)",
         )
 
 
@@ -240,31 +253,23 @@ def _cache_dtype(config: Any, device: str, dtype: str) -> torch.dtype:  # noqa: 
 
 def shape_of(config: Any, dtype: torch.dtype, max_positions: int) -> ModelShape:  # noqa: ANN401
     """The model's dimensions; raises ValueError if they are invalid or inconsistent."""
-    num_heads = positive_int(config, "num_attention_heads")
-    hidden_size = positive_int(config, "hidden_size")
-    num_kv_heads = _in_every_layer(config, "num_key_value_heads") or num_heads
-    if num_heads % num_kv_heads:
-        raise ValueError(f"{num_heads} attention heads cannot share {num_kv_heads} KV heads")
     num_layers = positive_int(config, "num_hidden_layers")
+    sizes = sizes_of(config, num_layers)
+    differ = len({*sizes}) > 1
+    # A layer whose window is longer than any sequence is full only if it is as large as full ones.
+    layers = layers_of(config, num_layers, sys.maxsize if differ else max_positions)
+    require_alike(sizes, layers)
+    largest = largest_of(sizes)
     return ModelShape(
         num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=_in_every_layer(config, "head_dim") or hidden_size // num_heads,
-        hidden_size=hidden_size,
+        num_heads=positive_int(config, "num_attention_heads"),
+        num_kv_heads=largest.num_kv_heads,
+        head_dim=largest.key_dim,
+        hidden_size=positive_int(config, "hidden_size"),
         dtype=dtype,
-        layers=layers_of(config, num_layers, max_positions),
+        layers=layers,
+        own_sizes=() if {*sizes} == {largest} else sizes,
     )
-
-
-def _in_every_layer(config: Any, name: str) -> int | None:  # noqa: ANN401
-    """A size that is the same in all layers; None if it is not stated."""
-    layers = config.per_layer_config if config.is_heterogeneous else [config]
-    sizes = {getattr(layer, name, None) for layer in layers}
-    if len(sizes) > 1:
-        raise ValueError(f"{name} is {', '.join(map(str, sizes))}, depending on the layer")
-    size: int | None = sizes.pop()
-    return size
 
 
 def _end_token_ids(path: Path, config: Any, vocab_size: int) -> frozenset[int]:  # noqa: ANN401
@@ -286,7 +291,8 @@ def _fingerprint(
     digest = hashlib.sha256(json.dumps(content).encode())
     digest.update(str(shape.dtype).encode())
     if is_folder:
-        weight_files.update_digest(digest, path)
+        name = getattr(config, "transformers_weights", None)
+        weight_files.update_digest(digest, path, name)
     else:
         gguf_header.update_digest(digest, read_header(path))
     if max_positions != config.max_position_embeddings:  # config.json's is in the digest already

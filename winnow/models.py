@@ -30,8 +30,8 @@ from winnow.checks import require_first_gpu
 from winnow.decoder import MLP_BLOCK_TOKENS, DecoderModel, TokenBlocks
 from winnow.distributed.heads import Split
 from winnow.distributed.weights import loading_options, make_plain, split_head
-from winnow.errors import UnusableModel
-from winnow.folder_errors import as_unusable
+from winnow.dry_run import ONE_BY_ONE, require_sizes
+from winnow.folder_errors import as_unusable, cannot_run
 from winnow.fused_layer import fuse_layers
 from winnow.kv import ModelShape
 from winnow.layer_state import StatePart
@@ -93,7 +93,7 @@ def load_model(
     theirs = None if is_verified else _logits_of(loaded, description, device)
     decoder = DecoderModel(Network(loaded), description, torch.device(device), shape)
     if shape.has_states:
-        with as_unusable(f"family {description.model_type} cannot be run layer by layer"):
+        with as_unusable(f"Winnow cannot run {description.model_type}: {ONE_BY_ONE}"):
             shape = replace(shape, states=_states_of(decoder), in_parts=_in_parts(decoder))
         decoder = DecoderModel(decoder.network, replace(description, shape=shape), decoder.device)
     if theirs is not None:
@@ -164,7 +164,7 @@ def _load_tensors(description: ModelDescription, **options: Any) -> Any:  # noqa
 def _states_of(decoder: DecoderModel) -> tuple[tuple[StatePart, ...], ...]:
     """What each layer's state consists of, seen where one token has gone through it."""
     token = torch.zeros((1, 1), dtype=torch.int64, device=decoder.device)
-    hidden, rope = decoder.embed(token), decoder.rope(token)
+    hidden, rope = decoder.embed(token), decoder.rope(token, token)
     found = []
     for layer_idx in range(decoder.shape.num_layers):
         state = decoder.new_state(layer_idx)
@@ -184,7 +184,8 @@ def _in_parts(decoder: DecoderModel) -> bool:
     shape, device = decoder.shape, decoder.device
     random = torch.Generator().manual_seed(0)
     hidden = torch.randn((1, 4, shape.hidden_size), generator=random).to(device, shape.dtype)
-    rope = decoder.rope(torch.arange(4, device=device)[None])
+    positions = torch.arange(4, device=device)[None]
+    rope = decoder.rope(positions, positions)
 
     def outputs(layer_idx: int, *parts: slice) -> list[Tensor]:
         state = decoder.new_state(layer_idx)
@@ -213,7 +214,7 @@ def _few_tokens(description: ModelDescription, device: torch.device | str) -> Te
 @torch.inference_mode()
 def _logits_of(network: Any, description: ModelDescription, device: str) -> Tensor:  # noqa: ANN401
     """Those of transformers' own forward for a short prompt's last token."""
-    with as_unusable(f"family {description.model_type} cannot be run layer by layer"):
+    with as_unusable(f"Winnow cannot run {description.model_type}: {ONE_BY_ONE}"):
         network.set_attn_implementation("eager")
         output = network(_few_tokens(description, device), use_cache=False)
         network.set_attn_implementation(ATTENTION_NAME)
@@ -224,13 +225,14 @@ def _logits_of(network: Any, description: ModelDescription, device: str) -> Tens
 def _require_same_as_transformers(decoder: DecoderModel, theirs: Tensor) -> None:
     """Compare our layer loop's logits with `_logits_of`; raise UnusableModel if they differ."""
     family = decoder.description.model_type
-    with as_unusable(f"family {family} cannot be run layer by layer"):
+    with as_unusable(f"Winnow cannot run {family}: {ONE_BY_ONE}"):
         ours = _run_layers(decoder, _few_tokens(decoder.description, decoder.device))
     difference, tolerance = _difference(ours, theirs), _tolerance(decoder.shape)
     if not difference <= tolerance:
-        raise UnusableModel(
-            f"family {family} computes something between its layers that Winnow does not: its "
-            f"logits differ by {difference:.2g} of their size, the limit is {tolerance:g}"
+        raise cannot_run(
+            family,
+            "it computes something between its layers that Winnow does not: its logits differ by "
+            f"{difference:.2g} of their size, the limit is {tolerance:g}",
         )
     logger.info(
         "family %s is not in the verified list; its logits agree (%.1g)", family, difference
@@ -247,8 +249,16 @@ def _tolerance(shape: ModelShape) -> float:
 
 
 def _run_layers(decoder: DecoderModel, token_ids: Tensor) -> Tensor:
+    family, shape = decoder.description.model_type, decoder.shape
+
+    def attend(
+        idx: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
+    ) -> Tensor:
+        require_sizes(family, shape, idx, (query, key, value))
+        return _attend(idx, query, key, value, options)
+
     positions = torch.arange(token_ids.shape[1], device=decoder.device)[None]
-    hidden, rope = decoder.embed(token_ids), decoder.rope(positions)
-    for layer_idx in range(decoder.shape.num_layers):
-        hidden = decoder.layer(layer_idx, hidden, rope, _attend)
+    hidden, rope = decoder.embed(token_ids), decoder.rope(positions, token_ids)
+    for layer_idx in range(shape.num_layers):
+        hidden = decoder.layer(layer_idx, hidden, rope, attend)
     return decoder.logits(hidden[:, -1])[0]

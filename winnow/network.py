@@ -1,24 +1,26 @@
 """A decoder of transformers, taken apart: embeddings, rotary tables, layers, norm and head."""
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from winnow.attention.calls import AttentionCall
-from winnow.errors import UnusableModel
+from winnow.folder_errors import cannot_run
 from winnow.long_rope import LongRope, has_long_rope
 from winnow.network_parts import (
     body_of,
     final_norm,
-    has_learned_positions,
+    has_added_positions,
     layers_of_body,
     rotary_of,
 )
 from winnow.network_scales import scales_of
 from winnow.rotary import LONG, RotaryTables, Table
-from winnow.temperature import take_temperature, with_factors
+from winnow.temperature import HANDED, take_temperature, with_factors
+from winnow.token_extras import LayerInputs, TokenExtras, layer_inputs_of, sharing_kinds
 
 _ANY_LAYER = "any"  # the kind of table of families that have only one
 
@@ -30,6 +32,7 @@ class Body(nn.Module):
     layers: Any
     norm: Any
     rotary_emb: Any
+    layer_inputs: LayerInputs | None
 
 
 class Network(nn.Module):
@@ -50,15 +53,14 @@ class Network(nn.Module):
             "norm": final_norm(body),
             "head": network.get_output_embeddings(),
         }
+        family = self.config.model_type
+        if has_added_positions(body):
+            raise cannot_run(family, "it adds positions to its embeddings")
         if missing := [name for name, part in parts.items() if part is None]:
-            raise UnusableModel(
-                f"family {self.config.model_type} cannot be run layer by layer: Winnow finds no "
-                f"{', '.join(missing)} in it"
-            )
-        if has_learned_positions(body):
-            raise UnusableModel(
-                f"family {self.config.model_type} cannot be run layer by layer: it adds learned "
-                "positions to its embeddings"
+            raise cannot_run(
+                family,
+                f"it is not embeddings, layers, a norm and a head: Winnow finds no "
+                f"{' and no '.join(missing)} in it",
             )
         self.model = Body()
         self.model.embed_tokens, self.model.layers, self.model.norm, self.lm_head = parts.values()
@@ -72,6 +74,8 @@ class Network(nn.Module):
             take_temperature(body, layer, has_table=kind in tables)
             for layer, kind in zip(self.model.layers, self._table_kinds, strict=True)
         ]
+        self.model.layer_inputs = layer_inputs_of(body, len(self.model.layers))
+        self.sharing_kinds = sharing_kinds(self.config)
 
     def _kinds(self) -> list[str]:
         """The kind of rotary table of each layer."""
@@ -92,8 +96,23 @@ class Network(nn.Module):
         """token_ids: [B, T] int64.  Returns hidden states [B, T, hidden_size]."""
         return self.scales.embedded(self.model.embed_tokens(token_ids))
 
-    def rope(self, positions: Tensor, dtype: torch.dtype) -> RotaryTables:
-        """Tables of this dtype for the positions [B, T] int64, with LONG added for long ones."""
+    def rope(
+        self, positions: Tensor, dtype: torch.dtype, token_ids: Tensor | None = None
+    ) -> RotaryTables:
+        """Tables of this dtype for the positions [B, T] int64, with LONG added for long ones.
+
+        token_ids: [B, T] of the tokens there, without which `extras` are not complete.
+        """
+        return replace(self._tables(positions, dtype), extras=self._extras(token_ids))
+
+    def _extras(self, token_ids: Tensor | None) -> TokenExtras | None:
+        inputs = self.model.layer_inputs
+        if inputs is None:
+            return TokenExtras() if self.sharing_kinds else None
+        assert token_ids is not None, "layers take inputs of each token's own"
+        return TokenExtras(inputs(token_ids, self.embed(token_ids)))
+
+    def _tables(self, positions: Tensor, dtype: torch.dtype) -> RotaryTables:
         rotary = self.model.rotary_emb
         if rotary is None:
             return RotaryTables(positions, {})
@@ -122,8 +141,10 @@ class Network(nn.Module):
             else with_factors(attention, temperature(rope.positions))
         )
 
-    def has_temperature(self, layer_idx: int) -> bool:
-        return self._temperatures[layer_idx] is not None
+    def handed_names(self, layer_idx: int) -> frozenset[str]:
+        """What of a layer's own it is handed, or computed for it, by transformers' names."""
+        names = [HANDED] if self._temperatures[layer_idx] is not None else []
+        return frozenset(names + ["per_layer_input"] * (self.model.layer_inputs is not None))
 
     def run_layer(
         self,
@@ -134,10 +155,12 @@ class Network(nn.Module):
     ) -> Tensor:
         """One of transformers' layers.  hidden and the result: [B, T, hidden_size].
 
-        options: reach the attention function.
+        options: of the family's layers, besides.
         """
         if rope.by_kind:
             options["position_embeddings"] = self.table(layer_idx, rope)
+        if rope.extras is not None:
+            options.update(rope.extras.options(layer_idx))
         layer = self.model.layers[layer_idx]
         output = layer(hidden, attention_mask=None, position_ids=rope.positions, **options)
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-_LAYERS = ("layers", "h")
+_LAYERS = ("layers", "h", "blocks")
 _FINAL_NORMS = (
     "norm",
     "final_layernorm",
@@ -14,8 +14,11 @@ _FINAL_NORMS = (
     "ln_f",
 )
 _ROTARY = ("rotary_emb", "pos_emb")
-_LEARNED_POSITIONS = ("wpe", "embed_positions", "positions_embed")
-_MLPS = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp", "moe")
+_ADDED_POSITIONS = (
+    *("wpe", "embed_positions", "positions_embed"),
+    *("position_embeddings", "pos_encoding"),
+)
+_MLPS = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp", "moe", "ffn")
 
 
 def body_of(network: Any) -> Any:  # noqa: ANN401 - each family has its own class
@@ -36,8 +39,10 @@ def rotary_of(body: Any) -> Any:  # noqa: ANN401
     return _first(body, _ROTARY)
 
 
-def has_learned_positions(body: Any) -> bool:  # noqa: ANN401
-    return _first(body, _LEARNED_POSITIONS) is not None
+def has_added_positions(body: Any) -> bool:  # noqa: ANN401
+    """Whether something makes positions that are added to the embeddings."""
+    names = {name.rpartition(".")[2] for name, _ in body.named_modules()}
+    return any(hasattr(body, name) or name in names for name in _ADDED_POSITIONS)
 
 
 def mlp_names(layer: Any) -> list[str]:  # noqa: ANN401

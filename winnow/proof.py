@@ -57,6 +57,6 @@ def _pruning(shape: ModelShape) -> PruningSettings:
 
 def _small_pool(model: DecoderModel) -> KVPoolConfig:
     shape = model.shape
-    num_pages = 1 + len(shape.kv_layers) * shape.num_kv_heads * _PAGES_PER_HEAD
+    num_pages = 1 + shape.total_kv_heads * _PAGES_PER_HEAD
     page_bytes = _PAGE_SIZE * (shape.kv_bytes(1) + torch.int32.itemsize)
     return KVPoolConfig(num_pages * page_bytes + 2 * shape.state_bytes, _PAGE_SIZE)

@@ -100,12 +100,6 @@ class PruningSettings:
         _require_above_window("select_tokens", self.select_tokens, self.window_size)
         _require_above_window("kv_budget", self.kv_budget, self.window_size)
         _ = self.decode_side  # validates its fields
-        if self.min_layer < self.observed_layers - 1:
-            raise InvalidSetting(
-                f"min_layer is {self.min_layer}; with observed_layers {self.observed_layers} "
-                f"it must be at least {self.observed_layers - 1}",
-                param="min_layer",
-            )
         if self.latest_layer is not None and self.latest_layer < self.min_layer:
             raise InvalidSetting(
                 f"latest_layer is {self.latest_layer}; it must be at least "

@@ -16,10 +16,10 @@ from torch import Tensor
 from winnow.attention.calls import AttentionCall
 from winnow.attention.options import AttentionOptions
 
+HANDED = "attention_scaling"  # by this name a model hands its layers such factors
+
 # Factors [B, 1, T, 1] float32 for queries [B, H, T, D] at positions [B, T].
 Temperature = Callable[[Tensor], Tensor]
-
-HANDED = "attention_scaling"  # what layers call the factors that their model hands them
 
 
 def take_temperature(body: Any, layer: Any, *, has_table: bool) -> Temperature | None:  # noqa: ANN401

@@ -9,35 +9,34 @@ from winnow.errors import InvalidRequest
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]
 
+# The names under which templates look for an assistant's reasoning.
+REASONING = ("reasoning_content", "reasoning", "thinking")
 CALLED = "winnowcalled"  # name of the function that is called
 _TOOL, _ASKED, _VALUE, _RESULT = "winnowtool", "winnowasked", "winnowvalue", "winnowresult"
+_SAID = {"content": "winnowsaid", **dict.fromkeys(REASONING, "winnowthought")}
 _IDS = ("winnowid1", "winnowid2")  # some templates want nine letters and digits
-_TOOLS: Sequence[Tool] = (
-    {
-        "type": "function",
-        "function": {
-            "name": _TOOL,
-            "description": "",
-            "parameters": {"type": "object", "properties": {}, "required": []},
-        },
-    },
-)
+_FUNCTION = {"name": _TOOL, "parameters": {"type": "object", "properties": {}, "required": []}}
+_TOOLS: Sequence[Tool] = ({"type": "function", "function": {**_FUNCTION, "description": ""}},)
+_UNDESCRIBED: Sequence[Tool] = ({"type": "function", "function": _FUNCTION},)
 
 
 @dataclass(frozen=True, slots=True)
 class ToolSupport:
     """What a template shows.
 
-    tools: the list of them.  object_arguments, text_arguments: calls whose arguments are an object,
-    or text.  parallel_calls: several calls in one message.  results: messages of role tool.
-    system: a message of role system.
+    tools: the list of them.  undescribed_tools: those without a description, too.
+    object_arguments, text_arguments: calls whose arguments are an object, or text.
+    parallel_calls: several calls in one message.  reasoned_calls: calls after reasoning and text.
+    results: messages of role tool.  system: a message of role system.
     call: the rendered text around a call of CALLED, if any is shown.
     """
 
     tools: bool
+    undescribed_tools: bool
     object_arguments: bool
     text_arguments: bool
     parallel_calls: bool
+    reasoned_calls: bool
     results: bool
     system: bool
     call: str
@@ -79,16 +78,19 @@ def probe(
     two = shown(asked, _calls(arguments, arguments), result, _result(_IDS[1]), tools=tools)
     return ToolSupport(
         tools=shows_tools,
+        undescribed_tools=_TOOL in shown(asked, tools=_UNDESCRIBED).lower(),
         object_arguments=_VALUE in by_object.lower(),
         text_arguments=_VALUE in by_text.lower(),
         parallel_calls=two.lower().count(_VALUE) == 2 * one.lower().count(_VALUE) > 0,
+        reasoned_calls=_VALUE
+        in shown(asked, _calls(arguments) | _SAID, result, tools=tools).lower(),
         results=_RESULT in one.lower(),
         system=_RESULT in shown({"role": "system", "content": _RESULT}, asked).lower(),
         call=one.partition(_ASKED)[2].partition(_RESULT)[0],
     )
 
 
-def _calls(*arguments: Mapping[str, str] | str) -> Message:
+def _calls(*arguments: Mapping[str, str] | str) -> dict[str, Any]:
     calls = [
         {"id": call_id, "type": "function", "function": {"name": CALLED, "arguments": one}}
         for call_id, one in zip(_IDS, arguments, strict=False)

@@ -42,11 +42,8 @@ class StoredTensor:
     dtype: torch.dtype
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The folder's safetensors files, sorted by name.
-
-    Raises UnusableModel if there are none, or if an index names other files.
-    """
+def _safetensors(path: Path) -> list[Path]:
+    """The folder's safetensors files, sorted by name.  Raises UnusableModel if there are none."""
     files = sorted(file for file in path.glob("*.safetensors") if not file.is_dir())
     if not files:
         raise UnusableModel(
@@ -55,8 +52,6 @@ def weight_files(path: Path) -> list[Path]:
     for file in files:
         if not file.is_file():
             raise UnusableModel(f"{file} is no file, or a link to one that does not exist")
-    for index in path.glob("*.safetensors.index.json"):
-        _require_known(index, {file.name for file in files})
     return files
 
 
@@ -81,11 +76,17 @@ def stored_tensors(path: Path, name: str | None = None) -> dict[str, StoredTenso
 
 
 def _loaded_files(path: Path, name: str | None) -> list[Path]:
-    """The one file with all weights, or the shards of the index."""
-    known = weight_files(path)
+    """The one file with all weights, or the shards of the index, sorted by name.
+
+    Others may lie there: copies in other formats, with an index of their own.
+    Raises UnusableModel if there is none, or the index names files that are not there.
+    """
+    known = _safetensors(path)
     for candidate in [path / name] if name else [path / WEIGHTS, path / INDEX]:
         if candidate.suffix == ".json" and candidate.is_file():
-            shards = set(weight_map(candidate).values())
+            shards = weight_map(candidate).values()
+            if reason := missing_shards(shards, {file.name for file in known}):
+                raise UnusableModel(f"{candidate} names {reason}")
             return [file for file in known if file.name in shards]
         if candidate in known:
             return [candidate]
@@ -118,18 +119,13 @@ def _dtype(tensor: str, name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _require_known(index: Path, names: set[str]) -> None:
-    """Raise UnusableModel if the index names other files, which transformers would read."""
-    if reason := missing_shards(weight_map(index).values(), names):
-        raise UnusableModel(f"{index} names {reason}")
-
-
-def update_digest(digest: "hashlib._Hash", path: Path) -> None:
+def update_digest(digest: "hashlib._Hash", path: Path, name: str | None) -> None:
     """Add the weights' file names, tables and samples (first and last megabyte) to the digest.
 
+    name: as for `stored_tensors`.
     Raises UnusableModel for a file that is not a safetensors file or is truncated.
     """
-    for file in weight_files(path):
+    for file in _loaded_files(path, name):
         digest.update(file.name.encode())
         digest.update(_weight_sample(file))
 

@@ -25,7 +25,9 @@ def weight_map(index: Path) -> Mapping[str, Any]:
     """The file of each tensor.  Raises UnusableModel for what is no index."""
     try:
         weight_map: Mapping[str, Any] = json.loads(index.read_text())["weight_map"]
-        set(weight_map.values())
+        is_empty = not set(weight_map.values())
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UnusableModel(f"{index} is no index of weights") from error
+    if is_empty:
+        raise UnusableModel(f"{index} names no file of weights")
     return weight_map

@@ -33,8 +33,8 @@ class KeptDocument:
         """
         model, num_prompt_tokens = self._model, len(token_ids)
         positions = torch.arange(self.num_tokens, num_prompt_tokens, device=model.device)
-        hidden = model.embed(torch.tensor([token_ids[self.num_tokens :]], device=model.device))
-        rope = model.rope(positions[None] + LONG * is_long)
+        own = torch.tensor([token_ids[self.num_tokens :]], device=model.device)
+        hidden, rope = model.embed(own), model.rope(positions[None] + LONG * is_long, own)
         layers = []
         for kept in self.layers:
             attention = _QuestionAttention(kept, positions)

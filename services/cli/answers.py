@@ -18,7 +18,7 @@ from services.cli.conversation import (
 )
 from services.common.settings import Settings
 from services.gateway.tools import ToolUse, answer_format
-from winnow.answers import AnswerFormat, AnswerParser
+from winnow.answers import AnswerFormat
 from winnow.answers.parts import Part, ReasoningPart, TextPart
 from winnow.completion import CompletionStream
 from winnow.local import Winnow
@@ -38,8 +38,11 @@ class LocalModel:
         """While the prompt is computed, a sign of life after each layer."""
         self.figures = None
         started_s = monotonic()
-        prompt, parser, stops = self._prompt(text, messages)
-        stream = yield from self._winnow.stream_by_layer(prompt, self._sampling, stops)
+        prompt, answer, stops = self._prompt(text, messages)
+        parser = answer.parser()
+        stream = yield from self._winnow.stream_by_layer(
+            prompt, self._sampling, stops, shown_token_ids=answer.shown_token_ids
+        )
         figures, first_token_s = _figures_of(stream), None
         self.figures = figures
         with closing(iter(stream)) as pieces:
@@ -57,16 +60,14 @@ class LocalModel:
 
     def _prompt(
         self, text: str, messages: list[Message]
-    ) -> tuple[str | list[int], AnswerParser, tuple[str, ...]]:
-        """The prompt, what tells reasoning from the answer, and where the answer ends."""
+    ) -> tuple[str | list[int], AnswerFormat, tuple[str, ...]]:
+        """The prompt, how reasoning is told from the answer, and where the answer ends."""
         tokenizer = self._winnow.tokenizer
         if not tokenizer.has_chat_template:
-            return as_prompt(text, messages), AnswerFormat().parser(), STOPS
+            return as_prompt(text, messages), AnswerFormat(), STOPS
         prompt = tokenizer.chat_text(as_messages(text, messages))
         found = answer_format(ToolUse(), prompt, self._settings, tokenizer, include_reasoning=None)
-        if found is None or any(map(tokenizer.is_special, found.shown_token_ids)):
-            found = AnswerFormat()  # tags that the stream leaves out cannot be found in it
-        return tokenizer.encode(prompt, add_special_tokens=False), found.parser(), ()
+        return tokenizer.encode(prompt, add_special_tokens=False), found or AnswerFormat(), ()
 
 
 def _shown(parts: Iterable[Part]) -> Sequence[Piece | None]:

@@ -192,5 +192,6 @@ def _write(output: Path, found: Found, description: "ModelDescription") -> None:
     """Writes the settings over those of the file, whose other settings stay."""
     known = json.loads(output.read_text()) if output.exists() else {}
     merged = known | found.settings
-    override(scaled_defaults(description.shape), merged).require_fits(description.shape)
+    shape = description.shape
+    override(scaled_defaults(shape), merged, shape).require_fits(shape)
     write_json(output, merged)

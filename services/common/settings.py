@@ -150,15 +150,18 @@ class Settings(BaseModel):
         description="true: the text of a control token in a message is that token; false: it is "
         "text like any other",
     )
-    tool_parser: Literal["auto", "hermes", "llama3_json", "mistral", "json", "off"] = Field(
-        "auto",
-        description="form in which the model writes calls of tools: auto goes by its template, "
-        "json is one that any model can be told of, off refuses tools",
+    tool_parser: Literal["auto", "hermes", "llama3_json", "mistral", "harmony", "json", "off"] = (
+        Field(
+            "auto",
+            description="form in which the model writes calls of tools: auto goes by its template, "
+            "json is one that any model can be told of, off refuses tools",
+        )
     )
-    reasoning_parser: Literal["auto", "think", "off"] = Field(
+    reasoning_parser: Literal["auto", "think", "harmony", "off"] = Field(
         "auto",
         description="think: what stands between <think> and </think> is told apart as reasoning; "
-        "auto: if the chat template has such tags; off: it is text of the answer",
+        "harmony: what is in gpt-oss's channel for it; auto: as the chat template has it; off: it "
+        "is text of the answer",
     )
     playground: bool = Field(
         True, description="false: no page to try the service out is served at `/`"

@@ -141,8 +141,7 @@ class EngineThread:
     def _observe_recompressions(self) -> None:
         stats, seen = self._engine.recompression_stats, self._seen_recompressions
         self._metrics.recompressions.inc(stats.recompressions - seen.recompressions)
-        shape = self._engine.model.description.shape
-        heads = len(shape.kv_layers) * shape.num_kv_heads
+        heads = self._engine.model.description.shape.total_kv_heads
         kept = stats.kept_entries - seen.kept_entries
         dropped = stats.dropped_entries - seen.dropped_entries
         self._metrics.tokens_kept.labels("decode").inc(kept / heads)

@@ -7,19 +7,18 @@ from typing import Any
 from pydantic import Field
 
 from services.gateway.body import Body, asks_for_nothing
-from services.gateway.typed import Typed, one_of
+from services.gateway.typed import Piece, one_of
 from winnow.chat_template import ChatOptions
 from winnow.errors import InvalidRequest, InvalidSetting, UnknownParameter, UnsupportedParameter
 from winnow.grammar.source import MAX_NESTING, nesting
+from winnow.tool_support import REASONING
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Fields that only an assistant's message may have.
 _ASSISTANTS_OWN = ("refusal", "reasoning_content", "reasoning", "tool_calls")
-# The names under which templates look for an assistant's reasoning.
-_REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
-class TextPart(Typed):
+class TextPart(Piece):
     type: str = one_of("text")
     text: str | None = None
     cache_control: Any = None  # ignored; other services use it
@@ -106,7 +105,7 @@ def _plain(message: ChatMessage, name: str) -> dict[str, Any]:
         "role": role,
         "content": _content(message, name),
         **({"name": message.name} if message.name else {}),
-        **(dict.fromkeys(_REASONING, reasoning) if reasoning else {}),
+        **(dict.fromkeys(REASONING, reasoning) if reasoning else {}),
         **({"tool_calls": _calls(message.tool_calls, name)} if message.tool_calls else {}),
         **({"tool_call_id": message.tool_call_id} if message.tool_call_id else {}),
     }
@@ -165,16 +164,15 @@ def _require_no_assistants_own(message: ChatMessage, name: str) -> None:
 def _content(message: ChatMessage, name: str) -> str | list[dict[str, str]]:
     """The content; of an assistant without any, its refusal, or nothing if it called a tool."""
     if isinstance(message.content, list):
-        return [{"type": "text", "text": _text(part, name)} for part in message.content]
+        return [
+            {"type": "text", "text": _text(part, f"{name}.content[{idx}]")}
+            for idx, part in enumerate(message.content)
+        ]
     if message.content is None and message.role != "assistant":
         raise InvalidRequest(f"{name} has no content", param=f"{name}.content")
     return message.content or message.refusal or ""
 
 
 def _text(part: TextPart, name: str) -> str:
-    if part.type != "text":
-        raise UnsupportedParameter(
-            f"{name} has content of type {part.type!r}; only text is supported",
-            param=f"{name}.content",
-        )
+    part.require_supported(name, name)
     return part.text or ""

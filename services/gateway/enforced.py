@@ -6,7 +6,6 @@ from services.gateway.structured import AskedGrammar
 from services.gateway.tools import ToolUse
 from winnow.answers import AnswerFormat
 from winnow.answers.formats.base import parameters_grammar
-from winnow.answers.reasoning import END_THINK, THINK
 from winnow.grammar import Grammar
 from winnow.grammar.compiler import GrammarCompiler
 from winnow.grammar.compose import compose
@@ -46,7 +45,7 @@ def enforced(
         calls,
         must_call=use.mode in ("required", "named"),
         reasoning=answer.reasoning,
-        think=(THINK, END_THINK),
+        tags=answer.frame.tags,
         token_id=tokenizer.added_token_id,
     )
     if whole is not None:

@@ -15,10 +15,10 @@ from winnow.answers.conversation import Conversation, has_calls, shown_conversat
 from winnow.answers.formats.base import ToolFormat
 from winnow.answers.formats.detect import detect, named
 from winnow.answers.formats.generic_json import GenericJson
-from winnow.answers.reasoning import END_THINK, THINK, reasoning_after
+from winnow.answers.formats.harmony import Harmony
+from winnow.answers.frames import CHANNELS, FRAMES, THINKING, Frame
 from winnow.chat_template import ChatOptions, ChatTemplate
 from winnow.errors import InvalidRequest, InvalidSetting, UnsupportedParameter
-from winnow.grammar.compose import Reasoning
 from winnow.grammar.source import MAX_NESTING, nesting
 from winnow.marked_text import plain
 from winnow.tokenizer import Tokenizer
@@ -181,18 +181,22 @@ def answer_format(
     """How the answer to a chat's prompt is split into parts; None if all of it is text."""
     template = tokenizer.chat_template
     tool_format = _form(template, use, settings)[1] if use.tools else None
-    reasoning = _reasoning(template, use, settings, prompt_text)
-    if tool_format is None and reasoning == "none":
+    frame = _frame(template, use, settings, tool_format)
+    reasoning = "none" if frame is None else frame.begins(plain(prompt_text))
+    if frame is THINKING and reasoning == "none":
+        frame = None
+    if tool_format is None and frame is None:
         return None
     markers = (
         *(tool_format.markers if tool_format else ()),
-        *(() if reasoning == "none" else (THINK, END_THINK)),
+        *(frame.markers if frame else ()),
     )
     ids = map(tokenizer.added_token_id, markers)
     return AnswerFormat(
         tool_format=tool_format,
         tool_names=frozenset(tool["function"]["name"] for tool in use.callable_tools),
         parallel=use.parallel,
+        frame=frame or THINKING,
         reasoning=reasoning,
         shows_reasoning=include_reasoning is not False,
         shown_token_ids=frozenset(i for i in ids if i is not None),
@@ -226,11 +230,14 @@ def _form(
     return support, found or GenericJson()
 
 
-def _reasoning(
-    template: ChatTemplate, use: ToolUse, settings: Settings, prompt_text: str
-) -> Reasoning:
+def _frame(
+    template: ChatTemplate, use: ToolUse, settings: Settings, tool_format: ToolFormat | None
+) -> Frame | None:
+    """How reasoning is told apart; None if it is not."""
+    if isinstance(tool_format, Harmony):
+        return CHANNELS
     parser, source = settings.reasoning_parser, template.source(with_tools=bool(use.tools))
-    has_tags = THINK in source or END_THINK in source
-    if parser == "off" or (parser == "auto" and not has_tags):
-        return "none"
-    return reasoning_after(plain(prompt_text))
+    if parser == "auto":
+        shown = (one for one in FRAMES.values() if any(sign in source for sign in one.signs))
+        return next(shown, None)
+    return FRAMES.get(parser)

@@ -1,7 +1,7 @@
 """Objects of a request body that say in `type` what they are."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -22,6 +22,8 @@ class Typed(Body):
 
     type: str | None
 
+    _why: ClassVar[str] = ""  # others are not supported
+
     @classmethod
     def _supported(cls) -> list[str | None]:
         told: Any = cls.model_fields["type"].json_schema_extra
@@ -38,8 +40,15 @@ class Typed(Body):
         """Raises UnsupportedParameter for an object of another type.  name: what it is called."""
         if self.type not in self._supported():
             raise UnsupportedParameter(
-                f"{name} is of type {self.type!r}, which is not supported by Winnow", param=param
+                f"{name} is of type {self.type!r}, which is not supported by Winnow{self._why}",
+                param=param,
             )
+
+
+class Piece(Typed):
+    """A piece of a message's content."""
+
+    _why = ": the model takes text alone"
 
 
 def kind_of(*others: str) -> Callable[[Any], str]:

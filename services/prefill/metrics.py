@@ -223,7 +223,7 @@ class PrefillMetrics(Metrics):
         self._observe_selection(report, method, shape)
 
     def _count_tokens(self, report: PrefillReport, shape: ModelShape) -> None:
-        num_heads = len(shape.kv_layers) * shape.num_kv_heads
+        num_heads = shape.total_kv_heads
         kept = sum(report.layer_entries) / num_heads
         unpruned = shape.unpruned_entries(report.num_prompt_tokens) / num_heads
         self.tokens_kept.labels("prefill").inc(kept)

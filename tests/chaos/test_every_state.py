@@ -28,7 +28,7 @@ from tests.chaos.victim import (
     other_than,
 )
 
-pytestmark = [pytest.mark.e2e, pytest.mark.chaos, pytest.mark.lengthy, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.chaos, pytest.mark.lengthy, pytest.mark.timeout(600)]
 
 STOPPED_S = 2 * LEASE_S
 

@@ -12,7 +12,7 @@ import pytest
 from tests.chaos.asking import ask, say
 from tests.chaos.victim import Victim
 
-pytestmark = [pytest.mark.e2e, pytest.mark.chaos, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.chaos, pytest.mark.timeout(600)]
 
 NUM_CONNECTIONS = 400
 NUM_REQUESTS = 200

@@ -17,7 +17,7 @@ from tests.chaos.asking import (
     require_next_token_in_time,
 )
 from tests.chaos.linked_stack import KV
-from tests.chaos.network import CRAWLING
+from tests.chaos.network import CRAWLING, SILENT
 from tests.chaos.victim import (
     ENDLESS,
     KV_LEASE_S,
@@ -28,7 +28,7 @@ from tests.chaos.victim import (
     other_than,
 )
 
-pytestmark = [pytest.mark.e2e, pytest.mark.chaos, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.chaos, pytest.mark.timeout(600)]
 
 
 @pytest.mark.parametrize("harm", ["kill", "stop"])
@@ -41,7 +41,13 @@ def test_a_decode_worker_is_lost_while_it_generates(victim: Victim, harm: str) -
 
 
 def test_a_decode_worker_is_killed_before_the_first_token(victim: Victim) -> None:
-    with meanwhile(lambda: victim.kill(victim.admitting())):
+    victim.network.become(SILENT, *(f"{name} {KV}" for name in WORKERS))  # until it is dead
+
+    def kill_while_it_waits() -> None:
+        victim.kill(victim.admitting())
+        victim.network.heal()
+
+    with meanwhile(kill_while_it_waits):
         ask(victim).require_whole(victim)
 
 
@@ -129,7 +135,7 @@ def test_the_gateway_is_killed_and_is_back_for_the_next_request(victim: Victim) 
 
 
 def test_a_client_that_goes_away_in_mid_stream_frees_what_it_held(victim: Victim) -> None:
-    with broken_off(victim, 5):
+    with broken_off(victim, 10):
         asyncio.run(victim.leave(victim.generating))
 
 

@@ -23,7 +23,7 @@ from tests.chaos.network import CLEAR, CRAWLING, SILENT, Condition
 from tests.chaos.victim import ENDLESS, LEASE_S, WORKERS, Victim, other_than
 from tests.deploy.stack import OURS
 
-pytestmark = [pytest.mark.e2e, pytest.mark.chaos, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.chaos, pytest.mark.timeout(600)]
 
 ADMISSION_TIMEOUT_S = 5.0  # services/gateway/request/generate_call.py
 PATIENCE_S = 30.0  # services/gateway/request/generation_run.py

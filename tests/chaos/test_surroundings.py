@@ -11,7 +11,7 @@ import pytest
 from tests.chaos.asking import ask
 from tests.chaos.victim import WORKERS, Victim
 
-pytestmark = [pytest.mark.e2e, pytest.mark.chaos, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.chaos, pytest.mark.timeout(600)]
 
 HOUR_S = 3600
 

@@ -199,7 +199,7 @@ class Victim:
             else:
                 self.stack.start(name)
         for name in REPLICAS:
-            with contextlib.suppress(NoReplica):
+            with contextlib.suppress(NoReplica, psutil.NoSuchProcess):  # it may end just now
                 self.replica(name).send_signal(signal.SIGCONT)
         _soon(lambda: self._whole() or None, "the service is not whole again", START_TIMEOUT_S)
 

@@ -3,6 +3,7 @@
 import httpx
 import pytest
 
+from tests.deadlines import SOON_S
 from tests.deploy.balancer import Balancer
 from tests.deploy.stack import Stack
 from tests.load import NUM_CLIENTS, load
@@ -38,6 +39,6 @@ def test_no_request_fails_while_gateways_and_prefill_are_restarted(stack: Stack)
 
 def _is_ready(port: int) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/ready", timeout=5).is_success
+        return httpx.get(f"http://127.0.0.1:{port}/ready", timeout=SOON_S).is_success
     except httpx.TransportError:
         return False

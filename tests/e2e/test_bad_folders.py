@@ -65,7 +65,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         (quantize, "is quantized by awq, for which gptqmodel is not installed"),
         (lose_a_tensor, f"in no file: 1 ({DOWN_PROJ})"),
         (break_the_tokenizer, "has no usable tokenizer"),
-        (become_another_family, "family nanochat runs its embeddings, layers"),
+        (become_another_family, "Winnow cannot run nanochat: it runs its embeddings"),
         (lose_a_number, "cannot start: model "),
     ],
 )

@@ -38,7 +38,7 @@ def ask(http: httpx.Client, number: int) -> None:
 
 def test_checks_give_way_to_requests_and_end_with_the_service(service: WinnowServe) -> None:
     def over(outcome: str) -> float:
-        text = httpx.get(f"{service.admin_url()}/metrics").text
+        text = httpx.get(f"{service.admin_url()}/metrics", timeout=SOON_S).text
         return value(text, "winnow_quality_checks_total", outcome=outcome)
 
     with httpx.Client(base_url=service.url, timeout=SOON_S) as http:

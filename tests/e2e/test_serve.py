@@ -17,8 +17,9 @@ import psutil
 import pytest
 
 from tests.deadlines import SOON_S
-from tests.e2e.ray_ports import RAY_CALLS, code_of, outward_ports
+from tests.e2e.ray_ports import RAY_CALLS, auth_tokens, code_of, outward_ports
 from tests.e2e.winnow_process import FREE_PORTS, WinnowServe, winnow
+from tests.processes import of_each
 from tests.services.exposed import value
 from winnow.local import Winnow
 from winnow.sampling_params import SamplingParams
@@ -55,7 +56,7 @@ def url(service: WinnowServe) -> str:
 
 
 def metric(url: str, name: str, **labels: str) -> float:
-    return value(httpx.get(f"{url}/metrics").text, name, **labels)
+    return value(httpx.get(f"{url}/metrics", timeout=SOON_S).text, name, **labels)
 
 
 def until(condition: str, check: object, timeout_s: float = SOON_S) -> None:
@@ -94,7 +95,7 @@ def test_headers_over_the_limit_are_refused_behind_the_proxy_too(url: str, model
 
 def worker_metrics(admin_url: str, role: str) -> str:
     """Where the first process of that role serves its metrics."""
-    groups = httpx.get(f"{admin_url}/metrics/targets").json()
+    groups = httpx.get(f"{admin_url}/metrics/targets", timeout=SOON_S).json()
     addresses = [g["targets"][0] for g in groups if g["labels"]["__winnow_role"] == role]
     return f"http://{addresses[0]}"
 
@@ -107,23 +108,27 @@ def test_a_client_that_leaves_cancels_decode_and_prefill(
     def num_cancelled() -> float:
         return metric(admin_url, "winnow_requests_finished_total", reason="cancelled")
 
-    before = num_cancelled()
+    def num_received() -> float:
+        return metric(admin_url, "winnow_requests_received_total")
+
+    before, received = num_cancelled(), num_received()
     body = {"model": model.name, "prompt": PROMPT, "max_tokens": 4000, "ignore_eos": True}
-    stream = httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True})
-    with stream as response:
+    asked = body | {"stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=SOON_S) as response:
         next(response.iter_lines())
     until("cancelled while decoding", lambda: num_cancelled() == before + 1)
     stopped = "winnow_prefill_failures_total"
     prefill = worker_metrics(admin_url, "prefill")
-    patience_s = itertools.cycle((0.05, 0.1, 0.15, 0.2, 0.3))  # one of them ends in mid-prefill
-    num_left = 1
+    patience_s = itertools.cycle((0.05, 0.1, 0.2, 0.4, 0.8))  # one of them ends in mid-prefill
+    num_left = 0
     while metric(prefill, stopped, reason="cancelled") == 0:
         assert num_left < 60, "prefill was never stopped"
         with pytest.raises(httpx.ReadTimeout):
             long = body | {"prompt": [5] * 4000}
             httpx.post(f"{url}/v1/completions", json=long, timeout=next(patience_s))
         num_left += 1
-    until("all are cancelled", lambda: num_cancelled() == before + num_left)
+    # The proxy may have seen a client leave before it passed its request on.
+    until("all are cancelled", lambda: num_cancelled() - before == num_received() - received)
     until("nothing runs", lambda: metric(admin_url, "winnow_requests_running") == 0)
 
 
@@ -166,19 +171,24 @@ def test_ray_s_ports_run_nothing_without_the_token(
             refused = {p for p, code in answers.items() if code is grpc.StatusCode.UNAUTHENTICATED}
             assert refused, call
             assert {answers[port] for port in ports - refused} <= not_there, call
-    (token,) = {t for p in service.processes() if (t := p.environ().get("RAY_AUTH_TOKEN"))}
+    (token,) = auth_tokens(service.processes())
     assert grpc.StatusCode.OK in {code_of(port, RAY_CALLS[0], token) for port in ports}
-    assert not any(token in part for p in service.processes() for part in p.cmdline())
+    command_lines = of_each(service.processes(), psutil.Process.cmdline)
+    assert not any(token in part for line in command_lines for part in line)
     assert [path for path in home.rglob("*") if "token" in path.name] == []
 
 
 def test_idles_quietly_and_within_its_memory(service: WinnowServe, url: str) -> None:
+    def cpu_s() -> dict[psutil.Process, float]:
+        return dict(of_each(processes, lambda process: (process, sum(process.cpu_times()[:2]))))
+
     processes = service.processes()
-    assert sum(process.memory_full_info().pss for process in processes) < 5e9
-    before_s = {process: sum(process.cpu_times()[:2]) for process in processes}
+    assert sum(of_each(processes, lambda process: process.memory_full_info().pss)) < 5e9
+    before_s, started_s = cpu_s(), time.monotonic()
     time.sleep(4)
-    used_s = sum(sum(process.cpu_times()[:2]) - before_s[process] for process in processes)
-    assert used_s / 4 < 0.3  # of one core
+    seconds = time.monotonic() - started_s
+    used_s = sum(used_s - before_s[process] for process, used_s in cpu_s().items())
+    assert used_s / seconds < 0.3  # of one core
 
 
 def test_workers_know_no_tensor_noise_on_the_terminal(service: WinnowServe, url: str) -> None:

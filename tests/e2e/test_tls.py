@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import httpx
+import psutil
 import pytest
 import trustme
 from ray.util import get_node_ip_address
@@ -16,9 +17,10 @@ from ray.util import get_node_ip_address
 from services.common.tls import trusting
 from services.gateway.access.keys import entry_text, new_key
 from tests.deploy.chart import helm_test_script
-from tests.e2e.ray_ports import RAY_CALLS, code_of, outward_ports
+from tests.e2e.ray_ports import RAY_CALLS, auth_tokens, code_of, outward_ports
 from tests.e2e.winnow_process import WinnowServe, environment, winnow
 from tests.guarded_redis import PASSWORD, GuardedRedis
+from tests.processes import of_each
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -101,7 +103,7 @@ def test_everything_is_encrypted(secured: Secured, model: Path, tls_files: dict[
 def test_ray_speaks_no_plain_text(secured: Secured) -> None:
     """Nor do the replicas of Ray Serve: requests pass from proxy to gateway to prefill by them."""
     processes = secured.process.processes()
-    (token,) = {t for p in processes if (t := p.environ().get("RAY_AUTH_TOKEN"))}
+    (token,) = auth_tokens(processes)
     ports = outward_ports(processes)
     assert len(ports) > 4
     for call in RAY_CALLS:
@@ -122,8 +124,8 @@ def test_behind_the_proxy_only_probes_answer_without_a_key(
 
 def test_process_lists_and_logs_have_no_secrets(secured: Secured, guarded: GuardedRedis) -> None:
     processes = secured.process.processes()
-    (token,) = {t for p in processes if (t := p.environ().get("RAY_AUTH_TOKEN"))}
-    shown = "\n".join(part for process in processes for part in process.cmdline())
+    (token,) = auth_tokens(processes)
+    shown = "\n".join(part for line in of_each(processes, psutil.Process.cmdline) for part in line)
     log = secured.process.stderr.read_text()
     assert "winnow_serve" in shown and "serves on" in log
     for secret in (PASSWORD, KEY, token):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.deadlines import SOON_S
 from tests.processes import left_alive
 
 ROOT = Path(__file__).parents[2]
@@ -89,11 +90,12 @@ class WinnowServe:
         assert found
         return f"http://{found.group(1)}"
 
-    def processes(self) -> set[psutil.Process]:
-        """All processes of the service seen so far."""
+    def processes(self) -> list[psutil.Process]:
+        """All processes of the service; one may end at any time, as Ray's idle workers do."""
         own = psutil.Process(self.process.pid)
-        self._seen |= {own, *own.children(recursive=True)}
-        return self._seen
+        found = [own, *own.children(recursive=True)]
+        self._seen.update(found)
+        return found
 
     def press_ctrl_c(self) -> int:
         """What a terminal does: SIGINT to the whole group. Returns the exit code."""
@@ -103,7 +105,7 @@ class WinnowServe:
 
     def left(self) -> list[psutil.Process]:
         """Processes of the service that still run."""
-        return left_alive(self._seen, timeout_s=10)
+        return left_alive(self._seen, timeout_s=SOON_S)
 
     def kill(self) -> None:
         """For a test that failed before it stopped the service."""

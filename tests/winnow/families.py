@@ -37,10 +37,7 @@ _PROMPT_LENGTHS = (5, 5 * WINDOW + 3)
 _NEW_TOKENS = 6
 _GREEDY = replace(GREEDY, max_tokens=_NEW_TOKENS)
 _NUM_LAYERS = 4
-_NAMED = re.compile(
-    r"^(FOLDER(/config.json)?,? (of|is) an? |model FOLDER |family )[\w-]*"
-    r"(,( which Winnow does not run:)?| cannot be run layer by layer:)? "
-)
+_NAMED = re.compile(r"^Winnow cannot run [\w-]+: ")
 
 # What a configuration is given, of the names that it has.
 _SIZES: dict[str, Any] = {
@@ -117,11 +114,23 @@ _SIZES: dict[str, Any] = {
     "mup_enabled": True,
 }
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+_OF_ONE_KIND = ({_FULL}, {_SLIDING})
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _BY_LAYER: dict[str, Any] = {"rope_parameters": {_FULL: _ROPE, _SLIDING: _ROPE}}
 _BOTH: dict[str, Any] = {"layer_types": [_SLIDING, _FULL] * (_NUM_LAYERS // 2)}
-# Of configurations that have no defaults.
-_TEXTS = {"gemma4_assistant": "gemma4_text"}
+# Layers that attend to everything have fewer KV heads and longer keys and values.
+_GEMMA4: dict[str, Any] = _BOTH | {
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+}
+# Of families that are not those of their text parts, and what such a part has to say.
+_TEXTS = {"gemma4_assistant": "gemma4_text", "gemma4_unified_assistant": "gemma4_unified_text"}
+_ASSISTANTS = {
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+    "num_kv_shared_layers": _NUM_LAYERS,
+}
 # Tables of longrope, and temperatures, that change within the prompts.
 _LONG_ROPE: dict[str, Any] = {
     "rope_type": "longrope",
@@ -140,9 +149,13 @@ _TEMPERATURE = {"llama_4_scaling_beta": 0.5, "original_max_position_embeddings":
 _OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_text": _GEMMA4 | {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2},
+    "gemma4_unified_text": _GEMMA4,
     "granitemoehybrid": {"layer_types": ["linear_attention", _FULL] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", _FULL] * 2, "block_auto_adjust_ff_dim": False},
     "lfm2_moe": {"layer_types": ["conv", _FULL] * 2},
+    "mimo_v2_flash": _BOTH | {"head_dim": 24, "v_head_dim": 16},
     "minimax": {"sliding_window": None},
     "nemotron_h": {"layer_types": ["linear_attention", "mlp", _FULL, "moe"]},
     "llama4_text": {"floor_scale": WINDOW, "attn_scale": 0.5},
@@ -156,7 +169,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "beam": {"rope_parameters": {_FULL: None, _SLIDING: _ROPE}},
     "cohere_compass_text": _BY_LAYER,
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8}},
     "doge": {"sliding_window": None},
     "dots1": {"n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
@@ -172,16 +185,20 @@ _OWN: dict[str, dict[str, Any]] = {
         "rope_parameters": _LONG_ROPE | {"short_mscale": 1.2, "long_mscale": 1.5},
     },
     "zamba2": {"layer_types": ["linear_attention", "hybrid"] * 2},
+    "codegen": {"rotary_dim": 8},
     "zaya": {"num_experts_per_tok": 1},
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """kinds: of the layers, of a family that runs.  reason: why another one does not."""
+    """kinds: of the layers, of a family that runs, of each configuration that was tried.
+
+    reason: why another one does not.
+    """
 
     family: str
-    kinds: tuple[str, ...] = ()
+    kinds: tuple[tuple[str, ...], ...] = ()
     reason: str | None = None
 
 
@@ -191,18 +208,25 @@ def _kind(layer: Layer) -> str:
 
 
 def outcome(family: str, folder: Path) -> Outcome:
-    """Load a tiny model of the family, and answer as transformers does, or be refused.
+    """Load tiny models of the family, and answer as transformers does, or be refused.
 
     Raises AssertionError where the answer is another one.
     """
-    config = tiny_config(family)
-    config.save_pretrained(folder)
     try:
-        load_config(folder)
-        path = save_network(config, folder)
-        model = load_model(path)
+        kinds = [
+            _kinds(config, folder / str(idx)) for idx, config in enumerate(tiny_configs(family))
+        ]
     except UnusableModel as error:
         return Outcome(family, reason=_line(error, folder))
+    return Outcome(family, tuple(dict.fromkeys(kinds)))
+
+
+def _kinds(config: Any, folder: Path) -> tuple[str, ...]:
+    """Those of the layers of a model of the configuration, which answers as transformers does."""
+    config.save_pretrained(folder)
+    load_config(folder)
+    path = save_network(config, folder)
+    model = load_model(path)
     engine, network = make_engine(model), reference.load(path, "eager")
     prompts = {str(n): prompt(n, seed=n) for n in _PROMPT_LENGTHS}
     for name, token_ids in prompts.items():
@@ -211,7 +235,7 @@ def outcome(family: str, folder: Path) -> Outcome:
     expected = {name: reference.greedy(network, own, _NEW_TOKENS) for name, own in prompts.items()}
     assert answers == expected
     _require_same_from_store(model)
-    return Outcome(family, tuple(dict.fromkeys(map(_kind, model.shape.layers))))
+    return tuple(dict.fromkeys(map(_kind, model.shape.layers)))
 
 
 def _require_same_from_store(model: DecoderModel) -> None:
@@ -232,8 +256,8 @@ def _require_same_from_store(model: DecoderModel) -> None:
 
 
 def _line(error: UnusableModel, folder: Path) -> str:
-    """Its message without what names the folder and the family."""
-    return _NAMED.sub("", str(error).replace(f"{folder}", "FOLDER"))
+    """Its message without what names the family."""
+    return _NAMED.sub("", str(error).replace(f"{folder}/0/", ""))
 
 
 def save_network(config: Any, folder: Path) -> Path:
@@ -248,13 +272,59 @@ def save_network(config: Any, folder: Path) -> Path:
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
-    """Of a family with several networks, that of its text."""
-    kind = CONFIG_MAPPING[_TEXTS.get(family, family)]
-    if "text_config" in kind.sub_configs:
-        kind = type(kind().get_text_config())
-    names = {*inspect.signature(kind.__init__).parameters, *_fields(kind)}
+    """Of a family with several networks, that of its text.
+
+    It has all kinds of layers that the family's default configuration has.
+    """
+    if family in _TEXTS:
+        texts = tiny_config(_TEXTS[family]).to_dict() | _ASSISTANTS
+        whole: Any = CONFIG_MAPPING[family]
+        return whole(text_config=texts)
+    kind = _text_kind(family)
+    names = _names(kind)
     sizes = {name: value for name, value in _SIZES.items() if name in names}
-    return kind(**sizes | _OWN.get(kind.model_type, {}) | changes)
+    sizes |= _OWN.get(kind.model_type, {}) | changes
+    usual, config = _layer_types(kind()), kind(**sizes)
+    if usual <= _layer_types(config):
+        return config
+    types = sorted(usual) * _NUM_LAYERS
+    return kind(**sizes | {"layer_types": types[:_NUM_LAYERS]})
+
+
+def tiny_configs(family: str) -> list[Any]:
+    """`tiny_config`; and with windows, or without, if that one has layers of one kind alone.
+
+    Of a family whose text part is none of transformers' causal language models, the whole's.
+    """
+    if family in _TEXTS:
+        return [tiny_config(family)]
+    kind = _text_kind(family)
+    if kind.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return [CONFIG_MAPPING[family]()]
+    config, names = tiny_config(family), _names(kind)
+    if "sliding_window" not in names or "sliding_window" in _OWN.get(kind.model_type, {}):
+        return [config]
+    others: dict[str, Any] = {"use_sliding_window": True} if "use_sliding_window" in names else {}
+    types = _layer_types(config)
+    if "layer_types" in names and types in _OF_ONE_KIND:
+        return [config, tiny_config(family, **others, **_BOTH)]
+    if not types:
+        other = None if getattr(config, "sliding_window", None) else WINDOW
+        return [config, tiny_config(family, **others | {"sliding_window": other})]
+    return [config]
+
+
+def _text_kind(family: str) -> Any:
+    kind: Any = CONFIG_MAPPING[family]
+    return type(kind().get_text_config()) if "text_config" in kind.sub_configs else kind
+
+
+def _layer_types(config: Any) -> set[str]:
+    return set(getattr(config, "layer_types", None) or ())
+
+
+def _names(kind: Any) -> set[str]:
+    return {*inspect.signature(kind.__init__).parameters, *_fields(kind)}
 
 
 def _fields(kind: type) -> Iterator[str]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from winnow.attention import ATTENTION_NAME, AttentionOptions, causal_attention
+from winnow.attention import ATTENTION_NAME, AttentionOptions, attending, causal_attention
 from winnow.decoder import DecoderModel
 from winnow.fused_layer import FusedLayer
 
@@ -32,9 +32,8 @@ def assert_same_layers(model: DecoderModel, network: Any, batch: int, num_tokens
     (table,) = rope.by_kind.values()
     for idx, layer in enumerate(network.model.layers):
         ours = model.layer(idx, hidden, rope, attend)
-        hidden = layer(
-            hidden, attention_mask=None, position_embeddings=table, attention_call=attend
-        )
+        with attending(attend, model.shape.layers[idx]):
+            hidden = layer(hidden, attention_mask=None, position_embeddings=table)
         error = (ours - hidden).float().abs().max() / hidden.float().abs().max()
         assert error <= TOLERANCES[hidden.dtype]
     ours, logits = model.logits(hidden[:, -1]), network.lm_head(network.model.norm(hidden[:, -1]))

@@ -12,7 +12,8 @@ _TABLES = re.compile(r"(?<=<!-- families -->\n).*(?=<!-- end -->)", re.DOTALL)
 
 
 def row(outcome: Outcome) -> str:
-    return f"| `{outcome.family}` | {outcome.reason or ', '.join(outcome.kinds)} |"
+    kinds = "; or ".join(", ".join(one) for one in outcome.kinds)
+    return f"| `{outcome.family}` | {outcome.reason or kinds} |"
 
 
 def rows() -> dict[str, str]:

@@ -24,6 +24,7 @@ from tests.winnow import reference
 from tests.winnow.checkpoints import EXPERTS, check, save
 from winnow import SamplingParams, Winnow
 from winnow.errors import UnusableModel
+from winnow.model_files import describe_model
 from winnow.models import load_model
 
 Tensors = dict[str, Tensor]
@@ -187,6 +188,14 @@ def test_a_shard_that_is_gone_is_named(folder: Path) -> None:
     (folder / SHARDS[1]).unlink()
     with pytest.raises(UnusableModel, match=f"names '{SHARDS[1]}'"):
         check(folder)
+
+
+def test_copies_in_other_formats_count_for_nothing(folder: Path) -> None:
+    before = describe_model(folder).fingerprint
+    index = {"metadata": {}, "weight_map": {"norm": "consolidated-00001-of-00009.safetensors"}}
+    (folder / "consolidated.safetensors.index.json").write_text(json.dumps(index))
+    shutil.copy(next(folder.glob("model*.safetensors")), folder / "consolidated.safetensors")
+    assert load_model(folder).fingerprint == before
 
 
 def test_shards_without_an_index_are_named(folder: Path) -> None:

@@ -137,7 +137,6 @@ def test_a_broken_settings_file_is_refused(tmp_path: Path, text: str, message: s
     [
         ({"method": "magic"}, "method is 'magic'; known are full, snapkv, fastkv, "),
         ({"compression": "zip"}, "compression is 'zip'"),
-        ({"min_layer": 6}, "min_layer is 6; with observed_layers 8 it must be at least 7"),
         ({"latest_layer": 9}, "latest_layer is 9; it must be at least min_layer, 10"),
         ({"kernel_size": 4}, "kernel_size is 4; it must be odd"),
         ({"decode_budget": 5}, "decode_budget is 5; it must be above window_size, 32"),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from winnow.errors import UnusableModel
 from winnow.layers import FULL, Layer, layers_of
 
 
@@ -41,15 +42,17 @@ def test_a_window_as_long_as_the_longest_sequence_is_none() -> None:
     [
         ({"layer_types": ["sliding_attention"] * 2}, "layer 0 is a sliding_attention layer, but"),
         ({"layer_types": ["full_attention"]}, "it has 1 layer_types for 2 layers"),
-        (
-            {"layer_types": ["full_attention", "indexed_attention"]},
-            "layer 1 is a indexed_attention layer, which Winnow does not run",
-        ),
     ],
 )
 def test_what_cannot_be_run_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layers_of(config(**values), 2, 100)
+
+
+def test_a_kind_of_layer_that_is_not_known_is_refused() -> None:
+    one = config(model_type="foo", layer_types=["full_attention", "indexed_attention"])
+    with pytest.raises(UnusableModel, match=r"^Winnow cannot run foo: layer 1 is a indexed_att"):
+        layers_of(one, 2, 100)
 
 
 def test_the_first_position_that_a_token_sees() -> None:

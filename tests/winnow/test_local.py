@@ -11,6 +11,7 @@ from tests.winnow import reference
 from tests.winnow.drive import assert_empty, make_engine
 from tests.winnow.eager_recorder import EagerRecorder
 from winnow import BatchJob, Grammar, SamplingParams, Winnow
+from winnow.completion import run_to_end
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.prefix.hashes import BLOCK_TOKENS
 from winnow.errors import InvalidGrammar, InvalidRequest, InvalidSetting
@@ -33,6 +34,15 @@ def test_answers_as_transformers_does(winnow: Winnow, tiny_models: dict[str, Pat
     assert completion.text == winnow.tokenizer.decode(expected, skip_special_tokens=True)
     assert completion.finish_reason is FinishReason.LENGTH
     assert_empty(winnow._engine)
+
+
+def test_control_tokens_are_part_of_the_text_if_they_are_to_be_shown(winnow: Winnow) -> None:
+    user = winnow.tokenizer.added_token_id("<|user|>")
+    assert user is not None
+    sampling = SamplingParams(max_tokens=2, ignore_eos=True, logit_bias={user: 100.0})
+    for shown, text in ((frozenset({user}), "<|user|>" * 2), (frozenset[int](), "")):
+        steps = winnow.stream_by_layer(TEXT, sampling, shown_token_ids=shown)
+        assert "".join(run_to_end(steps)) == text
 
 
 def test_streams_the_same_text_in_pieces_and_stops_at_a_stop_string(winnow: Winnow) -> None:

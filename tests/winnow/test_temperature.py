@@ -58,5 +58,5 @@ def test_what_a_network_hands_its_layers_besides_is_refused(
 ) -> None:
     monkeypatch.setattr("winnow.network.take_temperature", lambda *_, **__: None)
     folder = save_network(tiny_config("beam"), tmp_path)
-    with pytest.raises(UnusableModel, match="layer 3 what Winnow does not: attention_scaling"):
+    with pytest.raises(UnusableModel, match="beam: it hands layer 3 attention_scaling besides"):
         check(folder)

@@ -17,6 +17,7 @@ from tests.models_in_code import save_byte_tokenizer
 from tests.winnow.drive import UNPRUNED, prefill_all, prompt
 from tests.winnow.families import tiny_config
 from winnow.models import load_model
+from winnow.text_part import text_config
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -45,6 +46,15 @@ SEEING = {
         Mistral3Config, "mistral", {"model_type": "pixtral", "head_dim": 16, **_SIZES}
     ),
 }
+
+
+def test_modules_that_are_not_quantized_have_the_names_of_the_text_part() -> None:
+    whole = with_images(Gemma3Config, "gemma3_text", {"model_type": "siglip_vision_model"})
+    names = ["model.language_model.layers.0.mlp", "lm_head", "language_model.lm_head", "re:.*gate"]
+    whole.quantization_config = {"quant_method": "fp8", "modules_to_not_convert": names}
+    expected = ["model.layers.0.mlp", "lm_head", "lm_head", "re:.*gate"]
+    found = text_config(whole).quantization_config
+    assert found == {"quant_method": "fp8", "modules_to_not_convert": expected}
 
 
 @pytest.mark.parametrize("family", SEEING)

@@ -180,6 +180,62 @@ TAGS = """\
     {{- '<|im_end|>\\n' }}
 {%- endfor %}
 """
+# gpt-oss: channels, tools as types, one call in a message, and one text before it; what was
+# reasoned before an answer is left out.
+HARMONY = """\
+{{- '<|start|>system<|message|>Reasoning: ' + (reasoning_effort or 'medium') }}
+{{- '\\n# Valid channels: analysis, commentary, final.<|end|>' }}
+{%- set instructions = '' %}
+{%- if messages[0].role == 'system' %}
+    {%- set instructions = messages[0].content %}{%- set messages = messages[1:] %}
+{%- endif %}
+{%- if instructions or tools %}
+    {{- '<|start|>developer<|message|>' + instructions }}
+    {%- if tools %}
+        {{- '\\n# Tools\\n\\nnamespace functions {\\n' }}
+        {%- for tool in tools %}
+            {%- set tool = tool.function %}
+            {{- '// ' + tool.description + '\\ntype ' + tool.name + ' = (_: ' }}
+            {{- (tool.parameters or {}) | tojson }}{{- ') => any;\\n' }}
+        {%- endfor %}
+        {{- '}' }}
+    {%- endif %}
+    {{- '<|end|>' }}
+{%- endif %}
+{%- set called = namespace(name=none) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {{- '<|start|>user<|message|>' + message.content + '<|end|>' }}
+    {%- elif message.role == 'tool' %}
+        {%- if called.name is none %}{{- raise_exception('no call before the result') }}{%- endif %}
+        {{- '<|start|>functions.' + called.name + ' to=assistant<|channel|>commentary<|message|>' }}
+        {{- message.content | tojson + '<|end|>' }}
+    {%- elif 'tool_calls' in message %}
+        {%- set answered = namespace(found=false) %}
+        {%- for later in messages[loop.index:] %}
+            {%- if later.role == 'assistant' and 'tool_calls' not in later %}
+                {%- set answered.found = true %}
+            {%- endif %}
+        {%- endfor %}
+        {%- if message.content and message.thinking %}
+            {{- raise_exception('give content or thinking before a call, not both') }}
+        {%- endif %}
+        {%- set said = message.content or message.thinking %}
+        {%- if said and not answered.found %}
+            {{- '<|start|>assistant<|channel|>analysis<|message|>' + said + '<|end|>' }}
+        {%- endif %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- '<|start|>assistant to=functions.' + call.name + '<|channel|>commentary json' }}
+        {{- '<|message|>' + call.arguments | tojson + '<|call|>' }}
+        {%- set called.name = call.name %}
+    {%- else %}
+        {{- '<|start|>assistant<|channel|>final<|message|>' + message.content }}
+        {{- '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}
+        {%- set called.name = none %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}
+"""
 ALL = {
     "hermes": HERMES,
     "llama": LLAMA,
@@ -188,6 +244,7 @@ ALL = {
     "no_calls": NO_CALLS,
     "no_tools": NO_TOOLS,
     "tags": TAGS,
+    "harmony": HARMONY,
 }
 
 

@@ -141,18 +141,28 @@ def run_layers(
 ) -> tuple[list[list[list[int]]], list[Tensor], Tensor]:
     at = list(range(len(token_ids)))
     hidden, masses, kept = model.embed(torch.tensor([token_ids])), [], []
+    rope = model.rope(torch.tensor([at]), torch.tensor([token_ids]))
     for layer_idx, layer in enumerate(model.shape.layers):
         attention = NaiveAttention(at, settings.window_size)
-        hidden = model.layer(layer_idx, hidden, model.rope(torch.tensor([at])), attention)
+        hidden = model.layer(layer_idx, hidden, rope, attention)
         masses.append(attention.mass)
-        kept.append(kept_positions(layer, at, attention.mass, settings, len(token_ids)))
+        num_kv_heads = model.shape.sizes[layer_idx].num_kv_heads
+        kept.append(
+            kept_positions(layer, at, attention.mass, settings, len(token_ids), num_kv_heads)
+        )
         if layer_idx == selection_layer:
             at, hidden = [at[idx] for idx in going_on], hidden[:, going_on]
+            rope = rope.take(torch.tensor(going_on))
     return kept, masses, hidden[0, -1]
 
 
 def kept_positions(
-    layer: Layer, at: list[int], mass: Tensor, settings: PruningSettings, num_tokens: int
+    layer: Layer,
+    at: list[int],
+    mass: Tensor,
+    settings: PruningSettings,
+    num_tokens: int,
+    num_kv_heads: int,
 ) -> list[list[int]]:
     visible = [
         idx for idx, position in enumerate(at) if position >= layer.first_visible(num_tokens)
@@ -160,8 +170,12 @@ def kept_positions(
     visible = visible or [len(at) - 1]
     budget = None if settings.method == "full" else settings.kv_budget
     if budget is None or len(visible) <= budget:
-        return [[at[idx] for idx in visible]] * 2
+        return [[at[idx] for idx in visible]] * num_kv_heads
     kept = naive.snapkv(
-        naive.as_lists(mass[:, visible]), 2, settings.window_size, settings.kernel_size, budget
+        naive.as_lists(mass[:, visible]),
+        num_kv_heads,
+        settings.window_size,
+        settings.kernel_size,
+        budget,
     )
     return [[at[visible[idx]] for idx in head] for head in kept]

@@ -1,11 +1,12 @@
 """Splitting a model's answer into text, reasoning, and calls of tools."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from winnow.answers.formats.base import ToolFormat
+from winnow.answers.frames import THINKING, Frame
 from winnow.answers.json_calls import CallParser
-from winnow.answers.parts import Part, ReasoningPart, TextPart, joined
-from winnow.answers.reasoning import ReasoningSplitter, SplitText
+from winnow.answers.parts import Part, ReasoningPart, Split, joined
 from winnow.grammar.compose import Reasoning
 
 
@@ -14,13 +15,15 @@ class AnswerFormat:
     """How the text of one request's answers is split.
 
     tool_format: the form of calls; None if no tool may be called.  parallel: report more than one
-    call.  reasoning: how an answer begins.  shows_reasoning: report the reasoning, too.
+    call.  frame: how reasoning is written.  reasoning: how an answer begins.
+    shows_reasoning: report the reasoning, too.
     shown_token_ids: special tokens that are part of the text, because the format needs them.
     """
 
     tool_format: ToolFormat | None = None
     tool_names: frozenset[str] = frozenset()
     parallel: bool = True
+    frame: Frame = THINKING
     reasoning: Reasoning = "none"
     shows_reasoning: bool = True
     shown_token_ids: frozenset[int] = frozenset()
@@ -34,7 +37,7 @@ class AnswerParser:
 
     def __init__(self, answer: AnswerFormat) -> None:
         self._shows_reasoning = answer.shows_reasoning
-        self._splitter = ReasoningSplitter(answer.reasoning)
+        self._splitter = answer.frame.splitter(answer.reasoning)
         self._calls: CallParser | None = None
         if answer.tool_format is not None:
             self._calls = CallParser(
@@ -58,8 +61,11 @@ class AnswerParser:
         """Whether the text so far ends within a call."""
         return self._calls is not None and self._calls.in_call
 
-    def _parts(self, split: SplitText) -> list[Part]:
-        reasoning = split.reasoning if self._shows_reasoning else ""
-        calls = self._calls
-        answer = [TextPart(split.answer)] if calls is None else calls.feed(split.answer)
-        return [ReasoningPart(reasoning), *answer]
+    def _parts(self, split: Iterable[Split]) -> list[Part]:
+        parts: list[Part] = []
+        for part in split:
+            if isinstance(part, ReasoningPart):
+                parts += [part] if self._shows_reasoning else []
+            else:
+                parts += [part] if self._calls is None else self._calls.feed(part.text)
+        return parts

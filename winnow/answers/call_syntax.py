@@ -1,5 +1,6 @@
 """How calls of tools are told from the text around them."""
 
+import re
 from dataclasses import dataclass
 
 BRACKETS = ("{", "[")
@@ -11,14 +12,14 @@ class CallSyntax:
 
     opens: strings after which a call follows.  close: a string that may follow a call.
     bare: an answer may begin with a call, after one of `starts` or nothing.
-    named: a call may also be its name, [ARGS], and the arguments alone.
+    named: a call may also be its arguments alone, after text that matches this and has its name.
     """
 
     opens: tuple[str, ...] = ()
     close: str | None = None
     bare: bool = False
     starts: tuple[str, ...] = ()
-    named: bool = False
+    named: re.Pattern[str] | None = None
 
     @property
     def at_start(self) -> tuple[str, ...]:

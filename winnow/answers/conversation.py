@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from winnow.answers.formats.base import Call, ToolFormat
-from winnow.tool_support import Message, Tool, ToolSupport
+from winnow.tool_support import REASONING, Message, Tool, ToolSupport
 
 _EXAMPLE: Call = {"function": {"name": "NAME", "arguments": {"PARAMETER": "VALUE"}}}
 
@@ -50,6 +50,8 @@ def shown_conversation(
     if not writes_calls:
         messages = [_for_template(message, support, tool_format) for message in messages]
         messages = messages if support.parallel_calls else list(_one_call_each(messages))
+    if not support.undescribed_tools:
+        tools = [_described(tool) for tool in tools]
     return Conversation(messages, () if in_words else tools)
 
 
@@ -61,6 +63,10 @@ def tools_in_words(tools: Sequence[Tool], tool_format: ToolFormat) -> str:
         f"To call one, answer with nothing but this:\n{tool_format.written([_EXAMPLE])}\n"
         f"To call several, answer like this:\n{tool_format.written([_EXAMPLE] * 2)}"
     )
+
+
+def _described(tool: Tool) -> Tool:
+    return {**tool, "function": {"description": "", **tool["function"]}}
 
 
 def _results_in_words(messages: Sequence[Message]) -> Iterator[Message]:
@@ -130,7 +136,16 @@ def _for_template(message: Message, support: ToolSupport, tool_format: ToolForma
             }
             for call in message["tool_calls"]
         ]
+        if not support.reasoned_calls:
+            changed |= _said_as_reasoning(message)
     return {**message, **changed}
+
+
+def _said_as_reasoning(message: Message) -> Message:
+    """The fields that change where reasoning and text must be one: all of it is reasoning."""
+    text = _text(message)
+    said = {name: f"{message[name]}\n\n{text}" for name in REASONING if message.get(name)}
+    return {**said, "content": ""} if said and text else {}
 
 
 def _function(function: Mapping[str, Any], support: ToolSupport) -> Mapping[str, Any]:
@@ -157,7 +172,8 @@ def _one_call_each(messages: Sequence[Message]) -> Iterator[Message]:
             results.append(messages[idx])
             idx += 1
         for number, call in enumerate(calls):
-            yield {**message, "tool_calls": [call], **({"content": ""} if number else {})}
+            own = {"role": message["role"], "content": ""} if number else message
+            yield {**own, "tool_calls": [call]}
             yield from (one for one in results if one.get("tool_call_id") == call.get("id"))
         ids = [call.get("id") for call in calls]
         yield from (one for one in results if one.get("tool_call_id") not in ids)

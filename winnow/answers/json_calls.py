@@ -22,9 +22,7 @@ _ARGUMENTS = ("arguments", "parameters")
 _NAMES = ("name", "function")
 _KEYS = frozenset({*_ARGUMENTS, *_NAMES, "type", "id"})
 _NO_ARGUMENTS = "{}"
-# A call by name, up to its arguments.
-_NAMED = re.compile(r"([\w.-]+)\s*(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*", re.ASCII)
-_MAX_NAMED_CHARS = 128
+_MAX_NAMED_CHARS = 128  # of a call by name, up to its arguments
 
 _T = TypeVar("_T")
 _Reader: TypeAlias = Generator[None, str, _T]
@@ -144,8 +142,8 @@ class CallParser:
                 char = self._held.pop()
             else:
                 char = yield from self._next()
-            if self._syntax.named and char not in BRACKETS:
-                char = yield from self._named(char)
+            if self._syntax.named is not None and char not in BRACKETS:
+                char = yield from self._named(char, self._syntax.named)
             else:
                 char = yield from self._listed(char)
         except _UnexpectedError as error:
@@ -165,8 +163,8 @@ class CallParser:
             raise _UnexpectedError(char)
         return (yield from self._object(char))
 
-    def _named(self, char: str) -> _Reader[str]:
-        """Read a call by name; `char` is the name's first character."""
+    def _named(self, char: str, pattern: re.Pattern[str]) -> _Reader[str]:
+        """Read a call by name from its first character."""
         head = ""
         while char != "{":
             if len(head) == _MAX_NAMED_CHARS:
@@ -174,7 +172,7 @@ class CallParser:
             self._hold(char)
             head += char
             char = yield
-        found = _NAMED.fullmatch(head)
+        found = pattern.fullmatch(head)
         if found is None or found[1] not in self._tool_names:
             raise _UnexpectedError(char)
         self._start_call(found[1])

@@ -35,7 +35,8 @@ class CallArguments:
     text: str
 
 
-Part = TextPart | ReasoningPart | CallStart | CallArguments
+Split = TextPart | ReasoningPart
+Part = Split | CallStart | CallArguments
 
 
 def joined(parts: Iterable[Part]) -> tuple[Part, ...]:

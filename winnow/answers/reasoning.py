@@ -1,19 +1,12 @@
 """Telling a model's reasoning, between <think> and </think>, from its answer."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
+from winnow.answers.parts import ReasoningPart, Split, TextPart
 from winnow.grammar.compose import Reasoning
 
 THINK, END_THINK = "<think>", "</think>"
 _MAX_END_CHARS = 32  # of a prompt: a tag and white space
-
-
-@dataclass(frozen=True, slots=True)
-class SplitText:
-    """New text of either kind; the reasoning comes first."""
-
-    reasoning: str = ""
-    answer: str = ""
 
 
 class ReasoningSplitter:
@@ -24,7 +17,7 @@ class ReasoningSplitter:
         self._held = ""  # it may be a tag, or line breaks beside one
         self._skips_breaks = reasoning == "open"
 
-    def feed(self, text: str) -> SplitText:
+    def feed(self, text: str) -> Sequence[Split]:
         """What is certain after this text."""
         self._held += text
         reasoning = ""
@@ -32,12 +25,13 @@ class ReasoningSplitter:
             self._begin()
         if self._state == "open":
             reasoning = self._reasoning()
-        return SplitText(reasoning, self._answer() if self._state == "none" else "")
+        answer = self._answer() if self._state == "none" else ""
+        return ReasoningPart(reasoning), TextPart(answer)
 
-    def finish(self) -> SplitText:
+    def finish(self) -> Sequence[Split]:
         """The rest, once no more text will come."""
         held, self._held = self._held, ""
-        return SplitText(held.rstrip("\n")) if self._state == "open" else SplitText(answer=held)
+        return [ReasoningPart(held.rstrip("\n")) if self._state == "open" else TextPart(held)]
 
     def _begin(self) -> None:
         """Find out whether the answer begins with <think>."""

@@ -1,6 +1,6 @@
 """Attention implementations: within a prompt (prefill), and over KV pages (decode)."""
 
-from winnow.attention.calls import ATTENTION_NAME, AttentionCall
+from winnow.attention.calls import ATTENTION_NAME, AttentionCall, attending
 from winnow.attention.choice import decode_backend
 from winnow.attention.decode import DecodeBackend, PagedEntries, PagedKV, StepAttention, StepPlan
 from winnow.attention.fused import most_prompt_tokens
@@ -20,6 +20,7 @@ __all__ = [
     "ScatteredAttention",
     "StepAttention",
     "StepPlan",
+    "attending",
     "causal_attention",
     "decode_backend",
     "most_prompt_tokens",

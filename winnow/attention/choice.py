@@ -13,17 +13,17 @@ _ON_CPU = "winnow.kernels.cpu.attention:append_and_attend"
 _ON_GPU = "winnow.kernels.gpu.attention:append_and_attend"  # imported for CUDA only: needs Triton
 
 
-def decode_backend(pool: PagedKV, group: int) -> DecodeBackend[Any]:
+def decode_backend(pool: PagedKV, *groups: int) -> DecodeBackend[Any]:
     """A kernel that reads pages in place, where one works; otherwise GatherBackend.
 
-    group: query heads per KV head.
+    groups: query heads per KV head, of each kind of layers.
     """
     kernel = _kernel_for(pool)
     if kernel is not None and passes(
         "winnow.attention.paged:try_out",
         kernel,
         pool,
-        group,
+        *groups,
         otherwise="decode copies pages, because the attention kernel",
     ):
         return PagedBackend(pool, load(kernel))

@@ -5,14 +5,14 @@ and on CPUs that have one; `GatherBackend` copies and masks them, on any device.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from winnow.attention.options import AttentionOptions
-from winnow.kv import ModelShape
+from winnow.kv import KVSize, ModelShape, padded
 from winnow.layers import Layer
 from winnow.visibility import first_visible
 
@@ -102,14 +102,16 @@ class StepAttention(Generic[Plan]):
     """An AttentionCall for one decode step of B rows; appends the new entries, then attends.
 
     Layers are called in order. Those without keys and values call nothing, and are not counted: the
-    plan has the others alone.
-    After the forward pass: `queries` holds each layer's [B, num_heads, head_dim], `options` how it
+    plan has the others alone. To the backend all look like the largest, `shape.largest`: shorter
+    queries, keys and values end with zeros, and heads that a layer lacks have no entries.
+    After the forward pass: `queries` holds each layer's [B, num_heads, key_dim], `options` how it
     attended.
     """
 
-    def __init__(self, backend: DecodeBackend[Plan], step: StepPlan) -> None:
+    def __init__(self, backend: DecodeBackend[Plan], step: StepPlan, shape: ModelShape) -> None:
         self._backend = backend
         self._plan = backend.plan(step)
+        self._largest = shape.largest
         self.queries: list[Tensor] = []
         self.options: list[AttentionOptions] = []
 
@@ -120,4 +122,25 @@ class StepAttention(Generic[Plan]):
         self.options.append(options)
         self.queries.append(query.select(2, 0))  # which is quicker than an index
         keys, values = key.select(2, 0), value.select(2, 0)
-        return self._backend.attend(kv_idx, self._plan, query, keys, values, options)
+        own = KVSize(keys.shape[1], keys.shape[2], values.shape[2])
+        if own == self._largest:
+            return self._backend.attend(kv_idx, self._plan, query, keys, values, options)
+        num_heads, num_kv_heads = query.shape[1], self._largest.num_kv_heads
+        padded_heads = num_heads // own.num_kv_heads * num_kv_heads
+        sinks = options.sinks
+        output = self._backend.attend(
+            kv_idx,
+            self._plan,
+            self._widened(query, padded_heads),
+            self._widened(keys, num_kv_heads),
+            self._widened(values, num_kv_heads),
+            options if sinks is None else replace(options, sinks=padded(sinks, padded_heads)),
+        )
+        return output[:, :num_heads, :, : own.value_dim]
+
+    def _widened(self, vectors: Tensor, num_heads: int) -> Tensor:
+        """[B, heads, ..., numbers] with zeros up to `num_heads` and to the most numbers."""
+        wide = (*vectors.shape[2:-1], self._largest.key_dim)
+        output = vectors.new_zeros((vectors.shape[0], num_heads, *wide))
+        output[:, : vectors.shape[1], ..., : vectors.shape[-1]] = vectors
+        return output

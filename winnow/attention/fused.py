@@ -40,7 +40,7 @@ def most_prompt_tokens(shape: ModelShape, device: torch.device) -> int | None:
     No fused kernel for CUDA takes grouped heads in float32. Without one a layer holds the scores of
     every pair of tokens, for which _SCORES_BYTES are allowed.
     """
-    is_grouped = shape.num_heads != shape.num_kv_heads
+    is_grouped = any(group > 1 for group in shape.groups)
     if device.type != "cuda" or shape.dtype != torch.float32 or not is_grouped:
         return None
     return isqrt(_SCORES_BYTES // (shape.num_heads * torch.float32.itemsize))

@@ -30,7 +30,7 @@ def masked_attention(
 ) -> Tensor:
     """Attention of tokens to the keys that they see up to their own.
 
-    query: [B, H, T, D].  key, value: [B, H_kv, N, D].  Returns [B, H, T, D].
+    query: [B, H, T, D].  key: [B, H_kv, N, D].  value: [B, H_kv, N, E].  Returns [B, H, T, E].
     own: [T] int64, ascending, the tokens' own keys.  first_own: the first of them, if they are one
     after another; on a device, to know less is to compute more, or to wait.
     positions: [N] of the keys, ascending; None: 0 to N - 1.
@@ -48,7 +48,7 @@ def masked_attention(
             softcap=options.softcap,
             sinks=options.sinks,
         )[None]
-    output = torch.empty_like(query)
+    output = query.new_empty((*query.shape[:3], value.shape[3]))
     num_rows = _rows_at_once(query, key, options)
     for start in range(0, len(own), num_rows):
         rows = slice(start, start + num_rows)
@@ -132,4 +132,4 @@ def _attend_by_formula(
     products = (grouped @ key.mT).float().view(batch, num_kv_heads, -1, num_rows, num_keys)
     logits = options.logits(products).masked_fill_(~is_seen, -torch.inf)
     weights = softmax(logits, options.grouped_sinks(num_kv_heads)).to(value.dtype)
-    return (weights.flatten(2, 3) @ value).view(query.shape)
+    return (weights.flatten(2, 3) @ value).view(*query.shape[:3], -1)

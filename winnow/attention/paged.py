@@ -80,12 +80,18 @@ class PagedBackend:
         return Variant(first, self._paged.positions, options.softcap, options.sinks)
 
 
-def try_out(kernel: str, pool: PagedKV, group: int) -> None:
+def try_out(kernel: str, pool: PagedKV, *groups: int) -> None:
     """One step of the kernel on the pool's device, over pages of its own, beside the reference.
 
-    kernel: its `module:function`.  group: query heads per KV head.
+    kernel: its `module:function`.  groups: query heads per KV head, each tried.
     Raises RuntimeError if the results differ, or whatever kept the kernel from running.
     """
+    for group in groups:
+        _try_out(kernel, pool, group)
+
+
+def _try_out(kernel: str, pool: PagedKV, group: int) -> None:
+    """`try_out` of one group."""
     device, page_size, head_dim = pool.device, pool.page_size, pool.shape.head_dim
     generator = torch.Generator(device).manual_seed(0)
 

@@ -11,9 +11,11 @@ from winnow.attention.fused import fused_kernels
 from winnow.attention.masked import has_kernel, masked_attention
 from winnow.attention.options import AttentionOptions
 from winnow.kernels.cpu.attention import attend
+from winnow.kv import stacked
 
 # Up to this share of tokens without queries, it is quicker to compute them too than to mask.
 _PADDED_SHARE = 0.4
+_MOST_FLASH_NUMBERS = 256
 
 
 class PrefillAttention:
@@ -21,12 +23,12 @@ class PrefillAttention:
 
     It is called for the last T of the prompt's N tokens.
 
-    After the layer ran: `keys`, `values` [num_kv_heads, N, head_dim], `queries`
-    [num_heads, min(num_queries, T), head_dim] of the last tokens (`num_queries` None: of all), and
+    After the layer ran: `keys`, `values` [num_kv_heads, N, key_dim or value_dim], `queries`
+    [num_heads, min(num_queries, T), key_dim] of the last tokens (`num_queries` None: of all), and
     the `options` of the attention.
 
-    cached: keys and values [2, num_kv_heads, N, head_dim], without those of the last T tokens,
-    which are filled in; None if T = N.
+    cached: keys and values [2, num_kv_heads, N, D], as `stacked` makes them, without those of the
+    last T tokens, which are filled in; None if T = N.
     positions: [N] int64, ascending; None: 0 to N - 1.
     """
 
@@ -49,8 +51,8 @@ class PrefillAttention:
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
         if self.cached is not None:
-            self.cached[:, :, -key.shape[2] :] = torch.cat([key, value])
-            key, value = self.cached[:, None]  # [1, H_kv, N, D] each
+            self.cached[:, :, -key.shape[2] :] = stacked(key[0], value[0])
+            key, value = _both(self.cached, key, value)
         self.observe(query, key, value, options)
         return causal_attention(query, key, value, options, self.positions)
 
@@ -68,7 +70,7 @@ class PrefillAttention:
 class ScatteredAttention:
     """An AttentionCall for some tokens of a prompt, whose keys and values are all cached.
 
-    cached: [2, num_kv_heads, N, head_dim] of the prompt's first N tokens.
+    cached: [2, num_kv_heads, N, D] of the prompt's first N tokens, as `stacked` makes them.
     positions: [T] int64, ascending, below N, of the tokens that it is called for.
     """
 
@@ -79,8 +81,18 @@ class ScatteredAttention:
     def __call__(
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
-        key, value = self.cached[:, None]  # [1, H_kv, N, D] each
+        key, value = _both(self.cached, key, value)
         return masked_attention(query, key, value, self.positions, options)
+
+
+def _is_flash(key: Tensor, value: Tensor) -> bool:
+    """Whether PyTorch's kernels that take grouped heads take vectors of these sizes."""
+    return key.shape[-1] == value.shape[-1] <= _MOST_FLASH_NUMBERS
+
+
+def _both(cached: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys and values [1, H_kv, N, numbers] that are stacked, of the sizes of these."""
+    return cached[:1, ..., : key.shape[-1]], cached[1:, ..., : value.shape[-1]]
 
 
 def causal_attention(
@@ -92,7 +104,7 @@ def causal_attention(
 ) -> Tensor:
     """Causal self-attention of the last T of N tokens, by our kernel or PyTorch's fused ones.
 
-    query: [B, H, T, D].  key, value: [B, H_kv, N, D].  Returns [B, H, T, D].
+    query: [B, H, T, D].  key: [B, H_kv, N, D].  value: [B, H_kv, N, E].  Returns [B, H, T, E].
     positions: [N] of all tokens, ascending; None: 0 to N - 1.
     The kernels work in blocks of queries and keys, so no T x N matrix is held.
     """
@@ -109,6 +121,10 @@ def causal_attention(
         own = torch.arange(num_keys - num_queries, num_keys)
         return attend(query[0], key[0], value[0], own, options.scaling)[None]
     is_grouped = query.shape[1] != key.shape[1]
+    if query.is_cuda and is_grouped and not _is_flash(key, value):
+        group = query.shape[1] // key.shape[1]  # or no kernel takes it that holds no T x N matrix
+        key, value = (part.repeat_interleave(group, dim=1) for part in (key, value))
+        is_grouped = False
     if num_queries == num_keys:
         with fused_kernels(query.device):
             return F.scaled_dot_product_attention(

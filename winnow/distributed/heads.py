@@ -37,8 +37,15 @@ class Split:
 def require_divides(num_ranks: int, shape: ModelShape) -> None:
     """Raise InvalidSetting unless every rank gets as many heads, and KV heads, as the others.
 
-    Recurrent layers cannot be shared: their heads are others than those of attention.
+    Recurrent layers cannot be shared: their heads are others than those of attention. Nor can
+    layers of several sizes: a rank has the same heads of each.
     """
+    if num_ranks > 1 and (first := shape.first_smaller) is not None:
+        raise InvalidSetting(
+            f"tensor_parallel is {num_ranks}; it must be 1 for a model with keys and values of "
+            f"several sizes, of which layer {first} has smaller ones than others",
+            param="tensor_parallel",
+        )
     if num_ranks > 1 and shape.has_states:
         first = next(idx for idx, layer in enumerate(shape.layers) if layer.is_recurrent)
         raise InvalidSetting(

@@ -26,7 +26,7 @@ class HeadCutter:
 
     def __init__(self, pool: KVPool) -> None:
         shape = pool.shape
-        group = shape.num_heads // shape.num_kv_heads
+        group = shape.num_heads // shape.full_size.num_kv_heads
         self._pool = pool
         self._kernels = recompression_kernels(pool.paged.keys, shape.dtype, group)
 
@@ -48,10 +48,11 @@ class HeadCutter:
         after = windows.cut(before, budgets)
         long = before > after
         queries = np.stack([ring.ordered_slots() for ring in rings])  # [B, L_full, H, w]
-        in_heads = (*before[:, windows.full].shape, -1, queries.shape[-1])
-        queries = queries.reshape(in_heads)[long[:, windows.full]]  # [N, group, w]
+        num_kv_heads = self._pool.shape.full_size.num_kv_heads
+        in_heads = (*queries.shape[:2], num_kv_heads, -1, queries.shape[-1])
+        queries = queries.reshape(in_heads)[long[:, windows.full, :num_kv_heads]]  # [N, group, w]
         _, layers, kv_heads = long.nonzero()
-        places = layers * long.shape[2] + kv_heads
+        places = layers * num_kv_heads + kv_heads
         heads = LongHeads(pages[long], before[long], after[long], queries, places)
         how = options[windows.full[0]]
         sinks = self._sinks(options)
@@ -62,13 +63,13 @@ class HeadCutter:
         table.shorten(rows, after)
 
     def _sinks(self, options: list[AttentionOptions]) -> Tensor | None:
-        """Those of all KV heads of all layers, [L * H_kv, group]; None if full layers have none."""
+        """Those of all layers, by the KV heads of full ones [L * H_kv, group]; None without any."""
         shape = self._pool.shape
         if all(options[kv_idx].sinks is None for kv_idx in self._pool.windows.full):
             return None
         none = torch.full((shape.num_heads,), -torch.inf, device=self._pool.device)
         by_layer = [none if one.sinks is None else one.sinks.float() for one in options]
-        return torch.stack(by_layer).view(-1, shape.num_heads // shape.num_kv_heads)
+        return torch.stack(by_layer).view(-1, shape.num_heads // shape.full_size.num_kv_heads)
 
     def _cut_heads(
         self,

@@ -53,7 +53,7 @@ class KVPoolConfig:
         page_bytes = self.num_ranks * self.page_size * entry_bytes
         state_bytes = num_rows * shape.state_bytes
         num_pages = (self.memory_bytes - state_bytes) // page_bytes - FIRST_PAGE
-        needed = len(shape.kv_layers) * shape.num_kv_heads
+        needed = shape.total_kv_heads
         if num_pages < needed:
             states = f", {state_bytes:,} of it for the states of {num_rows} sequences"
             raise InvalidSetting(
@@ -107,7 +107,8 @@ class KVPool:
     def pages_to_go_on(self, layers: list[LayerKV]) -> int:
         """Pages of a sequence with these layers, once it has one more entry per head."""
         with_kv = (layer for layer in layers if self.kv_idx(layer.layer_idx) is not None)
-        return self._pages_of(np.array([layer.head_lengths for layer in with_kv]) + 1)
+        lengths = [self.windows.of_every_head(layer.head_lengths) for layer in with_kv]
+        return self._pages_of(np.array(lengths) + 1)
 
     def _pages_of(self, lengths: Lengths) -> int:
         """Pages that heads need at most which have grown to `lengths` [L, H_kv]."""
@@ -123,7 +124,7 @@ class KVPool:
         return -(-num_queries // self.storage.vectors_per_page)
 
     def kv_bytes(self, num_entries: int) -> int:
-        """Bytes of keys and values of `num_entries` entries of one KV head, as held here."""
+        """Bytes that keys and values of `num_entries` entries of one KV head take in pages."""
         return self.shape.kv_bytes(num_entries, self.kv_dtype)
 
     @property
@@ -155,7 +156,7 @@ class KVPool:
         placed = self.table.replace_layer(row, kv_idx, layer.head_lengths)
         slots, last_pages = indices_to_device(placed, self.device)
         self.storage.blank(last_pages)
-        self.storage.write(slots, layer)
+        self.storage.write(slots, layer.padded(self.shape.head_dim))
 
     def read_layer(self, row: int, layer_idx: int, window_queries: Tensor | None = None) -> LayerKV:
         """A copy of the row's entries and state of the layer.  window_queries: to go with them."""
@@ -163,13 +164,14 @@ class KVPool:
         kv_idx = self.kv_idx(layer_idx)
         if kv_idx is None:
             return replace(without_entries(self.shape, layer_idx, self.device), states=states)
+        size = self.shape.sizes[layer_idx]
         if window_queries is None:
-            empty = (self.shape.num_heads, 0, self.shape.head_dim)
+            empty = (self.shape.num_heads, 0, size.key_dim)
             window_queries = torch.empty(empty, dtype=self.shape.dtype)
         head_lengths, placed = self.table.layer(row, kv_idx)
         (slots,) = indices_to_device([placed], self.device)
         layer = self.storage.read(slots, layer_idx, head_lengths, window_queries)
-        return replace(layer, states=states)
+        return replace(layer.cut(size), states=states)
 
     def import_layer(self, row: int, layer: LayerKV) -> LayerKV:
         """`write_layer` of all the model's heads; returns this pool's heads of it."""

@@ -119,9 +119,11 @@ class PageTable:
 
     def layer(self, row: int, layer_idx: int) -> tuple[tuple[int, ...], Slots]:
         """Entries per KV head of the layer, and the slot of each, heads one after another."""
+        num_heads = self.windows.has_head[layer_idx].sum()
         with self._lock:
-            lengths = self._lengths[row, layer_idx].copy()
-            pages = self._pages[row, layer_idx, :, : self._pages_of(lengths).max()].copy()
+            lengths = self._lengths[row, layer_idx, :num_heads].copy()
+            width = self._pages_of(lengths).max()
+            pages = self._pages[row, layer_idx, :num_heads, :width].copy()
         return tuple(lengths.tolist()), self._slots(pages, lengths)
 
     def replace_layer(
@@ -132,8 +134,8 @@ class PageTable:
         A windowed layer's heads have no more than what `windows` says that they hold.
         Returns the slots of the entries, heads one after another, and each head's last page.
         """
-        lengths = np.array(head_lengths)
-        assert lengths.max() <= self.windows.most[layer_idx], "a window bounds what arrives"
+        lengths = self.windows.of_every_head(head_lengths)
+        assert (lengths <= self.windows.most[layer_idx]).all(), "a window bounds what arrives"
         counts = self._pages_of(lengths)
         wanted = np.arange(counts.max()) < counts[:, None]  # [H_kv, P]
         with self._lock:
@@ -159,11 +161,12 @@ class PageTable:
             column = lengths // self.page_size  # of the new entry
             width = int(column.max()) + 1
             self._widen(width)
-            batch, layer, head = full = (lengths % self.page_size == 0).nonzero()
+            needs_page = (lengths % self.page_size == 0) & self.windows.has_head
+            batch, layer, head = full = needs_page.nonzero()
             pages = self._take(len(batch))
             page_at: tuple[Indices, ...] = (layer, row[batch], head, column[full])
             self._pages[page_at[1], layer, head, page_at[3]] = pages
-            self._lengths[row] = lengths + 1
+            self._lengths[row] = lengths + self.windows.has_head
             batch, layer = rewritten = self._has_other_pages[row].nonzero()
             if len(batch):
                 own_at = _filled(layer, row[batch], column[rewritten])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from winnow.engine.kv_pool import KVPool
 from winnow.engine.page_table import Slots
+from winnow.kv import padded
 from winnow.to_device import indices_to_device, tensor_to_device
 
 
@@ -28,6 +29,7 @@ class QueryRing:
         slots = pool.place_queries(row, num_queries(pool, window_size)).reshape(size)
         self._slots = slots.transpose(1, 2, 0)
         self._vectors = pool.vectors
+        self._sizes = pool.shape.sizes
         self._kv_idx = pool.kv_idx
         self.window_size = window_size
         self._count = 0
@@ -43,7 +45,7 @@ class QueryRing:
         return min(self._count, self.window_size)
 
     def seed(self, layer_idx: int, window_queries: Tensor) -> None:
-        """Store a full layer's window queries [num_heads, <= w, head_dim], oldest first.
+        """Store a full layer's window queries [num_heads, <= w, key_dim], oldest first.
 
         Those of another layer are not wanted.
         """
@@ -54,7 +56,7 @@ class QueryRing:
         (slots,) = indices_to_device(
             [self._slots[self._layers[layer_idx], :, : self._count]], queries.device
         )
-        self._vectors[slots] = queries
+        self._vectors[slots] = padded(queries, self._vectors.shape[1])
 
     def advance(self) -> Slots:
         """Where the newest token's queries of all full layers go: [L_full, num_heads]."""
@@ -68,14 +70,14 @@ class QueryRing:
         return np.roll(self._slots, -(self._count % self.window_size), axis=2)
 
     def ordered(self, layer_idx: int) -> Tensor:
-        """The layer's queries, oldest first: [num_heads, num_tokens, head_dim].
+        """The layer's queries, oldest first: [num_heads, num_tokens, key_dim].
 
         Of a layer that is not full it has none.
         """
         slots = self.ordered_slots()
         own = slots[self._layers[layer_idx]] if layer_idx in self._layers else slots[0, :, :0]
         (own,) = indices_to_device([own], self._vectors.device)
-        return self._vectors[own]
+        return self._vectors[own][..., : self._sizes[layer_idx].key_dim]
 
 
 def push_queries(
@@ -83,14 +85,14 @@ def push_queries(
 ) -> None:
     """Add the newest token's queries to the rings of some of B rows, by their index in the batch.
 
-    layers: [B, num_heads, head_dim] of each layer with keys and values.
+    layers: [B, num_heads, key_dim] of each layer with keys and values.
     """
     queries = torch.stack([layers[layer_idx] for layer_idx in pool.windows.full])
     new_slots = np.stack([ring.advance() for ring in rings.values()], axis=1)  # [L, b, num_heads]
     if len(rings) < queries.shape[1]:
         queries = queries.index_select(1, *indices_to_device([list(rings)], pool.device))
     (slots,) = indices_to_device([new_slots], pool.device)
-    pool.vectors[slots] = queries
+    pool.vectors[slots] = padded(queries, pool.shape.head_dim)
 
 
 def num_queries(pool: KVPool, window_size: int) -> int:

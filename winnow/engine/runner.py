@@ -26,7 +26,7 @@ from winnow.to_device import indices_to_device
 class StepQueries:
     """The queries that a forward pass computed for its sequences.
 
-    layers: each layer's [B, num_heads, head_dim], valid until the next step is launched.
+    layers: each layer's [B, num_heads, key_dim], valid until the next step is launched.
     options: how each layer attended.
     """
 

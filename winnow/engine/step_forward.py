@@ -19,7 +19,7 @@ UNREAD = -1  # in the place of a token that only the device knows
 class LayerOutputs:
     """What the layers computed for B rows.
 
-    hidden: [B, hidden_size] after the last layer.  queries: each layer's [B, num_heads, head_dim].
+    hidden: [B, hidden_size] after the last layer.  queries: each layer's [B, num_heads, key_dim].
     options: how each layer attended.  logits: [B, vocab_size] float32; None if not computed yet.
     """
 
@@ -73,9 +73,10 @@ class StepForward:
         rows, positions, tokens = inputs
         model = self._model
         tokens = torch.where(tokens == UNREAD, self.newest[rows], tokens)
-        hidden, rope = model.embed(tokens[:, None]), model.rope(positions[:, None])
+        hidden = model.embed(tokens[:, None])
+        rope = model.rope(positions[:, None], tokens[:, None])
         plan = self._pool.plan_step(rows, rope.positions[:, 0], longest)
-        attention = StepAttention(self._backend, plan)
+        attention = StepAttention(self._backend, plan, self._pool.shape)
         states = self._pool.states
         with applied(self._adapter_rows(rows, own_rows)):
             for layer_idx in range(model.shape.num_layers):

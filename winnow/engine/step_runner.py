@@ -37,7 +37,7 @@ class StepRunner:
     ) -> None:
         self._model = model
         self._pool = pool
-        self._backend = decode_backend(pool, pool.shape.num_heads // pool.shape.num_kv_heads)
+        self._backend = decode_backend(pool, *pool.shape.groups)
         self._forward = StepForward(model, pool, self._backend)
         self._gives_logits = gives_logits
         self._graphs = self._recorded(new_recorder, max_batch_size, agree)

@@ -32,7 +32,10 @@ class TableMirror:
     ) -> None:
         self.dummy_row = num_rows
         self._page_size = page_size
-        self._windowed_width = Windows(shape, page_size).width
+        windows = Windows(shape, page_size)
+        self._windowed_width = windows.width
+        has_head = torch.from_numpy(windows.has_head).to(device)
+        self._added = has_head.int()[:, None]  # [L, 1, H_kv], entries that a step adds
         heads = (shape.num_layers, num_rows + 1, shape.num_kv_heads)
         self.lengths = torch.zeros(heads, dtype=torch.int32, device=device)
         self.pages = self.lengths.new_zeros((*heads, _FIRST_WIDTH), dtype=torch.int64)
@@ -96,11 +99,12 @@ class TableMirror:
         positions, longest: see StepPlan.
         """
         old = self.lengths.index_select(1, rows)  # [L, B, H_kv]
-        lengths = old + 1
+        lengths = old + self._added
         self.lengths.index_copy_(1, rows, lengths)
         column = old // self._page_size
         heads = self._heads.index_select(1, rows)
         last = self.pages.view(-1)[torch.add(column, heads, alpha=self.width)]
+        # Heads that a layer lacks write to page 0, which nobody reads.
         slots = torch.add(old, last - column, alpha=self._page_size)
         return StepPlan(rows, positions, slots, self.pages, lengths, longest)
 

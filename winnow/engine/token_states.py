@@ -64,7 +64,7 @@ class TokenStates:
         self.positions = torch.arange(len(token_ids), device=model.device)
         self._with_gaps: HostCopy | None = None  # the positions, where they are not consecutive
         self._start = self._num_cached()
-        self._rope = model.rope(self.positions[None] + LONG * is_long)
+        self._rope = model.rope(self.positions[None] + LONG * is_long, token_ids[None])
         self._hidden = model.embed(token_ids[None, self._start :])  # of the tokens from _start on
 
     def __len__(self) -> int:
@@ -110,6 +110,7 @@ class TokenStates:
             self._hidden = self._model.layer(self._layer_idx, self._hidden, rope, attention, state)
         else:
             self._hidden = self._in_parts(self._blocks.ends, rope, attention, state, passed)
+        self._model.share(self._layer_idx, self._rope, attention)
         self.states = () if state is None else tuple(one[0] for one in state.tensors)
         self._work.layer_tokens += self.num_computed
         if self._blocks is not None:

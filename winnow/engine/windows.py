@@ -21,8 +21,11 @@ Lengths = NDArray[np.int64]
 class Windows:
     """The windows of a model's layers, for pages of `page_size` entries.
 
+    Every layer has the heads of the one with the most; those that it lacks hold nothing.
+
     layers: indices of the layers with a window.  full: of those that attend to everything.
-    most: [L] entries that a head holds at most, up to a page more than it sees.
+    has_head: [L, H_kv] bool.
+    most: [L, H_kv] entries that a head holds at most, up to a page more than it sees.
     width: pages that a head of a windowed layer holds at most.
     """
 
@@ -32,12 +35,20 @@ class Windows:
         self.full = list(shape.full_layers)
         self._windowed = [shape.layers[idx] for idx in self.layers]
         windows = [ENDLESS if layer.window is None else layer.window for layer in shape.layers]
-        self.most = np.array(windows) + page_size - 1
-        self.width = int(max(-(-self.most[self.layers] // page_size), default=0))
+        num_heads = np.array([size.num_kv_heads for size in shape.sizes])
+        self.has_head: NDArray[np.bool_] = np.arange(shape.num_kv_heads) < num_heads[:, None]
+        self.most = (np.array(windows)[:, None] + page_size - 1) * self.has_head
+        self.width = int((-(-self.most[self.layers] // page_size)).max(initial=0))
+
+    def of_every_head(self, lengths: Sequence[int]) -> Lengths:
+        """Entries [H_kv] of a layer's heads, with 0 for those that it lacks."""
+        every = np.zeros(self.has_head.shape[1], dtype=np.int64)
+        every[: len(lengths)] = lengths
+        return every
 
     def held(self, lengths: Lengths) -> Lengths:
         """The most entries that heads hold which would have `lengths` [..., L, H_kv] otherwise."""
-        held: Lengths = np.minimum(lengths, self.most[:, None])
+        held: Lengths = np.minimum(lengths, self.most)
         return held
 
     def cut(self, lengths: Lengths, budgets: Sequence[int]) -> Lengths:

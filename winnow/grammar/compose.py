@@ -1,7 +1,7 @@
 """One grammar for all parts of an answer: reasoning, calls of tools, what the client asks for."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -13,16 +13,31 @@ Reasoning: TypeAlias = Literal["none", "possible", "open"]
 
 
 @dataclass(frozen=True, slots=True)
+class Tags:
+    """What stands around reasoning and answer: texts one after the other, each perhaps a token.
+
+    before, after: reasoning.  between: from its end to the answer; line breaks if there is nothing.
+    final: before the answer, unless the prompt has left no room for reasoning.
+    """
+
+    before: tuple[str, ...]
+    after: str
+    between: tuple[str, ...] = ()
+    final: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Fragment:
     """Lark rules, and the name of the one to begin with.
 
     The names begin with `call_`, or `CALL_` for terminals.
-    control_token_ids: those that the rules name as <[id]>.
+    control_token_ids: those that the rules name as <[id]>.  in_final: see ToolFormat.
     """
 
     rules: str
     start: str
     control_token_ids: frozenset[int] = frozenset()
+    in_final: bool = True
 
 
 def compose(
@@ -31,54 +46,63 @@ def compose(
     *,
     must_call: bool,
     reasoning: Reasoning,
-    think: tuple[str, str],
+    tags: Tags,
     token_id: Callable[[str], int | None],
 ) -> Grammar | None:
     """What a whole answer must match; None if that is anything.
 
     body: what the answer must match unless it calls tools.  calls: the calls of tools; `must_call`:
-    there is nothing else.  reasoning: whether the answer begins with reasoning, after the first tag
-    of `think` (possible), or within it (open).  token_id: of a control token; None for other text.
+    there is nothing else.  reasoning: whether the answer begins with reasoning, after `tags.before`
+    (possible), or within it (open).  token_id: of a control token; None for other text.
     """
     if body is None and calls is None:
         return None
     if calls is None and reasoning == "none":
         return body
     rules, alternatives = [], []
+    ids = set(calls.control_token_ids if calls else ())
+    final = "" if reasoning == "none" else _sequence(tags.final, token_id, ids)
     if calls is not None:
         rules.append(calls.rules)
-        alternatives.append(calls.start)
+        alternatives.append(f"{final} {calls.start}" if calls.in_final else calls.start)
     if body is not None and not must_call:
         rules.append(f"answer_body: {_inline(body)}")
-        alternatives.append("answer_body")
+        alternatives.append(f"{final} answer_body")
     rules.append(f"answer: {' | '.join(alternatives)}")
-    ids = set(calls.control_token_ids if calls else ())
-    rules.append(_start(reasoning, think, token_id, ids))
+    rules.append(_start(reasoning, tags, token_id, ids))
     return Grammar("lark", "\n".join(rules), frozenset(ids))
+
+
+def _sequence(texts: Sequence[str], token_id: Callable[[str], int | None], ids: set[int]) -> str:
+    """The texts as an expression of Lark.  ids: gets the control tokens that it names."""
+    found = [token_id(text) for text in texts]
+    ids.update(one for one in found if one is not None)
+    return " ".join(
+        json.dumps(text) if one is None else f"<[{one}]>"
+        for text, one in zip(texts, found, strict=True)
+    )
 
 
 def _start(
     reasoning: Reasoning,
-    think: tuple[str, str],
+    tags: Tags,
     token_id: Callable[[str], int | None],
     ids: set[int],
 ) -> str:
     """The rule `start`, and those of reasoning.  ids: gets the control tokens that it names."""
     if reasoning == "none":
         return "start: answer"
-    opening, end = (token_id(tag) for tag in think)
+    end = token_id(tags.after)
     if end is None:
-        text = f"answer_reasoning[suffix={json.dumps(think[1])}]: /(?s:.*)/"
+        text = f"answer_reasoning[suffix={json.dumps(tags.after)}]: /(?s:.*)/"
     else:
         ids.add(end)
         text = f"answer_reasoning: /(?s:.*)/ <[{end}]>"
-    reasoned = r"answer_reasoning /\n{1,2}/? answer"
+    between = _sequence(tags.between, token_id, ids) or r"/\n{1,2}/?"
+    reasoned = f"answer_reasoning {between} answer"
     if reasoning == "open":
         return f"{text}\nstart: {reasoned}"
-    if opening is not None:
-        ids.add(opening)
-    tag = json.dumps(think[0]) if opening is None else f"<[{opening}]>"
-    return f"{text}\nstart: answer | {tag} {reasoned}"
+    return f"{text}\nstart: answer | {_sequence(tags.before, token_id, ids)} {reasoned}"
 
 
 def _inline(grammar: Grammar) -> str:

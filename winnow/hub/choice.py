@@ -1,7 +1,7 @@
 """Which files of a repository a model is loaded from."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
 from winnow.errors import UnusableModel
@@ -14,7 +14,8 @@ _SAFETENSORS = ".safetensors"
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ckpt", ".npz")
 _TOKENIZER_FILES = ("merges.txt", "vocab.txt", "tokenizer.model")
 _TEMPLATES = "additional_chat_templates"
-_NOT_MODELS = ("mmproj", "imatrix")
+_NOT_MODELS = re.compile(r"mmproj|imatrix|^mtp-")  # for images; statistics; drafts
+_AN_INDEX = f"{_SAFETENSORS}.index"
 _NAMES_SHOWN = 8
 
 
@@ -34,6 +35,8 @@ def small_files(model: HubModel, names: Collection[str]) -> list[str]:
 def _is_small(path: PurePosixPath) -> bool:
     if path.parent.name == _TEMPLATES and len(path.parts) == 2:
         return path.suffix == ".jinja"
+    if _AN_INDEX in path.name and path.name != INDEX:
+        return False  # of a copy that is not fetched
     has_known_name = path.suffix in (".json", ".jinja") or path.name in _TOKENIZER_FILES
     return len(path.parts) == 1 and has_known_name
 
@@ -71,7 +74,7 @@ def gguf_parts(model: HubModel, names: Collection[str]) -> list[str]:
     if model.file is not None:
         found = [name for name in names if name == model.file]
     elif model.quantization is not None:
-        found = [name for name in known if _has_word(model.quantization, name)]
+        found = _of_quantization(model.quantization, known)
     else:
         found = known
     if len(found) != 1:
@@ -97,14 +100,25 @@ def _gguf_models(names: Collection[str]) -> list[str]:
         name
         for name in names
         if name.endswith(SUFFIX)
-        and not any(other in PurePosixPath(name).name for other in _NOT_MODELS)
+        and not _NOT_MODELS.search(PurePosixPath(name).name)
         and part_names(name)[0] == name
     )
 
 
-def _has_word(quantization: str, name: str) -> bool:
+def _of_quantization(quantization: str, names: Collection[str]) -> list[str]:
+    """The models that are called so: by the file's name, or else by the folder's.
+
+    Of several those whose name ends with it, without UD- before it.
+    """
     word = rf"(?<![A-Za-z0-9]){re.escape(quantization)}(?![A-Za-z0-9_])"
-    return re.search(word, PurePosixPath(name).name, re.IGNORECASE) is not None
+    at_end = rf"(?<!UD-){word}(-\d+-of-\d+)?{re.escape(SUFFIX)}$"
+
+    def having(pattern: str, texts: Mapping[str, str]) -> list[str]:
+        return [name for name, text in texts.items() if re.search(pattern, text, re.IGNORECASE)]
+
+    files = {name: PurePosixPath(name).name for name in names}
+    found = having(word, files) or having(word, {n: PurePosixPath(n).parent.name for n in names})
+    return found if len(found) < 2 else having(at_end, files) or found
 
 
 def _some(names: Collection[str]) -> str:

@@ -48,9 +48,8 @@ def local_model(
     pause: called while files come, and may raise to end that.
     Raises UnusableModel with the reason.
     """
-    cached = CachedModel(model)
     try:
-        found = _local_model(cached, pause, on_progress)
+        found = _local_model(CachedModel(model), pause, on_progress)
     except Exception as error:
         raise refusal(model, error) from error
     logger.info("model %s is commit %s, in %s", model, found.commit, found.path)

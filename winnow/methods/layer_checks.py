@@ -2,12 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from winnow.checks import require_range
 from winnow.errors import InvalidSetting
 from winnow.pruning_settings import PruningSettings
 
 if TYPE_CHECKING:
     from winnow.kv import ModelShape  # loads torch
+    from winnow.layers import Layer
 
 
 def require_full_layer(name: str, layer_idx: int, shape: "ModelShape", lowest: int = 0) -> None:
@@ -15,11 +15,10 @@ def require_full_layer(name: str, layer_idx: int, shape: "ModelShape", lowest: i
 
     lowest: the first layer that the setting may name.
     """
-    require_range(name, layer_idx, 0, shape.num_layers - 1)
-    layer = shape.layers[layer_idx]
+    allowed = [idx for idx in shape.full_layers if idx >= lowest]
+    nearest = min(allowed, key=lambda idx: abs(idx - layer_idx))
+    layer = _layer(name, layer_idx, shape, nearest)
     if not layer.is_full:
-        allowed = [idx for idx in shape.full_layers if idx >= lowest]
-        nearest = min(allowed, key=lambda idx: abs(idx - layer_idx))
         raise InvalidSetting(
             f"{name} is {layer_idx}, a {layer} layer; tokens are selected after a full one, the "
             f"nearest is {nearest}",
@@ -29,29 +28,53 @@ def require_full_layer(name: str, layer_idx: int, shape: "ModelShape", lowest: i
 
 def require_observed_layers(settings: PruningSettings, shape: "ModelShape") -> None:
     """Raise InvalidSetting unless ASL sees as many full layers as it observes before it selects."""
-    require_range("min_layer", settings.min_layer, 0, shape.num_layers - 1)
-    full = shape.full_layers
-    candidates = [idx for idx in full if idx >= settings.min_layer]
-    if not candidates:
+    earliest, observed, full = settings.min_layer, settings.observed_layers, shape.full_layers
+    nearest = full[-1] if earliest > 0 else full[min(observed, len(full)) - 1]
+    layer = _layer("min_layer", earliest, shape, nearest)
+    first = first_full_from(earliest, shape)
+    if first is None:
         raise InvalidSetting(
-            f"min_layer is {settings.min_layer}; the last full layer, after which tokens can be "
-            f"selected, is {full[-1]}",
+            f"min_layer is {earliest}, a {layer} layer; tokens are selected after a full one from "
+            f"there on, and the last is {full[-1]}",
             param="min_layer",
         )
-    num_seen = full.index(candidates[0]) + 1
-    if num_seen < settings.observed_layers:
+    num_seen = shape.place_among_full(first)
+    if num_seen < observed:
         raise InvalidSetting(
-            f"observed_layers is {settings.observed_layers}; up to layer {candidates[0]}, the "
-            f"first full one from min_layer {settings.min_layer} on, {num_seen} layers are full"
-            + _enough_from(settings.observed_layers, full),
+            f"observed_layers is {observed}; the first full layer from min_layer {earliest} on is "
+            f"{first}, number {num_seen} of {len(full)}. observed_layers {num_seen} works"
+            f"{_enough_from(settings, full)}",
             param="observed_layers",
         )
 
 
-def _enough_from(observed_layers: int, full: tuple[int, ...]) -> str:
-    if observed_layers > len(full):
-        return f", and {len(full)} in all"
-    return f". min_layer {full[observed_layers - 1]} works"
+def _enough_from(settings: PruningSettings, full: tuple[int, ...]) -> str:
+    """The min_layer with which as many are observed, if it alone is to be changed."""
+    if settings.observed_layers > len(full):
+        return ""
+    enough = full[settings.observed_layers - 1]
+    is_late = settings.latest_layer is not None and settings.latest_layer < enough
+    return "" if is_late else f", and so does min_layer {enough}"
+
+
+def first_full_from(layer_idx: int, shape: "ModelShape") -> int | None:
+    """The first full layer from a layer on; None: there is none."""
+    return next((idx for idx in shape.full_layers if idx >= layer_idx), None)
+
+
+def _layer(name: str, layer_idx: int, shape: "ModelShape", nearest: int) -> "Layer":
+    """The layer that a setting names; raises InvalidSetting if there is none.
+
+    nearest: the full layer that it may name instead.
+    """
+    last = shape.num_layers - 1
+    if not 0 <= layer_idx <= last:
+        raise InvalidSetting(
+            f"{name} is {layer_idx}; the allowed range is [0, {last}], and the nearest full layer "
+            f"is {nearest}",
+            param=name,
+        )
+    return shape.layers[layer_idx]
 
 
 def require_prunable(settings: PruningSettings, shape: "ModelShape") -> None:

@@ -1,7 +1,7 @@
 """A quantized checkpoint's weights, dequantized one by one as they are read."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -59,13 +59,13 @@ def dequantized_tensors(
     found: dict[str, ReadTensor] = {}
     used = set()
     for name, stored in table.items():
-        if not name.endswith(form.marker):
+        prefix = form.prefix_of(name, table)
+        if prefix is None:
             continue
-        prefix = name.removesuffix(form.marker)
         parts = Parts(table, prefix, settings)
         read = partial(form.dequantize, parts)
         found[prefix + form.weight] = ReadTensor(stored.file, form.shape(parts), dtype, read)
-        used |= {prefix + suffix for suffix in (form.marker, *form.parts)}
+        used |= {name, *(prefix + suffix for suffix in form.parts)}
     for name, stored in table.items():
         if name not in used and not name.endswith(form.dropped):
             read = partial(read_tensor, stored, name)
@@ -73,6 +73,27 @@ def dequantized_tensors(
             found[name] = ReadTensor(stored.file, stored.shape, kept, read, is_dequantized=False)
     _require_no_rest(form, found)
     return found
+
+
+def without_empty_biases(
+    tensors: dict[str, ReadTensor], parameters: Collection[str]
+) -> dict[str, ReadTensor]:
+    """The tensors without biases of dequantized weights that the network has none for.
+
+    Some libraries write such a bias of zeros beside every weight. One that is not zero stays.
+    parameters: of the network.
+    """
+
+    def is_empty(name: str, tensor: ReadTensor) -> bool:
+        weight = tensors.get(name.removesuffix("bias") + "weight")
+        has_place = name in parameters or weight is None or not weight.is_dequantized
+        return not has_place and not tensor[...].any()
+
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (name.endswith(".bias") and is_empty(name, tensor))
+    }
 
 
 def _require_no_rest(form: Format, found: Mapping[str, ReadTensor]) -> None:

@@ -74,6 +74,12 @@ class Int8Embedding(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scales = scales
 
+    def restore_scale(self) -> None:
+        """Set the factor that a family's embeddings have, which is in no file."""
+        scale = getattr(self.embedding, "scalar_embed_scale", None)
+        if scale is not None:
+            self.embedding.embed_scale = torch.tensor(scale, device=self.weight.device)
+
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids: int64.  Returns [*token_ids.shape, hidden_size]."""
         flat = token_ids.flatten()

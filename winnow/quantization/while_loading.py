@@ -16,7 +16,7 @@ from winnow.quantization.int8 import quantized
 from winnow.quantization.layers import Int8Embedding, Int8Linear
 
 _NAME = "winnow-int8"
-_LEAST_OUTPUTS = 16  # smaller matrices, such as gates, take no memory and decide much
+_LEAST_OUTPUTS = 16  # smaller matrices take no memory
 
 ALL_EXPERTS_FUNCTIONS.register(_NAME, experts_forward)
 
@@ -34,9 +34,12 @@ def loading_options() -> dict[str, Any]:
 @register_quantizer(_NAME)
 class _Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:  # noqa: ANN401
-        for parent in [*model.modules()]:
+        modules = [*model.modules()]
+        experts = [module for module in modules if is_experts(module)]
+        num_experts = {len(getattr(one, matrices_of(one)[1])) for one in experts}
+        for parent in modules:
             for child_name, child in [*parent.named_children()]:
-                _replace(parent, child_name, child)
+                _replace(parent, child_name, child, num_experts)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:  # noqa: ANN401
         head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
@@ -45,6 +48,8 @@ class _Quantizer(HfQuantizer):
         for module in [*model.modules()]:
             if is_experts(module):
                 as_layers(module)
+            if isinstance(module, Int8Embedding):
+                module.restore_scale()
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:  # noqa: ANN401
         module_name, name = param_name.rsplit(".", 1)
@@ -87,9 +92,13 @@ class _Quantize(ConversionOps):
         return converted
 
 
-def _replace(parent: nn.Module, name: str, child: nn.Module) -> None:
-    """Put the module for int8 weights, still empty, in the place of a child."""
-    if type(child) is nn.Linear and child.out_features >= _LEAST_OUTPUTS:
+def _replace(parent: nn.Module, name: str, child: nn.Module, num_experts: set[int]) -> None:
+    """Put the module for int8 weights, still empty, in the place of a child.
+
+    What has an output for each expert stays: it decides much.
+    """
+    has_size = isinstance(child, nn.Linear) and child.out_features >= _LEAST_OUTPUTS
+    if type(child) is nn.Linear and has_size and child.out_features not in num_experts:
         weight, scales = _empty(child.weight)
         setattr(parent, name, Int8Linear(weight, scales, child.bias, child.weight.dtype))
     elif isinstance(child, nn.Embedding):

@@ -145,25 +145,33 @@ class TransferDecoder:
         manifest = parse(pb.LayerManifest(), body)
         self._require_bounds(manifest)
         assert self._header is not None
-        shape, lengths = self._header.sent_shape, tuple(manifest.head_lengths)
-        states = state_segments(self._expected.shape.states[manifest.layer_idx])
-        parts = segments(self._header.kv_dtype, shape, sum(lengths), manifest.num_window_queries)
+        layer_idx, lengths = manifest.layer_idx, tuple(manifest.head_lengths)
+        states = state_segments(self._expected.shape.states[layer_idx])
+        shape, window = self._sent_shape, manifest.num_window_queries
+        parts = segments(self._header.kv_dtype, shape, layer_idx, sum(lengths), window)
         parts = states + parts
         payload = self._buffer.take(sum(part.num_bytes for part in parts))
         self._digest.add_message(Field.LAYER, body)
-        self._layer = IncomingLayer(manifest.layer_idx, lengths, parts, len(states), payload)
+        self._layer = IncomingLayer(layer_idx, lengths, parts, len(states), payload)
         return self._finish_layer() if self._layer.whole else None
+
+    @property
+    def _sent_shape(self) -> ModelShape:
+        """This worker's, which knows each layer's own size, with the heads that are sent."""
+        assert self._header is not None
+        shape, heads = self._expected.shape, self._header.heads
+        return shape if heads is None else shape.part(len(heads))
 
     def _require_bounds(self, manifest: pb.LayerManifest) -> None:
         expected = self._expected
         assert self._header is not None
-        num_kv_heads = self._header.sent_shape.num_kv_heads
         if manifest.layer_idx != self.num_layers:
             raise TransferDamaged(
                 f"layer {manifest.layer_idx} was announced; layer {self.num_layers} is next"
             )
+        num_kv_heads = self._sent_shape.sizes[manifest.layer_idx].num_kv_heads
         if len(manifest.head_lengths) != num_kv_heads:
-            whose = "the model" if self._header.heads is None else "the part"
+            whose = "the layer" if self._header.heads is None else "the part"
             raise TransferMalformed(
                 f"layer {manifest.layer_idx} announces {len(manifest.head_lengths)} KV heads; "
                 f"{whose} has {num_kv_heads}"

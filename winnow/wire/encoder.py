@@ -50,7 +50,8 @@ class TransferEncoder:
         )
         yield self._message(Field.LAYER, manifest.SerializeToString())
         payload = [_bytes_of(state) for state in kv.states]
-        for segment in segments(self._header.kv_dtype, shape, kv.num_entries, window):
+        fields = segments(self._header.kv_dtype, shape, kv.layer_idx, kv.num_entries, window)
+        for segment in fields:
             tensor = getattr(kv, segment.name)
             assert (tensor.shape, tensor.dtype) == (segment.shape, segment.dtype), segment
             payload.append(_bytes_of(tensor))

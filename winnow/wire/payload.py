@@ -34,17 +34,20 @@ def state_segments(parts: Sequence[StatePart]) -> list[Segment]:
     return [Segment(f"state {idx}", part.shape, part.dtype) for idx, part in enumerate(parts)]
 
 
-def segments(kv_dtype: KvDtype, shape: ModelShape, num_entries: int, window: int) -> list[Segment]:
-    """The tensors of a payload, in order."""
+def segments(
+    kv_dtype: KvDtype, shape: ModelShape, layer_idx: int, num_entries: int, window: int
+) -> list[Segment]:
+    """The tensors of a layer's payload, in order."""
+    size = shape.sizes[layer_idx]
     vectors = torch.int8 if kv_dtype == "int8" else shape.dtype
     by_name = {
         segment.name: segment
         for segment in (
             Segment("positions", (num_entries,), torch.int32),
             Segment("scales", (num_entries, 2), torch.float16),
-            Segment("keys", (num_entries, shape.head_dim), vectors),
-            Segment("values", (num_entries, shape.head_dim), vectors),
-            Segment("window_queries", (shape.num_heads, window, shape.head_dim), shape.dtype),
+            Segment("keys", (num_entries, size.key_dim), vectors),
+            Segment("values", (num_entries, size.value_dim), vectors),
+            Segment("window_queries", (shape.num_heads, window, size.key_dim), shape.dtype),
         )
     }
     return [by_name[name] for name in FIELDS[kv_dtype]]

@@ -6,7 +6,7 @@ from pydantic import Discriminator, Field, Tag
 
 from services.gateway.body import Body, Integer
 from services.gateway.rest.bodies import Sampling
-from services.gateway.typed import Typed, kind_of, kind_tag, one_of
+from services.gateway.typed import Piece, Typed, kind_of, kind_tag, one_of
 
 
 class _Block(Body):
@@ -15,7 +15,7 @@ class _Block(Body):
     cache_control: Any = None
 
 
-class TextBlock(_Block, Typed):
+class TextBlock(_Block, Piece):
     type: str = one_of("text")
     text: str | None = None
     citations: list[Any] | None = None  # of an earlier answer

@@ -19,7 +19,7 @@ from services.gateway.rest.event_stream import EventStream, event_text, request_
 from services.gateway.rest.key_guard import key_of
 from services.gateway.rest.requests import OpenAIRequest
 from services.gateway.rest.responses import Event, ResponseFormatter
-from winnow.errors import Overloaded
+from winnow.errors import DeadlineExceeded, Overloaded
 
 
 class OpenAIResponse(Response):
@@ -66,12 +66,15 @@ class OpenAIResponse(Response):
 
     async def _run(self, events: EventStream, key: ApiKey | None) -> Response | None:
         """The response still to be sent, after all resources have been freed; None if streamed."""
-        request = self._request
+        request, timeout_s = self._request, self._gateway.settings.request_timeout_s
+        end_s = asyncio.get_running_loop().time() + timeout_s
         async with self._gateway.open(request.generation, key, self._trace_context) as running:
-            if request.stream:
-                await self._stream(running, events)
-                return None
-            return await self._whole(running)
+            if not request.stream:
+                return await self._whole(running)
+            await self._stream(running, events)
+        # A client that has the end closes the connection, which would cancel what is left to do.
+        await self._finish(events, end_s)
+        return None
 
     async def _stream(self, running: RunningRequest, events: EventStream) -> None:
         try:
@@ -83,7 +86,14 @@ class OpenAIResponse(Response):
             raise
         for text in await self._last_texts(running):
             await events.send(text)
-        await events.finish(self._formatter.done)
+
+    async def _finish(self, events: EventStream, end_s: float) -> None:
+        """End the stream.  Raises DeadlineExceeded if the client does not read by then."""
+        try:
+            async with asyncio.timeout_at(end_s):
+                await events.finish(self._formatter.done)
+        except TimeoutError as error:
+            raise DeadlineExceeded("the client did not read the whole answer in time") from error
 
     async def _stream_deltas(self, running: RunningRequest, events: EventStream) -> None:
         async with aclosing(running.paced_deltas(events.patience_s)) as deltas:

@@ -6,10 +6,10 @@ from pydantic import Discriminator, Field, Tag
 
 from services.gateway.body import Body, Integer
 from services.gateway.rest.bodies import Sampling, StreamOptions
-from services.gateway.typed import Typed, kind_of, kind_tag, one_of
+from services.gateway.typed import Piece, Typed, kind_of, kind_tag, one_of
 
 
-class ContentPart(Typed):
+class ContentPart(Piece):
     """A piece of text."""
 
     type: str = one_of(

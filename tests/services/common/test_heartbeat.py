@@ -2,8 +2,9 @@
 
 import asyncio
 import dataclasses
+import time
 
-from services.common.heartbeat import Heartbeat
+from services.common.heartbeat import BEATS_PER_LEASE, Heartbeat
 from services.common.registry import (
     AdapterRecord,
     LeasedRecords,
@@ -13,6 +14,7 @@ from services.common.registry import (
 )
 from tests.deadlines import SOON_S
 
+LEASE_S = 3.0
 TARGET = MetricsTarget("worker-1", "10.0.0.1:9400", "decode", "tiny")
 
 
@@ -47,6 +49,14 @@ class SlowRegistry:
         pass
 
 
+async def seconds_until_put(registry: SlowRegistry, num_puts: int) -> float:
+    started_s = time.monotonic()
+    async with asyncio.timeout(SOON_S):
+        while registry.num_puts < num_puts:  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.005)
+    return time.monotonic() - started_s
+
+
 async def test_ends_in_the_middle_of_a_beat_and_takes_its_records_out() -> None:
     registry = SlowRegistry()
     heartbeat = Heartbeat(registry, lambda: [TARGET], lease_s=30)
@@ -62,13 +72,13 @@ async def test_ends_in_the_middle_of_a_beat_and_takes_its_records_out() -> None:
 async def test_tells_news_at_once_and_renews_before_the_lease_ends() -> None:
     registry = SlowRegistry()
     records = [TARGET]
-    heartbeat = Heartbeat(registry, lambda: records, lease_s=0.3)
+    heartbeat = Heartbeat(registry, lambda: records, lease_s=LEASE_S)
     await heartbeat.start()
-    await asyncio.sleep(0.5)
+    assert await seconds_until_put(registry, 2) < LEASE_S
     assert await registry.targets() == [TARGET]
     records[0] = dataclasses.replace(TARGET, address="10.0.0.1:9401")
     heartbeat.hurry()
-    await asyncio.sleep(0.05)
+    assert await seconds_until_put(registry, 3) < LEASE_S / BEATS_PER_LEASE
     assert await registry.targets() == records
     await heartbeat.stop()
     num_puts = registry.num_puts

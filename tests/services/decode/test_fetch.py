@@ -145,7 +145,7 @@ async def test_a_request_moves_with_what_its_windows_see(
     windows: dict[str, Any] = {"sliding_window": 20, "max_window_layers": 2}
     model = save_tiny_model(tmp_path, "qwen2", use_sliding_window=True, **windows)
     workers = [await start_worker(model=str(model), page_size=size) for size in (16, 4)]
-    asked = {"sampling": sampling_to_proto(replace(LONG, max_tokens=60))}
+    asked = {"sampling": sampling_to_proto(LONG)}
     async with Client(workers[0]) as here, Client(workers[1]) as there:
         two = Two(here, there)
         expected = await whole(two, **asked)

@@ -1,6 +1,7 @@
 """A whole service in the test's process: uvicorn, gRPC, prefill queue, decode workers, Redis."""
 
 import asyncio
+import itertools
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -31,6 +32,7 @@ from winnow.engine.prefix.store import PrefixStore
 from winnow.models import load_model
 
 MODEL_NAME = "tiny"
+_numbers = itertools.count()  # of services; each has a namespace of its own
 
 
 class QueuePrefiller:
@@ -169,7 +171,7 @@ def _settings(model: Path, redis_url: str, changes: dict[str, Any]) -> Settings:
         "model": str(model),
         "model_name": MODEL_NAME,
         "redis_url": redis_url,
-        "namespace": f"gateway-{id(changes):x}",
+        "namespace": f"gateway-{next(_numbers)}",
         "num_threads": 1,
         "kv_memory_bytes": 32 << 20,
         "pruning": {"method": "full", "window_size": 8},

@@ -15,6 +15,7 @@ from services.gateway.served_model import ServedModel
 from services.gateway.tools import ToolParameters, ToolUse, read_tools
 from tests.winnow import tool_templates
 from winnow.answers import AnswerFormat
+from winnow.answers.frames import CHANNELS
 from winnow.errors import InvalidRequest
 
 TOOL: dict[str, Any] = {
@@ -240,6 +241,33 @@ def test_reasoning_that_the_prompt_begins_is_open(model_path: Path, tmp_path: Pa
     own = Service(model_path, tmp_path / "own", tool_templates.NO_TOOLS)
     answer = own.answer()
     assert answer is not None and answer.reasoning == "open"
+
+
+@pytest.mark.parametrize(
+    ("parser", "asked", "is_split", "begins"),
+    [
+        ("auto", {}, True, "possible"),
+        ("auto", {"tools": [NOW]}, True, "possible"),
+        ("auto", {"continue_final_message": True}, True, "none"),
+        ("harmony", {}, True, "possible"),
+        ("think", {}, False, "possible"),
+        ("off", {}, False, None),
+        ("off", {"tools": [NOW]}, True, "possible"),
+    ],
+)
+def test_an_answer_in_channels_is_split_by_them(
+    model_path: Path,
+    tmp_path: Path,
+    parser: str,
+    asked: dict[str, Any],
+    is_split: bool,
+    begins: str | None,
+) -> None:
+    own = Service(model_path, tmp_path / "own", tool_templates.HARMONY, reasoning_parser=parser)
+    messages = [ASKED, {"role": "assistant", "content": "Ra"}]
+    answer = own.read(*messages, **asked).generation.answer
+    assert (answer and answer.reasoning) == begins
+    assert (answer is not None and answer.frame is CHANNELS) == is_split
 
 
 def test_nothing_is_asked_for_by_default() -> None:

@@ -2,8 +2,7 @@
 
 import json
 import shutil
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from dataclasses import replace
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,12 @@ import pytest_asyncio
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerFast
 
-from services.gateway.request.generation_run import PromptRun
+from tests.services.gateway.said import QUESTION, Say, chunks_of, saying
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from tests.winnow.tool_templates import HERMES
-from winnow.tokens import FinishReason, Token
+from winnow.tokens import FinishReason
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-Say = Callable[..., dict[str, Any]]
 
 
 class GetWeather(BaseModel):
@@ -32,7 +29,6 @@ class GetWeather(BaseModel):
 
 
 TOOL = openai.pydantic_function_tool(GetWeather, name="get_weather")
-QUESTION: Any = [{"role": "user", "content": "Rain or sun?"}]
 CALL = (
     '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>'
 )
@@ -57,37 +53,7 @@ async def service(
 
 @pytest.fixture
 def say(service: TestService, monkeypatch: pytest.MonkeyPatch) -> Say:
-    """Makes the model's answer a text; returns parameters of a request for it.
-
-    The tokens of the real answer are replaced on their way through the gateway.
-    """
-    real, tokenizer = PromptRun.tokens, service.gateway.model.tokenizer
-
-    def say(text: str, finish: FinishReason = FinishReason.STOP, **more: Any) -> dict[str, Any]:
-        token_ids = tokenizer.encode(text, add_special_tokens=False)
-        if finish is FinishReason.STOP:
-            token_ids.append(0)
-
-        async def tokens(run: PromptRun) -> AsyncGenerator[list[Token]]:
-            idx = 0
-            async for step in real(run):
-                reason = finish if idx == len(token_ids) - 1 else None
-                yield [
-                    replace(token, token_id=token_ids[idx], finish_reason=reason) for token in step
-                ]
-                idx += 1
-
-        monkeypatch.setattr(PromptRun, "tokens", tokens)
-        extra = {"ignore_eos": True, **more.pop("extra_body", {})}
-        given = {"model": MODEL_NAME, "messages": QUESTION, "tools": [TOOL]} | more
-        return given | {"max_tokens": len(token_ids), "extra_body": extra}
-
-    return say
-
-
-async def chunks_of(service: TestService, given: dict[str, Any]) -> list[Any]:
-    stream = await service.openai.chat.completions.create(**given, stream=True)
-    return [chunk async for chunk in stream]
+    return saying(service, monkeypatch, [TOOL])
 
 
 async def test_a_call_is_streamed_as_openai_does(service: TestService, say: Say) -> None:

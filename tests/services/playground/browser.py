@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from tests.deadlines import SOON_S
+
+expect.set_options(timeout=SOON_S * 1000)
 
 Scheme = Literal["light", "dark"]
 

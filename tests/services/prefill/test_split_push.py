@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
@@ -166,7 +165,26 @@ def test_a_part_that_is_refused_ends_the_transfer_with_its_error(
     assert prefill.ends.empty()
 
 
-def test_layers_that_wait_on_another_rank_slow_the_prompt_down(prefill: Prefill) -> None:
+class Clock:
+    """In place of the module `time`, where a transfer reads it."""
+
+    now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in ("sender", "split_push"):
+        monkeypatch.setattr(f"services.prefill.{module}.time", clock)
+    return clock
+
+
+def test_layers_that_wait_on_another_rank_slow_the_prompt_down(
+    prefill: Prefill, clock: Clock
+) -> None:
     header = prefill.header()
     plan = plan_parts(header, 2, ["127.0.0.1:1", "127.0.0.1:2"])
     assert plan is not None
@@ -181,13 +199,15 @@ def test_layers_that_wait_on_another_rank_slow_the_prompt_down(prefill: Prefill)
     push.take_news(1, HasRoom(99, 0))
     assert push.wait_for_room()
     run.compute_layer()
-    until(push.wait_for_room)  # to end
+    assert not push.has_room
+    clock.now_s += 0.5
+    assert push.wait_for_room()  # to end
     with pytest.raises(DeliveryFailed, match=r"took no KV for 0.5 s"):
         run.compute_layer()
     assert isinstance(prefill.ends.get(timeout=SOON_S), DeliveryFailed)
 
 
-def test_a_part_whose_frames_leave_does_not_stall(prefill: Prefill) -> None:
+def test_a_part_whose_frames_leave_does_not_stall(prefill: Prefill, clock: Clock) -> None:
     plan = plan_parts(prefill.header(), 2, ["127.0.0.1:1", "127.0.0.1:2"])
     assert plan is not None
     push = SplitPush(
@@ -197,10 +217,11 @@ def test_a_part_whose_frames_leave_does_not_stall(prefill: Prefill) -> None:
     for _ in range(LAYERS_AHEAD):
         run.compute_layer()
     for _ in range(4):
-        time.sleep(0.25)
+        clock.now_s += 0.4
         push.take_news(1, Moved(98, 0))
         assert not push.has_room
-    until(push.wait_for_room)  # to end
+    clock.now_s += 0.5
+    assert push.has_room  # to end
     with pytest.raises(DeliveryFailed, match=r"worker 127.0.0.1:2 took no KV for 0.5 s"):
         run.compute_layer()
     prefill.ends.get(timeout=SOON_S)

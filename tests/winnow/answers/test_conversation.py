@@ -68,7 +68,7 @@ def test_all_of_a_conversation_is_shown_in_its_order(
     name: str, tools: list[dict[str, Any]]
 ) -> None:
     text = rendered(TEMPLATES[name], MESSAGES, tools)
-    results = ("17 degrees", "snow") if name == "llama" else ("snow", "17 degrees")
+    results = ("17 degrees", "snow") if name in ("llama", "harmony") else ("snow", "17 degrees")
     order = ("Rain or sun?", "Rome", *results, "Rome.", "Thanks")
     place = 0
     for words in order:
@@ -126,3 +126,21 @@ def test_calls_may_lack_ids_and_results(name: str) -> None:
     calls = [{"type": "function", "function": {"name": "f", "arguments": {"a": "bc"}}}]
     messages = [*QUESTION, {"role": "assistant", "content": "", "tool_calls": calls}]
     assert "bc" in rendered(TEMPLATES[name], messages, [])
+
+
+def test_a_template_with_one_text_before_a_call_gets_reasoning_and_words_in_it() -> None:
+    said = {"content": "I look.", "thinking": "Hm."}
+    called = {"role": "assistant", "tool_calls": [call(1, "f", {"a": 1})], **said}
+    messages = [*QUESTION, called, result(1, "17")]
+    text = rendered(tool_templates.HARMONY, messages)
+    assert "<|channel|>analysis<|message|>Hm.\n\nI look.<|end|>" in text
+    several = {**called, "tool_calls": [call(1, "f", {"a": 1}), call(2, "f", {"a": 2})]}
+    text = rendered(tool_templates.HARMONY, [*QUESTION, several, result(1, "17"), result(2, "18")])
+    assert text.count("I look.") == 1
+    assert "I look." in rendered(tool_templates.HERMES, messages)
+
+
+def test_a_template_that_needs_descriptions_gets_them() -> None:
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
+    assert "// \ntype now = " in rendered(tool_templates.HARMONY, QUESTION, [tool])
+    assert "description" not in rendered(tool_templates.HERMES, QUESTION, [tool])

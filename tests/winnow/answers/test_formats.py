@@ -12,10 +12,11 @@ from tests.winnow.chat_templates import ALL
 from winnow.answers.formats.base import ToolFormat
 from winnow.answers.formats.detect import detect, named
 from winnow.answers.formats.generic_json import GenericJson
+from winnow.answers.formats.harmony import Harmony
 from winnow.answers.formats.hermes import Hermes
 from winnow.answers.formats.llama3_json import Llama3Json
 from winnow.answers.formats.mistral import Mistral
-from winnow.grammar.compose import compose
+from winnow.grammar.compose import Tags, compose
 from winnow.grammar.source import schema_grammar
 from winnow.tool_support import ToolSupport
 
@@ -34,6 +35,7 @@ def support(source: str) -> ToolSupport:
         ("no_calls", "hermes", "tools results system"),
         ("no_tools", None, "text parallel results system"),
         ("tags", None, "tools object parallel results system"),
+        ("harmony", "harmony", "tools object text results system"),
     ],
 )
 def test_the_form_of_calls_is_found_by_what_the_template_shows(
@@ -67,6 +69,7 @@ def test_a_template_without_tools_is_told_of_the_general_form(name: str) -> None
         ("{{ tools }} [TOOL_CALLS]", "mistral"),
         ("{{ tools }} Environment: ipython", "llama3_json"),
         ("{{ tools }}", "json"),
+        ("{{ tools }} <|channel|>final<|message|> <tool_call>", "harmony"),
         ("{{ tools }} <tool_call><function=f>", None),
         ("{{ tools }} <tool_call>f<arg_key>", None),
     ],
@@ -79,7 +82,7 @@ def test_without_calls_the_form_is_what_the_template_speaks_of(
 
 
 def test_an_operator_names_the_form() -> None:
-    for name in ("hermes", "llama3_json", "mistral", "json"):
+    for name in ("hermes", "llama3_json", "mistral", "harmony", "json"):
         assert named(name, "").name == name
     calls = [{"function": {"name": "f", "arguments": {}}}]
     assert named("mistral", tool_templates.MISTRAL_NAMED).written(calls) == "[TOOL_CALLS]f[ARGS]{}"
@@ -96,7 +99,10 @@ def test_ids_are_unique_and_those_of_mistral_nine_letters_and_digits() -> None:
     assert other != Mistral().template_id("call_2")
 
 
-SPECIAL = ("</s>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
+SPECIAL = (
+    *("</s>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
+    *("<|channel|>", "<|constrain|>", "<|message|>"),
+)
 
 
 class Bytes:
@@ -172,6 +178,7 @@ FORMS = [
     Mistral(),
     Mistral(named=True),
     GenericJson(),
+    Harmony(),
 ]
 ONE = {"function": {"name": "get.weather-1", "arguments": {"city": 'a "b" {é}', "days": 2}}}
 TWO = [ONE, {"function": {"name": "now", "arguments": {}}}]
@@ -185,7 +192,7 @@ def test_the_grammar_takes_calls_as_they_are_written(
     for call in TWO:
         assert accepts(form, form.written([call]), token_id=token_id)
         assert accepts(form, form.written([call]), parallel=False, token_id=token_id)
-    several = not isinstance(form, Llama3Json)
+    several = not isinstance(form, Llama3Json | Harmony)
     assert accepts(form, form.written(TWO), token_id=token_id) == several
     assert not accepts(form, form.written(TWO), parallel=False, token_id=token_id)
 
@@ -238,7 +245,7 @@ def test_bare_calls_and_other_json_can_both_come(form: ToolFormat, compact: bool
         form.grammar(TOOLS, True, lambda _: None),
         must_call=False,
         reasoning="none",
-        think=("<think>", "</think>"),
+        tags=Tags(("<think>",), "</think>"),
         token_id=lambda _: None,
     )
     assert grammar is not None

@@ -4,19 +4,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from winnow.answers.parts import ReasoningPart, Split, TextPart
 from winnow.answers.reasoning import ReasoningSplitter, reasoning_after
 from winnow.grammar.compose import Reasoning
 
 
 def split(begins: Reasoning, text: str, cuts: list[int]) -> tuple[str, str]:
     splitter = ReasoningSplitter(begins)
-    reasoning = answer = ""
+    parts: list[Split] = []
     while text:
         length, cuts = cuts[0], cuts[1:] or cuts
-        new, text = splitter.feed(text[:length]), text[length:]
-        reasoning, answer = reasoning + new.reasoning, answer + new.answer
-    rest = splitter.finish()
-    return reasoning + rest.reasoning, answer + rest.answer
+        parts += splitter.feed(text[:length])
+        text = text[length:]
+    parts += splitter.finish()
+    reasoning = (part.text for part in parts if isinstance(part, ReasoningPart))
+    return "".join(reasoning), "".join(part.text for part in parts if isinstance(part, TextPart))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from winnow.distributed.heads import Split, join_heads, require_divides, split_heads
 from winnow.errors import InvalidSetting
-from winnow.kv import LayerKV, ModelShape
+from winnow.kv import KVSize, LayerKV, ModelShape
 from winnow.layers import FULL, Layer
 
 SHAPE = ModelShape(2, 8, 4, 16, 128, torch.float32)
@@ -57,6 +57,13 @@ def test_refuses_ranks_that_heads_cannot_share_equally(num_ranks: int) -> None:
     said = rf"tensor_parallel is {num_ranks}; .* 8 attention heads and its 4 KV heads"
     with pytest.raises(InvalidSetting, match=said):
         require_divides(num_ranks, SHAPE)
+
+
+def test_refuses_to_share_layers_of_several_sizes() -> None:
+    shape = replace(SHAPE, own_sizes=(KVSize(4, 16, 16), KVSize(2, 16, 16)))
+    require_divides(1, shape)
+    with pytest.raises(InvalidSetting, match=r"it must be 1 .* layer 1 has smaller ones"):
+        require_divides(2, shape)
 
 
 def test_refuses_to_share_recurrent_layers() -> None:

@@ -44,7 +44,8 @@ def test_a_missing_shard_is_named_with_the_count(tmp_path: Path) -> None:
 def test_configuration_and_tokenizer_come_along() -> None:
     wanted = ["config.json", "tokenizer.json", "chat_template.jinja", "merges.txt", INDEX]
     wanted += ["additional_chat_templates/tools.jinja"]
-    others = ["README.md", "onnx/config.json", "original/params.json", "tf_model.h5", *SHARDS]
+    others = ["consolidated.safetensors.index.json", "model.safetensors.index.fp16.json"]
+    others += ["README.md", "onnx/config.json", "original/params.json", "tf_model.h5", *SHARDS]
     model = parse("o/n")
     assert model is not None
     assert small_files(model, [*others, *wanted]) == sorted(wanted)
@@ -68,6 +69,10 @@ def test_formats_that_can_run_code_are_refused_by_name() -> None:
         ("o/n/m-Q4_K_S.gguf", QUANTS, ["m-Q4_K_S.gguf"]),
         ("o/n/BF16/m-BF16-00001-of-00002.gguf", [*QUANTS, *PARTS], PARTS),
         ("o/n:Q8_0", ["config.json", "model.safetensors", *QUANTS], ["m-Q8_0.gguf"]),
+        ("o/n:Q8_0", ["mtp-m-Q8_0.gguf", "m-Q8_0.gguf"], ["m-Q8_0.gguf"]),
+        ("o/n:Q8_0", ["m-UD-Q8_0.gguf", "m-Q8_0-f16.gguf", "m-Q8_0.gguf"], ["m-Q8_0.gguf"]),
+        ("o/n:UD-Q8_0", ["m-UD-Q8_0.gguf", "m-Q8_0.gguf"], ["m-UD-Q8_0.gguf"]),
+        ("o/n:Q8_0", ["Q8_0/model.gguf", "Q4_0/model.gguf"], ["Q8_0/model.gguf"]),
     ],
 )
 def test_gguf_models_are_chosen_by_name(model: str, names: list[str], files: list[str]) -> None:

@@ -133,11 +133,11 @@ def test_a_hub_that_cannot_be_reached_is_named(
 ) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    assert refusal("o/n").startswith(
-        f"model o/n@main is not in {cache}, and {url} cannot be reached (ConnectError: "
-    )
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"  # kept, and not listened at
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        assert refusal("o/n").startswith(
+            f"model o/n@main is not in {cache}, and {url} cannot be reached (ConnectError: "
+        )
 
 
 def test_a_hub_that_is_silent_is_given_up(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +155,10 @@ def test_what_was_fetched_serves_when_the_hub_is_gone(
     hub.status = 503
     assert fetch("o/n") == found
     assert f"answers 503, Service Unavailable; commit {found.commit} of it is used" in caplog.text
+
+
+def test_a_name_that_the_hub_cannot_have_is_refused(hub: Hub) -> None:
+    assert "org/na--me" in refusal("org/na--me")
 
 
 def test_an_unknown_revision_is_named(hub: Hub) -> None:
@@ -204,10 +208,10 @@ def test_a_download_that_was_ended_is_resumed_by_the_next(
 ) -> None:
     hub.add("o/n", FILES)
     hub.hang_bytes = 150_000
-    monkeypatch.setattr(download, "STALLED_S", 0.3)
+    monkeypatch.setattr(download, "STALLED_S", 1.5)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
     reason = refusal("o/n")
-    assert f"no byte came from {hub.url} for 0.3 s; " in reason
+    assert f"no byte came from {hub.url} for 1.5 s; " in reason
     assert "of 300 kB" in reason
     hub.hang_bytes = None
     assert (fetch("o/n").path / "model.safetensors").read_bytes() == WEIGHTS

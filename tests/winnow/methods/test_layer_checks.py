@@ -1,5 +1,6 @@
 """Settings beside what a model's layers are."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +36,7 @@ FITTING = PruningSettings(
         (
             GEMMA,
             {"method": "gemfilter", "fixed_layer": 9},
-            r"fixed_layer is 9; the allowed range is \[0, 8\]",
+            r"fixed_layer is 9; the allowed range is \[0, 8\], and the nearest full layer is 8",
             "fixed_layer",
         ),
         (
@@ -65,26 +66,27 @@ FITTING = PruningSettings(
         (
             GEMMA,
             {"min_layer": 3, "observed_layers": 3},
-            "observed_layers is 3; up to layer 5, the first full one from min_layer 3 on, 2 layers "
-            "are full. min_layer 8 works",
+            "observed_layers is 3; the first full layer from min_layer 3 on is 5, number 2 of 3. "
+            "observed_layers 2 works, and so does min_layer 8",
             "observed_layers",
         ),
         (
             GEMMA,
             {"observed_layers": 4},
-            "observed_layers is 4; .* 2 layers are full, and 3 in all",
+            "observed_layers is 4; .* is 5, number 2 of 3. observed_layers 2 works$",
             "observed_layers",
         ),
         (
             LLAMA4,
             {"min_layer": 3, "latest_layer": None, "method": "asl-2pass", "observed_layers": 3},
-            "observed_layers is 3; up to layer 3",
+            "observed_layers is 3; the first full layer from min_layer 3 on is 3, number 2 of 2",
             "observed_layers",
         ),
         (
             shape_of([FULL, FULL, SLIDING, SLIDING]),
             {"min_layer": 2, "latest_layer": None},
-            "min_layer is 2; the last full layer, after which tokens can be selected, is 1",
+            "min_layer is 2, a sliding layer; tokens are selected after a full one from there on, "
+            "and the last is 1",
             "min_layer",
         ),
         (
@@ -164,6 +166,66 @@ def test_who_asks_for_the_whole_prompt_may_name_a_budget_too() -> None:
     asked = {"method": "full", "kv_budget": 256}
     assert override_for(scaled_defaults(MISTRAL), asked, MISTRAL).method == "full"
     assert override_for(scaled_defaults(MISTRAL), {"kv_budget": None}, MISTRAL).method == "full"
+
+
+_NEAREST = re.compile(r"(?:nearest|nearest full layer|last) is (\d+)$")
+# As Gemma 3, Qwen 3.5 and Mistral 7B.
+LIKE = {
+    "gemma3": shape_of([*[SLIDING] * 5, FULL] * 3),
+    "qwen3_5": shape_of([*[Layer(None, is_recurrent=True)] * 3, FULL] * 4),
+    "mistral": MISTRAL,
+    "llama": shape_of(4),
+}
+BAD: list[dict[str, Any]] = [
+    *(
+        {"method": method, "fixed_layer": idx}
+        for method in ("fastkv", "gemfilter")
+        for idx in (1, 99)
+    ),
+    *({"latest_layer": idx} for idx in (16, 99)),
+    *({"min_layer": idx} for idx in (-1, 1, 16, 99)),
+    *({"min_layer": 16, "method": method} for method in ("asl", "asl-2pass")),
+    *({"observed_layers": count} for count in (3, 9, 100)),
+    {"observed_layers": 9, "min_layer": 3},
+    *({"window_size": size} for size in (9, 1000)),
+    {"window_size": 9, "method": "full", "decode_budget": 64},
+    *({"kv_budget": 64, "method": method} for method in ("snapkv", "h2o", "streaming")),
+    {"kv_budget": 64},
+    {"decode_floor": 64},
+    {"method": "pyramidinfer"},
+]
+
+
+@pytest.mark.parametrize("kind", LIKE)
+@pytest.mark.parametrize("changes", BAD, ids=str)
+def test_what_a_refusal_says_works_does(kind: str, changes: dict[str, Any]) -> None:
+    """Each choice that it names, alone."""
+    shape = LIKE[kind]
+    try:
+        override_for(scaled_defaults(shape), changes, shape)
+    except InvalidSetting as error:
+        choices = suggested(error)
+        if "without decode_budget" in str(error):
+            changes = {k: v for k, v in changes.items() if not k.startswith("decode_")}
+        assert choices, error
+        for choice in choices:
+            override_for(scaled_defaults(shape), changes | choice, shape)
+
+
+def test_the_latest_layer_goes_up_with_the_first_to_a_full_one() -> None:
+    shape = LIKE["gemma3"]
+    assert override_for(scaled_defaults(shape), {"min_layer": 12}, shape).latest_layer == 17
+
+
+def suggested(error: InvalidSetting) -> list[dict[str, Any]]:
+    if nearest := _NEAREST.search(error.message):
+        return [{str(error.param): int(nearest[1])}]
+    if "method fastkv or asl works" in error.message:
+        return [{"method": "fastkv"}, {"method": "asl"}]
+    if "method full" in error.message:
+        return [{"method": "full"}]
+    found = re.findall(r"(\w+_\w+) (\d+)(?: works|$)", error.message)
+    return [{name: int(value)} for name, value in found]
 
 
 def test_a_full_layer_is_named_with_its_place_where_not_all_are_full() -> None:

@@ -41,14 +41,14 @@ def gptq(weight: Tensor, *, bits: int = 4, offset: int = 1, act_order: bool = Fa
     num_outputs, num_inputs = weight.shape
     size = 16
     levels = _levels((num_inputs, num_outputs), bits)
-    zeros = torch.randint(1, 2**bits, (num_inputs // size, num_outputs))
+    zeros = _levels((num_inputs // size, num_outputs), bits)
     scales = (torch.rand(zeros.shape) / 2**bits).half()
     groups = torch.arange(num_inputs) // size
     if act_order:
         groups = groups[torch.randperm(num_inputs)]
     parts = {
         ".qweight": packed(levels, bits, 0),
-        ".qzeros": packed(zeros - offset, bits, 1),
+        ".qzeros": packed((zeros - offset) % 2**bits, bits, 1),
         ".scales": scales,
     }
     if act_order:
@@ -84,7 +84,15 @@ def fp8_tensor(weight: Tensor) -> Made:
     return Made({".weight": levels, ".weight_scale": scale[None]}, levels.float() * scale)
 
 
-def pack_quantized(weight: Tensor, *, has_zeros: bool = False) -> Made:
+def fp8_alone(weight: Tensor) -> Made:
+    """As AutoFP8 writes it: one scale, and those of activations and of the cache."""
+    made = fp8_tensor(weight)
+    made.parts[".weight_scale"] = made.parts[".weight_scale"][0]
+    others = {end: torch.tensor(1.0) for end in (".input_scale", ".kv_scale", ".k_scale")}
+    return Made(made.parts | others, made.weight)
+
+
+def pack_quantized(weight: Tensor, *, zeros_as: torch.dtype | None = None) -> Made:
     num_outputs, num_inputs = weight.shape
     levels = _levels((num_outputs, num_inputs), 4) - 8
     scales = torch.rand(num_outputs, num_inputs // 32) / 8
@@ -94,9 +102,10 @@ def pack_quantized(weight: Tensor, *, has_zeros: bool = False) -> Made:
         ".weight_shape": torch.tensor([num_outputs, num_inputs]),
         ".weight_scale": scales,
     }
-    if has_zeros:
+    if zeros_as is not None:
         zeros = _levels((num_outputs, num_inputs // 32), 4) - 8
-        parts[".weight_zero_point"] = packed(zeros + 8, 4, 0)
+        is_packed = zeros_as == torch.int32
+        parts[".weight_zero_point"] = packed(zeros + 8, 4, 0) if is_packed else zeros.to(zeros_as)
         levels = levels - zeros[:, groups]
     return Made(parts, levels * scales[:, groups])
 
@@ -119,13 +128,13 @@ def bnb_int8(weight: Tensor) -> Made:
     return Made(parts, levels * largest[:, None] / 127)
 
 
-def bnb_nf4(weight: Tensor, *, is_nested: bool = False) -> Made:
+def bnb_nf4(weight: Tensor, *, is_nested: bool = False, storage: torch.dtype = torch.uint8) -> Made:
     numbers = torch.linspace(-1, 1, 16)
     indices = _levels((weight.numel(),), 4)
     num_blocks = weight.numel() // 64
     state: dict[str, Any] = {"blocksize": 64, "shape": [*weight.shape], "dtype": "bfloat16"}
     parts = {
-        ".weight": (indices[0::2] << 4 | indices[1::2]).to(torch.uint8)[:, None],
+        ".weight": (indices[0::2] << 4 | indices[1::2]).to(torch.uint8).view(storage)[:, None],
         ".weight.quant_map": numbers,
     }
     if is_nested:

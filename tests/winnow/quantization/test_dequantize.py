@@ -53,8 +53,13 @@ FORMATS: dict[str, tuple[dict[str, Any], Maker]] = {
     "packed": (compressed("pack-quantized"), formats.pack_quantized),
     "packed with zeros": (
         compressed("pack-quantized"),
-        partial(formats.pack_quantized, has_zeros=True),
+        partial(formats.pack_quantized, zeros_as=torch.int32),
     ),
+    "packed with plain zeros": (
+        compressed("pack-quantized"),
+        partial(formats.pack_quantized, zeros_as=torch.int8),
+    ),
+    "fp8 with one scale": ({"quant_method": "fp8", "ignored_layers": []}, formats.fp8_alone),
     "fp8 blocks": ({"quant_method": "fp8", "weight_block_size": [48, 48]}, formats.fp8_blocks),
     "bitsandbytes int8": (
         {"quant_method": "bitsandbytes", "load_in_8bit": True},
@@ -63,6 +68,10 @@ FORMATS: dict[str, tuple[dict[str, Any], Maker]] = {
     "bitsandbytes nf4": (
         {"quant_method": "bitsandbytes", "load_in_4bit": True},
         formats.bnb_nf4,
+    ),
+    "bitsandbytes nf4 seen as bfloat16": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        partial(formats.bnb_nf4, storage=torch.bfloat16),
     ),
     "bitsandbytes nested": (
         {"quant_method": "bitsandbytes", "load_in_4bit": True},
@@ -183,6 +192,11 @@ def test_ranks_do_not_share_a_quantized_checkpoint(plain: Path, tmp_path: Path) 
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "in the form 'marlin'"),
         ({"quant_method": "awq", "version": "gemv"}, "AWQ of 4 bits in the form 'gemv'"),
         (compressed("nvfp4-pack-quantized"), "in the form 'nvfp4-pack-quantized'"),
+        (
+            compressed("pack-quantized")
+            | {"config_groups": {"group_0": {"weights": {"num_bits": 3}}}},
+            "compressed-tensors of 3 bits in the form 'pack-quantized'",
+        ),
         ({"quant_method": "torchao"}, "it runs where there is torchao"),
         ({"quant_method": "quanto"}, "quantized by quanto, which Winnow does not run"),
     ],
@@ -195,6 +209,22 @@ def test_what_cannot_be_dequantized_is_refused(
     (plain / "config.json").write_text(json.dumps(settings | {"quantization_config": config}))
     with pytest.raises(UnusableModel, match=reason):
         describe_model(plain, dequantize=True)
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_biases_that_the_network_lacks_may_be_zero(plain: Path, tmp_path: Path, value: int) -> None:
+    quantized = save_quantized(plain, tmp_path / "q", *FORMATS["gptq"])
+    tensors = load_file(quantized / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(".qweight")]:
+        bias = torch.full((tensors[name].shape[1],), float(value))
+        tensors[name.replace(".qweight", ".bias")] = bias
+    save_file(tensors, quantized / "model.safetensors", metadata={"format": "pt"})
+    if value:
+        with pytest.raises(UnusableModel, match=r"no place in the network: 28 .*proj\.bias"):
+            load_model(quantized, dequantize=True)
+    else:
+        found = Winnow.load(quantized, dequantize=True).generate(PROMPT)
+        assert found == Winnow.load(plain).generate(PROMPT)
 
 
 @pytest.mark.parametrize("end", [".qweight", ".qzeros"])

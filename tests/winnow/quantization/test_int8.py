@@ -11,6 +11,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from tests.models_in_code import save_byte_tokenizer, save_tiny_model
 from tests.winnow.adapters.made import save_adapter
 from tests.winnow.checkpoints import EXPERTS
+from tests.winnow.families import save_network, tiny_config
 from tests.winnow.kernels.cpu.forgetting import forget
 from tests.winnow.layers import assert_same_layers, is_fused, theirs
 from winnow import Winnow
@@ -106,6 +107,14 @@ def test_an_adapter_adds_to_int8_weights(tmp_path: Path) -> None:
     assert found.token_ids == expected.token_ids
 
 
+def test_what_chooses_the_experts_stays_as_it_is(tmp_path: Path) -> None:
+    config = tiny_config("hunyuan_v1_moe")
+    config.num_experts = 16
+    model = load_model(save_network(config, tmp_path), quantize="int8")
+    routers = [m for name, m in model._model.named_modules() if name.endswith(".wg")]
+    assert routers and all(type(router) is torch.nn.Linear for router in routers)
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_the_weights_take_half_of_bfloat16(tmp_path: Path, family: str) -> None:
     if family == "mixtral":
@@ -124,6 +133,17 @@ def test_scaled_embeddings_stay_scaled() -> None:
     found = Int8Embedding(plain, levels, scales)(torch.tensor([[3, 0, 63]]))
     expected = dequantized(levels, scales, torch.float32)[[3, 0, 63]] * 5.5
     torch.testing.assert_close(found, expected[None])
+
+
+def test_so_do_those_of_a_model_that_is_made_int8_as_it_is_loaded(tmp_path: Path) -> None:
+    path = save_tiny_model(tmp_path, "gemma4_sharing")
+    token_ids = torch.arange(60)[None]
+    plain, int8 = (load_model(path, quantize=kind) for kind in (None, "int8"))
+    embedded = [model.embed(token_ids) for model in (plain, int8)]
+    ropes = [model.rope(token_ids, token_ids).extras for model in (plain, int8)]
+    inputs = [extras.inputs for extras in ropes if extras is not None and extras.inputs is not None]
+    for found, exact in (embedded[::-1], inputs[::-1]):
+        assert (found - exact).abs().max() < exact.abs().max() / 30
 
 
 def test_a_number_is_at_most_half_a_step_off_and_a_row_of_zeros_is_exact() -> None:

@@ -269,7 +269,7 @@ def test_more_window_queries_than_allowed_are_refused() -> None:
 
 def test_another_number_of_heads_is_refused() -> None:
     frames = with_change(MANIFEST, lambda f: f.layer.head_lengths.append(1))
-    with pytest.raises(TransferMalformed, match="3 KV heads; the model has 2"):
+    with pytest.raises(TransferMalformed, match="3 KV heads; the layer has 2"):
         feed_all(frames)
 
 

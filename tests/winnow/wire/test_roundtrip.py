@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.winnow.wire.transfers import REPORT, SHAPE, encode, expected, make_layer, make_layers
-from winnow.kv import KV_DTYPES, KvDtype, LayerKV, ModelShape
+from winnow.errors import TransferMalformed
+from winnow.kv import KV_DTYPES, KvDtype, KVSize, LayerKV, ModelShape
 from winnow.v1 import decode_pb2 as pb
 from winnow.wire import Header, ReceiveBuffer, Trailer, TransferDecoder, read_header
 
@@ -108,6 +109,36 @@ def test_ragged_heads_come_back_bit_for_bit(
     for got, sent in zip(received, layers, strict=True):
         assert isinstance(got, LayerKV)
         assert_same_layer(got, sent)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_layers_of_several_sizes_come_without_padding(kv_dtype: KvDtype) -> None:
+    shape = ModelShape(
+        2, 8, 4, 16, 32, torch.float32, own_sizes=(KVSize(4, 8, 6), KVSize(2, 16, 16))
+    )
+    layers = [make_layer(shape, 0, (3, 0, 5, 1)), make_layer(shape, 1, (7, 2))]
+    if kv_dtype == "int8":
+        layers = [layer.quantized() for layer in layers]
+    decoder = TransferDecoder(expected(shape))
+    frames = encode(layers, HIDDEN, shape, kv_dtype=kv_dtype)
+    _, *received, _ = receive(frames, decoder)
+    for got, sent in zip(received, layers, strict=True):
+        assert isinstance(got, LayerKV)
+        assert_same_layer(got, sent)
+    queries = sum(layer.window_queries.nbytes for layer in layers)
+    scales = 0 if kv_dtype == "auto" else 18 * 4
+    numbers = 9 * (8 + 6) + 9 * (16 + 16)
+    number_bytes = 4 if kv_dtype == "auto" else 1
+    assert decoder.payload_bytes == numbers * number_bytes + scales + queries + 18 * 4
+
+
+def test_more_heads_than_a_layer_has_are_refused() -> None:
+    shape = ModelShape(
+        2, 8, 4, 16, 32, torch.float32, own_sizes=(KVSize(4, 16, 16), KVSize(2, 16, 16))
+    )
+    layers = [make_layer(shape, 0, (1, 1, 1, 1)), make_layer(shape, 1, (1, 1, 1, 1))]
+    with pytest.raises(TransferMalformed, match=r"layer 1 announces 4 KV heads; the layer has 2"):
+        receive(encode(layers, HIDDEN, shape), TransferDecoder(expected(shape)))
 
 
 def test_protobuf_parses_what_the_encoder_writes() -> None:

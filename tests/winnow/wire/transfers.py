@@ -36,7 +36,7 @@ def make_layer(
 ) -> LayerKV:
     """Random tensors; ascending positions within NUM_PROMPT_TOKENS."""
     generator = torch.Generator().manual_seed(layer_idx)
-    num_entries = sum(head_lengths)
+    num_entries, size = sum(head_lengths), shape.sizes[layer_idx]
 
     def random(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator).to(shape.dtype)
@@ -47,11 +47,11 @@ def make_layer(
     ]
     return LayerKV(
         layer_idx=layer_idx,
-        keys=random(num_entries, shape.head_dim),
-        values=random(num_entries, shape.head_dim),
+        keys=random(num_entries, size.key_dim),
+        values=random(num_entries, size.value_dim),
         positions=torch.cat(positions).to(torch.int32),
         head_lengths=tuple(head_lengths),
-        window_queries=random(shape.num_heads, window, shape.head_dim),
+        window_queries=random(shape.num_heads, window, size.key_dim),
     )
 
 

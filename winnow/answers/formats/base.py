@@ -23,9 +23,11 @@ class ToolFormat(ABC):
     """A form in which models write calls of tools. Immutable.
 
     markers: texts of it for which a vocabulary may have tokens.
+    in_final: calls stand where other text of an answer does.
     """
 
     name: ClassVar[str]
+    in_final: ClassVar[bool] = True
     arguments_key: ClassVar[str] = "arguments"
     markers: tuple[str, ...] = ()
     syntax: CallSyntax
@@ -69,7 +71,7 @@ class ToolFormat(ABC):
         rules.append("call_space: / {1,2}/")
         text = "\n".join(rules)
         named = frozenset(i for i in ids.values() if i is not None and f"<[{i}]>" in text)
-        return Fragment(text, "call_start", named)
+        return Fragment(text, "call_start", named, in_final=self.in_final)
 
     @abstractmethod
     def _sequence(self, objects: Sequence[str]) -> str:
@@ -89,6 +91,12 @@ class ToolFormat(ABC):
     def _object(self, function: Mapping[str, Any]) -> str:
         named = {"name": function["name"], self.arguments_key: function["arguments"]}
         return json.dumps(named, ensure_ascii=False)
+
+
+def arguments_text(function: Mapping[str, Any]) -> str:
+    """A call's arguments as a model writes them."""
+    arguments = function["arguments"]
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def _literal(text: str) -> str:

@@ -2,13 +2,16 @@
 
 import re
 
+from winnow.answers import channels
 from winnow.answers.formats import hermes, llama3_json, mistral
 from winnow.answers.formats.base import ToolFormat
 from winnow.answers.formats.generic_json import GenericJson
+from winnow.answers.formats.harmony import Harmony
 from winnow.tool_support import CALLED, ToolSupport
 
 # A call as a JSON object, as templates write it.
 _CALL = re.compile(rf'\{{\s*"name"\s*:\s*"{CALLED}"\s*,\s*"(arguments|parameters)"\s*:')
+_TO_FUNCTION = f"to=functions.{CALLED}"
 # Tags of forms that are none of ours; some of them use <tool_call> as well.
 _FOREIGN = ("<function=", "<arg_key>", "<parameter")
 _LLAMA = (llama3_json.PYTHON_TAG, "ipython")
@@ -26,11 +29,13 @@ def named(name: str, source: str) -> ToolFormat:
     """The form with this name, as the template's source has it."""
     if name == mistral.Mistral.name:
         return _mistral(source)
-    known = (hermes.Hermes, llama3_json.Llama3Json, GenericJson)
+    known = (hermes.Hermes, llama3_json.Llama3Json, Harmony, GenericJson)
     return next(form() for form in known if form.name == name)
 
 
 def _shown(call: str) -> ToolFormat | None:
+    if channels.CHANNEL in call and _TO_FUNCTION in call:
+        return Harmony()
     found = _CALL.search(call)
     if mistral.OPEN in call and (found or mistral.ARGS in call):
         return _mistral(call)
@@ -45,6 +50,8 @@ def _shown(call: str) -> ToolFormat | None:
 def _told(source: str) -> ToolFormat | None:
     if any(tag in source for tag in _FOREIGN):
         return None
+    if channels.FINAL_HEADER in source:
+        return Harmony()
     if hermes.OPEN in source:
         return hermes.Hermes()
     if mistral.OPEN in source:

@@ -8,10 +8,11 @@ import string
 from collections.abc import Mapping, Sequence
 
 from winnow.answers.call_syntax import CallSyntax
-from winnow.answers.formats.base import Call, ToolFormat
+from winnow.answers.formats.base import Call, ToolFormat, arguments_text
 
 OPEN, CALL_ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 _ID = re.compile("[A-Za-z0-9]{9}")
+_NAMED = re.compile(r"([\w.-]+)\s*(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*", re.ASCII)
 _ID_CHARS = string.ascii_letters + string.digits
 
 
@@ -20,7 +21,7 @@ class Mistral(ToolFormat):
 
     name = "mistral"
     markers = (OPEN, CALL_ID, ARGS)
-    syntax = CallSyntax(opens=(OPEN,), named=True)
+    syntax = CallSyntax(opens=(OPEN,), named=_NAMED)
 
     def __init__(self, *, named: bool = False, has_id: bool = False) -> None:
         self._named = named
@@ -42,7 +43,7 @@ class Mistral(ToolFormat):
         if not self._named:
             return super().written(calls)
         functions = [call["function"] for call in calls]
-        return "".join(f"{OPEN}{one['name']}{ARGS}{_json(one['arguments'])}" for one in functions)
+        return "".join(f"{OPEN}{one['name']}{ARGS}{arguments_text(one)}" for one in functions)
 
     def _rule(self, marks: Mapping[str, str], parallel: bool) -> str:
         if self._named:
@@ -55,7 +56,3 @@ class Mistral(ToolFormat):
             return super()._around(name, marks)
         call_id = f"{marks[CALL_ID]} /[A-Za-z0-9]{{9}}/ " if self._has_id else ""
         return f"{marks[OPEN]} {json.dumps(name)} {call_id}{marks[ARGS]}", ""
-
-
-def _json(arguments: object) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

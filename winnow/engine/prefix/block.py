@@ -12,8 +12,8 @@ from winnow.engine.prefix.tiers import Tier, tier_of
 class Block:
     """Consecutive tokens of prompts that begin alike, B of them, as far as they were computed.
 
-    layers: of each layer computed, keys and values [2, num_kv_heads, B, head_dim] of all tokens, or
-    packed as int8.
+    layers: of each layer computed, keys and values of all tokens, [2, num_kv_heads, B, D] of its
+    own sizes (see `winnow.kv.stacked`), or packed as int8.
     frontier: their hidden states [B, hidden_size] after the last of these layers.
     frontier_tier: where these have their place, if there is a layer.
     num_users: runs that hold it.  dropped: it is found no more; its users still have it.

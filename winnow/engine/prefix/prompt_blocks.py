@@ -9,6 +9,7 @@ from torch import Tensor
 from winnow.engine.prefix.block import Block
 from winnow.engine.prefix.storage import DamagedBlock, Stored
 from winnow.engine.prefix.store import PrefixStore
+from winnow.kv import stacked
 
 
 class PromptBlocks:
@@ -44,7 +45,10 @@ class PromptBlocks:
         self._store.count(looked_up_tokens, hit_tokens)
 
     def keys_and_values(self, layer_idx: int, num_cached: int, num_tokens: int) -> Tensor:
-        """[2, num_kv_heads, num_tokens, head_dim] with the first `num_cached` tokens filled in."""
+        """[2, num_kv_heads, num_tokens, D] with the first `num_cached` tokens filled in.
+
+        D: the numbers of the layer's keys or values, whichever are more.
+        """
         blocks = self._blocks[: -(-num_cached // self.block_tokens)]
         parts = self._store.fetch_layer(blocks, layer_idx)
         _, num_kv_heads, _, head_dim = parts[0].shape
@@ -92,7 +96,7 @@ class PromptBlocks:
     ) -> None:
         """Give the store what a layer computed, for each block that has this layer to come.
 
-        entries: keys and values [num_kv_heads, T, head_dim] of T tokens from the `offset`-th on;
+        entries: keys and values [num_kv_heads, T, numbers] of T tokens from the `offset`-th on;
         None for a layer without.  hidden: [T, hidden_size], of the same tokens after the layer.
         states: as `state`, after each of `ends` that the layer has passed.
         """
@@ -110,7 +114,7 @@ class PromptBlocks:
             growing = growing and block.depth == layer_idx and start >= offset and end <= num_tokens
             if growing:
                 tokens = slice(start - offset, end - offset)
-                layer = torch.stack([keys[:, tokens], values[:, tokens]])
+                layer = stacked(keys[:, tokens], values[:, tokens])
                 growing = self._store.grow(block, layer, hidden[tokens])
             if growing:
                 assert block.frontier is not None

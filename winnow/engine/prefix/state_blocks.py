@@ -18,7 +18,7 @@ from winnow.engine.prefix.block import Block
 from winnow.engine.prefix.prompt_blocks import PromptBlocks
 from winnow.engine.prefix.storage import DamagedBlock
 from winnow.engine.prefix.store import PrefixStore
-from winnow.kv import ModelShape
+from winnow.kv import ModelShape, stacked
 
 _NUM_ENDS = 2  # whole blocks of a prompt whose ends have states
 _WORD = 8  # bytes; checksums are of whole words
@@ -93,13 +93,12 @@ class StateBlocks(PromptBlocks):
         return tuple(tensors)
 
     def keys_and_values(self, layer_idx: int, num_cached: int, num_tokens: int) -> Tensor:
-        shape = self._shape
-        size = (2, shape.num_kv_heads, num_tokens, shape.head_dim)
         both: Tensor | None = None
         count = num_cached // self.block_tokens
         for idx, record in enumerate(self._fetch(0, count, layer_idx)):
-            part = self._keys_and_values_of(record)
-            both = part.new_empty(size) if both is None else both
+            part = self._keys_and_values_of(record, layer_idx)
+            if both is None:
+                both = part.new_empty((*part.shape[:2], num_tokens, part.shape[3]))
             start = idx * self.block_tokens
             both[:, :, start : start + self.block_tokens] = part
         assert both is not None
@@ -134,7 +133,7 @@ class StateBlocks(PromptBlocks):
             if entries is not None:
                 tokens = slice(start - offset, end - offset)
                 keys, values = (part[:, tokens] for part in entries)
-                kept = self._store.as_kept(torch.stack([keys, values]))
+                kept = self._store.as_kept(stacked(keys, values))
                 record = _as_bytes((kept, hidden[tokens]))
             if not self._store.grow_kept(block, record, hidden.new_empty(0)):
                 break
@@ -145,10 +144,10 @@ class StateBlocks(PromptBlocks):
         except DamagedBlock as damage:
             raise DamagedBlock(first + damage.idx) from damage
 
-    def _keys_and_values_of(self, record: Tensor) -> Tensor:
-        shape, num_hidden = self._shape, self._num_hidden_bytes
+    def _keys_and_values_of(self, record: Tensor, layer_idx: int) -> Tensor:
+        num_hidden = self._num_hidden_bytes
         kept = record[:-num_hidden].view(self._store.kept_dtype)
-        size = (2, shape.num_kv_heads, self.block_tokens, -1)
+        size = (2, self._shape.sizes[layer_idx].num_kv_heads, self.block_tokens, -1)
         return self._store.as_used(kept.view(size))
 
     def _hidden_of(self, record: Tensor) -> Tensor:

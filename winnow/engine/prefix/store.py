@@ -74,7 +74,7 @@ class PrefixStore:
         self._fingerprint = model.fingerprint
         self._dtype, self._is_int8 = shape.dtype, kv_dtype == "int8"
         self.shape = shape
-        self._layer_bytes = shape.kv_bytes(block_tokens * shape.num_kv_heads, kv_dtype)
+        self._layer_bytes = shape.kv_bytes(block_tokens * shape.num_kv_heads, kv_dtype)  # at most
         self._hidden_bytes = block_tokens * shape.hidden_size * shape.dtype.itemsize
         self._require_least(max_bytes, "prefix_cache_bytes")
         if device_bytes:
@@ -235,7 +235,7 @@ class PrefixStore:
         return self.memory.grow(block, layer, frontier)
 
     def fetch_layer(self, blocks: Sequence[Block], layer_idx: int) -> list[Tensor]:
-        """Keys and values [2, num_kv_heads, B, head_dim] of each block.  Raises DamagedBlock."""
+        """Keys and values [2, num_kv_heads, B, D] of each block.  Raises DamagedBlock."""
         return [self.as_used(part) for part in self.memory.fetch_layer(blocks, layer_idx)]
 
     @property

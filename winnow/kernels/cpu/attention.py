@@ -11,8 +11,10 @@ PAGE_ENTRIES = LANES  # a page has a multiple of this
 
 def can_attend(*tensors: Tensor) -> bool:
     """Whether the kernels take these queries, keys and values, and can be used here."""
-    head_dim = tensors[0].shape[-1]
-    return head_dim % (2 * LANES) == 0 and all(map(fits, tensors)) and is_usable()
+    head_dims = {tensor.shape[-1] for tensor in tensors}
+    if len(head_dims) > 1 or head_dims.pop() % (2 * LANES):
+        return False
+    return all(map(fits, tensors)) and is_usable()
 
 
 def can_read(keys: Tensor, dtype: torch.dtype) -> bool:

@@ -12,6 +12,15 @@ from winnow.weight_files import StoredTensor, read_tensor
 
 Settings = Mapping[str, Any]  # config.json's quantization_config
 _BITS_OF_WORD = 32
+# Ends of names of tensors that are for quantized activations or caches.
+ACTIVATIONS = (
+    ".input_scale",
+    ".input_zero_point",
+    ".output_scale",
+    ".output_zero_point",
+    ".activation_scale",
+)
+CACHE = (".k_scale", ".v_scale", ".q_scale", ".kv_scale", ".k_zero_point", ".v_zero_point")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +53,9 @@ class Format:
     """A way to hold a weight.
 
     marker: what the name of one of its parts ends with, which only quantized weights have.
+    other_marker: another end that it may have, where the weight has its own name beside it.
     parts: what the other parts' names end with in its place.
-    dropped: ends of names of tensors that are for quantized activations or caches.
+    dropped: ends of names of tensors that are for something else.
     weight: what the name of the weight ends with.
     shape: of the weight.
     dequantize: the weight in float32, of that shape.
@@ -57,6 +67,16 @@ class Format:
     dequantize: Callable[[Parts], Tensor]
     weight: str = ".weight"
     dropped: tuple[str, ...] = ()
+    other_marker: str | None = None
+
+    def prefix_of(self, name: str, table: Mapping[str, StoredTensor]) -> str | None:
+        """What the names of a weight's parts begin with, if `name` is that of its marker."""
+        if name.endswith(self.marker):
+            return name.removesuffix(self.marker)
+        if self.other_marker is None or not name.endswith(self.other_marker):
+            return None
+        prefix = name.removesuffix(self.other_marker)
+        return prefix if prefix + self.weight in table else None
 
 
 def unpacked(words: Tensor, bits: int, dim: int) -> Tensor:

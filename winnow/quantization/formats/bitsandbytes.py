@@ -1,7 +1,8 @@
 """bitsandbytes: int8 with a scale of each output, or blocks of numbers of 4 bits from a table.
 
 8 bits: weight int8 [out, in], and SCB [out], each output's largest number.
-4 bits: weight uint8 [numbers / 2, 1], two a byte, the high half first; weight.quant_map, the
+4 bits: weight [numbers / 2, 1] bytes, as uint8 or seen as wider numbers, two numbers a byte, the
+high half first; weight.quant_map, the
 numbers that there are; weight.absmax, each block's largest number, itself of 8 bits where there
 are nested ones; and a quant_state in JSON.
 """
@@ -44,7 +45,7 @@ def _shape_of_4_bits(parts: Parts) -> tuple[int, ...]:
 def _dequantize_4_bits(parts: Parts) -> Tensor:
     state = _state(parts)
     shape, size = tuple(state["shape"]), state["blocksize"]
-    stored = parts.read(".weight").flatten()
+    stored = parts.read(".weight").flatten().view(torch.uint8)
     indices = torch.stack([stored >> 4, stored & 0xF], dim=-1).flatten()[: prod(shape)]
     numbers = parts.read(".weight.quant_map").float()[indices.int()]
     largest = _largest(parts, state).repeat_interleave(size)[: len(numbers)]

@@ -3,30 +3,39 @@
 weight: int8 or FP8 [out, in]; or weight_packed: int32 [out, in * bits / 32], of levels that are
 made positive, and weight_shape.  weight_scale: one, of each output, of groups of inputs, or of
 blocks.
-weight_zero_point: like weight_scale; packed along the outputs where weights are packed.
+weight_zero_point: like weight_scale; as int32 packed along the outputs.
 weight_g_idx: the group of each input.
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from winnow.errors import UnusableModel
-from winnow.quantization.formats.base import Format, Parts, Settings, spread, unpacked
+from winnow.quantization.formats.base import (
+    ACTIVATIONS,
+    CACHE,
+    Format,
+    Parts,
+    Settings,
+    spread,
+    unpacked,
+)
 
 _PLAIN = ("int-quantized", "float-quantized", "naive-quantized")
 _PACKED = "pack-quantized"
-_ACTIVATIONS = (".input_scale", ".input_zero_point", ".output_scale", ".output_zero_point")
-_CACHE = (".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point")
+_BITS = (2, 4, 8)
 
 
 def compressed_tensors(settings: Settings) -> Format:
     form = settings.get("format", "dense")
-    dropped = _ACTIVATIONS + _CACHE
+    dropped = ACTIVATIONS + CACHE
     if form in _PLAIN:
         plain = (".weight", ".weight_zero_point", ".weight_g_idx")
         return Format(".weight_scale", plain, _shape, _dequantize, dropped=dropped)
     if form == _PACKED:
+        _require_known(settings)
         packed = tuple(f".weight_{part}" for part in ("shape", "scale", "zero_point", "g_idx"))
         return Format(".weight_packed", packed, _packed_shape, _dequantize_packed, dropped=dropped)
     raise UnusableModel(
@@ -56,7 +65,9 @@ def _dequantize_packed(parts: Parts) -> Tensor:
     levels = unpacked(words, bits, 1)[:, :num_inputs] - middle
     zeros = None
     if parts.has(".weight_zero_point"):
-        zeros = unpacked(parts.read(".weight_zero_point"), bits, 0)[:num_outputs] - middle
+        zeros = parts.read(".weight_zero_point")
+        if zeros.dtype == torch.int32:
+            zeros = unpacked(zeros, bits, 0)[:num_outputs] - middle
     return _scaled(parts, levels.float(), zeros)
 
 
@@ -73,7 +84,22 @@ def _scaled(parts: Parts, levels: Tensor, zeros: Tensor | None) -> Tensor:
 
 
 def _block(settings: Settings) -> tuple[int, ...] | None:
-    groups: dict[str, Any] = settings.get("config_groups", {})
-    weights: list[Any] = [group.get("weights") or {} for group in groups.values()]
-    found = {tuple(one["block_structure"]) for one in weights if one.get("block_structure")}
+    blocks = (one.get("block_structure") for one in _of_weights(settings))
+    found = {tuple(block) for block in blocks if block}
     return found.pop() if len(found) == 1 else None
+
+
+def _require_known(settings: Settings) -> None:
+    """Raise UnusableModel for numbers that are packed otherwise."""
+    for one in _of_weights(settings):
+        if (bits := one.get("num_bits", 4)) not in _BITS:
+            raise UnusableModel(
+                f"compressed-tensors of {bits} bits in the form {_PACKED!r} cannot be dequantized; "
+                f"known are {', '.join(map(str, _BITS))} bits"
+            )
+
+
+def _of_weights(settings: Settings) -> list[Settings]:
+    """How each group of modules has its weights quantized."""
+    groups: dict[str, Any] = settings.get("config_groups") or {}
+    return [group.get("weights") or {} for group in groups.values()]

@@ -1,7 +1,8 @@
 """GPTQ: integers packed along the inputs, scales and zeros of groups of inputs.
 
 qweight: int32 [in * bits / 32, out].  scales: [groups, out].  qzeros: int32 [groups, out * bits /
-32], one too low except in version 2.  g_idx: int32 [in], the group of each input.
+32], one too low except in version 2; 0 is then the largest number.  g_idx: int32 [in], the group of
+each input.
 """
 
 import torch
@@ -28,10 +29,12 @@ def gptq(settings: Settings) -> Format:
 
     def dequantize(parts: Parts) -> Tensor:
         levels = unpacked(parts.read(".qweight"), bits, 0)  # [in, out]
-        zeros = unpacked(parts.read(".qzeros"), bits, 1) + _ZERO_OFFSETS[version]  # [groups, out]
+        stored = unpacked(parts.read(".qzeros"), bits, 1)  # [groups, out]
+        zeros: Tensor = (stored + _ZERO_OFFSETS[version]) & ((1 << bits) - 1)
         scales = parts.read(".scales").float()
         groups = _groups(parts, len(levels), len(scales))
-        return ((levels - zeros[groups]) * scales[groups]).T.contiguous()
+        weight: Tensor = (levels - zeros[groups]) * scales[groups]
+        return weight.T.contiguous()
 
     return Format(".qweight", (".qzeros", ".scales", ".g_idx"), shape, dequantize)
 

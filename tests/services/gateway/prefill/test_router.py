@@ -134,14 +134,16 @@ def test_another_gateway_finds_the_replica_by_what_it_reports(
     gateways: tuple[Gateway, Gateway],
 ) -> None:
     gateway, other = gateways
-    for document in range(2, 5):
-        ((first,),) = gateway.prefill([job(document)])
-        time.sleep(REPORTED_S)
-        assert other.prefill([job(document, question=1)]) == [[Served(first.pid, N)]]
+    documents = range(2, 5)
+    rounds = gateway.prefill(*([job(document)] for document in documents))
+    time.sleep(3 * REPORTED_S)
+    found = other.prefill(*([job(document, question=1)] for document in documents))
+    assert found == [[Served(first.pid, N)] for (first,) in rounds]
 
 
 def test_new_documents_that_come_at_once_are_spread(gateway: Gateway) -> None:
-    (served,) = gateway.prefill([job(document) for document in range(10, 20)])
+    long = [job(document, document_tokens=4 * N) for document in range(10, 20)]  # two seconds
+    (served,) = gateway.prefill(long)
     assert sorted(Counter(one.pid for one in served).values()) == [5, 5]
 
 
@@ -153,9 +155,10 @@ def test_questions_that_come_while_the_document_is_computed_go_to_the_same_repli
 
 
 def test_questions_spill_over_from_a_hot_replica(gateway: Gateway) -> None:
-    """Each has 400 tokens of its own: the fifth would wait for 1,600, which the document has."""
-    questions = [job(30, question=question, num_tokens=400) for question in range(1, 9)]
-    ((first,), served) = gateway.prefill([job(30)], questions)
+    """The fifth would wait for the tokens of four others, which are as many as the document's."""
+    document: dict[str, int] = {"document": 30, "document_tokens": 4 * N}
+    questions = [job(**document, question=idx, num_tokens=N) for idx in range(1, 9)]
+    ((first,), served) = gateway.prefill([job(**document)], questions)
     counts = Counter(one.pid for one in served)
     assert len(counts) == 2
     assert counts[first.pid] >= 4
@@ -184,9 +187,9 @@ def test_when_a_replica_is_lost_its_prompts_go_elsewhere_and_stay_there(
     document = 50 + by_reference
     ((first,),) = gateway.prefill([job(document)], by_reference=by_reference)
     time.sleep(REPORTED_S)
-    slow = job(document, question=1, num_tokens=2 * N)  # a second
+    slow = job(document, question=1, num_tokens=8 * N)  # four seconds
     asked = gateway.handle.prefill.remote([[slow]], by_reference)
-    time.sleep(0.4)
+    time.sleep(1.5)
     os.kill(first.pid, signal.SIGKILL)
     ((error,),) = asked.result(timeout_s=SOON_S)
     assert isinstance(error, PrefillLost)

@@ -1,7 +1,6 @@
 """A share of pruned requests is computed unpruned too, in idle time, and what agrees is counted."""
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +39,15 @@ COUNTED = (
 
 
 @pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "_QUIET_S", 0.05)
     monkeypatch.setattr(checks, "_AGAIN_S", 0.05)
-    yield
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks begin late enough for a test to do something before, once its requests are over."""
+    monkeypatch.setattr(checks, "_QUIET_S", 1.0)
 
 
 def sampling_service(model_path: Path, redis_url: str, **changes: Any) -> Any:
@@ -267,6 +271,7 @@ async def test_a_check_is_one_unpruned_prefill_that_nobody_is_charged_for(
         assert count(service, "requests_waiting", reason="prefill") == 0
 
 
+@pytest.mark.usefixtures("late")
 async def test_a_request_that_arrives_stops_a_check_which_is_done_later(
     model_path: Path, redis_url: str
 ) -> None:
@@ -288,6 +293,7 @@ async def test_a_request_that_arrives_stops_a_check_which_is_done_later(
         assert prefiller.jobs[3].token_ids == prefiller.jobs[1].token_ids
 
 
+@pytest.mark.usefixtures("late")
 async def test_a_busy_prefill_worker_is_asked_again(model_path: Path, redis_url: str) -> None:
     async with sampling_service(model_path, redis_url) as service:
         service.prefiller.failures += [Overloaded("busy")] * 2
@@ -303,10 +309,10 @@ async def test_a_busy_prefill_worker_is_asked_again(model_path: Path, redis_url:
         assert [job.gives_way for job in service.prefiller.jobs] == [False, True, True, True]
 
 
+@pytest.mark.usefixtures("late")
 async def test_a_check_that_fails_is_counted_and_others_go_on(
-    model_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+    model_path: Path, redis_url: str
 ) -> None:
-    monkeypatch.setattr(checks, "_QUIET_S", 0.5)
     async with sampling_service(model_path, redis_url) as service:
         for seed in range(3):
             await ask(service, prompt(seed))
@@ -316,10 +322,10 @@ async def test_a_check_that_fails_is_counted_and_others_go_on(
         assert len(service.prefiller.jobs) == 6
 
 
+@pytest.mark.usefixtures("late")
 async def test_the_oldest_are_dropped_where_too_many_wait(
     model_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "_QUIET_S", 0.5)
     monkeypatch.setattr(checks, "MAX_WAITING", 2)
     async with sampling_service(model_path, redis_url) as service:
         for seed in range(5):
@@ -345,6 +351,7 @@ async def test_requests_that_do_not_end_well_are_not_checked(
         assert not any(job.gives_way for job in service.prefiller.jobs)
 
 
+@pytest.mark.usefixtures("late")
 async def test_checks_end_with_the_gateway(model_path: Path, redis_url: str) -> None:
     async with sampling_service(model_path, redis_url) as service:
         prefiller = service.prefiller

@@ -300,6 +300,7 @@ async def test_a_move_that_breaks_off_is_made_good_by_replay(
 async def test_a_worker_that_cannot_fetch_is_followed_by_one_that_can(
     model_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("services.gateway.request.decode_calls._PAUSE_S", 0.02)
     fetch, tries = Fetcher._fetch, []
 
     def fails_once(self: Fetcher, *arguments: Any) -> None:

@@ -81,7 +81,10 @@ async def test_an_unreachable_worker_comes_last(registry: RedisRegistry) -> None
     await router.close()
 
 
-async def test_requests_at_once_read_the_registry_once(registry: RedisRegistry) -> None:
+async def test_requests_at_once_read_the_registry_once(
+    registry: RedisRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.gateway.request.routing._REFRESH_S", 60)
     await registry.put(RECORD, 30)
     router = Router(registry, "f")
     await router.candidates()

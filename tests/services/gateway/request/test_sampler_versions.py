@@ -1,6 +1,8 @@
 """Decode workers with this release's sampler beside those that know of no versions."""
 
 import asyncio
+import itertools
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -77,15 +79,20 @@ async def old_workers(
                 await service.until_idle()
 
 
-def slow_down(worker: DecodeWorker) -> None:
-    """So that a request outlasts the start of another worker."""
-    step = worker.engine.step
+def hold_from(worker: DecodeWorker, num_steps: int, go_on: threading.Event) -> None:
+    """So that a request outlasts the start of another worker: it waits after so many steps.
 
-    def slow_step() -> list[StepOutput]:
+    Then it takes its time, in which the request can still move.
+    """
+    step, numbers = worker.engine.step, itertools.count()
+
+    def held_step() -> list[StepOutput]:
+        if next(numbers) >= num_steps:
+            assert go_on.wait(SOON_S)
         time.sleep(0.003)
         return step()
 
-    worker.engine.step = slow_step  # type: ignore[method-assign]
+    worker.engine.step = held_step  # type: ignore[method-assign]
 
 
 async def until_known(parts: Service, worker: DecodeWorker) -> None:
@@ -106,14 +113,15 @@ async def harmed(
     service: TestService, parts: Service, request: PromptRequest, harm: Harm
 ) -> PromptRun:
     """A run whose worker is harmed once a worker of this release has joined; then it goes."""
-    new = DecodeWorker(service.workers[0]._settings)
+    new, joined = DecodeWorker(service.workers[0]._settings), threading.Event()
     for old in service.workers:
-        slow_down(old)
+        hold_from(old, 20, joined)
 
     async def join_and_harm(service: TestService, run: PromptRun) -> None:
         await new.start()
         service.workers.append(new)
         await until_known(parts, new)
+        joined.set()
         await harm(service, run)
 
     run = make_run(parts, request)
@@ -121,6 +129,7 @@ async def harmed(
         found = await answers(service, run, harm_after=5, harm=join_and_harm)
         assert [len(one) for one in found] == [request.sampling.max_tokens] * request.num_sequences
     finally:
+        joined.set()
         await new.stop()
         if new in service.workers:
             service.workers.remove(new)

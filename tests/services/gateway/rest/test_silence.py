@@ -76,12 +76,10 @@ async def test_headers_go_out_on_admission_and_comments_until_the_first_token(
 
 
 async def test_comments_come_at_the_interval_that_is_set(held: TestService) -> None:
+    started_s = time.monotonic()
     async with held.http.stream("POST", "/v1/completions", json=BODY) as response:
-        lines = response.aiter_lines()
-        await read_until(lines, COMMENT)
-        started_s = time.monotonic()
-        await read_until(lines, COMMENT, times=5)
-        assert time.monotonic() - started_s > 4.5 * KEEPALIVE_S
+        await read_until(response.aiter_lines(), COMMENT, times=6)
+        assert time.monotonic() - started_s > 5.5 * KEEPALIVE_S
 
 
 async def test_the_official_client_reads_over_comments(held: TestService) -> None:
@@ -150,7 +148,7 @@ async def test_an_error_after_a_silence_is_the_last_event(held: TestService) -> 
 
 async def test_a_deadline_in_a_silence_is_the_last_event(model_path: Path, redis_url: str) -> None:
     async with running_service(
-        model_path, redis_url, request_timeout_s=0.6, sse_keepalive_s=0.1
+        model_path, redis_url, request_timeout_s=3, sse_keepalive_s=0.1
     ) as service:
         service.prefiller.hold_jobs()
         response = await service.http.post("/v1/completions", json=BODY)

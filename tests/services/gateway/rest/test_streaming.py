@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import httpx
 import openai
 import pytest
 
+from services.common.metrics import render
 from services.gateway.request.generation_run import PromptRun
 from tests.deadlines import SOON_S
+from tests.services.exposed import value
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from winnow.errors import PrefillFailed
 from winnow.tokens import Token
@@ -44,6 +47,22 @@ async def test_events_are_framed_as_openai_clients_expect(service: TestService) 
     assert response.headers["x-request-id"] == chunks[0]["id"]
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-1] == "length"
     assert all("usage" not in chunk for chunk in chunks)
+
+
+async def test_a_stream_ends_when_its_request_is_over(
+    service: TestService, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client closes the connection then, which would cancel what is left to do."""
+    asked = BODY | {"prompt": ["the fox", "a dog", "lazy"], "max_tokens": 3}
+    with caplog.at_level(logging.INFO, logger="services.gateway"):
+        async with service.http.stream("POST", "/v1/completions", json=asked) as response:
+            async for line in response.aiter_lines():
+                if line == "data: [DONE]":
+                    break
+            metrics = render(service.gateway.metrics.registry).decode()
+    assert value(metrics, "winnow_requests_running") == 0
+    (told,) = [r.getMessage() for r in caplog.records if r.name.endswith(".outcomes")]
+    assert told.startswith("finished: ")
 
 
 async def test_streamed_pieces_join_to_the_whole_answer(service: TestService) -> None:
@@ -160,7 +179,7 @@ async def test_an_error_in_mid_stream_is_the_streams_last_event(
 async def test_the_official_client_raises_an_error_in_mid_stream(
     model_path: Path, redis_url: str
 ) -> None:
-    async with running_service(model_path, redis_url, request_timeout_s=0.5) as service:
+    async with running_service(model_path, redis_url, request_timeout_s=2) as service:
         stream = await service.openai.completions.create(
             model=MODEL_NAME, prompt="the fox", max_tokens=4000, stream=True, **GREEDY
         )
