@@ -1,8 +1,10 @@
 """LocalModel: answers computed in this process; prefill one by one, decode in a batch."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from evals.calibrate.recording import RecordedModel
@@ -10,6 +12,9 @@ from evals.model import Answer, Instance
 from evals.tasks.base import Example
 from evals.variants import Variant
 from winnow import BatchJob, PruningSettings, SamplingParams, Winnow
+from winnow.adapters.description import describe_adapter, room_for
+from winnow.adapters.layers import described_sizes
+from winnow.adapters.slots import LoadedAdapter
 from winnow.decoder import DecoderModel
 from winnow.defaults import override, pruning_defaults
 from winnow.engine.kv_pool import KVPoolConfig
@@ -30,6 +35,7 @@ class LocalModel:
     wider window; None: each answer is computed, and timed, on its own.
     quantize, dequantize, kv_dtype, prefix_cache_bytes, prefix_cache_device,
     prefix_cache_device_bytes: as in Winnow.load.
+    adapters: the folder of the one that answers, by its name; empty: the model alone does.
     A variant's prompts share beginnings with one another, but not with those of other variants,
     which would be timed as if they had computed them. The prefix cache is not used with
     record_window.
@@ -53,8 +59,11 @@ class LocalModel:
         prefix_cache_bytes: int = 0,
         prefix_cache_device: str = "device",
         prefix_cache_device_bytes: int = 1 << 30,
+        adapters: Mapping[str, Path] = MappingProxyType({}),
     ) -> None:
-        """Raises UnusableModel, InvalidSetting, or InvalidRequest for a missing chat template."""
+        """Raises UnusableModel, UnusableAdapter, InvalidSetting, or InvalidRequest for a missing
+        chat template.
+        """
         self._name = short_name(model)
         self._description = describe_model(
             model,
@@ -78,7 +87,13 @@ class LocalModel:
             max_model_len=max_model_len,
             quantize=quantize,
             dequantize=dequantize,
+            adapter_room=room_for(adapters),
         )
+        self._adapters = adapters
+        sizes = described_sizes(self._description) if adapters else {}
+        self._adapter_digests = {
+            name: describe_adapter(name, folder, sizes).digest for name, folder in adapters.items()
+        }
         self._record_window = record_window
         self._open_prefix_store = partial(
             PrefixStore.within,
@@ -94,6 +109,12 @@ class LocalModel:
     def decoder(self) -> DecoderModel:
         """The model with its weights."""
         return self._load_model()
+
+    @cached_property
+    def adapter(self) -> LoadedAdapter | None:
+        """The one that answers, in its slot."""
+        slots = self.decoder.adapters
+        return None if slots is None else next(iter(slots.preload(self._adapters).values()))
 
     @cached_property
     def _winnow(self) -> Winnow:
@@ -125,6 +146,7 @@ class LocalModel:
             "fingerprint": self._description.fingerprint,
             "kv_dtype": self.pool_config.kv_dtype,
             "pruning": asdict(self._pruning),
+            **({"adapters": self._adapter_digests} if self._adapters else {}),
         }
 
     def count(self, text: str) -> int:
@@ -184,6 +206,7 @@ class LocalModel:
             self.settings(instance.variant),
             _greedy(instance.example.max_new_tokens),
             cache_salt=str(instance.variant),
+            adapter=self.adapter,
         )
 
     def token_ids(self, example: Example) -> list[int]:

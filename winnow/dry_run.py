@@ -76,7 +76,8 @@ def _record(
     options |= {"attention_mask": attention_mask, "sliding_window": window}
     asked = _Attention(query, key, value, options)
     _asked.get().append(asked)
-    return query.new_empty((*query.shape[:3], value.shape[3])).transpose(1, 2), None
+    batch, num_heads, num_tokens, _ = query.shape
+    return query.new_empty((batch, num_tokens, num_heads, value.shape[3])), None
 
 
 AttentionInterface.register(RECORDER, _record)

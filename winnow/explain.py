@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from winnow.adapters.slots import LoadedAdapter
 from winnow.batch import BatchJob
 from winnow.completion import Completion
 from winnow.engine.prefill import PrefillRun, Watch
@@ -61,12 +62,19 @@ class Explanation:
     full_prefill_s: float
 
 
-def explain(winnow: Winnow, token_ids: Sequence[int], sampling: SamplingParams) -> Explanation:
+def explain(
+    winnow: Winnow,
+    token_ids: Sequence[int],
+    sampling: SamplingParams,
+    adapter: str | None = None,
+) -> Explanation:
     """Run a prompt with the pruning of `winnow` and without.
 
+    adapter: the name of the one that answers; None: the model alone does.
     Raises as `Winnow.generate`.
     """
     settings = winnow.pruning
+    used = None if adapter is None else winnow.adapter(adapter)
     winnow.require_fits(len(token_ids), FULL, sampling)
     scores = ScoreWatch(settings, len(token_ids), winnow.model.shape)
     ranks = _RankWatch(settings, len(token_ids))
@@ -76,10 +84,10 @@ def explain(winnow: Winnow, token_ids: Sequence[int], sampling: SamplingParams) 
         scores(view, cut)
 
     is_long = winnow.model.description.is_long(len(token_ids) + sampling.max_tokens)
-    report = _prefill(winnow, token_ids, settings, is_long, watch)
-    prefill_s, full_prefill_s = _times(winnow, token_ids, settings, is_long)
+    report = _prefill(winnow, token_ids, settings, is_long, used, watch)
+    prefill_s, full_prefill_s = _times(winnow, token_ids, settings, is_long, used)
     shape, layer = winnow.model.shape, report.selection_layer
-    jobs = [BatchJob(token_ids, pruning, sampling) for pruning in (settings, FULL)]
+    jobs = [BatchJob(token_ids, one, sampling, adapter=used) for one in (settings, FULL)]
     answers = {result.job_idx: result.completion for result in winnow.generate_many(jobs)}
     return Explanation(
         pieces=tuple(winnow.tokenizer.pieces(token_ids)),
@@ -122,23 +130,28 @@ def _prefill(
     token_ids: Sequence[int],
     settings: PruningSettings,
     is_long: bool,
+    adapter: LoadedAdapter | None,
     watch: Watch | None = None,
 ) -> PrefillReport:
-    run = PrefillRun(winnow.model, token_ids, settings, watch, is_long=is_long)
+    run = PrefillRun(winnow.model, token_ids, settings, watch, is_long=is_long, adapter=adapter)
     while not run.finished:
         run.compute_layer()
     return run.result().report
 
 
 def _times(
-    winnow: Winnow, token_ids: Sequence[int], settings: PruningSettings, is_long: bool
+    winnow: Winnow,
+    token_ids: Sequence[int],
+    settings: PruningSettings,
+    is_long: bool,
+    adapter: LoadedAdapter | None,
 ) -> tuple[float, float]:
     """Median seconds of prefill with `settings` and without pruning, in alternating rounds."""
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(TIMED_ROUNDS):
         for is_full in (True, False):
             started_s = time.perf_counter()
-            _prefill(winnow, token_ids, FULL if is_full else settings, is_long)
+            _prefill(winnow, token_ids, FULL if is_full else settings, is_long, adapter)
             if winnow.model.device.type == "cuda":
                 torch.cuda.synchronize(winnow.model.device)
             seconds[is_full].append(time.perf_counter() - started_s)

@@ -19,7 +19,7 @@ from winnow.kernels.choice import REFERENCE, LayerKernels, layer_kernels
 from winnow.kernels.cpu.packed_layer import LayerWeights, PackedLayer
 from winnow.kernels.rope import HeadNorms
 from winnow.kv import ModelShape
-from winnow.linear import PackedLinear, SummedLinear, joined
+from winnow.linear import PackedLinear, SummedLinear, joined, product_with
 from winnow.quantization.layers import Int8Linear
 from winnow.rotary import Table
 
@@ -88,10 +88,10 @@ class FusedLayer(nn.Module):
 
     def _product(self, idx: int, inputs: Tensor, rows: AdapterRows | None) -> Tensor:
         """One of PRODUCTS, with what the tokens' adapters add.  inputs: [T, in]."""
-        output: Tensor = self._products[idx](inputs)
-        if rows is not None:
-            self.stacks[idx].add(output, inputs, rows)
-        return output
+        if rows is None:
+            return self._products[idx](inputs)  # type: ignore[no-any-return]
+        linear = (self.qkv, self.output, self.gate_up, self.down)[idx]
+        return product_with(linear, inputs, lambda out: self.stacks[idx].add(out, inputs, rows))
 
     def _before_attention(
         self, residual: Tensor, cos: Tensor, sin: Tensor, rows: AdapterRows | None

@@ -1,6 +1,6 @@
 """Linear layers of a loaded model: several as one, packed on CPUs, of int8, shared by ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,11 +73,23 @@ class SummedLinear(nn.Module):
         self.product = product
         self.bias = bias
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """inputs: [..., own in].  Returns [..., out], the same on all ranks."""
+    def forward(self, inputs: Tensor, add: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """inputs: [..., own in].  Returns [..., out], the same on all ranks.
+
+        add: what it adds to this rank's product is summed too.
+        """
         output: Tensor = self.product(inputs)
+        if add is not None:
+            output = add(output)
         dist.all_reduce(output)
         return output if self.bias is None else output + self.bias
+
+
+def product_with(linear: nn.Module, inputs: Tensor, add: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `add` makes of the linear layer's output, of each rank's part before they are summed."""
+    if isinstance(linear, SummedLinear):
+        return linear(inputs, add)  # type: ignore[no-any-return]
+    return add(linear(inputs))
 
 
 def _operation(name: str) -> Any:  # noqa: ANN401 - torch has no types for them

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from winnow import memory
-from winnow.adapters.layers import attach_stacks, linear_sizes
+from winnow.adapters.layers import attach_stacks, linear_sizes, own_sizes
 from winnow.adapters.ref import AdapterRoom
 from winnow.adapters.slots import AdapterSlots
 from winnow.attention import ATTENTION_NAME, AttentionOptions, causal_attention
@@ -100,10 +100,11 @@ def load_model(
         _require_same_as_transformers(decoder, theirs)
     del loaded  # or what is packed would be in memory twice
     network = decoder.network
-    sizes = linear_sizes(network)
+    sizes, own = linear_sizes(network), own_sizes(network)
     is_fused = is_verified and fuse_layers(network, shape, mlp_block_tokens)
     if adapter_room is not None:
-        stacks = attach_stacks(network, sizes, adapter_room, shape.dtype)
+        rank = 0 if split is None else split.rank
+        stacks = attach_stacks(network, own, adapter_room, shape.dtype, rank)
         decoder.adapters = AdapterSlots(stacks, sizes, adapter_room)
     if not is_fused:
         for layer in network.model.layers:

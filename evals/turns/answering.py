@@ -12,6 +12,7 @@ from evals.tasks.base import Example
 from evals.turns.kept_document import KeptDocument
 from evals.variants import Variant
 from winnow import SamplingParams
+from winnow.adapters.rows import applied
 from winnow.completion import generation_spec
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.prefill import PrefillRun
@@ -95,6 +96,7 @@ class Answering:
             store=store,
             cache_salt=str(way),
             is_long=is_long,
+            adapter=self._model.adapter,
         )
         layers = list(run.layers())
         result = run.result()
@@ -102,7 +104,9 @@ class Answering:
         return _Prefilled(layers, result.final_hidden, report.next_position, report.computed_share)
 
     def _extend(self, kept: KeptDocument, token_ids: Sequence[int], *, is_long: bool) -> _Prefilled:
-        layers, final_hidden = kept.prefill(token_ids, is_long=is_long)
+        adapter = self._model.adapter
+        with applied(None if adapter is None else adapter.rows):
+            layers, final_hidden = kept.prefill(token_ids, is_long=is_long)
         num_tokens = len(token_ids)
         return _Prefilled(
             layers, final_hidden, num_tokens, (num_tokens - kept.num_tokens) / num_tokens
@@ -112,7 +116,10 @@ class Answering:
         self, prefilled: _Prefilled, token_ids: Sequence[int], max_tokens: int, started_s: float
     ) -> TurnAnswer:
         engine, sampling = self._engine, SamplingParams(max_tokens=max_tokens, temperature=0)
-        spec = generation_spec("turn", self._model.decoder, token_ids, _ALL_ENTRIES, sampling)
+        spec = generation_spec(
+            *("turn", self._model.decoder, token_ids, _ALL_ENTRIES, sampling),
+            adapter=self._model.adapter,
+        )
         reservation = engine.reserve(spec)
         try:
             for layer in prefilled.layers:

@@ -26,13 +26,20 @@ from winnow.sampling_params import SamplingParams
 
 
 class LocalModel:
-    """Answers of a model in this process."""
+    """Answers of a model in this process, or of one of its adapters."""
 
-    def __init__(self, winnow: Winnow, sampling: SamplingParams, settings: Settings) -> None:
+    def __init__(
+        self,
+        winnow: Winnow,
+        sampling: SamplingParams,
+        settings: Settings,
+        adapter: str | None = None,
+    ) -> None:
         self.figures: Figures | None = None
         self._winnow = winnow
         self._sampling = sampling
         self._settings = settings
+        self._adapter = adapter
 
     def answer(self, text: str, messages: list[Message]) -> Generator[Piece | None]:
         """While the prompt is computed, a sign of life after each layer."""
@@ -41,7 +48,11 @@ class LocalModel:
         prompt, answer, stops = self._prompt(text, messages)
         parser = answer.parser()
         stream = yield from self._winnow.stream_by_layer(
-            prompt, self._sampling, stops, shown_token_ids=answer.shown_token_ids
+            prompt,
+            self._sampling,
+            stops,
+            shown_token_ids=answer.shown_token_ids,
+            adapter=self._adapter,
         )
         figures, first_token_s = _figures_of(stream), None
         self.figures = figures

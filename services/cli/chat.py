@@ -48,7 +48,8 @@ def _source(args: argparse.Namespace, settings: Settings) -> Iterator[Answering]
     if args.endpoint is None:
         given = settings.model_fields_set
         store = settings.prefix_cache_bytes if "prefix_cache_bytes" in given else _STORE_BYTES
-        yield LocalModel(load_winnow(settings, store), sampling, settings)
+        winnow = load_winnow(settings, store, args.adapter)
+        yield LocalModel(winnow, sampling, settings, args.adapter)
         return
     _require_no_local_flags(args)
     with RestClient(args.endpoint, 1, os.environ.get("OPENAI_API_KEY")) as client:
@@ -56,6 +57,11 @@ def _source(args: argparse.Namespace, settings: Settings) -> Iterator[Answering]
 
 
 def _require_no_local_flags(args: argparse.Namespace) -> None:
+    if args.adapter is not None:
+        raise InvalidSetting(
+            "--adapter is of a model in this process; with --endpoint name it by --model-name",
+            param="adapter",
+        )
     for name in LOCAL_CHAT:
         if name in vars(args):
             flag = "--" + name.replace("_", "-")

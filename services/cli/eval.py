@@ -148,6 +148,11 @@ def _model(args: argparse.Namespace, settings: Settings) -> Iterator[Model]:
     if args.endpoint is None:
         yield open_local_model(args, settings, settings.pruning)
         return
+    if args.adapter is not None:
+        raise InvalidSetting(
+            "--adapter is of a model in this process; with --endpoint name it by --model",
+            param="adapter",
+        )
     from evals.endpoint import EndpointModel  # noqa: PLC0415 - one of two
     from evals.rest_client import RestClient  # noqa: PLC0415 - one of two
 

@@ -22,11 +22,11 @@ def run_explain(args: argparse.Namespace, settings: Settings) -> None:
     """
     prompt = read_prompt(args)
     _require_folder(args.output)
-    winnow = load_winnow(settings)
+    winnow = load_winnow(settings, adapter=args.adapter)
     token_ids = token_ids_of(winnow, prompt, chat=args.chat)
     sampling = SamplingParams(max_tokens=args.max_tokens, temperature=0)
-    explanation = explain(winnow, token_ids, sampling)
-    page = report_page(report(explanation, settings.served_name))
+    explanation = explain(winnow, token_ids, sampling, args.adapter)
+    page = report_page(report(explanation, args.adapter or settings.served_name))
     _write(args.output, page)
     sys.stdout.write(f"{args.output}\n")
 

@@ -132,7 +132,7 @@ FETCH_GROUPS: Mapping[str, Sequence[str]] = {
 # Of `winnow chat`, for a model in its own process.
 LOCAL_CHAT = (
     *("model", "revision", "device", "dtype", "kv_dtype", "max_model_len"),
-    *("quantize", "dequantize"),
+    *("quantize", "dequantize", "adapters"),
     *("allow_special_tokens", "reasoning_parser"),
     *("num_threads", "kv_memory_bytes", "prefix_cache_bytes"),
 )

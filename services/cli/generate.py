@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from services.cli.local_model import adapter_folder
 from services.common.settings import Settings
 from winnow.completion import CompletionStream
 from winnow.errors import InvalidRequest
@@ -20,7 +21,7 @@ def generate(args: argparse.Namespace, settings: Settings) -> None:
     Raises WinnowError if the model or the prompt cannot be used.
     """
     prompt = read_prompt(args)
-    winnow = load_winnow(settings)
+    winnow = load_winnow(settings, adapter=args.adapter)
     token_ids = token_ids_of(winnow, prompt, chat=args.chat)
     stream = winnow.stream(token_ids, _sampling(args), tuple(args.stop), adapter=args.adapter)
     for piece in stream:
@@ -32,8 +33,14 @@ def generate(args: argparse.Namespace, settings: Settings) -> None:
         sys.stderr.write(f"winnow: {_unpruned(stream, winnow)}\n")
 
 
-def load_winnow(settings: Settings, prefix_cache_bytes: int = 0) -> Winnow:
-    """Load the model and engines for a command that runs in a single process."""
+def load_winnow(
+    settings: Settings, prefix_cache_bytes: int = 0, adapter: str | None = None
+) -> Winnow:
+    """Load the model and engines for a command that runs in a single process.
+
+    adapter: the one of the settings' that answers.
+    """
+    folders = adapter_folder(adapter, settings)
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     return Winnow.load(
@@ -48,7 +55,7 @@ def load_winnow(settings: Settings, prefix_cache_bytes: int = 0) -> Winnow:
         prefix_cache_bytes=prefix_cache_bytes,
         chat_template_kwargs=settings.chat_template_kwargs,
         allow_special_tokens=settings.allow_special_tokens,
-        adapters=settings.adapters,
+        adapters=folders,
         **settings.pruning,
     )
 

@@ -1,10 +1,12 @@
-"""The model in this process that `winnow eval` and `winnow calibrate` put their prompts to."""
+"""The model in this process of a command, and which of its adapters answers."""
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from services.common.settings import Settings
+from winnow.errors import InvalidSetting
 
 if TYPE_CHECKING:
     from evals.local_model import LocalModel
@@ -16,7 +18,12 @@ def open_local_model(
     pruning: Mapping[str, Any],
     record_window: int | None = None,
 ) -> "LocalModel":
-    """args: `batch_size` and `chat`.  pruning, record_window: as in LocalModel."""
+    """What `winnow eval` and `winnow calibrate` put their prompts to.
+
+    args: `batch_size`, `chat` and, if there may be one, `adapter`.
+    pruning, record_window: as in LocalModel.
+    """
+    adapters = adapter_folder(getattr(args, "adapter", None), settings)
     import torch  # noqa: PLC0415 - slow to load
 
     from evals.local_model import LocalModel  # noqa: PLC0415 - loads transformers
@@ -36,7 +43,21 @@ def open_local_model(
         pruning=dict(pruning),
         chat=args.chat,
         record_window=record_window,
+        adapters=adapters,
         prefix_cache_bytes=int(settings.prefix_cache_bytes),
         prefix_cache_device=settings.prefix_cache_device,
         prefix_cache_device_bytes=int(settings.prefix_cache_device_bytes),
     )
+
+
+def adapter_folder(adapter: str | None, settings: Settings) -> dict[str, Path]:
+    """The folder of the adapter that is asked for, by its name; empty for None.
+
+    Raises InvalidSetting if the settings do not name it.
+    """
+    if adapter is None:
+        return {}
+    if adapter not in settings.adapters:
+        known = ", ".join(settings.adapters) or "none"
+        raise InvalidSetting(f"--adapter is {adapter}; --adapters names {known}", param="adapter")
+    return {adapter: settings.adapters[adapter]}

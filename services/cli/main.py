@@ -145,18 +145,28 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
     flags.add_settings_flags(parser, groups | {"Memory": ("num_threads", "kv_memory_bytes")})
 
 
+def _add_adapter(parser: argparse.ArgumentParser) -> None:
+    from services.cli import flags  # noqa: PLC0415 - loads pydantic
+
+    flags.add_settings_flags(parser, {"Adapters": ("adapters",)})
+    _add_adapter_choice(parser)
+
+
+def _add_adapter_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", metavar="NAME", help="that answers (default: the model alone)")
+
+
 def _add_explain(parser: argparse.ArgumentParser) -> None:
     _add_prompt(parser)
     parser.add_argument("--max-tokens", type=int, default=64, help="of the answers (default: 64)")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="the page"
     )
+    _add_adapter(parser)
     parser.set_defaults(run=_explain, config=None)
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    from services.cli import flags  # noqa: PLC0415 - loads pydantic
-
     _add_prompt(parser)
     sampling = parser.add_argument_group("Sampling")
     sampling.add_argument("--max-tokens", type=int, default=256, help="(default: 256)")
@@ -164,8 +174,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--top-p", type=float, default=1, help="(default: 1)")
     sampling.add_argument("--seed", type=int, default=0, help="(default: 0)")
     sampling.add_argument("--stop", action="append", default=[], help="ends the answer; repeatable")
-    flags.add_settings_flags(parser, {"Adapters": ("adapters",)})
-    parser.add_argument("--adapter", metavar="NAME", help="that answers (default: the model alone)")
+    _add_adapter(parser)
     parser.set_defaults(run=_generate, config=None)
 
 
@@ -186,6 +195,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=float, default=0, metavar="N", help="0 is greedy (default)"
     )
     flags.add_settings_flags(parser, flags.CHAT_GROUPS)
+    _add_adapter_choice(parser)
     parser.set_defaults(run=_chat, config=None)
 
 
@@ -195,6 +205,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 
     add_eval_flags(parser)
     flags.add_settings_flags(parser, flags.EVAL_GROUPS)
+    _add_adapter(parser)
     farewell = "stopped; the same command goes on in {0.output}"
     parser.set_defaults(run=_eval, config=None, farewell=farewell)
 

@@ -55,8 +55,7 @@ class PrefillJob:
     @property
     def kv_variant(self) -> str | None:
         """What tells its KV from the model's other ones."""
-        digest = None if self.adapter is None else self.adapter.digest
-        return kv_variant(digest, is_long=self.is_long)
+        return kv_variant(self.adapter, is_long=self.is_long)
 
 
 @dataclass(frozen=True, slots=True)

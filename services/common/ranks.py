@@ -22,18 +22,25 @@ def load_worker_model(
     waiting for it. To others that is a worker that died: requests go on elsewhere.
     Raises UnusableModel or InvalidSetting.
     """
+    model, ranks = _load(settings, num_ranks, num_threads, extension)
+    if model.adapters is not None:
+        model.adapters.read(settings.adapters)
+    return model, ranks
+
+
+def _load(
+    settings: Settings, num_ranks: int, num_threads: int, extension: str
+) -> tuple[DecoderModel, Ranks | None]:
     options: dict[str, Any] = {
         "device": settings.device,
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
         "quantize": settings.quantize,
         "dequantize": settings.dequantize,
+        "adapter_room": settings.adapter_room(),
     }
     if num_ranks == 1:
-        model = load_model(settings.model_source, **options, adapter_room=settings.adapter_room())
-        if model.adapters is not None:
-            model.adapters.read(settings.adapters)
-        return model, None
+        return load_model(settings.model_source, **options), None
     return load_on_ranks(
         settings.model_source,
         num_ranks,

@@ -516,6 +516,10 @@ class Settings(BaseModel):
         """Split NAME=FOLDER pairs, which variables and flags give with spaces between them."""
         if isinstance(adapters, str):
             adapters = adapters.split()
+        if isinstance(adapters, dict):
+            for name, folder in adapters.items():
+                if not folder:
+                    raise ValueError(f"{name} has no folder")
         if not isinstance(adapters, list):
             return adapters
         pairs = [str(pair).partition("=") for pair in adapters]
@@ -541,11 +545,6 @@ class Settings(BaseModel):
         if self.max_adapters is not None and self.max_adapters < len(self.adapters):
             raise ValueError(
                 f"max_adapters is {self.max_adapters}; adapters names {len(self.adapters)}"
-            )
-        num_ranks = max(self.prefill_ranks, self.decode_ranks)
-        if num_ranks > 1 and (self.adapters or self.max_adapters):
-            raise ValueError(
-                f"adapters run on one process per worker; tensor_parallel is {num_ranks}"
             )
         return self
 

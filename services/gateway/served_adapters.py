@@ -14,12 +14,10 @@ from services.common.registry import AdapterRecord, Registry
 from services.common.settings import Settings
 from services.common.tasks import end
 from winnow.adapters.description import AdapterDescription, describe_adapter
-from winnow.adapters.layers import linear_sizes
+from winnow.adapters.layers import described_sizes
 from winnow.adapters.ref import AdapterRef, AdapterRoom
-from winnow.checkpoint import empty_network
 from winnow.errors import InvalidSetting, RegistryUnavailable, UnknownModel
-from winnow.model_files import ModelDescription, load_config
-from winnow.network import Network
+from winnow.model_files import ModelDescription
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +137,7 @@ class _Reader:
 
     def describe(self, name: str, folder: Path, room: AdapterRoom) -> AdapterDescription:
         if not self._sizes:
-            self._sizes = linear_sizes(Network(empty_network(load_config(self._model.path))))
+            self._sizes = described_sizes(self._model)
         return describe_adapter(name, folder, self._sizes, room.max_rank)
 
 

@@ -90,6 +90,18 @@ SWITCHES: dict[str, list[str]] = {
         "model.fetch.image=google/cloud-sdk:slim",
         "model.fetch.command={gcloud,storage,rsync,$(MODEL_SOURCE),$(MODEL_TARGET)}",
     ],
+    "adapters of every origin": [
+        "model.source=s3://bucket/model",
+        "model.fetch.image=amazon/aws-cli:2.17.0",
+        "model.fetch.envFromSecret=s3-access",
+        "model.hub.tokenSecret=hub",
+        "adapters.sources.support=/models/support",
+        "adapters.sources.team/law=s3://bucket/path/law",
+        "adapters.sources.med=org/med@v1",
+        "adapters.maxAdapters=4",
+        "adapters.maxRank=32",
+    ],
+    "adapters, on Ray": [*RAY, "adapters.sources.med=org/med"],
     "settings": ["settings.request_timeout_s=600", "pruning.kv_budget=64", "model.name=tiny"],
 }
 CASES = {path.stem: ["-f", str(path)] for path in EXAMPLES} | {
@@ -390,6 +402,63 @@ def test_a_hub_model_is_fetched_before_it_is_loaded(
         assert told.get("HF_HUB_OFFLINE") == ("1" if is_read_only else None)
 
 
+@pytest.mark.parametrize("mode", [[], RAY], ids=["deployment", "Ray"])
+def test_adapters_come_before_winnow_starts(mode: list[str]) -> None:
+    flags = [flag for change in mode for flag in ("--set", change)]
+    done = helm("template", "r", str(CHART), *CASES["adapters of every origin"], *flags)
+    pods = [
+        template["spec"]
+        for _, template in pod_templates(m for m in yaml.safe_load_all(done.stdout) if m)
+        if "initContainers" in template["spec"]
+    ]
+    assert len(pods) == (3 if mode else 2)
+    for pod in pods:
+        fetching = {one["name"]: one for one in pod["initContainers"]}
+        assert list(fetching) == ["fetch-model", "fetch-adapter-0", "fetch-adapter-1"]
+        hub, copied = fetching["fetch-adapter-0"], fetching["fetch-adapter-1"]
+        files = ["adapter_config.json", "adapter_model.safetensors"]
+        where = ["--local-dir", "/adapters/med", "--revision", "v1"]
+        assert hub["command"] == ["hf", "download", "org/med", *files, *where]
+        assert variables(hub)["HF_TOKEN"] == {"secretKeyRef": {"name": "hub", "key": "token"}}
+        assert copied["command"][:3] == ["aws", "s3", "sync"]
+        told = variables(copied)
+        assert told["MODEL_SOURCE"] == "s3://bucket/path/law"
+        assert told["MODEL_TARGET"] == "/adapters/team/law"
+        assert copied["envFrom"] == fetching["fetch-model"]["envFrom"]
+        (serving,) = pod["containers"]
+        assert mounts(serving)["adapters"] == ("/adapters", True)
+        assert mounts(hub)["adapters"] == mounts(copied)["adapters"] == ("/adapters", False)
+        assert {"name": "adapters", "emptyDir": {}} in pod["volumes"]
+
+
+def test_winnow_is_told_of_adapters() -> None:
+    """What the chart says is what Winnow reads."""
+    done = helm("template", "r", str(CHART), *CASES["adapters of every origin"])
+    workloads = [m for m in yaml.safe_load_all(done.stdout) if m and "Service" not in m["kind"]]
+    told = [
+        {name: value for name, value in variables(container).items() if "ADAPTER" in name}
+        for _, _, container in containers(workloads)
+        if container["name"] in ("serve", "decode")
+    ]
+    assert len(told) == 2
+    for one in told:
+        settings = Settings(
+            adapters=one["WINNOW_ADAPTERS"],
+            max_adapters=one["WINNOW_MAX_ADAPTERS"],
+            max_adapter_rank=one["WINNOW_MAX_ADAPTER_RANK"],
+        )
+        assert {name: str(folder) for name, folder in settings.adapters.items()} == {
+            "support": "/models/support",
+            "team/law": "/adapters/team/law",
+            "med": "/adapters/med",
+        }
+        assert (settings.max_adapters, settings.max_adapter_rank) == (4, 32)
+    plain = helm("template", "r", str(CHART), "--set", "adapters.sources.a=/models/a")
+    assert "ADAPTER" not in helm("template", "r", str(CHART)).stdout
+    assert "MAX_ADAPTER" not in plain.stdout
+    assert "/adapters" not in plain.stdout
+
+
 def test_the_hub_is_told_who_asks_for_what() -> None:
     for containers_of_pod in loaders(CASES["hub model"]):
         for container in containers_of_pod[:2]:
@@ -564,6 +633,24 @@ def test_alerts_and_dashboards_are_the_shared_ones() -> None:
         (["model.revision=a@b"], "/model/revision"),
         (["model.hub.endpoint=hub"], "/model/hub/endpoint"),
         (["model.source=s3://b/x"], "model.fetch.image needs an image"),
+        (["settings.max_adapters=2"], "max_adapters"),
+        (["adapters.sources.a b=/models/a"], "invalid propertyName 'a b'"),
+        (["adapters.sources.a=models/a/b"], "/adapters/sources/a"),
+        (["adapters.sources.a=/models/a b"], "/adapters/sources/a"),
+        (["adapters.maxAdapters=257"], "/adapters/maxAdapters"),
+        (
+            ["adapters.maxAdapters=1", "adapters.sources.a=/m/a", "adapters.sources.b=/m/b"],
+            "adapters.maxAdapters is 1; adapters.sources names 2",
+        ),
+        (["adapters.sources.a=s3://b/x"], "adapters.sources.a is an address: model.fetch.image"),
+        (
+            ["adapters.sources.a=ftp://b/x", "model.fetch.image=i"],
+            "adapters.sources.a is neither a folder, nor the hub's",
+        ),
+        (
+            ["adapters.sources.a=org/a", "model.hub.offline=true"],
+            "adapters.sources.a is of a hub, but model.hub.offline is set",
+        ),
         (["model.source=ftp://b/x", "model.fetch.image=i"], "model.fetch.command must say how"),
         (
             ["model.source=s3://b/x", "model.fetch.image=i", "model.volume.readOnly=true"],

@@ -1,15 +1,21 @@
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from evals.local_model import LocalModel
 from evals.model import Instance
 from evals.tasks.base import Example
 from evals.variants import make_variants, parse_methods
+from tests.winnow.adapters.made import save_adapter
+from winnow import SamplingParams, Winnow
 from winnow.engine.prefix.hashes import BLOCK_TOKENS
 
 CONTEXT = "the quick brown fox jumps over the lazy dog " * 20
 
 
-def local_model(folder: Path, prefix_cache_bytes: int) -> LocalModel:
+def local_model(
+    folder: Path, prefix_cache_bytes: int, adapters: Mapping[str, Path] = MappingProxyType({})
+) -> LocalModel:
     return LocalModel(
         str(folder),
         device="cpu",
@@ -20,6 +26,7 @@ def local_model(folder: Path, prefix_cache_bytes: int) -> LocalModel:
         pruning={},
         chat=False,
         prefix_cache_bytes=prefix_cache_bytes,
+        adapters=adapters,
     )
 
 
@@ -47,3 +54,23 @@ def test_questions_about_one_context_compute_it_once_for_each_variant(
             assert saved == 0, "a variant does not profit from another"
         else:
             assert saved > 0.25 * 2 * BLOCK_TOKENS / like.num_prompt_tokens
+
+
+def test_answers_are_those_of_the_adapter(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    model, adapters = tiny_models["llama"], {"law": save_adapter(tmp_path, tiny_models["llama"])}
+    (variant,) = make_variants(parse_methods("full"), [64])
+    example = Example("fox", 0, "", CONTEXT, "who jumps over?", "", ("dog",), 6)
+    instance = Instance(example, 512, variant)
+    own, plain = local_model(model, 0, adapters), local_model(model, 0)
+    winnow = Winnow.load(model, method="full", adapters=adapters)
+    expected = [
+        winnow.generate(
+            own.token_ids(example), SamplingParams(max_tokens=6, temperature=0), adapter=name
+        ).text
+        for name in ("law", None)
+    ]
+    found = [answer.text for one in (own, plain) for _, answer in one.answers([instance])]
+    assert found == expected
+    assert found[0] != found[1]
+    ref = winnow.adapter("law").ref
+    assert own.identity() == plain.identity() | {"adapters": {"law": ref.digest}}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tests.models_in_code import VOCAB_SIZE
+from winnow.adapters.slots import LoadedAdapter
 from winnow.decoder import DecoderModel
 from winnow.engine.decode import DecodeEngine
 from winnow.engine.generation_spec import GenerationSpec
@@ -49,8 +50,9 @@ def prefill_all(
     store: PrefixStore | None = None,
     *,
     is_long: bool = False,
+    adapter: LoadedAdapter | None = None,
 ) -> tuple[list[LayerKV], PrefillResult]:
-    run = PrefillRun(model, token_ids, settings, store=store, is_long=is_long)
+    run = PrefillRun(model, token_ids, settings, store=store, is_long=is_long, adapter=adapter)
     return list(run.layers()), run.result()
 
 
@@ -100,7 +102,9 @@ def admit(
     reservation = engine.reserve(request)
     prefill = model or engine.model
     is_long = prefill.description.is_long(request.num_positions)
-    layers, result = prefill_all(prefill, token_ids, settings, store, is_long=is_long)
+    layers, result = prefill_all(
+        prefill, token_ids, settings, store, is_long=is_long, adapter=request.adapter
+    )
     for layer in layers:
         reservation.write_layer(layer)
     engine.start(reservation, result.final_hidden, result.report.next_position)

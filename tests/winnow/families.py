@@ -278,8 +278,8 @@ def tiny_config(family: str, **changes: Any) -> Any:
     """
     if family in _TEXTS:
         texts = tiny_config(_TEXTS[family]).to_dict() | _ASSISTANTS
-        whole: Any = CONFIG_MAPPING[family]
-        return whole(text_config=texts)
+        drafting: Any = CONFIG_MAPPING[family]
+        return drafting(text_config=texts)
     kind = _text_kind(family)
     names = _names(kind)
     sizes = {name: value for name, value in _SIZES.items() if name in names}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.models_in_code import long_rope, save_tiny_model
+from tests.winnow.adapters.made import save_adapter
 from tests.winnow.drive import prefill_all
 from winnow import SamplingParams, Winnow
 from winnow.catalog import METHODS
@@ -106,3 +107,14 @@ def test_refuses_what_generate_refuses(tiny_models: dict[str, Path]) -> None:
         explain(winnow, [], SAMPLING)
     with pytest.raises(InvalidRequest, match="9,000"):
         explain(winnow, [5] * 9000, SAMPLING)
+
+
+def test_explains_what_an_adapter_does(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path, tiny_models["llama"])
+    winnow = Winnow.load(tiny_models["llama"], adapters={"law": folder}, **BUDGETS)
+    token_ids = winnow.tokenizer.encode(TEXT)
+    own, others = (explain(winnow, token_ids, SAMPLING, adapter) for adapter in ("law", None))
+    answers = [winnow.generate(token_ids, SAMPLING, adapter=name) for name in ("law", None)]
+    assert [own.answer.token_ids, others.answer.token_ids] == [one.token_ids for one in answers]
+    assert own.report.rho == answers[0].report.rho
+    assert own.layer_ranks != others.layer_ranks

@@ -7,12 +7,14 @@ here is refused.
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from winnow.errors import UnusableAdapter
+
+T = TypeVar("T")
 
 ALL_LINEAR = "all-linear"
 # Options that change what an adapter computes, besides A and B.
@@ -78,20 +80,16 @@ def read_config(file: Path) -> LoraConfig:
     if not isinstance(content, dict):
         raise ValueError("adapter_config.json holds no object")
     _require_supported(file, content)
-    layers = content.get("layers_to_transform")
+    options = _Options(file, content)
     return LoraConfig(
-        rank=_rank(file, content.get("r", 8)),
-        alpha=float(content.get("lora_alpha", 8)),
-        is_rank_stabilized=bool(content.get("use_rslora")),
-        rank_pattern={
-            key: _rank(file, rank) for key, rank in (content.get("rank_pattern") or {}).items()
-        },
-        alpha_pattern=dict(content.get("alpha_pattern") or {}),
-        target_modules=_names(content.get("target_modules")),
-        excluded=_names(content.get("exclude_modules")),
-        layers=None
-        if layers is None
-        else frozenset([layers] if isinstance(layers, int) else layers),
+        rank=options.rank("r", content.get("r", 8)),
+        alpha=options.alpha("lora_alpha", content.get("lora_alpha", 8)),
+        is_rank_stabilized=options.flag("use_rslora"),
+        rank_pattern=options.by_pattern("rank_pattern", options.rank),
+        alpha_pattern=options.by_pattern("alpha_pattern", options.alpha),
+        target_modules=options.names("target_modules"),
+        excluded=options.names("exclude_modules"),
+        layers=options.layers("layers_to_transform"),
     )
 
 
@@ -116,16 +114,71 @@ def _require_supported(file: Path, content: Mapping[str, Any]) -> None:
         )
 
 
-def _rank(file: Path, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UnusableAdapter(f"{file}: r is {value!r}; it is a whole number of at least 1")
-    return value
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """Reads options of a file; raises UnusableAdapter for one that is not what it has to be."""
 
+    file: Path
+    content: Mapping[str, Any]
 
-def _names(value: object) -> str | tuple[str, ...]:
-    if value is None:
-        return ()
-    return value if isinstance(value, str) else tuple(map(str, list(value)))  # type: ignore[call-overload]
+    def refusal(self, option: str, value: object, wanted: str) -> UnusableAdapter:
+        return UnusableAdapter(f"{self.file}: {option} is {value!r}; it is {wanted}")
+
+    def flag(self, option: str) -> bool:
+        value = self.content.get(option) or False
+        if not isinstance(value, bool):
+            raise self.refusal(option, value, "true or false")
+        return value
+
+    def rank(self, option: str, value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.refusal(option, value, "a whole number of at least 1")
+        return value
+
+    def alpha(self, option: str, value: object) -> float:
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not math.isfinite(value)
+        ):
+            raise self.refusal(option, value, "a finite number")
+        return float(value)
+
+    def by_pattern(self, option: str, parse: Callable[[str, object], T]) -> dict[str, T]:
+        """The values of patterns of modules' names."""
+        value = self.content.get(option) or {}
+        if not isinstance(value, dict):
+            raise self.refusal(option, value, "an object")
+        for pattern in value:
+            self._require_pattern(option, pattern)
+        return {key: parse(f"{option} of {key}", one) for key, one in value.items()}
+
+    def names(self, option: str) -> str | tuple[str, ...]:
+        value = self.content.get(option)
+        if value is None:
+            return ()
+        if isinstance(value, str):
+            self._require_pattern(option, value)
+            return value
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise self.refusal(option, value, "a regular expression or a list of names")
+        return tuple(value)
+
+    def layers(self, option: str) -> frozenset[int] | None:
+        value = self.content.get(option)
+        if value is None:
+            return None
+        found = value if isinstance(value, list) else [value]
+        if not all(isinstance(one, int) for one in found):
+            raise self.refusal(option, value, "a layer's number or a list of them")
+        return frozenset(found)
+
+    def _require_pattern(self, option: str, pattern: str) -> None:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            wanted = f"no regular expression: {error}"
+            raise self.refusal(option, pattern, wanted) from error
 
 
 def _matches(names: str | tuple[str, ...], module: str) -> bool:

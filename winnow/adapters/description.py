@@ -106,7 +106,7 @@ def describe_adapter(
         raise UnusableAdapter(
             f"adapter {name} has rank {rank}; the limit is max_adapter_rank {max_rank}"
         )
-    return AdapterDescription(name, path, _digest(path), rank, modules)
+    return AdapterDescription(name, path, digest_of(path), rank, modules)
 
 
 def _config(name: str, folder: Path) -> LoraConfig:
@@ -123,7 +123,8 @@ def _file(name: str, folder: Path, file: str) -> Path:
     return folder / file
 
 
-def _digest(folder: Path) -> str:
+def digest_of(folder: Path) -> str:
+    """Hex digest of an adapter's configuration and weights; raises OSError."""
     digest = hashlib.sha256()
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         digest.update((folder / file).stat().st_size.to_bytes(8))
@@ -166,7 +167,7 @@ def _pairs(name: str, table: Iterable[str], sizes: LinearSizes) -> dict[str, dic
     for key in table:
         found = _KEY.fullmatch(key)
         module = _TO_LAYERS.sub("model.layers.", found["module"], count=1) if found else ""
-        if found and module in sizes:
+        if found and module in sizes and found["side"] not in pairs.get(module, ()):
             pairs.setdefault(module, {})[found["side"]] = key
         else:
             unknown.append(key.removeprefix("base_model.model."))
@@ -201,7 +202,9 @@ def _module(
                 f"outputs and rank {rank} it is {list(wanted)}"
             )
         if not tensor.dtype.is_floating_point:
-            raise UnusableAdapter(f"adapter {name}: {side} of {module} is {tensor.dtype}")
+            raise UnusableAdapter(
+                f"adapter {name}: {side} of {module} is {tensor.dtype}; it must be floating point"
+            )
     return AdapterModule(pair["A"], pair["B"], rank, config.scale_of(module))
 
 

@@ -46,14 +46,15 @@ def require_adapter_name(name: str) -> None:
         )
 
 
-def kv_variant(adapter_digest: str | None, *, is_long: bool) -> str | None:
+def kv_variant(adapter: AdapterRef | None, *, is_long: bool) -> str | None:
     """What tells a sequence's KV from that of the model's other ones; None: nothing does.
 
-    adapter_digest: of the one that computes it.  is_long: it is rotated by long tables.
+    adapter: that computes it.  is_long: it is rotated by long tables.
     """
+    digest = None if adapter is None else adapter.digest
     if not is_long:
-        return adapter_digest
-    return f"{adapter_digest or ''}+long"
+        return digest
+    return f"{digest or ''}+long"
 
 
 def variant_fingerprint(fingerprint: str, variant: str | None) -> str:

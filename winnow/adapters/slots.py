@@ -7,7 +7,7 @@ needed, the least recently used first.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,11 +19,13 @@ from winnow.adapters.description import (
     AdapterDescription,
     LinearSizes,
     describe_adapter,
+    digest_of,
 )
 from winnow.adapters.ref import AdapterRef, AdapterRoom
 from winnow.adapters.rows import AdapterRows
 from winnow.adapters.stack import AdapterStack, Pair, pair_of
 from winnow.errors import ModelMismatch, Overloaded, UnusableAdapter
+from winnow.folder_errors import as_unusable
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,10 @@ class AdapterSlots:
     """Every method may be called from any thread; reading an adapter blocks only other reads.
 
     sizes: of the model's linear layers.
+    fill_others: has other ranks do the same `fill`; raises UnusableAdapter if one cannot.
     """
+
+    fill_others: Callable[[int, AdapterDescription], object] = staticmethod(lambda *_: None)
 
     def __init__(
         self, stacks: Sequence[AdapterStack], sizes: LinearSizes, room: AdapterRoom
@@ -133,7 +138,8 @@ class AdapterSlots:
                 return taken
             slot = self._take_slot(description.name)
             try:
-                self._fill(slot, description)
+                self.fill(slot, description)
+                self.fill_others(slot, description)
             except BaseException:
                 with self._lock:
                     self._free.append(slot)
@@ -166,20 +172,27 @@ class AdapterSlots:
             logger.info("adapter %s gives way to %s", oldest.ref.name, name)
             return oldest.slot
 
-    def _fill(self, slot: int, description: AdapterDescription) -> None:
-        with safe_open(description.folder / WEIGHTS_FILE, framework="pt") as file:
-            for stack in self._stacks:
-                stack.fill(slot, dict(_pairs(file.get_tensor, description, stack.names)))
+    def fill(self, slot: int, description: AdapterDescription) -> None:
+        """Raises UnusableAdapter, also if the files are not the described ones any more."""
+        name, folder = description.name, description.folder
+        with as_unusable(f"adapter {name} in {folder} cannot be read", UnusableAdapter):
+            with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+                for stack in self._stacks:
+                    stack.fill(slot, dict(_pairs(file.get_tensor, description, stack)))
+            if digest_of(folder) != description.digest:
+                raise UnusableAdapter(f"adapter {name}: {folder} was changed while it was read")
 
 
 def _pairs(
-    read: Callable[[str], Tensor], description: AdapterDescription, names: Iterable[str]
+    read: Callable[[str], Tensor], description: AdapterDescription, stack: AdapterStack
 ) -> Iterator[tuple[str, Pair]]:
-    for name in names:
+    for name in stack.names:
         module = description.modules.get(name)
         if module is None:
             continue
-        down, up = read(module.down), read(module.up)
-        if not bool(down.isfinite().all() and up.isfinite().all()):
-            raise UnusableAdapter(f"adapter {description.name} has NaN or inf in {name}")
-        yield name, pair_of(down, up, module.scale)
+        pair = pair_of(read(module.down), read(module.up), module.scale, stack.dtype)
+        if not all(bool(one.isfinite().all()) for one in pair):
+            raise UnusableAdapter(
+                f"adapter {description.name} has NaN or inf in {name}, as {stack.dtype}"
+            )
+        yield name, pair

@@ -29,9 +29,14 @@ class AdapterStack:
         num_inputs: int,
         room: AdapterRoom,
         like: Tensor,
+        rank: int = 0,
     ) -> None:
-        """like: has the model's dtype and device."""
+        """like: has the model's dtype and device.
+
+        rank: of several, of which each has an equal share of the outputs or of the inputs.
+        """
         self.names = tuple(names)
+        self._rank = rank
         self._room = room
         slots, rank = room.max_adapters, room.max_rank
         self._down = like.new_zeros(slots, len(names), rank, num_inputs)  # A
@@ -41,6 +46,10 @@ class AdapterStack:
             slice(start, start + size) for start, size in zip(starts, num_outputs, strict=True)
         ]
         self._adapts: set[int] = set()  # slots with anything here
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._down.dtype
 
     @property
     def nbytes(self) -> int:
@@ -55,18 +64,24 @@ class AdapterStack:
             up[idx].zero_()
             if name in pairs:
                 down, scaled = pairs[name]
+                down = self._share(down, 1, self._down.shape[-1])
+                scaled = self._share(scaled, 0, up.shape[-1])
                 self._down[idx, part, : len(down)] = down.to(self._down)
                 up[idx, : len(down)] = scaled.T.to(up)
                 self._adapts.add(slot)
 
-    def add(self, output: Tensor, inputs: Tensor, rows: AdapterRows) -> None:
+    def _share(self, whole: Tensor, dim: int, size: int) -> Tensor:
+        """This rank's part of a matrix; all of it where that is its size."""
+        return whole.narrow(dim, self._rank * size if whole.shape[dim] > size else 0, size)
+
+    def add(self, output: Tensor, inputs: Tensor, rows: AdapterRows) -> Tensor:
         """Add to a product what the tokens' adapters do.
 
-        output: [T, sum of num_outputs], changed in place.  inputs: [T, in].
+        output: [T, sum of num_outputs], changed in place, and returned.  inputs: [T, in].
         """
         if rows.slot is not None:
             self._add_one(output, inputs, rows.slot)
-            return
+            return output
         assert rows.others is not None
         num_slots, num_parts, rank, num_inputs = self._down.shape
         every = inputs @ self._down.view(-1, num_inputs).T  # [T, slots * P * rank]
@@ -74,6 +89,7 @@ class AdapterStack:
         for part, (columns, up) in enumerate(zip(self._columns, self._ups, strict=True)):
             inner = own[:, :, part * rank : (part + 1) * rank].reshape(-1, num_slots * rank)
             output[:, columns] += inner @ up.view(num_slots * rank, -1)
+        return output
 
     def _add_one(self, output: Tensor, inputs: Tensor, slot: int) -> None:
         if slot not in self._adapts:
@@ -85,6 +101,6 @@ class AdapterStack:
 
 
 @torch.inference_mode()
-def pair_of(down: Tensor, up: Tensor, scale: float) -> Pair:
+def pair_of(down: Tensor, up: Tensor, scale: float, dtype: torch.dtype) -> Pair:
     """A and B as `fill` takes them; the scale is multiplied in float32."""
-    return down.float(), up.float() * scale
+    return down.to(dtype), (up.float() * scale).to(dtype)

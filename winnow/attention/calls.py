@@ -52,7 +52,7 @@ def _dispatch(
     attention, layer = _attending.get()
     options = AttentionOptions(scaling, layer, softcap, s_aux)
     output = attention(module.layer_idx, query, key, value, options)
-    return output.transpose(1, 2), None  # [B, T, H, D]
+    return output.transpose(1, 2).contiguous(), None  # [B, T, H, D]
 
 
 AttentionInterface.register(ATTENTION_NAME, _dispatch)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from winnow.adapters.description import AdapterDescription
 from winnow.engine.graph import Recorder
 from winnow.engine.kv_pool import KVPoolConfig
 from winnow.kv import LayerKV
@@ -123,6 +124,21 @@ class Arrived:
 
 
 @dataclass(frozen=True, slots=True)
+class FillAdapter:
+    """Put the rank's share of an adapter into a slot; answered by Filled."""
+
+    slot: int
+    description: AdapterDescription
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """refusal: why the adapter cannot be read; None: it is in its slot."""
+
+    refusal: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Extend:
     """For the follower's Extension."""
 
@@ -134,11 +150,13 @@ class Step:
     """Run one decode step; the hidden states of each row's newest token come by the group.
 
     positions: of these tokens.  width: pages that a head of any rank takes at most.
+    slots: of the rows' adapters.
     """
 
     rows: list[int]
     positions: list[int]
     width: int
+    slots: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +191,7 @@ class PrefillLayer:
     same_hidden, same_positions: go on with the hidden states of the layer before, and its tables.
     has_gaps: the tokens are all that are left of the prompt, and their positions have gaps.
     num_queries: how many of the last queries to answer with; None: all.
+    slot: of the adapter that computes it; None: the model alone does.
     """
 
     layer_idx: int
@@ -183,6 +202,7 @@ class PrefillLayer:
     has_gaps: bool = False
     num_queries: int | None = None
     positions: Tensor | None = None
+    slot: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +244,7 @@ Command = (
     | Clear
     | Expect
     | TakeArrived
+    | FillAdapter
     | Extend
     | Step
     | Record
@@ -234,4 +255,4 @@ Command = (
     | CollectLayer
     | PackLayer
 )
-Answer = Any  # Ready, Failed, LayerKV, Arrived, or an Extension's
+Answer = Any  # Ready, Failed, LayerKV, Arrived, Filled, or an Extension's

@@ -26,6 +26,8 @@ from winnow.distributed.commands import (
     Expect,
     Extend,
     Failed,
+    FillAdapter,
+    Filled,
     Load,
     Logits,
     OpenPool,
@@ -48,7 +50,7 @@ from winnow.distributed.in_step import StepModel
 from winnow.distributed.pipes import Pipe, receive, send
 from winnow.distributed.rank_pool import RankPool
 from winnow.distributed.rank_prefill import RankPrefill, give_packed
-from winnow.errors import WinnowError
+from winnow.errors import UnusableAdapter, WinnowError
 from winnow.kv import LayerKV
 from winnow.models import load_model
 
@@ -102,6 +104,8 @@ class Follower:
                 self.pool = RankPool(self.model, command, self._split)
             case PrepareSteps():
                 self.pool.prepare_steps(command)
+            case FillAdapter():
+                self._answer(self._fill_adapter(command))
             case Extend():
                 self._extend(command.message)
             case _:
@@ -150,6 +154,15 @@ class Follower:
         answer = self._extension.do(message)
         if answer is not None:
             self._answer(answer)
+
+    def _fill_adapter(self, command: FillAdapter) -> Filled:
+        adapters = self.model.adapters
+        assert adapters is not None
+        try:
+            adapters.fill(command.slot, command.description)
+        except UnusableAdapter as error:
+            return Filled(error.message)
+        return Filled()
 
     def _compute_logits(self, command: Logits) -> None:
         shape = self.model.shape

@@ -20,6 +20,7 @@ class StepModel(DecoderModel):
 
     def __init__(self, own: DecoderModel, rank: int = 0) -> None:
         super().__init__(own._model, own.description, own.device, own.shape)
+        self.adapters = own.adapters
         self._is_first = rank == 0
 
     @torch.inference_mode()

@@ -100,7 +100,8 @@ class RankPool:
     def step(self, step: Step) -> None:
         self._pool.mirror.widen(step.width)
         self._step_rows = step.rows
-        _, outputs = self._steps.run(step.rows, step.positions, [UNREAD] * len(step.rows))
+        unread = [UNREAD] * len(step.rows)
+        _, outputs = self._steps.run(step.rows, step.positions, unread, step.slots)
         self._options, self._queries = outputs.options, outputs.queries
 
     def record(self, wanted: Record) -> None:

@@ -7,6 +7,7 @@ chooses; what is kept then is the heads' own part of the KV.
 import torch
 from torch import Tensor
 
+from winnow.adapters.rows import AdapterRows, applied
 from winnow.attention import PrefillAttention, ScatteredAttention
 from winnow.decoder import DecoderModel
 from winnow.distributed.commands import CollectLayer, PackLayer, PrefillLayer, ScoreLayer
@@ -39,7 +40,8 @@ class RankPrefill:
             self._rope = model.rope(positions)
         gaps = self._rope.positions[0] if command.has_gaps else None
         own = own_attention(model, command, None, gaps)
-        self._hidden = model.layer(command.layer_idx, self._hidden, self._rope, own)
+        with applied(None if command.slot is None else AdapterRows(command.slot)):
+            self._hidden = model.layer(command.layer_idx, self._hidden, self._rope, own)
         if isinstance(own, PrefillAttention):
             self._attention, self._layer_idx = own, command.layer_idx
 

@@ -8,6 +8,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from winnow.adapters.rows import applied_rows
 from winnow.attention import AttentionCall, PrefillAttention, ScatteredAttention
 from winnow.decoder import DecoderModel
 from winnow.distributed.commands import CollectLayer, PrefillLayer
@@ -25,6 +26,7 @@ class SplitDecoder(DecoderModel):
 
     def __init__(self, own: DecoderModel, ranks: Ranks) -> None:
         super().__init__(own._model, own.description, own.device)
+        self.adapters = own.adapters
         self._own = own
         self._ranks = ranks
         self._head = SplitHead(own, ranks)
@@ -70,6 +72,7 @@ class SplitDecoder(DecoderModel):
     ) -> PrefillLayer:
         """Have the other ranks compute the layer too; they get what they do not have."""
         num_tokens, cached = hidden.shape[1], attention.cached
+        rows = applied_rows()
         scattered = isinstance(attention, ScatteredAttention)
         num_keys = 0 if cached is None else cached.shape[2]
         command = PrefillLayer(
@@ -83,6 +86,7 @@ class SplitDecoder(DecoderModel):
             positions=attention.positions.cpu()
             if isinstance(attention, ScatteredAttention)
             else None,
+            slot=None if rows is None else rows.slot,
         )
         self._ranks.tell(command)
         if not command.same_hidden:

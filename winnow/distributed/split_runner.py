@@ -38,7 +38,8 @@ class SplitRunner(ModelRunner):
         rows = [seq.row for seq in going]
         width = self._pool.table.width_after_step(rows)
         with self._ranks.in_step():
-            self._ranks.tell(Step(rows, list(map(self._rotary_position, going)), width))
+            slots = [seq.spec.adapter_slot for seq in going]
+            self._ranks.tell(Step(rows, list(map(self._rotary_position, going)), width, slots))
             self._pool.mirror.widen(width)
             return super()._compute(going)
 

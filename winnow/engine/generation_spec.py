@@ -70,8 +70,8 @@ class GenerationSpec:
 
     def fingerprint_of(self, model: "ModelDescription") -> str:
         """What the request's KV was computed with: the model, its adapter, its rotary tables."""
-        digest = None if self.adapter is None else self.adapter.ref.digest
-        variant = kv_variant(digest, is_long=model.is_long(self.num_positions))
+        ref = None if self.adapter is None else self.adapter.ref
+        variant = kv_variant(ref, is_long=model.is_long(self.num_positions))
         return variant_fingerprint(model.fingerprint, variant)
 
     @property

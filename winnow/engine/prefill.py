@@ -118,8 +118,8 @@ class PrefillRun:
             self._no_prefix_reason = "recurrent_layers"
         self._blocks: PromptBlocks | None = None
         if store is not None and self._no_prefix_reason is None:
-            digest = None if adapter is None else adapter.ref.digest
-            variant = kv_variant(digest, is_long=self._is_long)
+            ref = None if adapter is None else adapter.ref
+            variant = kv_variant(ref, is_long=self._is_long)
             if model.shape.has_states:
                 own = StateBlocks(store, token_ids, cache_salt, variant, settings.window_size)
                 self._blocks, self._no_prefix_reason = own, own.no_reason

@@ -92,6 +92,21 @@ capabilities:
 - name: WINNOW_MODEL_NAME
   value: {{ . | quote }}
 {{- end }}
+{{- with include "winnow.adapterFolders" . }}
+- name: WINNOW_ADAPTERS
+  value: {{ . | trim | quote }}
+{{- end }}
+{{- with .Values.adapters.maxAdapters }}
+{{- if lt (int .) (len $.Values.adapters.sources) }}
+{{- fail (printf "adapters.maxAdapters is %d; adapters.sources names %d" (int .) (len $.Values.adapters.sources)) }}
+{{- end }}
+- name: WINNOW_MAX_ADAPTERS
+  value: {{ . | quote }}
+{{- end }}
+{{- with .Values.adapters.maxRank }}
+- name: WINNOW_MAX_ADAPTER_RANK
+  value: {{ . | quote }}
+{{- end }}
 {{- with .Values.pruning }}
 - name: WINNOW_PRUNING
   value: {{ toJson . | quote }}
@@ -116,6 +131,11 @@ capabilities:
   value: /tmp
 - name: HF_HOME
   value: {{ ternary .Values.model.volume.mountPath "/tmp/huggingface" (and (ne (include "winnow.hasModelVolume" .) "") (eq (include "winnow.isAddress" .) "")) }}
+{{- include "winnow.hubEnv" . }}
+{{- end }}
+
+{{/* What the hub is asked with. */}}
+{{- define "winnow.hubEnv" -}}
 {{- with .Values.model.hub }}
 {{- if .tokenSecret }}
 - name: HF_TOKEN
@@ -157,66 +177,145 @@ capabilities:
 {{- end -}}
 {{- end }}
 
-{{/* Brings the model before Winnow starts: no probe measures how long that takes. */}}
+{{/* Brings model and adapters before Winnow starts: no probe measures how long that takes. */}}
 {{- define "winnow.initContainers" -}}
+{{- with printf "%s%s" (include "winnow.fetchModel" .) (include "winnow.fetchAdapters" .) }}
+initContainers:
+{{ . | trim | indent 2 }}
+{{- end }}
+{{- end }}
+
+{{- define "winnow.fetchModel" -}}
 {{- $fetch := .Values.model.fetch -}}
 {{- if include "winnow.isAddress" . }}
 {{- if .Values.model.volume.readOnly }}
 {{- fail "model.volume.readOnly is set, but model.source is an address, from which the model is copied into the volume" }}
 {{- end }}
-initContainers:
-  - name: fetch-model
-    image: {{ required "model.source is an address: model.fetch.image needs an image with the program that copies from there, like amazon/aws-cli" $fetch.image }}
-    imagePullPolicy: {{ .Values.image.pullPolicy }}
-    command:
-{{- if $fetch.command }}
-{{ toYaml $fetch.command | indent 6 }}
-{{- else if hasPrefix "s3://" .Values.model.source }}
-      - aws
-      - s3
-      - {{ ternary "cp" "sync" (hasSuffix ".gguf" .Values.model.source) }}
-      - --no-progress
-      - $(MODEL_SOURCE)
-      - $(MODEL_TARGET)
-{{- else }}
-{{- fail "model.source is neither a folder, nor a hub's model, nor s3://...: model.fetch.command must say how it is copied" }}
-{{- end }}
-    env:
-      - name: MODEL_SOURCE
-        value: {{ .Values.model.source | quote }}
-      - name: MODEL_TARGET
-        value: {{ include "winnow.modelPath" . | quote }}
-      - name: HOME
-        value: /tmp
-{{- with $fetch.env }}
-{{ toYaml . | indent 6 }}
-{{- end }}
-{{- with $fetch.envFromSecret }}
-    envFrom:
-      - secretRef:
-          name: {{ . }}
-{{- end }}
-{{ include "winnow.fetchRest" . | indent 4 }}
+- name: fetch-model
+{{ include "winnow.copy" (list . "model.source" .Values.model.source (include "winnow.modelPath" .)) | indent 2 }}
+{{ include "winnow.fetchRest" . | indent 2 }}
 {{- else if include "winnow.isHubModel" . }}
-initContainers:
-  - name: fetch-model
-    image: {{ include "winnow.image" . }}
-    imagePullPolicy: {{ .Values.image.pullPolicy }}
-    args: [fetch]
-    env:
-{{ include "winnow.env" . | indent 6 }}
+- name: fetch-model
+  image: {{ include "winnow.image" . }}
+  imagePullPolicy: {{ .Values.image.pullPolicy }}
+  args: [fetch]
+  env:
+{{ include "winnow.env" . | indent 4 }}
 {{- with $fetch.env }}
-{{ toYaml . | indent 6 }}
+{{ toYaml . | indent 4 }}
 {{- end }}
-{{ include "winnow.fetchRest" . | indent 4 }}
+{{ include "winnow.fetchRest" . | indent 2 }}
 {{- end }}
 {{- end }}
 
-{{- define "winnow.fetchRest" -}}
+{{/* Copies an address into a folder; call with (list $ value-name address folder). */}}
+{{- define "winnow.copy" -}}
+{{- $top := index . 0 -}}
+{{- $what := index . 1 -}}
+{{- $source := index . 2 -}}
+{{- $fetch := $top.Values.model.fetch -}}
+image: {{ required (printf "%s is an address: model.fetch.image needs an image with the program that copies from there, like amazon/aws-cli" $what) $fetch.image }}
+imagePullPolicy: {{ $top.Values.image.pullPolicy }}
+command:
+{{- if $fetch.command }}
+{{ toYaml $fetch.command | indent 2 }}
+{{- else if hasPrefix "s3://" $source }}
+  - aws
+  - s3
+  - {{ ternary "cp" "sync" (hasSuffix ".gguf" $source) }}
+  - --no-progress
+  - $(MODEL_SOURCE)
+  - $(MODEL_TARGET)
+{{- else }}
+{{- fail (printf "%s is neither a folder, nor the hub's, nor s3://...: model.fetch.command must say how it is copied" $what) }}
+{{- end }}
+env:
+  - name: MODEL_SOURCE
+    value: {{ $source | quote }}
+  - name: MODEL_TARGET
+    value: {{ index . 3 | quote }}
+  - name: HOME
+    value: /tmp
+{{- with $fetch.env }}
+{{ toYaml . | indent 2 }}
+{{- end }}
+{{- with $fetch.envFromSecret }}
+envFrom:
+  - secretRef:
+      name: {{ . }}
+{{- end }}
+{{- end }}
+
+{{/* Where Winnow finds an adapter; call with (list name source). */}}
+{{- define "winnow.adapterFolder" -}}
+{{- if hasPrefix "/" (index . 1) }}{{ index . 1 }}{{ else }}/adapters/{{ index . 0 }}{{ end -}}
+{{- end }}
+
+{{- define "winnow.adapterFolders" -}}
+{{- range $name, $source := .Values.adapters.sources }}{{ $name }}={{ include "winnow.adapterFolder" (list $name $source) }} {{ end -}}
+{{- end }}
+
+{{- define "winnow.fetchesAdapters" -}}
+{{- range .Values.adapters.sources }}{{ if not (hasPrefix "/" .) }}yes{{ end }}{{ end -}}
+{{- end }}
+
+{{/* Adapters that lie elsewhere come into a volume of the pod's own. */}}
+{{- define "winnow.fetchAdapters" -}}
+{{- $idx := 0 -}}
+{{- range $name, $source := .Values.adapters.sources }}
+{{- if not (hasPrefix "/" $source) }}
+- name: fetch-adapter-{{ $idx }}
+{{- if contains "://" $source }}
+{{ include "winnow.copy" (list $ (printf "adapters.sources.%s" $name) $source (include "winnow.adapterFolder" (list $name $source))) | indent 2 }}
+{{- else }}
+{{- if $.Values.model.hub.offline }}
+{{- fail (printf "adapters.sources.%s is of a hub, but model.hub.offline is set: name a folder of the volume" $name) }}
+{{- end }}
+{{- $parts := splitList "@" $source }}
+  image: {{ include "winnow.image" $ }}
+  imagePullPolicy: {{ $.Values.image.pullPolicy }}
+  command:
+    - hf
+    - download
+    - {{ first $parts | quote }}
+    - adapter_config.json
+    - adapter_model.safetensors
+    - --local-dir
+    - {{ include "winnow.adapterFolder" (list $name $source) | quote }}
+{{- if rest $parts }}
+    - --revision
+    - {{ last $parts | quote }}
+{{- end }}
+  env:
+    - name: HOME
+      value: /tmp
+{{- with include "winnow.hubEnv" $ | trim }}
+{{ . | indent 4 }}
+{{- end }}
+{{- with $.Values.model.fetch.env }}
+{{ toYaml . | indent 4 }}
+{{- end }}
+{{- end }}
+{{ include "winnow.fetchLimits" $ | indent 2 }}
+  volumeMounts:
+    - name: tmp
+      mountPath: /tmp
+    - name: adapters
+      mountPath: /adapters
+{{- $idx = add1 $idx }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "winnow.fetchLimits" -}}
 resources:
 {{ toYaml .Values.model.fetch.resources | indent 2 }}
 securityContext:
 {{ include "winnow.containerSecurity" . | indent 2 }}
+{{- end }}
+
+{{- define "winnow.fetchRest" -}}
+{{ include "winnow.fetchLimits" . }}
 volumeMounts:
   - name: tmp
     mountPath: /tmp
@@ -314,6 +413,11 @@ volumeMounts:
   readOnly: true
 {{- end }}
 {{- end }}
+{{- if include "winnow.fetchesAdapters" . }}
+- name: adapters
+  mountPath: /adapters
+  readOnly: true
+{{- end }}
 {{- end }}
 
 {{- define "winnow.volumes" -}}
@@ -345,6 +449,10 @@ volumeMounts:
     type: Directory
 {{- else if include "winnow.isAddress" . }}
 - name: models
+  emptyDir: {}
+{{- end }}
+{{- if include "winnow.fetchesAdapters" . }}
+- name: adapters
   emptyDir: {}
 {{- end }}
 {{- end }}

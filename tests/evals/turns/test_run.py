@@ -8,6 +8,7 @@ import pytest
 
 from evals import local_model
 from services.cli.main import main
+from tests.winnow.adapters.made import save_adapter
 from winnow.engine.prefix.store import PrefixStore
 
 NUM_TURNS, NUM_SAMPLES = 3, 2
@@ -56,6 +57,22 @@ def test_answers_with_the_store_are_those_from_scratch(
     _, content = found
     scratch, store = (answers(content, way) for way in WAYS[:2])
     assert [one["answer"] for one in store] == [one["answer"] for one in scratch]
+
+
+def test_an_adapter_answers_every_turn(
+    tiny_models: dict[str, Path], found: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    model, folder = tiny_models["llama"], tmp_path / "run"
+    save_adapter(tmp_path / "law", model)
+    own = ("--adapters", f"law={tmp_path / 'law'}", "--adapter", "law")
+    assert main(flags(model, folder, "--samples", "1", *own)) == 0
+    content = json.loads((folder / "turns.json").read_text())
+    assert list(content["settings"]["adapters"]) == ["law"]
+    by_way = {way: [one["answer"] for one in answers(content, way)] for way in WAYS}
+    plain = {way: [one["answer"] for one in answers(found[1], way)][:NUM_TURNS] for way in WAYS}
+    assert by_way[WAYS[0]] == by_way[WAYS[1]]
+    for way in WAYS:
+        assert all(one != other for one, other in zip(by_way[way], plain[way], strict=True)), way
 
 
 def test_only_the_first_turn_computes_the_document(found: tuple[Path, dict[str, Any]]) -> None:

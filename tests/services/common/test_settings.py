@@ -327,12 +327,12 @@ def test_adapters_are_named_by_flags_variables_and_files(
     ("flags", "told"),
     [
         ({"adapters": ["one"]}, "'one' is not NAME=FOLDER"),
+        ({"adapters": {"one": ""}}, "one has no folder"),
         ({"adapters": ["one=a", "one=b"]}, "a name is there twice"),
         ({"adapters": ["a b=c"]}, "'a b' is no adapter's name"),
         ({"adapters": ["tiny=a"], "model_name": "tiny"}, "adapter tiny has a name of the model"),
         ({"adapters": ["x=a"], "model_aliases": "x"}, "adapter x has a name of the model"),
         ({"adapters": ["x=a", "y=b"], "max_adapters": "1"}, "max_adapters is 1; adapters names 2"),
-        ({"max_adapters": "1", "tensor_parallel": "2"}, "tensor_parallel is 2"),
         ({"max_adapter_rank": "0"}, "max_adapter_rank is '0'"),
     ],
 )

@@ -11,6 +11,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from services.gateway import metrics
 from services.gateway.request.load_adapter import load_on_workers
 from services.gateway.request.routing import Router
 from services.gateway.request.states import State
@@ -258,6 +259,33 @@ async def test_a_run_keeps_its_adapter_when_its_worker_is_lost(
         assert (run.stats.moves, run.stats.migrations) == (0, 1)
         assert run.state is State.FINISHED
         assert await drains[0] == 0
+
+
+async def test_metrics_tell_no_more_adapters_apart_than_their_limit(
+    model_path: Path, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "MAX_ADAPTER_LABELS", 3)
+    names = [f"adapter-{idx}" for idx in range(5)]
+    async with running_service(model_path, redis_url, max_adapters=2) as several:
+        for seed, name in enumerate(names):
+            folder = save_adapter(
+                tmp_path / name, model_path, rank=1, seed=seed, targets=("q_proj",)
+            )
+            assert (await load(several, name, folder)).status_code == 200
+            (await ask(several, name, max_tokens=1)).raise_for_status()
+        (await ask(several, names[0], max_tokens=1)).raise_for_status()
+        assert (await ask(several, "stranger")).status_code == 404
+        text = (await several.admin.get("/metrics")).text
+        for what, of_each in (("requests", 1), ("prompt_tokens", len(PROMPT))):
+            counts = {
+                name: value(text, f"winnow_adapter_{what}_total", adapter=name)
+                for name in (*names[:3], "other")
+            }
+            expected = zip((*names[:3], "other"), (2, 1, 1, 2), strict=True)
+            assert counts == {name: times * of_each for name, times in expected}
+        assert "stranger" not in text
+        assert not any(f'adapter="{name}"' in text for name in names[3:])
+        await several.until_idle()
 
 
 async def test_a_worker_without_room_gets_no_request_for_an_adapter(

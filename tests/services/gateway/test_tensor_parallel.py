@@ -19,7 +19,9 @@ from services.prefill.sender import Delivered
 from services.prefill.split_push import SplitPush
 from tests.deadlines import SOON_S
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
+from tests.winnow.adapters.made import save_adapter
 from tests.winnow.drive import prompt
+from winnow.adapters.ref import AdapterRoom
 from winnow.distributed.loading import load_on_ranks
 from winnow.distributed.ranks import Ranks
 from winnow.distributed.split_decoder import SplitDecoder
@@ -52,7 +54,9 @@ asyncio.run(run_decode(load_settings()))
 
 
 @asynccontextmanager
-async def two_rank_worker(model: Path, redis_url: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def two_rank_worker(
+    model: Path, redis_url: str, adapters: dict[str, Path]
+) -> AsyncIterator[asyncio.subprocess.Process]:
     """A decode worker of two processes; yields its rank 0 while they start."""
     variables = {
         "WINNOW_MODEL": str(model),
@@ -61,6 +65,7 @@ async def two_rank_worker(model: Path, redis_url: str) -> AsyncIterator[asyncio.
         "WINNOW_KV_MEMORY_BYTES": str(64 << 20),
         "WINNOW_NUM_THREADS": "1",
         "WINNOW_DECODE_TENSOR_PARALLEL": "2",
+        "WINNOW_ADAPTERS": " ".join(f"{name}={folder}" for name, folder in adapters.items()),
     }
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", PROGRAM, env=os.environ | variables
@@ -77,7 +82,9 @@ async def two_rank_worker(model: Path, redis_url: str) -> AsyncIterator[asyncio.
 async def two_rank_prefill(model: Path) -> AsyncIterator[tuple[SplitDecoder, Ranks]]:
     """Prefill's model, on this process and another one."""
     own, ranks = await asyncio.to_thread(
-        lambda: load_on_ranks(model, 2, lambda reason: None, extension=EXTENSION)
+        lambda: load_on_ranks(
+            model, 2, lambda reason: None, extension=EXTENSION, adapter_room=AdapterRoom(1, 4)
+        )
     )
     try:
         yield SplitDecoder(own, ranks), ranks
@@ -92,9 +99,9 @@ async def until_ready(service: TestService, worker: asyncio.subprocess.Process) 
             await asyncio.sleep(0.05)
 
 
-def request(token_ids: list[int], max_tokens: int) -> pb.CompleteRequest:
+def request(token_ids: list[int], max_tokens: int, model: str = MODEL_NAME) -> pb.CompleteRequest:
     return pb.CompleteRequest(
-        model=MODEL_NAME,
+        model=model,
         token_ids=pb.TokenIds(ids=token_ids),
         max_tokens=max_tokens,
         temperature=0,
@@ -102,10 +109,12 @@ def request(token_ids: list[int], max_tokens: int) -> pb.CompleteRequest:
     )
 
 
-async def tokens_of(stub: InferenceStub, token_ids: list[int], max_tokens: int) -> list[int]:
+async def tokens_of(
+    stub: InferenceStub, token_ids: list[int], max_tokens: int, model: str = MODEL_NAME
+) -> list[int]:
     return [
         token
-        async for chunk in stub.Complete(request(token_ids, max_tokens), timeout=SOON_S)
+        async for chunk in stub.Complete(request(token_ids, max_tokens, model), timeout=SOON_S)
         for choice in chunk.choices
         for token in choice.token_ids
     ]
@@ -151,18 +160,22 @@ def wire_bytes(outcomes: list[Outcome]) -> int:
 
 
 async def test_answers_as_one_process_does_and_outlives_a_killed_rank(
-    tiny_models: dict[str, Path], redis_url: str, delivered: dict[str, list[Outcome]]
+    tiny_models: dict[str, Path],
+    redis_url: str,
+    delivered: dict[str, list[Outcome]],
+    tmp_path: Path,
 ) -> None:
     model = tiny_models["qwen2"]
-    alone = Winnow.load(model, kv_memory_bytes=1 << 26, **PRUNING)
+    adapters = {"law": save_adapter(tmp_path, model)}
+    alone = Winnow.load(model, kv_memory_bytes=1 << 26, adapters=adapters, **PRUNING)
     prompts = [prompt(num_tokens, seed=num_tokens) for num_tokens in (1, 33, 100, 300)]
 
-    def expected(token_ids: list[int], max_tokens: int) -> list[int]:
+    def expected(token_ids: list[int], max_tokens: int, adapter: str | None = None) -> list[int]:
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
-        return list(alone.generate(token_ids, sampling).token_ids)
+        return list(alone.generate(token_ids, sampling, adapter=adapter).token_ids)
 
     async with (
-        two_rank_worker(model, redis_url) as worker,
+        two_rank_worker(model, redis_url, adapters) as worker,
         two_rank_prefill(model) as (prefill_model, prefill_ranks),
         running_service(
             model,
@@ -172,6 +185,7 @@ async def test_answers_as_one_process_does_and_outlives_a_killed_rank(
             prefill_ranks=prefill_ranks,
             namespace=NAMESPACE,
             pruning=PRUNING,
+            adapters=adapters,
         ) as service,
         grpc.aio.insecure_channel(service.grpc_address) as channel,
     ):
@@ -179,7 +193,10 @@ async def test_answers_as_one_process_does_and_outlives_a_killed_rank(
         stub = InferenceStub(channel)
         answers = await asyncio.gather(*(tokens_of(stub, one, 40) for one in prompts))
         assert answers == [expected(one, 40) for one in prompts]
-        assert len(delivered["own"]) == len(delivered["other"]) == len(prompts)
+        adapted = await asyncio.gather(*(tokens_of(stub, one, 40, "law") for one in prompts[2:]))
+        assert adapted == [expected(one, 40, "law") for one in prompts[2:]]
+        assert adapted != answers[2:]
+        assert len(delivered["own"]) == len(delivered["other"]) == len(prompts) + len(adapted)
         assert wire_bytes(delivered["other"]) == pytest.approx(wire_bytes(delivered["own"]), 0.01)
         spare = DecodeWorker(service.settings)  # of one process; with less memory, so not chosen
         await spare.start()

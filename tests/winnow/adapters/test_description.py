@@ -69,6 +69,19 @@ def test_the_digest_changes_with_weights_and_configuration(
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\], that is whole"),
         ({"init_lora_weights": "pissa_niter_4"}, "trains against other base weights"),
         ({"r": 0}, "r is 0; it is a whole number of at least 1"),
+        ({"rank_pattern": {"q_proj": "4"}}, "rank_pattern of q_proj is '4'; it is a whole number"),
+        ({"rank_pattern": ["q_proj"]}, r"rank_pattern is \['q_proj'\]; it is an object"),
+        ({"lora_alpha": None}, "lora_alpha is None; it is a finite number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan; it is a finite number"),
+        ({"alpha_pattern": {"q_proj": 1e400}}, "alpha_pattern of q_proj is inf; it is a finite"),
+        ({"use_rslora": "false"}, "use_rslora is 'false'; it is true or false"),
+        (
+            {"target_modules": "(q"},
+            r"target_modules is '\(q'; it is no regular expression: missing",
+        ),
+        ({"target_modules": 5}, "target_modules is 5; it is a regular expression or a list"),
+        ({"layers_to_transform": "0"}, "layers_to_transform is '0'; it is a layer's number or"),
+        ({"target_modules": r".*\.[qk]_proj"}, "lacks 8 tensors of the modules .*k_proj A"),
         ({"r": 8}, r"A of .*q_proj is \[4, 64\]; .* rank 8 it is \[8, 64\]"),
         ({"target_modules": ["q_proj", "o_proj"]}, "lacks 8 tensors of the modules .*o_proj A"),
         ({"target_modules": "all-linear"}, "lacks 48 tensors"),
@@ -109,7 +122,18 @@ def test_refuses_what_it_does_not_compute(
             {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.ones(4, 64)},
             "layers.7.self_attn.q_proj",
         ),
-        ({f"{FIRST}.lora_A.weight": torch.ones(4, 64).int()}, "is torch.int32"),
+        ({f"{FIRST}.lora_A.weight": torch.ones(4, 64).int()}, "is torch.int32; it must be float"),
+        (
+            {f"{FIRST}.lora_A.default.weight": torch.ones(4, 64)},
+            r"has 1 tensors that are no A or B .*q_proj.lora_A.(default.)?weight",
+        ),
+        (
+            {
+                "base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 300),
+                "base_model.model.lm_head.weight": torch.ones(300, 64),
+            },
+            "has 2 tensors that are no A or B .*such as embeddings, the LM head or experts",
+        ),
     ],
 )
 def test_refuses_tensors_that_do_not_fit(
@@ -158,6 +182,10 @@ def test_refuses_folders_that_hold_no_adapter(
         describe(tmp_path)
     folder = save_adapter(tmp_path, tiny_models["llama"])
     weights = folder / "adapter_model.safetensors"
+    weights.rename(folder / "adapter_model.bin")
+    with pytest.raises(UnusableAdapter, match=r"has no adapter_model.safetensors \(other formats"):
+        describe(folder)
+    (folder / "adapter_model.bin").rename(weights)
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UnusableAdapter, match=r"adapter_model.safetensors is broken"):
         describe(folder)

@@ -1,13 +1,16 @@
 """Which adapters a model has in its slots, and which gives way to another."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.winnow.adapters.made import save_adapter
+from winnow.adapters.description import AdapterDescription
 from winnow.adapters.ref import AdapterRef, AdapterRoom
 from winnow.adapters.slots import AdapterSlots
 from winnow.errors import ModelMismatch, Overloaded, UnusableAdapter
@@ -78,6 +81,54 @@ def test_another_adapter_in_the_folder_is_refused(
         slots.use(replace(refs["a"], folder=str(folders["b"])))
     with pytest.raises(ModelMismatch, match="folder /nowhere does not exist"):
         slots.use(replace(refs["a"], folder="/nowhere"))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn], ids=str
+)
+def test_weights_of_another_dtype_become_the_models(
+    slots: AdapterSlots, tiny_models: dict[str, Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    save_adapter(tmp_path, tiny_models["llama"], targets=("q_proj",))
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: one.to(dtype) for name, one in load_file(file).items()}, file)
+    loaded = slots.preload({"other": tmp_path})["other"]
+    (first, *_) = [one for one in slots._stacks if one.names[0].endswith("q_proj")]
+    down = load_file(file)[FIRST].float()
+    assert torch.equal(first._down[loaded.slot - 1, 0], down)
+
+
+def test_files_that_change_or_vanish_while_they_are_read_leave_the_slot(
+    slots: AdapterSlots,
+    refs: dict[str, AdapterRef],
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save_adapter(tmp_path, tiny_models["llama"], targets=("q_proj",))
+    ref = slots.describe("mine", tmp_path).ref
+    describe, file = slots.describe, tmp_path / "adapter_model.safetensors"
+
+    def then(change: Callable[[], object]) -> Callable[..., AdapterDescription]:
+        def changed(name: str, folder: str) -> AdapterDescription:
+            found = describe(name, folder)
+            change()
+            return found
+
+        return changed
+
+    other = Path(refs["a"].folder) / file.name
+    for change, told in (
+        (lambda: file.write_bytes(other.read_bytes()), "was changed while it was read"),
+        (file.unlink, f"adapter mine in {tmp_path} cannot be read: "),
+    ):
+        save_adapter(tmp_path, tiny_models["llama"], targets=("q_proj",))
+        monkeypatch.setattr(slots, "describe", then(change))
+        with pytest.raises(ModelMismatch, match=told):
+            slots.use(ref)
+    monkeypatch.setattr(slots, "describe", describe)
+    assert slots.loaded == ()
+    assert {slots.use(refs[name]).slot for name in "ab"} == {1, 2}
 
 
 def test_one_that_is_not_finite_is_refused_and_leaves_its_slot(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from winnow.adapters.ref import AdapterRoom
 from winnow.decoder import DecoderModel
 from winnow.distributed.loading import load_on_ranks
 from winnow.distributed.ranks import Ranks
@@ -52,11 +53,13 @@ class TwoRanks:
         )
 
 
-def two_ranks(model: Path, device: str = "cpu") -> Iterator[TwoRanks]:
+def two_ranks(
+    model: Path, device: str = "cpu", adapter_room: AdapterRoom | None = None
+) -> Iterator[TwoRanks]:
     lost: list[str] = []
-    own, ranks = load_on_ranks(model, 2, lost.append, device=device)
+    own, ranks = load_on_ranks(model, 2, lost.append, device=device, adapter_room=adapter_room)
     try:
-        single = load_model(model, device=device)
+        single = load_model(model, device=device, adapter_room=adapter_room)
         yield TwoRanks(ranks, own, SplitDecoder(own, ranks), single, lost)
     finally:
         ranks.close()
