@@ -1,6 +1,7 @@
 """Default pruning settings: `winnow.json`, over the model family's, over the paper's scaled."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from winnow.kv import ModelShape
     from winnow.model_files import ModelDescription
 
+logger = logging.getLogger(__name__)
+
 SETTINGS_FILE = "winnow.json"
 # Settings measured for a family: its name, what its configuration has, settings, and their source.
 _FAMILIES_FILE = Path(__file__).parent / "families.json"
@@ -31,12 +34,20 @@ _PAPER_LAYERS = 32  # the depth for which the paper's layer numbers were chosen
 def pruning_defaults(description: "ModelDescription") -> PruningSettings:
     """Settings of `winnow.json` in the model folder, over the family's, over scaled ones.
 
+    One line of the log says if nobody has measured any.
     Raises UnusableModel if the file is invalid.
     """
-    shape = description.shape
-    usual = override(scaled_defaults(shape), _family_settings(description), shape)
+    shape, own = description.shape, _family_settings(description)
+    usual = override(scaled_defaults(shape), own, shape)
     file = description.folder / SETTINGS_FILE
     if not file.exists():
+        if not own and shape.full_layers:
+            logger.info(
+                "no pruning settings were measured for this model; it gets the paper's, with "
+                "kernel_size %d, which lost answers on small models: `winnow calibrate` finds its "
+                "own (docs/study.md)",
+                usual.kernel_size,
+            )
         return usual
     with as_unusable(f"{file} is not usable"):
         try:

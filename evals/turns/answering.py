@@ -75,38 +75,38 @@ class Answering:
         pruning, kept = self._model.settings(way.variant), None
         for example, token_ids in zip(turns, prompts, strict=True):
             started_s = time.perf_counter()
-            num_positions = len(token_ids) + example.max_new_tokens
-            is_long = self._model.decoder.description.is_long(num_positions)
             if kept is None:
+                num_positions = len(token_ids) + example.max_new_tokens
+                is_long = self._model.decoder.description.is_long(num_positions)
                 prefilled = self._prefill(token_ids, pruning, way, is_long=is_long)
+                if way.reuse == KEPT:
+                    decoder, layers = self._model.decoder, prefilled.layers
+                    kept = KeptDocument(decoder, layers, num_shared, is_long=is_long)
             else:
-                prefilled = self._extend(kept, token_ids, is_long=is_long)
-            if way.reuse == KEPT and kept is None:
-                kept = KeptDocument(self._model.decoder, prefilled.layers, num_shared)
+                prefilled = self._extend(kept, token_ids)
             yield self._generate(prefilled, token_ids, example.max_new_tokens, started_s)
 
     def _prefill(
         self, token_ids: Sequence[int], pruning: PruningSettings, way: Way, *, is_long: bool
     ) -> _Prefilled:
-        store = self._store if way.reuse == STORE else None
         run = PrefillRun(
             self._model.decoder,
             token_ids,
             pruning,
-            store=store,
+            store=self._store if way.reuse == STORE else None,
             cache_salt=str(way),
-            is_long=is_long,
             adapter=self._model.adapter,
+            is_long=is_long,
         )
         layers = list(run.layers())
         result = run.result()
         report = result.report
         return _Prefilled(layers, result.final_hidden, report.next_position, report.computed_share)
 
-    def _extend(self, kept: KeptDocument, token_ids: Sequence[int], *, is_long: bool) -> _Prefilled:
+    def _extend(self, kept: KeptDocument, token_ids: Sequence[int]) -> _Prefilled:
         adapter = self._model.adapter
         with applied(None if adapter is None else adapter.rows):
-            layers, final_hidden = kept.prefill(token_ids, is_long=is_long)
+            layers, final_hidden = kept.prefill(token_ids)
         num_tokens = len(token_ids)
         return _Prefilled(
             layers, final_hidden, num_tokens, (num_tokens - kept.num_tokens) / num_tokens

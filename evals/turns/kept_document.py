@@ -5,6 +5,7 @@ part of Winnow, since later questions are answered from what the first one neede
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,25 +17,33 @@ from winnow.rotary import LONG
 
 
 class KeptDocument:
-    """layers: of the whole first prompt, of whose first `num_tokens` tokens they are kept."""
+    """layers: of the whole first prompt, of whose first `num_tokens` tokens they are kept.
 
-    def __init__(self, model: DecoderModel, layers: Sequence[LayerKV], num_tokens: int) -> None:
-        self.num_tokens = num_tokens
+    is_long: as for PrefillRun, of that prompt, since keys stay as they were rotated.
+    """
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        layers: Sequence[LayerKV],
+        num_tokens: int,
+        *,
+        is_long: bool = False,
+    ) -> None:
+        self.num_tokens, self.is_long = num_tokens, is_long
         self._model = model
         self.layers = [_beginning(layer, num_tokens) for layer in layers]
 
     @torch.inference_mode()
-    def prefill(self, token_ids: Sequence[int], *, is_long: bool) -> tuple[list[LayerKV], Tensor]:
+    def prefill(self, token_ids: Sequence[int]) -> tuple[list[LayerKV], Tensor]:
         """Compute what follows the document in a prompt; it attends to what was kept, and itself.
 
-        is_long: whether the tokens are rotated by the model's long tables. The document keeps those
-        of the first prompt.
         Returns the KV of every layer, and the last token's hidden state [hidden_size].
         """
         model, num_prompt_tokens = self._model, len(token_ids)
         positions = torch.arange(self.num_tokens, num_prompt_tokens, device=model.device)
         own = torch.tensor([token_ids[self.num_tokens :]], device=model.device)
-        hidden, rope = model.embed(own), model.rope(positions[None] + LONG * is_long, own)
+        hidden, rope = model.embed(own), model.rope(positions[None] + LONG * self.is_long, own)
         layers = []
         for kept in self.layers:
             attention = _QuestionAttention(kept, positions)
@@ -74,6 +83,7 @@ class _QuestionAttention:
             torch.cat([kept.values[own], new]) for own, new in zip(rows, value[0], strict=True)
         ]
         positions = [torch.cat([kept.positions[own], self._positions]) for own in rows]
+        sinks = [None] * len(rows) if options.sinks is None else options.sinks.chunk(len(rows))
         self.layer = LayerKV(
             layer_idx=layer_idx,
             keys=torch.cat(keys),
@@ -85,8 +95,10 @@ class _QuestionAttention:
         heads = query.chunk(len(rows), dim=1)  # [1, H / H_kv, T, D] each
         return torch.cat(
             [
-                causal_attention(head, k[None, None], v[None, None], options)
-                for head, k, v in zip(heads, keys, values, strict=True)
+                causal_attention(
+                    head, k[None, None], v[None, None], replace(options, sinks=own), at.long()
+                )
+                for head, k, v, own, at in zip(heads, keys, values, sinks, positions, strict=True)
             ],
             dim=1,
         )

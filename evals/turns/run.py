@@ -80,6 +80,13 @@ def evaluate_turns(
     Raises WinnowError, before anything is written, if something requested cannot run.
     """
     require_lengths(plan.lengths, model)
+    pruned = [way for way in plan.ways() if way.reuse == KEPT]
+    if pruned and model.decoder.shape.has_states:
+        raise InvalidSetting(
+            f"--turns: the model has layers with a state, from which the first question cannot be "
+            f"taken away: {pruned[0].variant} has no later turns; --methods full has",
+            param="methods",
+        )
     model.require_runs(plan.variants, max(plan.lengths) - TASK.max_new_tokens, TASK.max_new_tokens)
     assert model.prefix_store is not None
     answering = Answering(model, model.prefix_store)

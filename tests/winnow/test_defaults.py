@@ -99,6 +99,22 @@ def test_a_model_of_another_size_has_the_scaled_settings(
     assert pruning_defaults(description) == scaled_defaults(shape_of(30))
 
 
+def test_the_log_recommends_calibration_where_nothing_was_measured(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    unknown = description_of(tmp_path / "unknown", num_hidden_layers=12)
+    pruning_defaults(unknown)
+    assert (
+        "with kernel_size 7, which lost answers on small models: `winnow calibrate`" in caplog.text
+    )
+    caplog.clear()
+    pruning_defaults(description_of(tmp_path / "family", **FAMILIES[0]["config"]))
+    (unknown.folder / "winnow.json").write_text("{}")
+    pruning_defaults(unknown)
+    assert not caplog.text
+
+
 def test_the_latest_layer_goes_up_with_the_first_unless_it_is_named() -> None:
     settings = scaled_defaults(shape_of(30))
     assert override(settings, {"min_layer": 25}).latest_layer == 25

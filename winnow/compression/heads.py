@@ -50,17 +50,16 @@ class PagedHeads:
         entry = torch.arange(self.pages.shape[1] * self.keys.shape[1], device=self.pages.device)
         return entry < (self.lengths - self.window)[:, None]
 
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor | None]:
+        """What every kernel that scores begins with."""
+        return (self.queries, self.keys, self.pages, self.lengths, self.scaling, self.scales)
+
     def window_scores(self) -> Tensor:
         """Attention that each entry receives from its head's window, summed: [N, T] float32."""
-        at = (self.queries, self.keys, self.pages, self.lengths, self.scaling, self.scales)
         if self.softcap is None and self.sinks is None:
-            return self.kernels.window_scores(*at)
-        return recompression.window_scores(*at, self.softcap, self.sinks)
-
-    def rkv_scores(self, kernel_size: int, redundancy_weight: float) -> Tensor:
-        """R-KV's score of each entry before the window: [N, T] float32."""
-        at = (self.queries, self.keys, self.pages, self.lengths, self.scaling, self.scales)
-        return self.kernels.rkv_scores(*at, kernel_size, redundancy_weight)
+            return self.kernels.window_scores(*self.operands)
+        return recompression.window_scores(*self.operands, self.softcap, self.sinks)
 
     def best_entries(self, scores: Tensor, budgets: Tensor, smallest: int, largest: int) -> Tensor:
         """The window's entries, and those before it with the best scores: see recompress.py."""

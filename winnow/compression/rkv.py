@@ -7,6 +7,7 @@ from torch import Tensor
 from winnow.compression.base import RecompressionRule
 from winnow.compression.heads import PagedHeads
 from winnow.kernels.recompression import padded_keys
+from winnow.kernels.softmax import capped
 
 _SIMILAR = 0.5  # T in the authors' code; the paper gives neither it nor beta, which is 1 there
 
@@ -15,7 +16,10 @@ class RKVRecompression(RecompressionRule):
     """Trades attention against redundancy by `redundancy_weight`: lambda I - (1 - lambda) R."""
 
     def scores(self, heads: PagedHeads) -> Tensor:
-        return heads.rkv_scores(self.settings.kernel_size, self.settings.redundancy_weight)
+        how = (self.settings.kernel_size, self.settings.redundancy_weight)
+        if heads.softcap is None:
+            return heads.kernels.rkv_scores(*heads.operands, *how)
+        return rkv_scores(*heads.operands, *how, heads.softcap)  # no kernel has softcaps
 
 
 def rkv_scores(
@@ -27,22 +31,29 @@ def rkv_scores(
     scales: Tensor | None,
     kernel_size: int,
     redundancy_weight: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """The score of each entry before the window: [N, T] float32.
 
-    The tensors are those of `winnow.kernels.recompression.window_scores`.
+    The tensors and the softcap are those of `winnow.kernels.recompression.window_scores`. Sinks
+    have no part: the softmax is over the entries that can be dropped, of all of a group's heads.
     """
     own = padded_keys(keys, pages, scales, queries.dtype)
     group, window = queries.shape[1:3]
     entry = torch.arange(own.shape[1], device=own.device)
     is_candidate = entry < (lengths - window)[:, None]
-    attended = importance(own, is_candidate, queries, scaling, kernel_size)
+    attended = importance(own, is_candidate, queries, scaling, kernel_size, softcap)
     redundant = redundancy(own, is_candidate, group * window)  # takes `importance`'s memory
     return redundancy_weight * attended - (1 - redundancy_weight) * redundant
 
 
 def importance(
-    keys: Tensor, is_candidate: Tensor, queries: Tensor, scaling: float, kernel_size: int
+    keys: Tensor,
+    is_candidate: Tensor,
+    queries: Tensor,
+    scaling: float,
+    kernel_size: int,
+    softcap: float | None = None,
 ) -> Tensor:
     """Importance I: the maximum logits over the group, softmax over the candidates, max-pooling
     over `kernel_size` neighbours, mean over the window.
@@ -51,6 +62,7 @@ def importance(
     """
     grouped = queries.flatten(1, 2)  # [N, group * w, D]
     logits = (grouped @ keys.mT).view(*queries.shape[:3], -1).amax(1).float() * scaling
+    logits = capped(logits, softcap)  # grows with the logit, so the maximum stays the same one
     weights = logits.masked_fill_(~is_candidate[:, None], -torch.inf).softmax(-1)  # [N, w, T]
     return F.max_pool1d(weights, kernel_size, stride=1, padding=kernel_size // 2).mean(1)
 

@@ -8,6 +8,7 @@ import pytest
 
 from evals import local_model
 from services.cli.main import main
+from tests.models_in_code import save_tiny_model
 from tests.winnow.adapters.made import save_adapter
 from winnow.engine.prefix.store import PrefixStore
 
@@ -118,6 +119,15 @@ def test_the_store_is_where_the_settings_say(
         "prefix_cache_device_bytes": 2 << 20,
         "kv_dtype": "auto",
     }
+
+
+def test_refuses_to_keep_what_a_question_left_in_states(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny_model(tmp_path / "model", "qwen3_next")
+    assert main(flags(model, tmp_path / "run")) != 0
+    assert "the model has layers with a state" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

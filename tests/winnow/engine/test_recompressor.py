@@ -238,3 +238,24 @@ def test_a_head_is_scored_by_its_layers_attention_with_a_softcap_and_its_sinks()
             total = weights.sum(-1, keepdim=True) + sinks.double().exp()[:, None, None]
             best = (weights / total).sum((0, 1))[:-3].topk(4).indices.sort().values
             assert after.positions[left].tolist()[:4] == best.tolist()
+
+
+def test_rkv_weighs_attention_with_the_layers_softcap() -> None:
+    memory = make_memory(torch.device("cpu"))
+    own: dict[str, Any] = {"method": "rkv", "redundancy_weight": 1.0, "kernel_size": 1}
+    seq = running(memory, [(20, 9), (12, 30)], budget=7, window=3, **own)
+    before = [seq.read_layer(memory.pool, idx) for idx in range(2)]
+    cutter = Recompressor(memory)
+    cutter.options = [AttentionOptions(0.9, softcap=0.7)] * 2
+    cutter.cut([seq])
+    for layer in before:
+        after = seq.read_layer(memory.pool, layer.layer_idx)
+        heads = zip(
+            layer.head_slices(), after.head_slices(), layer.window_queries.chunk(2), strict=True
+        )
+        for own_rows, left, queries in heads:
+            keys = layer.keys[own_rows].double()[:-3]
+            logits = (queries.double() @ keys.mT).amax(0) * 0.9
+            weights = ((logits / 0.7).tanh() * 0.7).softmax(-1).mean(0)
+            best = weights.topk(4).indices.sort().values
+            assert after.positions[left].tolist()[:4] == best.tolist()

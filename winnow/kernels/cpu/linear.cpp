@@ -9,42 +9,39 @@ namespace {
 constexpr int64_t PARALLEL_PRODUCTS = 1 << 19;  // from which on more threads pay
 constexpr int BLOCK_ROWS = 192;     // inputs whose products with a panel are made together
 constexpr int BLOCK_INNER = 1024;   // numbers of the inner dimension, likewise
-constexpr int FEW_ROWS = 4 * STRIP;  // up to which int8 is widened for each strip
+// Widening int8 takes as long as the products of some rows, so for more than STRIP rows a strip has
+// twice as many and half a panel. It reads every second line of memory, which no CPU foresees.
+constexpr int TALL = 2 * STRIP;
+constexpr int AHEAD = 8192;  // bytes
 
 // With `pairs` of the inner dimension.  sums: [rows][PANEL], overwritten by the first ones.
 template <typename Right>
 void multiply_part(const Bf16* inputs, int64_t stride, const Right* panel, int64_t rows, int pairs,
                    bool is_first, float* sums) {
-    for (int64_t row = 0; row < rows; row += STRIP) {
+    constexpr int MOST = std::is_same_v<Right, BytePair> ? TALL : STRIP;
+    for (int64_t row = 0; row < rows; row += MOST) {
         const Bf16* left = inputs + row * stride;
         float* out = sums + row * PANEL;
-        for_rows(std::min<int64_t>(STRIP, rows - row), [&](auto n) {
-            if (is_first)
-                product<n, 4, false>(left, stride, panel, PANEL, pairs, out, PANEL);
-            else
-                product<n, 4, true>(left, stride, panel, PANEL, pairs, out, PANEL);
+        for_rows<MOST>(std::min<int64_t>(MOST, rows - row), [&](auto n) {
+            constexpr int VECTORS = n > STRIP ? 2 : 4;
+            constexpr int BYTES = n > STRIP ? AHEAD : 0;
+            for (int column = 0; column < PANEL; column += VECTORS * LANES)
+                if (is_first)
+                    product<n, VECTORS, false, BYTES>(left, stride, panel + column, PANEL, pairs,
+                                                      out + column, PANEL);
+                else
+                    product<n, VECTORS, true, BYTES>(left, stride, panel + column, PANEL, pairs,
+                                                     out + column, PANEL);
         });
     }
 }
 
 // sums: [rows][PANEL].
-void multiply(const Bf16* inputs, int64_t inner, const Pair* panel, int64_t rows, float* sums) {
+template <typename Right>
+void multiply(const Bf16* inputs, int64_t inner, const Right* panel, int64_t rows, float* sums) {
     for (int64_t first = 0; first < inner; first += BLOCK_INNER) {
         int pairs = std::min<int64_t>(BLOCK_INNER, inner - first) / 2;
         multiply_part(inputs + first, inner, panel + first / 2 * PANEL, rows, pairs, first == 0, sums);
-    }
-}
-
-// Of many rows each part of the panel is widened once.
-void multiply(const Bf16* inputs, int64_t inner, const BytePair* panel, int64_t rows, float* sums) {
-    if (rows <= FEW_ROWS) return multiply_part(inputs, inner, panel, rows, inner / 2, true, sums);
-    alignas(64) Pair wide[BLOCK_INNER / 2 * PANEL];
-    for (int64_t first = 0; first < inner; first += BLOCK_INNER) {
-        int pairs = std::min<int64_t>(BLOCK_INNER, inner - first) / 2;
-        const BytePair* part = panel + first / 2 * PANEL;
-        for (int64_t i = 0; i < int64_t{pairs} * PANEL; i += LANES)
-            _mm512_store_si512(wide + i, (__m512i)columns_at(part + i));
-        multiply_part(inputs + first, inner, wide, rows, pairs, first == 0, sums);
     }
 }
 

@@ -28,7 +28,8 @@ inline __m512bh columns_at(const BytePair* at) {
 }
 
 // sums [ROWS][16 * VECTORS] (+)= left [ROWS][2 * pairs] x right [pairs][16 * VECTORS].
-template <int ROWS, int VECTORS, bool ADD, typename Right>
+// AHEAD: memory so many bytes behind what is read of `right` is fetched; 0: that is left to the CPU.
+template <int ROWS, int VECTORS, bool ADD, int AHEAD = 0, typename Right>
 void product(const Bf16* left, int64_t left_stride, const Right* right, int64_t right_stride,
              int pairs, float* sums, int64_t sums_stride) {
     __m512 sum[ROWS][VECTORS];
@@ -37,6 +38,9 @@ void product(const Bf16* left, int64_t left_stride, const Right* right, int64_t 
             sum[row][i] = ADD ? _mm512_load_ps(sums + row * sums_stride + i * LANES)
                               : _mm512_setzero_ps();
     for (int pair = 0; pair < pairs; ++pair) {
+        if constexpr (AHEAD > 0)
+            _mm_prefetch(reinterpret_cast<const char*>(right + pair * right_stride) + AHEAD,
+                         _MM_HINT_T0);
         __m512bh columns[VECTORS];
         for (int i = 0; i < VECTORS; ++i)
             columns[i] = columns_at(right + pair * right_stride + i * LANES);
@@ -53,15 +57,9 @@ void product(const Bf16* left, int64_t left_stride, const Right* right, int64_t 
             _mm512_store_ps(sums + row * sums_stride + i * LANES, sum[row][i]);
 }
 
-// Calls `compute` with the number of rows, 1 to STRIP, as a constant.
-template <typename Compute>
+// Calls `compute` with the number of rows, 1 to MOST, as a constant.
+template <int MOST = STRIP, typename Compute>
 void for_rows(int64_t rows, Compute compute) {
-    switch (rows) {
-        case 1: return compute(std::integral_constant<int, 1>());
-        case 2: return compute(std::integral_constant<int, 2>());
-        case 3: return compute(std::integral_constant<int, 3>());
-        case 4: return compute(std::integral_constant<int, 4>());
-        case 5: return compute(std::integral_constant<int, 5>());
-        case 6: return compute(std::integral_constant<int, 6>());
-    }
+    if (rows == MOST) return compute(std::integral_constant<int, MOST>());
+    if constexpr (MOST > 1) for_rows<MOST - 1>(rows, compute);
 }
