@@ -37,7 +37,7 @@ def prefill(
 ) -> tuple[float, PrefillReport]:
     """Seconds, and the report."""
     start_s = time.perf_counter()
-    run = PrefillRun(model, token_ids, settings)
+    run = PrefillRun(model, token_ids, settings, is_long=model.description.is_long(len(token_ids)))
     while not run.finished:
         run.compute_layer()
     result = run.result()

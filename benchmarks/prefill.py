@@ -70,7 +70,9 @@ def our_prefill(path: Path, contestant: str) -> Callable[[list[int]], float]:
 def prefill_by(model: DecoderModel, contestant: str) -> Callable[[list[int]], float]:
     def prefill(token_ids: list[int]) -> float:
         settings = settings_for(contestant, model.shape, len(token_ids))
-        run = PrefillRun(model, token_ids, settings)
+        run = PrefillRun(
+            model, token_ids, settings, is_long=model.description.is_long(len(token_ids))
+        )
         while not run.finished:
             run.compute_layer()  # its KV is dropped here; the service sends it to decode
         return float(model.logits(run.result().final_hidden[None])[0, 0])

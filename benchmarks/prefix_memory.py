@@ -23,11 +23,11 @@ def memory(folder: Path, quick: bool) -> list[dict[str, Any]]:
     prompt_bytes = model.shape.kv_bytes(
         PROMPT_TOKENS * model.shape.num_layers * model.shape.num_kv_heads
     )
-    _prefill(PrefillRun(model, _prompt(), settings))
+    _prefill(PrefillRun(model, _prompt(), settings, is_long=False))
     before = memory_bytes("VmRSS")
     most_used = 0
     for _ in range(1 + TIMES_FULL * MAX_BYTES // prompt_bytes):
-        _prefill(PrefillRun(model, _prompt(), settings, store=store))
+        _prefill(PrefillRun(model, _prompt(), settings, store=store, is_long=False))
         most_used = max(most_used, store.stats().used_bytes)
     taken = memory_bytes("VmRSS") - before
     return [

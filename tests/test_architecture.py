@@ -36,7 +36,6 @@ DOORS = {
         "winnow/attention/calls.py",
         "winnow/checkpoint.py",
         "winnow/dry_run.py",
-        "winnow/long_rope.py",
         "winnow/distributed/weights.py",
         "winnow/tokenizer.py",
         "winnow/gguf/tokenizer.py",

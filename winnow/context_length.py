@@ -39,8 +39,7 @@ def constant_length(config: Any) -> int:  # noqa: ANN401
 
     Beyond it, keys computed in prefill would not match queries computed later.
     """
-    rope = _rope(config)
-    if rope.get("rope_type") == "dynamic":
+    if any(rope.get("rope_type") == "dynamic" for rope in _ropes(config).values()):
         return positive_int(config, "max_position_embeddings")
     return _MOST
 
@@ -48,9 +47,15 @@ def constant_length(config: Any) -> int:  # noqa: ANN401
 def short_length(config: Any) -> int | None:  # noqa: ANN401
     """Sequence length up to which longrope's short tables are due; None for tables of other types.
 
-    Raises ValueError if it is not stated.
+    Raises ValueError if it is not stated, and for longrope in the layers of one kind alone.
     """
     rope = _rope(config)
+    for kind, own in _ropes(config).items():
+        if kind and own.get("rope_type") == "longrope":
+            raise ValueError(
+                f"the rotary tables of its {kind} layers are longrope's; Winnow runs that only "
+                "where all layers share their tables"
+            )
     if rope.get("rope_type") != "longrope":
         return None
     return positive_int(SimpleNamespace(**rope), "original_max_position_embeddings")
@@ -58,6 +63,13 @@ def short_length(config: Any) -> int | None:  # noqa: ANN401
 
 def _rope(config: Any) -> Mapping[str, Any]:  # noqa: ANN401
     return getattr(config, "rope_parameters", None) or {}
+
+
+def _ropes(config: Any) -> dict[str, Mapping[str, Any]]:  # noqa: ANN401
+    """The parameters of the tables of each kind of layer; of all layers, if they share them, ""."""
+    rope = _rope(config)
+    nested = {kind: own for kind, own in rope.items() if isinstance(own, Mapping)}
+    return nested or {"": rope}
 
 
 def positive_int(config: Any, name: str) -> int:  # noqa: ANN401

@@ -146,6 +146,7 @@ class DecoderModel:
         layer = self._model.model.layers[layer_idx]
         if isinstance(layer, FusedLayer):
             return layer.forward(hidden, self._model.table(layer_idx, rope), attention)
+        attention = self._model.tempered(layer_idx, rope, attention)
         with attending(attention, self.shape.layers[layer_idx]):
             return self._model.run_layer(layer_idx, hidden, rope, past_key_values=state)
 

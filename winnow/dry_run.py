@@ -36,6 +36,12 @@ _WITHOUT_EFFECT = {
     *("scaling", "dropout", "position_ids", "use_cache", "cache_position"),
     *("output_attentions", "output_router_logits"),
 }
+# What a network may hand its layers: Winnow does so too, or it has no effect on one prompt alone.
+_HANDED_ON = {
+    *("attention_mask", "position_ids", "position_embeddings", "past_key_values", "layer_past"),
+    *("use_cache", "cache_params", "output_attentions", "output_router_logits"),
+    "shared_kv_states",
+}
 _COMPUTED = {"softcap", "s_aux"}  # as AttentionOptions has them
 _NEVER_FOR_LACK_OF_NUMBERS = (TypeError, AttributeError, KeyError)
 
@@ -172,6 +178,7 @@ class _Call:
     given: Tensor
     answer: Tensor
     besides: tuple[Tensor, ...] = ()
+    names: frozenset[str] = frozenset()  # of what it gets besides
 
 
 def require_plain_loop(
@@ -192,6 +199,11 @@ def require_plain_loop(
             logger.debug("family %s cannot run without its weights", family, exc_info=True)
     if any(_is(one, calls[0].answer) for call in calls[1:] for one in call.besides):
         raise cannot_run(family, "its layers take the embeddings besides the layer before's output")
+    for call in calls:
+        if call.part.startswith("layer"):
+            own = parts.handed_names(int(call.part.removeprefix("layer ")))
+            if others := sorted(call.names - _HANDED_ON - own):
+                raise cannot_run(family, f"it hands {call.part} {', '.join(others)} besides")
     if logits is None:
         return
     expected = ["embeddings", *(f"layer {i}" for i in range(description.shape.num_layers))]
@@ -236,7 +248,8 @@ def _replaced(description: ModelDescription, network: Network) -> Iterator[list[
             first = given[0] if given else options.pop("hidden_states")
             others = (*given[1:], *options.values())
             besides = tuple(one for one in others if isinstance(one, Tensor))
-            calls.append(_Call(part, first, answer, besides))
+            names = frozenset(name for name, one in options.items() if one is not None)
+            calls.append(_Call(part, first, answer, besides, names))
             return answer
 
         module.forward = forward

@@ -83,8 +83,9 @@ def explain(
         ranks(view)
         scores(view, cut)
 
-    report = _prefill(winnow, token_ids, settings, used, watch)
-    prefill_s, full_prefill_s = _times(winnow, token_ids, settings, used)
+    is_long = winnow.model.description.is_long(len(token_ids) + sampling.max_tokens)
+    report = _prefill(winnow, token_ids, settings, is_long, used, watch)
+    prefill_s, full_prefill_s = _times(winnow, token_ids, settings, is_long, used)
     shape, layer = winnow.model.shape, report.selection_layer
     jobs = [BatchJob(token_ids, one, sampling, adapter=used) for one in (settings, FULL)]
     answers = {result.job_idx: result.completion for result in winnow.generate_many(jobs)}
@@ -128,10 +129,11 @@ def _prefill(
     winnow: Winnow,
     token_ids: Sequence[int],
     settings: PruningSettings,
+    is_long: bool,
     adapter: LoadedAdapter | None,
     watch: Watch | None = None,
 ) -> PrefillReport:
-    run = PrefillRun(winnow.model, token_ids, settings, watch, adapter=adapter)
+    run = PrefillRun(winnow.model, token_ids, settings, watch, is_long=is_long, adapter=adapter)
     while not run.finished:
         run.compute_layer()
     return run.result().report
@@ -141,6 +143,7 @@ def _times(
     winnow: Winnow,
     token_ids: Sequence[int],
     settings: PruningSettings,
+    is_long: bool,
     adapter: LoadedAdapter | None,
 ) -> tuple[float, float]:
     """Median seconds of prefill with `settings` and without pruning, in alternating rounds."""
@@ -148,7 +151,7 @@ def _times(
     for _ in range(TIMED_ROUNDS):
         for is_full in (True, False):
             started_s = time.perf_counter()
-            _prefill(winnow, token_ids, FULL if is_full else settings, adapter)
+            _prefill(winnow, token_ids, FULL if is_full else settings, is_long, adapter)
             if winnow.model.device.type == "cuda":
                 torch.cuda.synchronize(winnow.model.device)
             seconds[is_full].append(time.perf_counter() - started_s)

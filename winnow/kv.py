@@ -47,8 +47,9 @@ class ModelShape:
     value.
     layers: by default all attend to the whole prompt.
     states: each layer's, of one sequence; known once the model is loaded.
+    in_parts: whether recurrent layers compute a prompt in parts as they do at once; likewise.
     own_sizes: each layer's, if they differ; full layers have the same.
-    None of the three is sent: models of one fingerprint have the same.
+    None of the four is sent: models of one fingerprint have the same.
     """
 
     num_layers: int
@@ -59,6 +60,7 @@ class ModelShape:
     dtype: torch.dtype
     layers: tuple[Layer, ...] = field(default=(), compare=False)
     states: tuple[tuple[StatePart, ...], ...] = field(default=(), compare=False)
+    in_parts: bool = field(default=True, compare=False)
     own_sizes: tuple[KVSize, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:

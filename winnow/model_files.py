@@ -197,9 +197,9 @@ def _require_length(config: Any) -> None:  # noqa: ANN401
 def _require_constant_tables(path: Path, config: Any, max_positions: int) -> None:  # noqa: ANN401
     if (constant := constant_length(config)) < max_positions:
         raise UnusableModel(
-            f"{path} uses {config.rope_parameters['rope_type']} rotary embeddings, which change "
-            f"with the sequence's length beyond {constant} positions; prefill and decode would not "
-            f"agree on them. max_model_len {constant} avoids that"
+            f"{path} uses dynamic rotary embeddings, which change with the sequence's length "
+            f"beyond {constant} positions; prefill and decode would not agree on them. "
+            f"max_model_len {constant} avoids that"
         )
 
 

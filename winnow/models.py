@@ -33,6 +33,7 @@ from winnow.distributed.weights import loading_options, make_plain, split_head
 from winnow.dry_run import ONE_BY_ONE, require_sizes
 from winnow.folder_errors import as_unusable, cannot_run
 from winnow.fused_layer import fuse_layers
+from winnow.kv import ModelShape
 from winnow.layer_state import StatePart
 from winnow.linear import pack_head, pack_int8
 from winnow.model_files import ModelDescription, describe_model, load_config
@@ -88,14 +89,15 @@ def load_model(
     loaded = _load_network(description, device, split)
     if description.quantization is not None and not description.is_dequantized:
         require_same_as_dequantized(description, loaded)
+    is_verified = description.model_type in VERIFIED_FAMILIES
+    theirs = None if is_verified else _logits_of(loaded, description, device)
     decoder = DecoderModel(Network(loaded), description, torch.device(device), shape)
     if shape.has_states:
         with as_unusable(f"Winnow cannot run {description.model_type}: {ONE_BY_ONE}"):
-            shape = replace(shape, states=_states_of(decoder))
+            shape = replace(shape, states=_states_of(decoder), in_parts=_in_parts(decoder))
         decoder = DecoderModel(decoder.network, replace(description, shape=shape), decoder.device)
-    is_verified = description.model_type in VERIFIED_FAMILIES
-    if not is_verified:
-        _require_same_as_transformers(decoder, loaded)
+    if theirs is not None:
+        _require_same_as_transformers(decoder, theirs)
     del loaded  # or what is packed would be in memory twice
     network = decoder.network
     sizes, own = linear_sizes(network), own_sizes(network)
@@ -178,18 +180,55 @@ def _attend(_: int, query: Tensor, key: Tensor, value: Tensor, options: Attentio
 
 
 @torch.inference_mode()
-def _require_same_as_transformers(decoder: DecoderModel, network: Any) -> None:  # noqa: ANN401
-    """Compare our layer loop with the model's own forward; raise UnusableModel if they differ."""
-    family = network.config.model_type
-    num_tokens = min(16, decoder.max_positions)
-    token_ids = torch.arange(num_tokens, device=decoder.device).remainder(decoder.vocab_size)[None]
-    with as_unusable(f"Winnow cannot run {family}: {ONE_BY_ONE}"):
-        ours = _run_layers(decoder, token_ids)
+def _in_parts(decoder: DecoderModel) -> bool:
+    """Whether the recurrent layers make of tokens in two parts what they make of all at once."""
+    shape, device = decoder.shape, decoder.device
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn((1, 4, shape.hidden_size), generator=random).to(device, shape.dtype)
+    positions = torch.arange(4, device=device)[None]
+    rope = decoder.rope(positions, positions)
+
+    def outputs(layer_idx: int, *parts: slice) -> list[Tensor]:
+        state = decoder.new_state(layer_idx)
+        assert state is not None
+        found = [
+            decoder.layer(layer_idx, hidden[:, part], rope.take(part), _attend, state)
+            for part in parts
+        ]
+        return [torch.cat(found, dim=1), *state.tensors]
+
+    for layer_idx, layer in enumerate(shape.layers):
+        if layer.is_recurrent and not layer.has_kv:
+            at_once = outputs(layer_idx, slice(4))
+            in_two = outputs(layer_idx, slice(2), slice(2, 4))
+            for ours, theirs in zip(in_two, at_once, strict=True):
+                if not _difference(ours, theirs) <= _tolerance(shape):
+                    return False
+    return True
+
+
+def _few_tokens(description: ModelDescription, device: torch.device | str) -> Tensor:
+    num_tokens = min(16, description.max_positions)
+    return torch.arange(num_tokens, device=device).remainder(description.vocab_size)[None]
+
+
+@torch.inference_mode()
+def _logits_of(network: Any, description: ModelDescription, device: str) -> Tensor:  # noqa: ANN401
+    """Those of transformers' own forward for a short prompt's last token."""
+    with as_unusable(f"Winnow cannot run {description.model_type}: {ONE_BY_ONE}"):
         network.set_attn_implementation("eager")
-        theirs = network(token_ids, use_cache=False).logits[0, -1].float()
+        output = network(_few_tokens(description, device), use_cache=False)
         network.set_attn_implementation(ATTENTION_NAME)
-    tolerance = 1e-3 if decoder.shape.dtype == torch.float32 else 5e-2
-    difference = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6))
+    return output.logits[0, -1].float()  # type: ignore[no-any-return]
+
+
+@torch.inference_mode()
+def _require_same_as_transformers(decoder: DecoderModel, theirs: Tensor) -> None:
+    """Compare our layer loop's logits with `_logits_of`; raise UnusableModel if they differ."""
+    family = decoder.description.model_type
+    with as_unusable(f"Winnow cannot run {family}: {ONE_BY_ONE}"):
+        ours = _run_layers(decoder, _few_tokens(decoder.description, decoder.device))
+    difference, tolerance = _difference(ours, theirs), _tolerance(decoder.shape)
     if not difference <= tolerance:
         raise cannot_run(
             family,
@@ -199,6 +238,15 @@ def _require_same_as_transformers(decoder: DecoderModel, network: Any) -> None: 
     logger.info(
         "family %s is not in the verified list; its logits agree (%.1g)", family, difference
     )
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest one, as a share of the largest number."""
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6))
+
+
+def _tolerance(shape: ModelShape) -> float:
+    return 1e-3 if shape.dtype == torch.float32 else 5e-2
 
 
 def _run_layers(decoder: DecoderModel, token_ids: Tensor) -> Tensor:

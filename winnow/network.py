@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from winnow.attention.calls import AttentionCall
 from winnow.folder_errors import cannot_run
 from winnow.long_rope import LongRope, has_long_rope
 from winnow.network_parts import (
@@ -18,6 +19,7 @@ from winnow.network_parts import (
 )
 from winnow.network_scales import scales_of
 from winnow.rotary import LONG, RotaryTables, Table
+from winnow.temperature import HANDED, take_temperature, with_factors
 from winnow.token_extras import LayerInputs, TokenExtras, layer_inputs_of, sharing_kinds
 
 _ANY_LAYER = "any"  # the kind of table of families that have only one
@@ -67,6 +69,11 @@ class Network(nn.Module):
             self.model.rotary_emb = LongRope(self.model.rotary_emb, self.config)
         self.scales = scales_of(self.config)
         self._table_kinds = self._kinds()
+        tables = self._kinds_with_tables()
+        self._temperatures = [
+            take_temperature(body, layer, has_table=kind in tables)
+            for layer, kind in zip(self.model.layers, self._table_kinds, strict=True)
+        ]
         self.model.layer_inputs = layer_inputs_of(body, len(self.model.layers))
         self.sharing_kinds = sharing_kinds(self.config)
 
@@ -76,6 +83,14 @@ class Network(nn.Module):
         if rotary is None or "layer_type" not in inspect.signature(rotary.forward).parameters:
             return [_ANY_LAYER] * len(self.model.layers)
         return list(self.config.layer_types)
+
+    def _kinds_with_tables(self) -> list[str]:
+        rotary, kinds = self.model.rotary_emb, dict.fromkeys(self._table_kinds)
+        if rotary is None:
+            return []
+        known = kinds if _ANY_LAYER in kinds else getattr(rotary, "layer_types", kinds)
+        own = getattr(self.config, "rope_parameters", None) or {}
+        return [kind for kind in kinds if kind in known and own.get(kind, True) is not None]
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids: [B, T] int64.  Returns hidden states [B, T, hidden_size]."""
@@ -102,19 +117,34 @@ class Network(nn.Module):
         if rotary is None:
             return RotaryTables(positions, {})
         like = torch.empty(0, dtype=dtype, device=positions.device)
-        kinds = dict.fromkeys(self._table_kinds)
         if isinstance(rotary, LongRope):
             tables = {_ANY_LAYER: rotary(like, positions)}
             return RotaryTables(positions % LONG, tables, positions)
-        if _ANY_LAYER in kinds:
-            return RotaryTables(positions, {_ANY_LAYER: rotary(like, positions)})
-        known = getattr(rotary, "layer_types", kinds)
-        by_kind = {kind: rotary(like, positions, kind) for kind in kinds if kind in known}
+        by_kind = {
+            kind: rotary(like, positions, *([] if kind == _ANY_LAYER else [kind]))
+            for kind in self._kinds_with_tables()
+        }
         return RotaryTables(positions, by_kind)
 
     def table(self, layer_idx: int, rope: RotaryTables) -> Table | None:
         """The one of a layer; None for a kind of layer without."""
         return rope.by_kind.get(self._table_kinds[layer_idx])
+
+    def tempered(
+        self, layer_idx: int, rope: RotaryTables, attention: AttentionCall
+    ) -> AttentionCall:
+        """The attention with the layer's temperature for the tokens of `rope`, if it has one."""
+        temperature = self._temperatures[layer_idx]
+        return (
+            attention
+            if temperature is None
+            else with_factors(attention, temperature(rope.positions))
+        )
+
+    def handed_names(self, layer_idx: int) -> frozenset[str]:
+        """What of a layer's own it is handed, or computed for it, by transformers' names."""
+        names = [HANDED] if self._temperatures[layer_idx] is not None else []
+        return frozenset(names + ["per_layer_input"] * (self.model.layer_inputs is not None))
 
     def run_layer(
         self,

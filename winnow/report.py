@@ -26,7 +26,7 @@ class PrefillReport:
     saved_layer_tokens: layer-tokens that were not computed because of the prefix store; at least 0.
     no_prefix_reason: why the prefix store was not used: `off`, the method's `needs_all_queries` or
     `drops_from_layer_0`, `no_state` of recurrent layers that the prompt could go on from, or
-    `recurrent_layers` with keys as well; None if it was.
+    `recurrent_layers` with keys as well, or that do not go on in parts; None if it was.
     state_bytes: of the recurrent layers' states, whose size no prompt changes.
     """
 

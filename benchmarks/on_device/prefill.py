@@ -39,7 +39,9 @@ def their_prefill(network: Any, bench: Bench) -> Prefill:  # noqa: ANN401
 def our_prefill(model: DecoderModel, method: str) -> Prefill:
     def prefill(token_ids: list[int]) -> object:
         settings = settings_for(method, model.shape, len(token_ids))
-        run = PrefillRun(model, token_ids, settings)
+        run = PrefillRun(
+            model, token_ids, settings, is_long=model.description.is_long(len(token_ids))
+        )
         while not run.finished:
             run.compute_layer()  # its KV is dropped here
         return float(model.logits(run.result().final_hidden[None])[0, 0])

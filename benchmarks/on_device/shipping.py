@@ -76,6 +76,6 @@ def _drop(_: LayerKV) -> None:
 
 def _prefill(model: DecoderModel, token_ids: list[int], ship: Ship) -> None:
     settings = settings_for(UNPRUNED, model.shape, len(token_ids))
-    run = PrefillRun(model, token_ids, settings)
+    run = PrefillRun(model, token_ids, settings, is_long=model.description.is_long(len(token_ids)))
     for layer in run.layers():
         ship(layer)

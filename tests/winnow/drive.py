@@ -49,7 +49,7 @@ def prefill_all(
     settings: PruningSettings,
     store: PrefixStore | None = None,
     *,
-    is_long: bool | None = None,
+    is_long: bool = False,
     adapter: LoadedAdapter | None = None,
 ) -> tuple[list[LayerKV], PrefillResult]:
     run = PrefillRun(model, token_ids, settings, store=store, is_long=is_long, adapter=adapter)

@@ -13,7 +13,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tests.models_in_code import VOCAB_SIZE, save_byte_tokenizer
 from tests.winnow import reference
-from tests.winnow.drive import GREEDY, admit, decode_all, ids, make_engine, prompt, spec
+from tests.winnow.drive import (
+    GREEDY,
+    UNPRUNED,
+    admit,
+    decode_all,
+    ids,
+    make_engine,
+    prefill_all,
+    prompt,
+    spec,
+)
+from winnow.decoder import DecoderModel
+from winnow.engine.prefix.store import PrefixStore
 from winnow.errors import UnusableModel
 from winnow.layers import Layer
 from winnow.model_files import load_config
@@ -119,6 +131,20 @@ _ASSISTANTS = {
     "vocab_size_per_layer_input": 0,
     "num_kv_shared_layers": _NUM_LAYERS,
 }
+# Tables of longrope, and temperatures, that change within the prompts.
+_LONG_ROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "original_max_position_embeddings": 2 * WINDOW,
+    "partial_rotary_factor": 1.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
+}
+_LONG: dict[str, Any] = {
+    "rope_parameters": _LONG_ROPE,
+    "original_max_position_embeddings": 2 * WINDOW,
+}
+_TEMPERATURE = {"llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 2 * WINDOW}
 # What a family needs besides.
 _OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -132,12 +158,16 @@ _OWN: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": _BOTH | {"head_dim": 24, "v_head_dim": 16},
     "minimax": {"sliding_window": None},
     "nemotron_h": {"layer_types": ["linear_attention", "mlp", _FULL, "moe"]},
-    "phi4_multimodal": {
+    "llama4_text": {"floor_scale": WINDOW, "attn_scale": 0.5},
+    "ministral3": {"rope_parameters": _ROPE | _TEMPERATURE},
+    "phi3": _LONG,
+    "phi4_multimodal": _LONG
+    | {
         "vision_config": {"num_hidden_layers": 1},
         "audio_config": {"num_blocks": 1},
     },
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
-    "beam": _BY_LAYER,
+    "beam": {"rope_parameters": {_FULL: None, _SLIDING: _ROPE}},
     "cohere_compass_text": _BY_LAYER,
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8}},
     "doge": {"sliding_window": None},
@@ -147,10 +177,13 @@ _OWN: dict[str, dict[str, Any]] = {
     "gemma3_text": _BOTH,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "kolibri1": _BOTH,
-    "phimoe": {"sliding_window": None},
     "longcat_flash": {"expert_ffn_hidden_size": 32, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "moshi": {"sliding_window": 512},
+    "phimoe": {
+        "sliding_window": None,
+        "rope_parameters": _LONG_ROPE | {"short_mscale": 1.2, "long_mscale": 1.5},
+    },
     "zamba2": {"layer_types": ["linear_attention", "hybrid"] * 2},
     "codegen": {"rotary_dim": 8},
     "zaya": {"num_experts_per_tok": 1},
@@ -201,7 +234,25 @@ def _kinds(config: Any, folder: Path) -> tuple[str, ...]:
     answers = {name: ids(tokens) for name, tokens in decode_all(engine).items()}
     expected = {name: reference.greedy(network, own, _NEW_TOKENS) for name, own in prompts.items()}
     assert answers == expected
+    _require_same_from_store(model)
     return tuple(dict.fromkeys(map(_kind, model.shape.layers)))
+
+
+def _require_same_from_store(model: DecoderModel) -> None:
+    """A prompt whose beginning another one had is computed as it is without that one."""
+    store = PrefixStore(model, 1 << 24, block_tokens=WINDOW)
+    token_ids = prompt(_PROMPT_LENGTHS[1], seed=1)
+    is_long = model.description.is_long(len(token_ids))
+    prefill_all(model, token_ids[: 3 * WINDOW + 3], UNPRUNED, store, is_long=is_long)
+    (layers, result), (others, expected) = (
+        prefill_all(model, token_ids, UNPRUNED, own, is_long=is_long) for own in (store, None)
+    )
+    found, wanted = (model.logits(own.final_hidden[None]) for own in (result, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    for ours, theirs in zip(layers, others, strict=True):
+        torch.testing.assert_close(ours.states, theirs.states, rtol=1e-3, atol=1e-3)
+    report = result.report
+    assert report.num_cached_tokens > 0 or report.no_prefix_reason == "recurrent_layers"
 
 
 def _line(error: UnusableModel, folder: Path) -> str:

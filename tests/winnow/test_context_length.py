@@ -8,7 +8,7 @@ import torch
 from tests.models_in_code import save_tiny_model, tiny_config
 from tests.winnow import reference
 from winnow import SamplingParams, Winnow
-from winnow.context_length import context_length
+from winnow.context_length import constant_length, context_length
 from winnow.errors import InvalidSetting, PromptTooLong, UnusableModel
 from winnow.model_files import describe_model
 
@@ -153,6 +153,17 @@ def test_tables_that_change_with_length_are_used_up_to_where_they_do(tmp_path: P
     with pytest.raises(UnusableModel, match=f"max_model_len {STATED} avoids that"):
         describe_model(folder, max_model_len=STATED + 1)
     assert_answers_as_transformers(folder, STATED - 10, max_model_len=STATED)
+
+
+def test_tables_of_one_kind_of_layer_that_change_with_length_are_told_too() -> None:
+    rope = {
+        "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    config = tiny_config("llama", max_position_embeddings=STATED)
+    assert constant_length(config) > STATED
+    config.rope_parameters = rope
+    assert constant_length(config) == STATED
 
 
 def test_a_sliding_window_that_spans_max_model_len_is_no_window(tmp_path: Path) -> None:

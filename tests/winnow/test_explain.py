@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 
+from tests.models_in_code import long_rope, save_tiny_model
 from tests.winnow.adapters.made import save_adapter
 from tests.winnow.drive import prefill_all
 from winnow import SamplingParams, Winnow
 from winnow.catalog import METHODS
+from winnow.engine.prefill import PrefillRun
+from winnow.engine.score_watch import ScoreWatch
 from winnow.errors import InvalidRequest
 from winnow.explain import Explanation, explain
 
@@ -44,6 +47,26 @@ def test_agrees_with_the_prefill_of_the_same_prompt(
     full = Winnow.load(tiny_models["llama"], method="full").generate(TEXT, SAMPLING)
     assert explanation.full_answer.token_ids == full.token_ids
     assert explanation.prefill_s > 0 < explanation.full_prefill_s
+
+
+def test_a_prompt_is_explained_by_the_tables_that_its_answer_is_computed_with(
+    tmp_path: Path,
+) -> None:
+    winnow = Winnow.load(
+        save_tiny_model(tmp_path, "phi3", **long_rope(600)), **BUDGETS, **SETTINGS["asl"]
+    )
+    token_ids = winnow.tokenizer.encode(TEXT)
+    found = {}
+    for is_long in (False, True):
+        scores = ScoreWatch(winnow.pruning, len(token_ids), winnow.model.shape)
+        run = PrefillRun(winnow.model, token_ids, winnow.pruning, scores, is_long=is_long)
+        list(run.layers())
+        found[is_long] = scores.result().scores.tolist()
+    for max_tokens in (3, 100):
+        sampling = dataclasses.replace(SAMPLING, max_tokens=max_tokens)
+        is_long = len(token_ids) + max_tokens > 600
+        assert explain(winnow, token_ids, sampling).scores.scores.tolist() == found[is_long]
+    assert found[False] != found[True]
 
 
 @pytest.mark.parametrize("method", ["fastkv", "asl"])

@@ -11,13 +11,16 @@ import torch
 from tests.models_in_code import long_rope, save_tiny_model
 from tests.winnow import reference
 from tests.winnow.drive import UNPRUNED, admit, decode_all, ids, make_engine, prompt, spec
+from tests.winnow.families import save_network, tiny_config
 from winnow import SamplingParams
+from winnow.checkpoint import empty_network
 from winnow.decoder import DecoderModel
 from winnow.engine.prefill import PrefillRun
 from winnow.engine.prefix.store import PrefixStore
 from winnow.errors import UnusableModel
-from winnow.model_files import describe_model
+from winnow.model_files import describe_model, load_config
 from winnow.models import load_model
+from winnow.network import Network
 from winnow.rotary import LONG
 
 ORIGINAL = 200
@@ -34,16 +37,29 @@ def model(folder: Path) -> DecoderModel:
     return load_model(folder)
 
 
+@pytest.mark.parametrize("family", ["phi3", "phi4_multimodal", "phimoe", "cohere"])
 def test_tables_are_those_of_transformers_for_a_short_and_for_a_long_sequence(
-    model: DecoderModel, folder: Path
+    tmp_path: Path, family: str
 ) -> None:
+    """Also where one row is short and another is long."""
+    changes = {"max_position_embeddings": 512} | long_rope(ORIGINAL)
+    changes["rope_parameters"] |= {"short_mscale": 1.2, "long_mscale": 1.5}
+    folder = save_network(tiny_config(family, **changes), tmp_path)
     rotary = reference.load(folder).model.rotary_emb
-    for last, offset in ((ORIGINAL - 1, 0), (ORIGINAL, LONG)):
-        positions = torch.tensor([[0, 7, last]])
-        expected = rotary(torch.empty(0), positions)
-        (table,) = model.rope(positions + offset).by_kind.values()
-        for ours, theirs in zip(table, expected, strict=True):
-            torch.testing.assert_close(ours, theirs)
+    lasts, offsets = (ORIGINAL - 1, ORIGINAL, 500), torch.tensor([[0], [LONG], [LONG]])
+    positions = torch.tensor([[0, 7, last] for last in lasts])
+    (table,) = load_model(folder).rope(positions + offsets).by_kind.values()
+    for row, own in enumerate(positions):
+        for ours, theirs in zip(table, rotary(torch.empty(0), own[None]), strict=True):
+            torch.testing.assert_close(ours[row], theirs[0])
+
+
+def test_tables_of_another_form_are_refused(tmp_path: Path) -> None:
+    """Llama 4's are complex numbers."""
+    config = tiny_config("llama4_text", **long_rope(ORIGINAL))
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UnusableModel, match="its longrope tables are no cosines and sines"):
+        Network(empty_network(load_config(tmp_path)))
 
 
 def test_rows_of_a_batch_have_tables_of_their_own(model: DecoderModel, folder: Path) -> None:
@@ -93,3 +109,12 @@ def test_an_original_length_that_is_none_is_refused(
     (path / "config.json").write_text(json.dumps(content))
     with pytest.raises(UnusableModel, match=r"config\.json.* is not usable"):
         describe_model(path)
+
+
+def test_longrope_in_layers_of_one_kind_is_refused_with_their_name(tmp_path: Path) -> None:
+    own = long_rope(ORIGINAL)["rope_parameters"]
+    plain = {"rope_type": "default", "rope_theta": 10_000.0}
+    rope = {"full_attention": own, "sliding_attention": plain}
+    tiny_config("gemma3_text", rope_parameters=rope).save_pretrained(tmp_path)
+    with pytest.raises(UnusableModel, match="tables of its full_attention layers are longrope's"):
+        describe_model(tmp_path)

@@ -80,12 +80,12 @@ class PrefillRun:
     """The prefill of one prompt. Between two layers it holds the hidden states, but no KV.
 
     watch: called with each layer that the method observes, and the method's cut.
+    is_long: whether the sequence, prompt and completion together, is rotated by the model's long
+    tables (ModelDescription.is_long).
     store: from it the prompt's beginning is taken, if the method allows, and it gets what this run
     computes. Runs with other values of `cache_salt` share nothing. What the run holds of the store
     is let go of after the cut, by `close`, by `result`, and when the run fails or is dropped.
     adapter: that computes the prompt; prefixes are shared among its own runs only.
-    is_long: whether the sequence is rotated by the model's long tables (ModelDescription.is_long);
-    None: as one that ends with the prompt.
     pack: makes of each layer what `compute_layer` returns: all heads, or those of this process.
 
     Raises InvalidRequest for an empty prompt or a token outside the vocabulary, PromptTooLong, and
@@ -99,10 +99,10 @@ class PrefillRun:
         settings: PruningSettings,
         watch: Watch | None = None,
         *,
+        is_long: bool,
         store: PrefixStore | None = None,
         cache_salt: str = "",
         adapter: LoadedAdapter | None = None,
-        is_long: bool | None = None,
         pack: Pack = pack_every_head,
     ) -> None:
         require_prompt(model, token_ids)
@@ -111,7 +111,7 @@ class PrefillRun:
         self._rows = None if adapter is None else adapter.rows
         self._settings = settings
         self._num_prompt_tokens = len(token_ids)
-        self._is_long = model.description.is_long(len(token_ids)) if is_long is None else is_long
+        self._is_long = is_long
         self._method = methods.create(settings, len(token_ids), model.shape)
         self._no_prefix_reason = "off" if store is None else self._method.no_prefix_reason()
         if self._no_prefix_reason is None and not can_reuse(model.shape):

@@ -51,7 +51,7 @@ def _expected(model_path: Path) -> TokenScores:
     winnow = Winnow.load(model_path, **PRUNING)
     token_ids = winnow.tokenizer.encode(TEXT)
     watch = ScoreWatch(winnow.pruning, len(token_ids), winnow.model.shape)
-    run = PrefillRun(winnow.model, token_ids, winnow.pruning, watch)
+    run = PrefillRun(winnow.model, token_ids, winnow.pruning, watch, is_long=False)
     for _ in run.layers():
         pass
     return watch.result()

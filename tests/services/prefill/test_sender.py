@@ -121,7 +121,7 @@ def test_aborting_wakes_the_engine_and_the_receiver(
     end = ends.get(timeout=30)
     assert isinstance(end, RequestCancelled)
     with pytest.raises(RequestCancelled, match="gone"):
-        layer = PrefillRun(model, range(1, NUM_TOKENS + 1), PRUNING).compute_layer()
+        layer = PrefillRun(model, range(1, NUM_TOKENS + 1), PRUNING, is_long=False).compute_layer()
         assert layer is not None
         push.send(layer)
     abort.join()

@@ -83,7 +83,7 @@ class Prefill:
         return push
 
     def compute(self, push: SplitPush, num_layers: int | None = None) -> PrefillRun:
-        run = PrefillRun(self.model, TOKENS, TOP_P, pack=push.pack)
+        run = PrefillRun(self.model, TOKENS, TOP_P, pack=push.pack, is_long=False)
         for _ in range(num_layers or self.model.shape.num_layers):
             until(push.wait_for_room)
             layer = run.compute_layer()
@@ -191,7 +191,7 @@ def test_layers_that_wait_on_another_rank_slow_the_prompt_down(
     push = SplitPush(
         prefill.ranks, 99, plan, prefill.ends.put, buffers=OutgoingBuffers(), stall_timeout_s=0.5
     )  # never opened, so nobody takes them
-    run = PrefillRun(prefill.model, TOKENS, TOP_P, pack=push.pack)
+    run = PrefillRun(prefill.model, TOKENS, TOP_P, pack=push.pack, is_long=False)
     for _ in range(LAYERS_AHEAD):
         assert push.has_room
         run.compute_layer()
@@ -213,7 +213,7 @@ def test_a_part_whose_frames_leave_does_not_stall(prefill: Prefill, clock: Clock
     push = SplitPush(
         prefill.ranks, 98, plan, prefill.ends.put, buffers=OutgoingBuffers(), stall_timeout_s=0.5
     )
-    run = PrefillRun(prefill.model, TOKENS, TOP_P, pack=push.pack)
+    run = PrefillRun(prefill.model, TOKENS, TOP_P, pack=push.pack, is_long=False)
     for _ in range(LAYERS_AHEAD):
         run.compute_layer()
     for _ in range(4):

@@ -249,7 +249,7 @@ def test_a_prompts_log_probabilities_are_those_of_one_process(two: TwoRanks) -> 
 
 def scored(model: DecoderModel, token_ids: list[int]) -> PromptLogprobs:
     """In blocks of 10 tokens."""
-    run = PrefillRun(model, token_ids, UNPRUNED)
+    run = PrefillRun(model, token_ids, UNPRUNED, is_long=False)
     all_layers(run)
     hidden = run.result(keep_hidden=True).hidden
     assert hidden is not None
@@ -260,13 +260,13 @@ def scored(model: DecoderModel, token_ids: list[int]) -> PromptLogprobs:
 
 
 def test_prompts_take_turns_layer_by_layer(two: TwoRanks) -> None:
-    runs = [PrefillRun(two.split, prompt(n, seed=n), ASL) for n in (50, 90)]
+    runs = [PrefillRun(two.split, prompt(n, seed=n), ASL, is_long=False) for n in (50, 90)]
     while not all(run.finished for run in runs):
         for run in runs:
             if not run.finished:
                 run.compute_layer()
     for run, num_tokens in zip(runs, (50, 90), strict=True):
-        alone = PrefillRun(two.single, prompt(num_tokens, seed=num_tokens), ASL)
+        alone = PrefillRun(two.single, prompt(num_tokens, seed=num_tokens), ASL, is_long=False)
         all_layers(alone)
         found, expected = run.result().final_hidden, alone.result().final_hidden
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
@@ -299,7 +299,7 @@ def test_a_killed_rank_is_told_at_once_and_no_step_waits_for_it(two: TwoRanks) -
     assert isinstance(error, EngineFailed)
     assert time.monotonic() - started_s < SOON_S
     with pytest.raises(EngineFailed, match="rank"):
-        PrefillRun(two.split, prompt(5), UNPRUNED).compute_layer()
+        PrefillRun(two.split, prompt(5), UNPRUNED, is_long=False).compute_layer()
     assert len(two.lost) == 1
 
 

@@ -34,7 +34,7 @@ def prefill(
     store: PrefixStore | None = None,
     cache_salt: str = "",
 ) -> Prefilled:
-    run = PrefillRun(model, token_ids, pruning, store=store, cache_salt=cache_salt)
+    run = PrefillRun(model, token_ids, pruning, store=store, cache_salt=cache_salt, is_long=False)
     layers = [layer for layer in all_layers(run) if layer is not None]
     return layers, run.result(keep_hidden=True)
 

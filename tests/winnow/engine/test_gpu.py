@@ -96,7 +96,7 @@ def test_layers_leave_the_gpu_beside_its_work_as_they_were_computed(
 ) -> None:
     model = load_model(tiny_models["llama"], device="cuda")
     buffers, pace = OutgoingBuffers.of(model.device, 4), Pace(model.device)
-    run = PrefillRun(model, prompt(300), UNPRUNED)
+    run = PrefillRun(model, prompt(300), UNPRUNED, is_long=False)
     for layer in run.layers():
         outgoing = buffers.copy(layer)
         pace.end_step(ahead=1)

@@ -152,10 +152,10 @@ def test_refuses_prompts_that_cannot_be(
 ) -> None:
     model = load_model(tiny_models["llama"])
     with pytest.raises(error, match=message):
-        PrefillRun(model, token_ids, UNPRUNED)
+        PrefillRun(model, token_ids, UNPRUNED, is_long=False)
 
 
 def test_refuses_a_layer_the_model_does_not_have(tiny_models: dict[str, Path]) -> None:
     config = replace(ASL, method="fastkv", fixed_layer=4)
     with pytest.raises(InvalidSetting, match=r"fixed_layer is 4; .* \[0, 3\]"):
-        PrefillRun(load_model(tiny_models["llama"]), prompt(60), config)
+        PrefillRun(load_model(tiny_models["llama"]), prompt(60), config, is_long=False)

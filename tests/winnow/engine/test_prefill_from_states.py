@@ -1,6 +1,7 @@
 """Prefill of models with recurrent layers from the prefix store, beside prefill from scratch."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +9,25 @@ import torch
 from tests.models_in_code import save_tiny_model
 from tests.winnow.drive import ASL, UNPRUNED, prompt
 from tests.winnow.engine.from_store import BLOCK, Prefilled, assert_same, make_store, prefill
+from tests.winnow.families import save_network, tiny_config
 from winnow.decoder import DecoderModel
 from winnow.engine.prefix.store import PrefixStore
 from winnow.models import load_model
 from winnow.pruning_settings import PruningSettings
 
+# Of each kind of recurrent layer; those of Jamba forget their state where several tokens follow.
+FAMILIES = {
+    "bamba": None,
+    "granitemoehybrid": None,
+    "jamba": "recurrent_layers",
+    "lfm2_moe": None,
+    "lfm3": None,
+    "nemotron_h": None,
+    "olmo_hybrid": None,
+    "qwen3_5_text": None,
+    "qwen3_5_moe_text": None,
+    "qwen3_next": None,
+}
 FASTKV = replace(ASL, method="fastkv", fixed_layer=1)
 ADAPTIVE = replace(ASL, min_layer=3)
 ATOL = 1e-4  # layers go over parts of a prompt, so that sums are rounded otherwise
@@ -26,14 +41,18 @@ def hybrid(
 
 
 def compare(
-    model: DecoderModel, token_ids: list[int], pruning: PruningSettings, store: PrefixStore
+    model: DecoderModel,
+    token_ids: list[int],
+    pruning: PruningSettings,
+    store: PrefixStore,
+    atol: float = ATOL,
 ) -> Prefilled:
     """From the store, after a look that it is what comes from scratch."""
     found, expected = prefill(model, token_ids, pruning, store), prefill(model, token_ids, pruning)
-    assert_same(found, expected, ATOL)
+    assert_same(found, expected, atol)
     for ours, theirs in zip(found[0], expected[0], strict=True):
         for one, other in zip(ours.states, theirs.states, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-3, atol=ATOL)
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=atol)
     return found
 
 
@@ -103,3 +122,16 @@ def test_without_room_for_states_prompts_are_computed_whole(hybrid: DecoderModel
     for num_tokens in (100, 150, 120):
         compare(hybrid, token_ids[:num_tokens], ADAPTIVE, store)
     assert store.stats().used_bytes <= 1 << 15
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_recurrent_layer_goes_on_or_no_beginning_is_reused(
+    tmp_path: Path, family: str
+) -> None:
+    model = load_model(save_network(tiny_config(family), tmp_path))
+    store, token_ids = make_store(model), prompt(100)
+    compare(model, token_ids[:60], UNPRUNED, store, 1e-3)
+    _, result = compare(model, token_ids, UNPRUNED, store, 1e-3)
+    reason = FAMILIES[family]
+    assert result.report.no_prefix_reason == reason
+    assert result.report.num_cached_tokens == (48 if reason is None else 0)

@@ -215,7 +215,7 @@ def test_runs_at_the_same_time_use_what_the_others_have_computed(
     model, document = models["llama"], prompt(64)
     store, full = make_store(model), replace(SMALL, method="full")
     prompts = [document + prompt(10, seed) for seed in range(3)]
-    runs = [PrefillRun(model, token_ids, full, store=store) for token_ids in prompts]
+    runs = [PrefillRun(model, token_ids, full, store=store, is_long=False) for token_ids in prompts]
     layers: list[list[LayerKV]] = [[], [], []]
     while not runs[0].finished:
         for run, done in zip(runs, layers, strict=True):
@@ -233,7 +233,7 @@ def test_a_run_that_was_overtaken_may_save_nothing(models: dict[str, DecoderMode
     model, document = models["llama"], prompt(160)
     store, token_ids = make_store(model), document + prompt(10, 1)
     pruning = replace(FASTKV, fixed_layer=2, select_tokens=120)
-    run = PrefillRun(model, token_ids, pruning, store=store)
+    run = PrefillRun(model, token_ids, pruning, store=store, is_long=False)
     layers = [run.compute_layer(), run.compute_layer()]
     prefill(model, document + prompt(5, 2), UNPRUNED, store)
     layers += all_layers(run)
@@ -279,7 +279,7 @@ def run_in_any_order(
             damage_any(store, data)
             continue
         if idx not in runs:
-            runs[idx] = PrefillRun(model, prompts[idx], pruning[idx], store=store)
+            runs[idx] = PrefillRun(model, prompts[idx], pruning[idx], store=store, is_long=False)
             layers[idx] = []
         if not runs[idx].finished:
             layer = runs[idx].compute_layer()
@@ -322,7 +322,7 @@ def test_a_damaged_block_is_computed_anew(
     store = make_store(model, location="host")
     prefill(model, document, replace(FASTKV, fixed_layer=2), store)
     pruning = replace(FASTKV, fixed_layer=last_layer)
-    run = PrefillRun(model, document + prompt(9, 1), pruning, store=store)
+    run = PrefillRun(model, document + prompt(9, 1), pruning, store=store, is_long=False)
     layers = [run.compute_layer() for _ in range(before_layer)]
     damage(store, block_idx, part)
     layers += all_layers(run)
@@ -357,7 +357,7 @@ def test_a_run_that_does_not_finish_leaves_what_it_computed(
 ) -> None:
     model, token_ids, full = models["llama"], prompt(70), UNPRUNED
     store = make_store(model)
-    run = PrefillRun(model, token_ids, full, store=store)
+    run = PrefillRun(model, token_ids, full, store=store, is_long=False)
     for _ in range(num_layers):
         run.compute_layer()
     if end == "close":
@@ -387,7 +387,7 @@ def test_a_store_that_is_full_of_what_others_use_is_done_without(
 ) -> None:
     model = models["llama"]
     store = make_store(model, 3 * (4 << 12))
-    held = PrefillRun(model, prompt(64, 1), UNPRUNED, store=store)
+    held = PrefillRun(model, prompt(64, 1), UNPRUNED, store=store, is_long=False)
     held.compute_layer()
     found = prefill(model, prompt(64, 2), UNPRUNED, store)
     assert_same(found, prefill(model, prompt(64, 2), UNPRUNED))
@@ -403,7 +403,7 @@ def test_the_end_of_a_prefix_may_be_evicted_while_a_run_uses_its_beginning(
     model, document = models["llama"], prompt(64)
     store = make_store(model, 12 * (4 << 12))
     prefill(model, document, UNPRUNED, store)
-    run = PrefillRun(model, document[:32] + prompt(16, 1), UNPRUNED, store=store)
+    run = PrefillRun(model, document[:32] + prompt(16, 1), UNPRUNED, store=store, is_long=False)
     layer = run.compute_layer()
     prefill(model, prompt(100, 2), UNPRUNED, store)
     assert store.stats().evicted_blocks > 0
@@ -423,7 +423,7 @@ def test_whoever_watches_sees_the_whole_prompt(models: dict[str, DecoderModel]) 
         def watch(view: LayerView, cut: Cut | None, sizes: list[int] = sizes) -> None:
             sizes.append(view.num_tokens)
 
-        run = PrefillRun(model, token_ids, FASTKV, watch, store=store)
+        run = PrefillRun(model, token_ids, FASTKV, watch, store=store, is_long=False)
         all_layers(run)
     assert seen[0] == seen[1] == [60, 60, 24, 24]
 

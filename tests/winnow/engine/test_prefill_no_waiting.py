@@ -54,7 +54,7 @@ def test_no_layer_waits_for_the_device_nor_does_its_way_out(
     leaving: list[Outgoing[LayerKV | PrefillResult]] = []
     with no_waiting():
         watch = ScoreWatch(settings, 60, model.shape)
-        run = PrefillRun(model, prompt(60), settings, watch)
+        run = PrefillRun(model, prompt(60), settings, watch, is_long=False)
         leaving += [buffers.copy(layer) for layer in run.layers()]
         leaving.append(buffers.copy(run.result()))
     for outgoing, own in zip(leaving, [*expected, result], strict=True):
@@ -77,7 +77,9 @@ def test_cached_blocks_beside_the_model_are_used_without_waiting(
         store = PrefixStore(model, 1 << 20, block_tokens=16)
         for tails in ((10, 30), (20, 5)):
             runs = [
-                PrefillRun(model, prompt(40) + prompt(tail, tail), settings, store=store)
+                PrefillRun(
+                    model, prompt(40) + prompt(tail, tail), settings, store=store, is_long=False
+                )
                 for tail in tails
             ]
             for _ in range(model.shape.num_layers):

@@ -22,7 +22,7 @@ def score(
     model: DecoderModel, token_ids: list[int], num_top: int, block_size: int
 ) -> tuple[PromptLogprobs, int]:
     """The log-probabilities, and in how many blocks they were computed."""
-    prefill = PrefillRun(model, token_ids, UNPRUNED)
+    prefill = PrefillRun(model, token_ids, UNPRUNED, is_long=False)
     all_layers(prefill)
     hidden = prefill.result(keep_hidden=True).hidden
     assert hidden is not None

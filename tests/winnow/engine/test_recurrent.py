@@ -120,7 +120,11 @@ def test_above_the_selection_layers_go_over_the_surviving_tokens_in_order(
     token_ids, cuts = prompt(100), list[Tensor]()
     settings = replace(ASL, method="fastkv", fixed_layer=1)
     run = PrefillRun(
-        qwen, token_ids, settings, lambda _, cut: cuts.append(cut.kept) if cut else None
+        qwen,
+        token_ids,
+        settings,
+        lambda _, cut: cuts.append(cut.kept) if cut else None,
+        is_long=False,
     )
     layers, result = list(run.layers()), run.result()
     (kept,) = cuts

@@ -53,7 +53,7 @@ def _scored(
         watch(view, cut)
         views(view, cut)
 
-    run = PrefillRun(model, prompt(num_tokens), settings, both, store=store)
+    run = PrefillRun(model, prompt(num_tokens), settings, both, store=store, is_long=False)
     while not run.finished:
         run.compute_layer()
     return watch.result(), views, run.result().report

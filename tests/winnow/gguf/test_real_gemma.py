@@ -69,7 +69,7 @@ def test_its_tokens_are_those_of_its_own_tokenizer(
 
 def test_its_logits_are_those_of_transformers_reading(winnow: Winnow, theirs: Any) -> None:
     token_ids, _ = prompt(winnow, "passkey")
-    run = PrefillRun(winnow.model, token_ids, winnow.pruning)
+    run = PrefillRun(winnow.model, token_ids, winnow.pruning, is_long=False)
     for _ in run.layers():
         pass
     ours = winnow.model.logits(run.result().final_hidden[None])[0]

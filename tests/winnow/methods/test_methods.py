@@ -198,7 +198,7 @@ def test_the_work_left_is_known_where_the_cut_is(
     model: DecoderModel, method: str, num_tokens: int
 ) -> None:
     settings = replace(SMALL, method=method, threshold=0.0)  # ASL cuts at its latest layer
-    run = PrefillRun(model, prompt(num_tokens), settings)
+    run = PrefillRun(model, prompt(num_tokens), settings, is_long=False)
     while not run.finished:
         left_then = run.layer_tokens_left - run.next_layer_tokens
         run.compute_layer()
@@ -212,7 +212,7 @@ def test_the_work_left_shrinks_by_a_cut_that_comes_early(
     model: DecoderModel, method: str, latest_layer: int | None
 ) -> None:
     settings = replace(SMALL, method=method, threshold=1.2, latest_layer=latest_layer)
-    run = PrefillRun(model, prompt(N), settings)
+    run = PrefillRun(model, prompt(N), settings, is_long=False)
     run.compute_layer()
     left_then = run.layer_tokens_left - run.next_layer_tokens
     run.compute_layer()

@@ -102,7 +102,7 @@ def test_pass_two_starts_again_at_position_0(
 
 def test_layers_of_pass_one_give_way_between_them(tiny_models: dict[str, Path]) -> None:
     """Whoever drives the prefill may stop it, or turn to another prompt, after each layer."""
-    run = PrefillRun(load_model(tiny_models["llama"]), prompt(60), GEMFILTER)
+    run = PrefillRun(load_model(tiny_models["llama"]), prompt(60), GEMFILTER, is_long=False)
     assert [None if layer is None else layer.layer_idx for layer in all_layers(run)] == [
         *(None, None),
         *range(4),
@@ -129,4 +129,4 @@ def test_refuses_a_layer_the_model_does_not_have(
     tiny_models: dict[str, Path], settings: PruningSettings, message: str
 ) -> None:
     with pytest.raises(InvalidSetting, match=message):
-        PrefillRun(load_model(tiny_models["llama"]), prompt(60), settings)
+        PrefillRun(load_model(tiny_models["llama"]), prompt(60), settings, is_long=False)

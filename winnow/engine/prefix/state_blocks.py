@@ -25,8 +25,12 @@ _WORD = 8  # bytes; checksums are of whole words
 
 
 def can_reuse(shape: ModelShape) -> bool:
-    """Whether beginnings are reused: not where a layer has both, keys and a state."""
-    return not any(layer.has_kv and layer.is_recurrent for layer in shape.layers)
+    """Whether beginnings are reused.
+
+    Not where a layer has both, keys and a state, nor where several tokens do not go on from a
+    state: transformers' Mamba-1 forgets it.
+    """
+    return shape.in_parts and not any(layer.has_kv and layer.is_recurrent for layer in shape.layers)
 
 
 class StateBlocks(PromptBlocks):
