@@ -1,5 +1,7 @@
 """Behind Ray Serve's own middleware, answers have one request id."""
 
+from typing import Any
+
 import httpx
 import pytest
 from ray.serve._private.http_util import _apply_middlewares
@@ -17,7 +19,8 @@ async def test_an_answer_has_one_id_and_if_there_is_one_the_service_s(
     async def service(scope: Scope, receive: Receive, send: Send) -> None:
         await Response(headers=ours)(scope, receive, send)
 
-    app = _apply_middlewares(service, middlewares())
+    chain: list[Any] = middlewares()
+    app = _apply_middlewares(service, chain)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as client:
         answer = await client.get("http://service/", headers=theirs)
     (only,) = answer.headers.get_list("x-request-id")
