@@ -17,7 +17,7 @@ async def test_an_answer_has_one_id_and_if_there_is_one_the_service_s(
     async def service(scope: Scope, receive: Receive, send: Send) -> None:
         await Response(headers=ours)(scope, receive, send)
 
-    app = _apply_middlewares(service, middlewares())
+    app = _apply_middlewares(service, middlewares())  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as client:
         answer = await client.get("http://service/", headers=theirs)
     (only,) = answer.headers.get_list("x-request-id")
