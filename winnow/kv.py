@@ -176,10 +176,13 @@ class ModelShape:
         return self._bytes_of(self.largest, num_entries, kv_dtype)
 
     def sent_bytes(self, layer_entries: Iterable[int], kv_dtype: KvDtype = "auto") -> int:
-        """Bytes of keys and values of so many entries of each layer, without what pads pages."""
+        """Bytes of keys and values of so many entries of each layer, without what pads pages.
+
+        layer_entries: of the first layers, or of all.
+        """
         return sum(
             self._bytes_of(size, num_entries, kv_dtype)
-            for size, num_entries in zip(self.sizes, layer_entries, strict=True)
+            for size, num_entries in zip(self.sizes, layer_entries, strict=False)
         )
 
     def _bytes_of(self, size: KVSize, num_entries: int, kv_dtype: KvDtype) -> int:

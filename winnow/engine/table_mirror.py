@@ -14,6 +14,7 @@ from winnow.attention import StepPlan
 from winnow.engine.page_table import TableChanges
 from winnow.engine.windows import Windows
 from winnow.kv import ModelShape
+from winnow.to_device import array_to_device
 
 _FIRST_WIDTH = 128
 
@@ -34,7 +35,7 @@ class TableMirror:
         self._page_size = page_size
         windows = Windows(shape, page_size)
         self._windowed_width = windows.width
-        has_head = torch.from_numpy(windows.has_head).to(device)
+        has_head = array_to_device(windows.has_head, device)
         self._added = has_head.int()[:, None]  # [L, 1, H_kv], entries that a step adds
         heads = (shape.num_layers, num_rows + 1, shape.num_kv_heads)
         self.lengths = torch.zeros(heads, dtype=torch.int32, device=device)
