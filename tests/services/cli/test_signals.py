@@ -26,7 +26,14 @@ while True:
     except:  # as libraries have it around what they import
         pass
 """
-TELLS_THAT_IT_LOST_IT = LOSES_IT.replace("pass", 'print("lost", flush=True)')
+TELLS_THAT_IT_LOST_IT = """
+try:
+    print("begun", flush=True)
+    time.sleep(600)
+except:
+    print("lost", flush=True)
+    time.sleep(600)
+"""
 IN_A_FINALISER = """
 class Finalised:
     def __del__(self):
@@ -103,8 +110,9 @@ def test_sigint_ends_a_program_that_loses_it(body: str) -> None:
 
 def test_a_second_sigint_ends_it_at_once() -> None:
     process = run(TELLS_THAT_IT_LOST_IT, grace_s=10 * SOON_S)
-    process.send_signal(signal.SIGINT)
     assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "lost\n"
     process.send_signal(signal.SIGINT)
     assert end_of(process) == "winnow: as you wish\n"
