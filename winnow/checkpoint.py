@@ -95,7 +95,7 @@ def _dequantized(description: ModelDescription) -> dict[str, ReadTensor]:
     config = network_config(description)
     table = stored_tensors(path, getattr(config, "transformers_weights", None))
     tensors = dequantized_tensors(table, quantization, description.shape.dtype)
-    return without_empty_biases(tensors, empty_network(config).state_dict())
+    return without_empty_biases(tensors, lambda: empty_network(config).state_dict())
 
 
 def _stored_tensors(description: ModelDescription, config: Any) -> Mapping[str, StoredTensor]:  # noqa: ANN401

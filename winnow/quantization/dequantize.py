@@ -76,24 +76,22 @@ def dequantized_tensors(
 
 
 def without_empty_biases(
-    tensors: dict[str, ReadTensor], parameters: Collection[str]
+    tensors: dict[str, ReadTensor], parameters: Callable[[], Collection[str]]
 ) -> dict[str, ReadTensor]:
     """The tensors without biases of dequantized weights that the network has none for.
 
     Some libraries write such a bias of zeros beside every weight. One that is not zero stays.
-    parameters: of the network.
+    parameters: gives those of the network; called where a dequantized weight has a bias.
     """
 
-    def is_empty(name: str, tensor: ReadTensor) -> bool:
+    def of_dequantized(name: str) -> bool:
         weight = tensors.get(name.removesuffix("bias") + "weight")
-        has_place = name in parameters or weight is None or not weight.is_dequantized
-        return not has_place and not tensor[...].any()
+        return name.endswith(".bias") and weight is not None and weight.is_dequantized
 
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not (name.endswith(".bias") and is_empty(name, tensor))
-    }
+    biases = {name for name in tensors if of_dequantized(name)}
+    placeless = biases.difference(parameters()) if biases else biases
+    empty = {name for name in placeless if not tensors[name][...].any()}
+    return {name: tensor for name, tensor in tensors.items() if name not in empty}
 
 
 def _require_no_rest(form: Format, found: Mapping[str, ReadTensor]) -> None:

@@ -1,6 +1,5 @@
 """Decode of models whose layers attend to windows and chunks."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +20,9 @@ from tests.winnow.drive import (
     spec,
 )
 from tests.winnow.eager_recorder import EagerRecorder
+from tests.winnow.engine.moving import tokens_after_a_move
 from tests.winnow.layers import theirs
 from tests.winnow.windowed import PATTERNS, WindowedModel, run_layers
-from winnow.engine.decode import DecodeEngine
-from winnow.engine.sequence import Reservation
-from winnow.kv import LayerKV, SequenceState
 from winnow.models import load_model
 
 LONG = replace(GREEDY, max_tokens=60)
@@ -128,11 +125,6 @@ def test_a_model_without_full_layers_has_nothing_to_recompress(sliding: dict[str
     assert engine.recompression_stats.recompressions == 0
 
 
-def take_out(engine: DecodeEngine, reservation: Reservation) -> tuple[SequenceState, list[LayerKV]]:
-    with engine.taken_out(reservation, 20) as (seq,):
-        return seq.state(), [seq.read_layer(engine.pool, idx) for idx in range(4)]
-
-
 def test_a_sequence_moves_on_with_what_its_windows_see(sliding: dict[str, Path]) -> None:
     """To pages of another size: there, less than is held here may be held."""
     model = load_model(sliding["qwen2"])
@@ -140,16 +132,7 @@ def test_a_sequence_moves_on_with_what_its_windows_see(sliding: dict[str, Path])
     reservation = admit(engine, spec("a", 50, LONG), prompt(50), UNCUT)
     for _ in range(25):
         engine.step()
-    with ThreadPoolExecutor() as threads:
-        leaving = threads.submit(take_out, engine, reservation)
-        while not leaving.done():
-            engine.step()
-    state, layers = leaving.result()
-    moved = other.reserve(replace(spec("a", 50, LONG), moved=True))
-    for layer, kind in zip(layers, model.shape.layers, strict=True):
-        moved.write_layer(layer if kind.window is None else layer.newest(kind.window))
-    other.resume(moved, {0: state}, torch.zeros(64))
-    tokens = [*state.token_ids, *ids(decode_all(other)["a"])]
+    tokens = tokens_after_a_move(engine, other, reservation, spec("a", 50, LONG))
     assert tokens == reference.greedy(reference.load(sliding["qwen2"]), prompt(50), 60)
     assert_empty(other)
 

@@ -1,6 +1,5 @@
 """Models whose layers differ in their KV heads, and in the numbers of a key and a value."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,16 +23,15 @@ from tests.winnow.drive import (
 )
 from tests.winnow.eager_recorder import EagerRecorder
 from tests.winnow.engine.from_store import assert_same, make_store, prefill
+from tests.winnow.engine.moving import tokens_after_a_move
 from tests.winnow.naive_recompression import assert_cut
 from tests.winnow.windowed import prefill_by_formulas
 from winnow.attention import StepAttention, decode_backend
 from winnow.attention.options import AttentionOptions
 from winnow.decoder import DecoderModel
-from winnow.engine.decode import DecodeEngine
 from winnow.engine.kv_pool import KVPool, KVPoolConfig
 from winnow.engine.prefix.store import PrefixStore
-from winnow.engine.sequence import Reservation
-from winnow.kv import KV_DTYPES, KvDtype, KVSize, LayerKV, ModelShape, SequenceState
+from winnow.kv import KV_DTYPES, KvDtype, KVSize, LayerKV, ModelShape
 from winnow.layers import FULL, Layer
 from winnow.models import load_model
 from winnow.pruning_settings import PruningSettings
@@ -180,11 +178,6 @@ def test_who_waits_in_host_memory_goes_on(
     assert roomy.preemption_stats.swapped_out == 0 < tight.preemption_stats.swapped_out
 
 
-def take_out(engine: DecodeEngine, reservation: Reservation) -> tuple[SequenceState, list[LayerKV]]:
-    with engine.taken_out(reservation, 20) as (seq,):
-        return seq.state(), [seq.read_layer(engine.pool, idx) for idx in range(4)]
-
-
 @pytest.mark.parametrize("family", SIZED_FAMILIES)
 def test_a_sequence_moves_on_to_pages_of_another_size(
     folders: dict[str, Path], models: dict[str, DecoderModel], family: str
@@ -195,16 +188,7 @@ def test_a_sequence_moves_on_to_pages_of_another_size(
     reservation = admit(engine, spec("a", 50, sampling), token_ids)
     for _ in range(15):
         engine.step()
-    with ThreadPoolExecutor() as threads:
-        leaving = threads.submit(take_out, engine, reservation)
-        while not leaving.done():
-            engine.step()
-    state, layers = leaving.result()
-    moved = other.reserve(replace(spec("a", 50, sampling), moved=True))
-    for layer, kind in zip(layers, model.shape.layers, strict=True):
-        moved.write_layer(layer if kind.window is None else layer.newest(kind.window))
-    other.resume(moved, {0: state}, torch.zeros(64))
-    tokens = [*state.token_ids, *ids(decode_all(other)["a"])]
+    tokens = tokens_after_a_move(engine, other, reservation, spec("a", 50, sampling))
     network = reference.load(folders[family], "eager")
     assert tokens == reference.greedy(network, token_ids, 40)
     assert_empty(other)
