@@ -27,7 +27,7 @@ from benchmarks.report import arguments, show, write_json
 from benchmarks.shapes import model_path
 from services.common.jobs import PrefillJob
 from services.common.redis_registry import RedisRegistry
-from services.common.settings import load_settings
+from services.common.settings_sources import load_settings
 from services.decode.worker import DecodeWorker
 from services.gateway.request.generate_call import GenerateCall, PromptRequest, open_generate_call
 from services.gateway.request.routing import Router

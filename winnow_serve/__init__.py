@@ -26,7 +26,7 @@ def build(args: dict[str, Any]) -> object:
     """The application for `serve deploy`; `args` are settings that override the environment."""
     _import_own_first()
     from services.app import build_app  # noqa: PLC0415 - found only from here on
-    from services.common.settings import load_settings  # noqa: PLC0415 - found only from here on
+    from services.common.settings_sources import load_settings  # noqa: PLC0415 - found only from here on
 
     return build_app(load_settings(args))
 

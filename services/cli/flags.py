@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from services.common.settings import MAPS, Settings
+from services.common.settings import Settings
+from services.common.settings_sources import MAPS
 from winnow.defaults import parse_change
 
 _WORKER = {

@@ -222,7 +222,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
 
 def _settings(args: argparse.Namespace) -> "Settings":
     from services.cli import flags  # noqa: PLC0415 - loads pydantic
-    from services.common.settings import load_settings  # noqa: PLC0415 - loads pydantic
+    from services.common.settings_sources import load_settings  # noqa: PLC0415 - loads pydantic
 
     return load_settings(flags.settings_from_flags(args), args.config)
 
@@ -266,7 +266,7 @@ def _fetch(args: argparse.Namespace) -> None:
 
 def _health(args: argparse.Namespace) -> None:
     from services.cli.health import check  # noqa: PLC0415 - loads gRPC
-    from services.common.settings import load_settings  # noqa: PLC0415 - loads pydantic
+    from services.common.settings_sources import load_settings  # noqa: PLC0415 - loads pydantic
 
     check(args.target, load_settings(), args.service)
 
@@ -281,7 +281,7 @@ def _key(args: argparse.Namespace) -> None:
 
 def _drain(args: argparse.Namespace) -> None:
     from services.cli.health import drain  # noqa: PLC0415 - loads gRPC
-    from services.common.settings import load_settings  # noqa: PLC0415 - loads pydantic
+    from services.common.settings_sources import load_settings  # noqa: PLC0415 - loads pydantic
 
     left = drain(args.target, args.timeout, load_settings())
     print(f"{left} requests are left")

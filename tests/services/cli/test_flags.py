@@ -9,7 +9,8 @@ from services.cli.flags import (
     add_settings_flags,
     settings_from_flags,
 )
-from services.common.settings import Settings, load_settings
+from services.common.settings import Settings
+from services.common.settings_sources import load_settings
 from winnow.errors import InvalidSetting
 
 

@@ -9,7 +9,7 @@ import pytest
 from services.cli.serve import with_ports
 from services.common import ports
 from services.common.ports import free_port, listening
-from services.common.settings import load_settings
+from services.common.settings_sources import load_settings
 from winnow.errors import InvalidSetting
 
 

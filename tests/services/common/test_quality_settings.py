@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.common.settings import load_settings
+from services.common.settings_sources import load_settings
 from winnow.errors import InvalidSetting
 
 

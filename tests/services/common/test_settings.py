@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from services.common.settings import EMBEDDED_MODEL, Settings, load_settings
+from services.common.settings import EMBEDDED_MODEL, Settings
+from services.common.settings_sources import load_settings
 from winnow.errors import InvalidSetting
 
 

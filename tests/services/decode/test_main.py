@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.e2e]
 NAMESPACE = "decode-process-tests"
 PROGRAM = """
 import asyncio
-from services.common.settings import load_settings
+from services.common.settings_sources import load_settings
 from services.decode.main import run_decode
 asyncio.run(run_decode(load_settings()))
 """

@@ -47,7 +47,7 @@ PRUNING: dict[str, Any] = {
 }
 PROGRAM = """
 import asyncio
-from services.common.settings import load_settings
+from services.common.settings_sources import load_settings
 from services.decode.main import run_decode
 asyncio.run(run_decode(load_settings()))
 """

@@ -13,7 +13,8 @@ import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.cli.health import Unhealthy, check
-from services.common.settings import Settings, load_settings
+from services.common.settings import Settings
+from services.common.settings_sources import load_settings
 from services.common.tls import PeerTls, open_channel
 from tests.certificates import peer_files
 from tests.deadlines import SOON_S
