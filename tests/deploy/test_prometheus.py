@@ -13,7 +13,8 @@ import httpx
 import pytest
 import yaml
 
-from deploy.grafana.build import DASHBOARDS, FOLDER, to_json
+from deploy.grafana.build import FOLDER, to_json
+from deploy.grafana.panels import DASHBOARDS
 from deploy.metrics_page import ROLES, render_page
 from tests.deadlines import SOON_S
 from tests.deploy.prometheus import Prometheus
