@@ -106,10 +106,24 @@ class DecodeWorker:
 
     async def _start(self, started: AsyncExitStack) -> None:
         settings = self._settings
-        host = settings.decode_host
         peers = PeerTls.load(settings)
         registry = await _in_thread(lambda: open_registry(settings))
         started.push_async_callback(registry.close)
+        await self._start_engine(started)
+        receiver = self._start_data_plane(started, peers)
+        await self._start_control(started, peers, receiver)
+        metrics_server = start_metrics_server(
+            self.metrics.registry, settings.metrics_port, settings.decode_host
+        )
+        started.push_async_callback(_in_thread, metrics_server.close)
+        self.metrics_port = metrics_server.port
+        self._heartbeat = Heartbeat(registry, self._records, settings.lease_s)
+        started.push_async_callback(self._heartbeat.stop)
+        await self._heartbeat.start()
+
+    async def _start_engine(self, started: AsyncExitStack) -> None:
+        """Load the model, and start the engine's thread."""
+        settings = self._settings
         model, ranks = await _in_thread(self._load_model)
         if ranks is not None:
             started.push_async_callback(_in_thread, ranks.close)
@@ -130,10 +144,13 @@ class DecodeWorker:
         self._engine_thread.start()
         started.push_async_callback(self._engine_thread.stop)
 
-        receiver = self._start_data_plane(started, peers)
+    async def _start_control(
+        self, started: AsyncExitStack, peers: PeerTls | None, receiver: KvReceiver
+    ) -> None:
+        """Start Decode, which answers gateways."""
+        settings = self._settings
         fetcher = Fetcher(self.engine.model, self.metrics, peers)
         started.push_async_callback(_in_thread, fetcher.stop)
-
         identity = WorkerIdentity(
             self.worker_id,
             self.kv_address,
@@ -141,30 +158,21 @@ class DecodeWorker:
             min(settings.lease_s / 3, _MAX_SIGN_OF_LIFE_S),
             self.rank_kv_addresses,
         )
-        self._control = ControlServer(
-            GenerateServicer(
-                identity,
-                self.engine,
-                self.admission,
-                self.metrics,
-                fetcher,
-                self.drain,
-                lambda: receiver.open_transfers,
-                settings.drain_timeout_s,
-                self._grammars,
-            ),
-            peers,
+        servicer = GenerateServicer(
+            identity,
+            self.engine,
+            self.admission,
+            self.metrics,
+            fetcher,
+            self.drain,
+            lambda: receiver.open_transfers,
+            settings.drain_timeout_s,
+            self._grammars,
         )
+        self._control = ControlServer(servicer, peers)
         started.push_async_callback(self._control.stop)
-        port = await self._control.start(host, settings.decode_port)
+        port = await self._control.start(settings.decode_host, settings.decode_port)
         self.address = f"{_advertised_host(settings)}:{settings.decode_advertised_port or port}"
-
-        metrics_server = start_metrics_server(self.metrics.registry, settings.metrics_port, host)
-        started.push_async_callback(_in_thread, metrics_server.close)
-        self.metrics_port = metrics_server.port
-        self._heartbeat = Heartbeat(registry, self._records, settings.lease_s)
-        started.push_async_callback(self._heartbeat.stop)
-        await self._heartbeat.start()
 
     def _start_data_plane(self, started: AsyncExitStack, peers: PeerTls | None) -> KvReceiver:
         """Start KvTransfer, which receives prefill's KV and sends running requests away."""
