@@ -1,4 +1,4 @@
-"""Checks that a checkpoint matches its configuration, before its weights are read.
+"""A model's checkpoint, and checks that it matches its configuration before weights are read.
 
 The network is built on torch's meta device, where tensors have shapes but no data, so the check
 takes little time and no memory. transformers' own loader, which knows each family's renamed and
@@ -6,7 +6,9 @@ fused tensors, runs on the tensor tables of the files instead of their data.
 """
 
 import contextlib
+import copy
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,11 +27,10 @@ from winnow.dry_run import (
 from winnow.errors import UnusableModel
 from winnow.folder_errors import as_unusable, cannot_run
 from winnow.gguf.header import read_header
-from winnow.gguf.weights import GgufTensor, weights
-from winnow.model_files import ModelDescription, load_config
+from winnow.gguf.weights import weights
+from winnow.model_files import ModelDescription, gguf_config, load_config
 from winnow.network import Network
 from winnow.quantization.dequantize import (
-    ReadTensor,
     dequantized_tensors,
     require_free,
     require_same,
@@ -42,78 +43,86 @@ _META = torch.device("meta")
 _NAMES_SHOWN = 5
 
 
-def require_sound(description: ModelDescription) -> None:
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What the files of a model have; none of its weights is read yet.
+
+    config: transformers', of the network that is built, whose weights may be dequantized before.
+    tensors: by their names in the files, as the network takes them.
+    """
+
+    description: ModelDescription
+    config: Any
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether all tensors are LazyTensors; otherwise transformers reads the files itself."""
+        return self.description.path.is_file() or self.description.is_dequantized
+
+
+def open_checkpoint(description: ModelDescription) -> Checkpoint:
+    """Raises UnusableModel for files that are missing or broken, or cannot be dequantized."""
+    path, dtype = description.path, description.shape.dtype
+    with as_unusable(f"model {path} cannot be loaded"):
+        if path.is_file():
+            header = read_header(path)
+            return Checkpoint(description, gguf_config(header), weights(header, dtype))
+        config = load_config(path)
+        stored = stored_tensors(path, getattr(config, "transformers_weights", None))
+        if not description.is_dequantized:
+            return Checkpoint(description, config, stored)
+        assert description.quantization is not None
+        del config.quantization_config
+        tensors = without_empty_biases(
+            dequantized_tensors(stored, description.quantization, dtype),
+            lambda: empty_network(config).state_dict(),
+        )
+        return Checkpoint(description, config, tensors)
+
+
+def require_sound(checkpoint: Checkpoint) -> None:
     """Raise UnusableModel unless the files match the network and Winnow can run its layers."""
+    description, config = checkpoint.description, checkpoint.config
     with as_unusable(f"model {description.path} cannot be loaded"):
-        config = network_config(description)
-        stored = _stored_tensors(description, config)
-        _require_layers(description, stored)
+        _require_layers(checkpoint)
         network = empty_network(config)
         parts = Network(network)
         if getattr(config, "quantization_config", None) is None:
-            _require_all_placed(description, network, stored)
+            _require_all_placed(checkpoint, network)
         require_plain_loop(description, network, parts)
         require_known_attention(description, parts)
 
 
-def network_config(description: ModelDescription) -> Any:  # noqa: ANN401
-    """The configuration of the network that is built, whose weights may be dequantized before."""
-    config = load_config(description.path)
-    if description.is_dequantized:
-        del config.quantization_config
-    return config
-
-
-def tensors_to_load(description: ModelDescription) -> Mapping[str, GgufTensor | ReadTensor]:
-    """The tensors of a GGUF file, or of a checkpoint that is dequantized; none is read yet."""
-    if not description.path.is_dir():
-        return weights(read_header(description.path), description.shape.dtype)
-    return _dequantized(description)
-
-
-def require_room(description: ModelDescription, device: str) -> None:
+def require_room(checkpoint: Checkpoint, device: str) -> None:
     """Tell what dequantizing a model will take; raise UnusableModel if more than is free."""
+    description = checkpoint.description
     assert description.quantization is not None
     require_free(
         description.path,
-        _dequantized(description),
+        checkpoint.tensors,
         description.quantization.name,
         device,
         is_int8=description.quantize is not None,
     )
 
 
-def require_same_as_dequantized(description: ModelDescription, network: Any) -> None:  # noqa: ANN401
+def require_same_as_dequantized(checkpoint: Checkpoint, network: Any) -> None:  # noqa: ANN401
     """Raise UnusableModel if a library computes something else than the files' weights."""
+    description = checkpoint.description
     if description.quantization is not None and description.quantization.form is not None:
-        require_same(network, _dequantized(description), description.path)
+        dtype = description.shape.dtype
+        tensors = dequantized_tensors(checkpoint.tensors, description.quantization, dtype)
+        require_same(network, tensors, description.path)
 
 
-def _dequantized(description: ModelDescription) -> dict[str, ReadTensor]:
-    path, quantization = description.path, description.quantization
-    assert quantization is not None, "others are loaded from their files"
-    config = network_config(description)
-    table = stored_tensors(path, getattr(config, "transformers_weights", None))
-    tensors = dequantized_tensors(table, quantization, description.shape.dtype)
-    return without_empty_biases(tensors, lambda: empty_network(config).state_dict())
-
-
-def _stored_tensors(description: ModelDescription, config: Any) -> Mapping[str, StoredTensor]:  # noqa: ANN401
-    path = description.path
-    if path.is_dir() and not description.is_dequantized:
-        return stored_tensors(path, getattr(config, "transformers_weights", None))
-    return {
-        name: StoredTensor(tensor.file, tensor.shape, tensor.dtype)
-        for name, tensor in tensors_to_load(description).items()
-    }
-
-
-def _require_layers(description: ModelDescription, stored: Collection[str]) -> None:
+def _require_layers(checkpoint: Checkpoint) -> None:
     """Raise UnusableModel for more layers than tensors, before building such a network."""
-    if description.shape.num_layers > len(stored):
+    description = checkpoint.description
+    if description.shape.num_layers > len(checkpoint.tensors):
         raise UnusableModel(
-            f"{description.path} has {len(stored)} tensors, but config.json says that there are "
-            f"{description.shape.num_layers} layers"
+            f"{description.path} has {len(checkpoint.tensors)} tensors, but config.json says that "
+            f"there are {description.shape.num_layers} layers"
         )
 
 
@@ -122,7 +131,9 @@ def empty_network(config: Any) -> Any:  # noqa: ANN401 - each family has its own
     try:
         with _META:
             network: Any = AutoModelForCausalLM.from_config(
-                config, attn_implementation=RECORDER, trust_remote_code=False
+                copy.deepcopy(config),  # which it changes
+                attn_implementation=RECORDER,
+                trust_remote_code=False,
             )
     except KeyError as error:
         if error.args != (RECORDER,):
@@ -131,12 +142,9 @@ def empty_network(config: Any) -> Any:  # noqa: ANN401 - each family has its own
     return network.eval()
 
 
-def _require_all_placed(
-    description: ModelDescription,
-    network: Any,  # noqa: ANN401
-    stored: Mapping[str, StoredTensor],
-) -> None:
+def _require_all_placed(checkpoint: Checkpoint, network: Any) -> None:  # noqa: ANN401
     """Run transformers' loader on meta tensors; raise UnusableModel if any tensor does not fit."""
+    stored = checkpoint.tensors
     tensors = {k: torch.empty(t.shape, dtype=t.dtype, device=_META) for k, t in stored.items()}
     wanted = {name: tensor.dtype for name, tensor in network.state_dict().items()}
     loading = LoadStateDictConfig(
@@ -149,7 +157,7 @@ def _require_all_placed(
     missing = found.missing_keys - _tied_to_what_is_there(network, found.missing_keys)
     network._adjust_missing_and_unexpected_keys(found)  # removes keys that may be ignored
     require_complete(
-        description,
+        checkpoint.description,
         missing,
         without_other_parts(found.unexpected_keys),
         other_shapes=[f"{k} {list(has)} for {list(is_)}" for k, has, is_ in found.mismatched_keys],

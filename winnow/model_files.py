@@ -24,7 +24,7 @@ from winnow.generation_defaults import end_token_ids
 from winnow.gguf import header as gguf_header
 from winnow.gguf import vocabulary
 from winnow.gguf.config import configuration
-from winnow.gguf.header import read_header
+from winnow.gguf.header import Header, read_header
 from winnow.kv import ModelShape
 from winnow.kv_sizes import largest_of, require_alike, sizes_of
 from winnow.layers import layers_of
@@ -101,7 +101,8 @@ def describe_model(
     quantized_as = require_quantize(quantize, device)
     with as_unusable(f"model {model} cannot be read"):
         path = model_path(model)
-        config = load_config(path)
+        header = read_header(path) if path.is_file() else None
+        config = load_config(path) if header is None else gguf_config(header)
         quantization = quantization_of(config, device, dequantize)
         if quantization is not None:
             quantization.require_usable(path, quantized_as)
@@ -114,16 +115,15 @@ def describe_model(
             vocab_size = positive_int(config, "vocab_size")
             short_positions = short_length(config)
             _require_constant_tables(path, config, max_positions)
+        becomes = _weights_become(quantized_as, quantization)
         return ModelDescription(
             path=path,
             model_type=config.model_type,
-            fingerprint=_fingerprint(
-                path, config, shape, max_positions, _weights_become(quantized_as, quantization)
-            ),
+            fingerprint=_fingerprint(path, header, config, shape, max_positions, becomes),
             shape=shape,
             vocab_size=vocab_size,
             max_positions=max_positions,
-            eos_token_ids=_end_token_ids(path, config, vocab_size),
+            eos_token_ids=_end_token_ids(path, header, config, vocab_size),
             quantize=quantized_as,
             quantization=quantization,
             short_positions=short_positions,
@@ -146,9 +146,7 @@ def load_config(path: Path) -> Any:  # noqa: ANN401 - each family has its own cl
     Raises UnusableModel.
     """
     if path.is_file():
-        header = read_header(path)
-        with as_unusable(f"{path}, of architecture {header.architecture}, is not usable"):
-            return AutoConfig.for_model(**configuration(header))
+        return gguf_config(read_header(path))
     require_config(path)
     with as_unusable(f"{path / 'config.json'} is not usable"):
         require_known(path / "config.json")
@@ -159,6 +157,12 @@ def load_config(path: Path) -> Any:  # noqa: ANN401 - each family has its own cl
             require_decoder(text)
         require_causal(config, text)
         return text
+
+
+def gguf_config(header: Header) -> Any:  # noqa: ANN401 - each family has its own class
+    """`load_config` of a GGUF file whose header is read.  Raises UnusableModel."""
+    with as_unusable(f"{header.path}, of architecture {header.architecture}, is not usable"):
+        return AutoConfig.for_model(**configuration(header))
 
 
 def _max_positions(path: Path, config: Any, max_model_len: int | None) -> int:  # noqa: ANN401
@@ -236,29 +240,37 @@ def shape_of(config: Any, dtype: torch.dtype, max_positions: int) -> ModelShape:
     )
 
 
-def _end_token_ids(path: Path, config: Any, vocab_size: int) -> frozenset[int]:  # noqa: ANN401
-    if path.is_file():
-        return vocabulary.end_token_ids(read_header(path), vocab_size)
+def _end_token_ids(
+    path: Path,
+    header: Header | None,
+    config: Any,  # noqa: ANN401
+    vocab_size: int,
+) -> frozenset[int]:
+    if header is not None:
+        return vocabulary.end_token_ids(header, vocab_size)
     return end_token_ids(path, getattr(config, "eos_token_id", None), vocab_size)
 
 
 def _fingerprint(
     path: Path,
+    header: Header | None,
     config: Any,  # noqa: ANN401
     shape: ModelShape,
     max_positions: int,
     weights_become: str,
 ) -> str:
-    """Digest of the model; processes with different fingerprints do not exchange KV."""
-    is_folder = path.is_dir()  # a GGUF file's configuration is one with its weights
-    content = json.loads((path / "config.json").read_text()) if is_folder else None
+    """Digest of the model; processes with different fingerprints do not exchange KV.
+
+    header: of a GGUF file, whose configuration is one with its weights.
+    """
+    content = json.loads((path / "config.json").read_text()) if header is None else None
     digest = hashlib.sha256(json.dumps(content).encode())
     digest.update(str(shape.dtype).encode())
-    if is_folder:
+    if header is None:
         name = getattr(config, "transformers_weights", None)
         weight_files.update_digest(digest, path, name)
     else:
-        gguf_header.update_digest(digest, read_header(path))
+        gguf_header.update_digest(digest, header)
     if max_positions != config.max_position_embeddings:  # config.json's is in the digest already
         digest.update(str(max_positions).encode())
     digest.update(weights_become.encode())

@@ -5,6 +5,7 @@ reason.
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from winnow.adapters.ref import AdapterRoom
 from winnow.adapters.slots import AdapterSlots
 from winnow.attention import ATTENTION_NAME, AttentionOptions, causal_attention
 from winnow.checkpoint import (
-    network_config,
+    Checkpoint,
+    empty_network,
+    open_checkpoint,
     require_complete,
     require_room,
     require_same_as_dequantized,
     require_sound,
-    tensors_to_load,
 )
 from winnow.checks import require_first_gpu
 from winnow.decoder import MLP_BLOCK_TOKENS, DecoderModel, TokenBlocks
@@ -36,7 +38,7 @@ from winnow.fused_layer import fuse_layers
 from winnow.kv import ModelShape
 from winnow.layer_state import StatePart
 from winnow.linear import pack_head, pack_int8
-from winnow.model_files import ModelDescription, describe_model, load_config
+from winnow.model_files import ModelDescription, describe_model
 from winnow.network import Network
 from winnow.network_parts import mlp_names
 from winnow.proof import require_runs
@@ -63,7 +65,7 @@ def load_model(
     split: Split | None = None,
     adapter_room: AdapterRoom | None = None,
 ) -> DecoderModel:
-    """Load a decoder from a folder (config, safetensors) or from the hub.
+    """Load a decoder from a folder (config, safetensors), a GGUF file, or from the hub.
 
     dtype, max_model_len, quantize, dequantize: see `describe_model`.
     adapter_room: to set aside for adapters; None: it takes none.
@@ -82,53 +84,51 @@ def load_model(
         dequantize=dequantize,
     )
     require_quantize(description.quantize, device, 1 if split is None else split.num_ranks)
-    require_sound(description)
+    checkpoint = open_checkpoint(description)
+    require_sound(checkpoint)
     if description.is_dequantized:
-        require_room(description, device)
-    shape = description.shape if split is None else split.shape(description.shape)
-    loaded = _load_network(description, device, split)
-    if description.quantization is not None and not description.is_dequantized:
-        require_same_as_dequantized(description, loaded)
-    is_verified = description.model_type in VERIFIED_FAMILIES
-    theirs = None if is_verified else _logits_of(loaded, description, device)
-    decoder = DecoderModel(Network(loaded), description, torch.device(device), shape)
-    if shape.has_states:
-        with as_unusable(f"Winnow cannot run {description.model_type}: {ONE_BY_ONE}"):
-            shape = replace(shape, states=_states_of(decoder), in_parts=_in_parts(decoder))
-        decoder = DecoderModel(decoder.network, replace(description, shape=shape), decoder.device)
-    if theirs is not None:
-        _require_same_as_transformers(decoder, theirs)
-    del loaded  # or what is packed would be in memory twice
-    network = decoder.network
-    sizes, own = linear_sizes(network), own_sizes(network)
-    is_fused = is_verified and fuse_layers(network, shape, mlp_block_tokens)
-    if adapter_room is not None:
-        rank = 0 if split is None else split.rank
-        stacks = attach_stacks(network, own, adapter_room, shape.dtype, rank)
-        decoder.adapters = AdapterSlots(stacks, sizes, adapter_room)
-    if not is_fused:
-        for layer in network.model.layers:
-            for name in mlp_names(layer):
-                setattr(layer, name, TokenBlocks(getattr(layer, name), mlp_block_tokens))
-    pack_head(network)
-    pack_int8(network)
+        require_room(checkpoint, device)
+    decoder = _load_decoder(checkpoint, device, split)
+    _optimize(decoder, mlp_block_tokens, adapter_room, rank=0 if split is None else split.rank)
     memory.give_back()
     require_runs(decoder)
     return decoder
 
 
-def _load_network(description: ModelDescription, device: str, split: Split | None) -> Any:  # noqa: ANN401
+def _load_decoder(checkpoint: Checkpoint, device: str, split: Split | None) -> DecoderModel:
+    """The decoder with its layers as transformers has them, compared with what others compute.
+
+    Nothing else holds its weights then, which would be in memory twice once they are packed.
+    """
+    description = checkpoint.description
+    loaded = _load_network(checkpoint, device, split)
+    if description.quantization is not None and not description.is_dequantized:
+        require_same_as_dequantized(checkpoint, loaded)
+    is_verified = description.model_type in VERIFIED_FAMILIES
+    theirs = None if is_verified else _logits_of(loaded, description, device)
+    shape = description.shape if split is None else split.shape(description.shape)
+    decoder = DecoderModel(Network(loaded), description, torch.device(device), shape)
+    if shape.has_states:
+        decoder = _with_states(decoder)
+    if theirs is not None:
+        _require_same_as_transformers(decoder, theirs)
+    return decoder
+
+
+def _load_network(checkpoint: Checkpoint, device: str, split: Split | None) -> Any:  # noqa: ANN401
+    description = checkpoint.description
+    options: dict[str, Any] = {
+        "config": checkpoint.config,
+        "dtype": description.shape.dtype,
+        "attn_implementation": ATTENTION_NAME,
+        "key_mapping": TENSOR_NAMES,
+        "output_loading_info": True,
+        **({} if split is None else loading_options(split)),
+        **({} if description.quantize is None else while_loading.loading_options()),
+    }
     with as_unusable(f"model {description.path} cannot be loaded"):
-        in_files = description.path.is_dir() and not description.is_dequantized
-        load = _load_folder if in_files else _load_tensors
-        network, found = load(
-            description,
-            dtype=description.shape.dtype,
-            attn_implementation=ATTENTION_NAME,
-            output_loading_info=True,
-            **({} if split is None else loading_options(split)),
-            **({} if description.quantize is None else while_loading.loading_options()),
-        )
+        load = _load_tensors if checkpoint.is_lazy else _load_files
+        network, found = load(checkpoint, options)
         unexpected = without_other_parts(found["unexpected_keys"])
         require_complete(description, found["missing_keys"], unexpected)
         if split is not None:
@@ -137,12 +137,9 @@ def _load_network(description: ModelDescription, device: str, split: Split | Non
         return network.eval().requires_grad_(False).to(device)
 
 
-def _load_folder(description: ModelDescription, **options: Any) -> Any:  # noqa: ANN401
-    path = description.path
+def _load_files(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Any:  # noqa: ANN401
     return AutoModelForCausalLM.from_pretrained(
-        path,
-        config=load_config(path),
-        key_mapping=TENSOR_NAMES,
+        checkpoint.description.path,
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,
@@ -150,15 +147,41 @@ def _load_folder(description: ModelDescription, **options: Any) -> Any:  # noqa:
     )
 
 
-def _load_tensors(description: ModelDescription, **options: Any) -> Any:  # noqa: ANN401
+def _load_tensors(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Any:  # noqa: ANN401
     """Tensors are dequantized one by one, so that never more than a few are there twice."""
-    config = network_config(description)
-    with torch.device("meta"):
-        network_class: Any = type(AutoModelForCausalLM.from_config(config))
-    state = tensors_to_load(description)
-    return network_class.from_pretrained(
-        None, config=config, state_dict=state, key_mapping=TENSOR_NAMES, **options
-    )
+    network_class: Any = type(empty_network(checkpoint.config))
+    return network_class.from_pretrained(None, state_dict={**checkpoint.tensors}, **options)
+
+
+def _optimize(
+    decoder: DecoderModel, mlp_block_tokens: int, room: AdapterRoom | None, rank: int
+) -> None:
+    """Fuse layers or run their MLPs by blocks, make room for adapters, and pack weights.
+
+    rank: of this process's share.
+    """
+    network, shape = decoder.network, decoder.shape
+    sizes, own = linear_sizes(network), own_sizes(network)  # of layers that are not fused yet
+    is_verified = decoder.description.model_type in VERIFIED_FAMILIES
+    is_fused = is_verified and fuse_layers(network, shape, mlp_block_tokens)
+    if room is not None:
+        stacks = attach_stacks(network, own, room, shape.dtype, rank)
+        decoder.adapters = AdapterSlots(stacks, sizes, room)
+    if not is_fused:
+        for layer in network.model.layers:
+            for name in mlp_names(layer):
+                setattr(layer, name, TokenBlocks(getattr(layer, name), mlp_block_tokens))
+    pack_head(network)
+    pack_int8(network)
+
+
+def _with_states(decoder: DecoderModel) -> DecoderModel:
+    """The same network, of a shape that knows what its layers' states consist of."""
+    description = decoder.description
+    with as_unusable(f"Winnow cannot run {description.model_type}: {ONE_BY_ONE}"):
+        states, in_parts = _states_of(decoder), _in_parts(decoder)
+    shape = replace(decoder.shape, states=states, in_parts=in_parts)
+    return DecoderModel(decoder.network, replace(description, shape=shape), decoder.device)
 
 
 @torch.inference_mode()

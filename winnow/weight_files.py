@@ -3,8 +3,10 @@
 import hashlib
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -40,6 +42,22 @@ class StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor(StoredTensor):
+    """A tensor that is read, and dequantized, by `tensor[...]`.
+
+    file: where it is, or one of the tensors that it is made of.
+    read: gives it, of any dtype.
+    is_dequantized: whether it is made of what a method of quantization made of it.
+    """
+
+    read: Callable[[], Tensor]
+    is_dequantized: bool = False
+
+    def __getitem__(self, _: Any) -> Tensor:  # noqa: ANN401 - `...`, as safetensors' slices have it
+        return self.read().to(self.dtype)
 
 
 def _safetensors(path: Path) -> list[Path]:

@@ -111,10 +111,10 @@ def _check_at_once(settings: Settings) -> None:
 def _check(settings: Settings) -> None:
     from services.gateway.served_adapters import require_adapters  # noqa: PLC0415 - loads torch
     from services.gateway.served_model import ServedModel  # noqa: PLC0415 - loads transformers
-    from winnow.checkpoint import require_sound  # noqa: PLC0415 - loads transformers
+    from winnow.checkpoint import open_checkpoint, require_sound  # noqa: PLC0415 - loads transformers
 
     description = ServedModel.load(settings).description
-    require_sound(description)
+    require_sound(open_checkpoint(description))
     require_adapters(settings, description)
 
 

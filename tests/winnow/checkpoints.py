@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.models_in_code import save_byte_tokenizer
-from winnow.checkpoint import require_sound
+from winnow.checkpoint import open_checkpoint, require_sound
 from winnow.model_files import describe_model
 
 SIZES: dict[str, Any] = {
@@ -36,4 +36,4 @@ def save(folder: Path, config: object) -> Path:
 
 
 def check(path: Path) -> None:
-    require_sound(describe_model(path))
+    require_sound(open_checkpoint(describe_model(path)))

@@ -1,10 +1,8 @@
 """The weights of a GGUF file under the names that transformers expects, dequantized when read."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from math import prod
-from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -15,6 +13,7 @@ from torch import Tensor
 from winnow.folder_errors import as_unusable
 from winnow.gguf.architectures import architecture_of
 from winnow.gguf.header import Header, TensorEntry
+from winnow.weight_files import LazyTensor
 
 _CHUNK_NUMBERS = 1 << 21  # dequantized at a time
 _NOT_WEIGHTS = ("rope_freqs", "rope_factors_long", "rope_factors_short")  # they are configuration
@@ -25,47 +24,33 @@ _PLAIN = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class GgufTensor:
-    """A tensor that is read, and dequantized, by `tensor[...]`.
+def _read(
+    entry: TensorEntry, dtype: torch.dtype, num_paired_heads: int = 0, offset: float = 0.0
+) -> Tensor:
+    """All numbers of a tensor, [*entry.shape] of the dtype.
 
-    entry: all of it in the file, or this expert's part.
     num_paired_heads: see `Architecture.paired_heads`; 0 where rows stand as they should.
     offset: taken off each number.
     """
+    num_columns = 1 if num_paired_heads and len(entry.shape) == 1 else entry.shape[-1]
+    num_rows = prod(entry.shape) // num_columns
+    places = _row_places(num_rows, num_paired_heads)
+    out = torch.empty((num_rows, num_columns), dtype=dtype)
+    begin = 0
+    for rows in _read_rows(entry, num_columns):
+        chunk = slice(begin, begin + len(rows))
+        numbers = (rows - offset if offset else rows).to(dtype)
+        out[places[chunk] if places is not None else chunk] = numbers
+        begin += len(rows)
+    return out.view(entry.shape)
 
-    entry: TensorEntry
-    dtype: torch.dtype
-    num_paired_heads: int = 0
-    offset: float = 0.0
 
-    @property
-    def file(self) -> Path:
-        return self.entry.file
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.entry.shape
-
-    def __getitem__(self, _: Any) -> Tensor:  # noqa: ANN401 - `...`, as safetensors' slices have it
-        num_columns = 1 if self.num_paired_heads and len(self.shape) == 1 else self.shape[-1]
-        num_rows = prod(self.shape) // num_columns
-        places = self._row_places(num_rows)
-        out = torch.empty((num_rows, num_columns), dtype=self.dtype)
-        begin = 0
-        for rows in _read_rows(self.entry, num_columns):
-            chunk = slice(begin, begin + len(rows))
-            numbers = (rows - self.offset if self.offset else rows).to(self.dtype)
-            out[places[chunk] if places is not None else chunk] = numbers
-            begin += len(rows)
-        return out.view(self.shape)
-
-    def _row_places(self, num_rows: int) -> Tensor | None:
-        """Where the rows of the file belong: those of a head at 0, d/2, 1, d/2 + 1, ..."""
-        if not self.num_paired_heads:
-            return None
-        rows = torch.arange(num_rows).view(self.num_paired_heads, 2, -1)
-        return rows.transpose(1, 2).reshape(-1)
+def _row_places(num_rows: int, num_paired_heads: int) -> Tensor | None:
+    """Where the rows of the file belong: those of a head at 0, d/2, 1, d/2 + 1, ..."""
+    if not num_paired_heads:
+        return None
+    rows = torch.arange(num_rows).view(num_paired_heads, 2, -1)
+    return rows.transpose(1, 2).reshape(-1)
 
 
 def _read_rows(entry: TensorEntry, num_columns: int) -> Iterator[Tensor]:
@@ -85,27 +70,31 @@ def _read_rows(entry: TensorEntry, num_columns: int) -> Iterator[Tensor]:
 
 def read_numbers(entry: TensorEntry) -> list[float]:
     """A small tensor's numbers."""
-    return GgufTensor(entry, torch.float32)[...].flatten().tolist()
+    return _read(entry, torch.float32).flatten().tolist()
 
 
-def weights(header: Header, dtype: torch.dtype) -> dict[str, GgufTensor]:
+def weights(header: Header, dtype: torch.dtype) -> dict[str, LazyTensor]:
     """The tensors of a model, none of them read yet.
 
     Raises UnusableModel for one that is quantized in a way that the package gguf cannot undo.
     """
+
+    def lazy(entry: TensorEntry, num_paired_heads: int = 0, offset: float = 0.0) -> LazyTensor:
+        read = partial(_read, entry, dtype, num_paired_heads, offset)
+        return LazyTensor(entry.file, entry.shape, dtype, read)
+
     _require_readable(header)
     architecture = architecture_of(header)
-    found: dict[str, GgufTensor] = {}
+    found: dict[str, LazyTensor] = {}
     for own, entry in header.tensors.items():
         if own.rpartition(".")[0] in _NOT_WEIGHTS:
             continue
         name = architecture.tensor_name(own)
         heads = _num_heads(header, own) if architecture.is_paired(own) else 0
         if "{}" in name:
-            parts = enumerate(_experts(entry))
-            found |= {name.format(idx): GgufTensor(part, dtype) for idx, part in parts}
+            found |= {name.format(i): lazy(part) for i, part in enumerate(_experts(entry))}
         else:
-            found[name] = GgufTensor(entry, dtype, heads, architecture.offset(own))
+            found[name] = lazy(entry, heads, architecture.offset(own))
     return found
 
 

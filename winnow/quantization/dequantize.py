@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from winnow.errors import UnusableModel
 from winnow.memory import free_bytes
 from winnow.quantization.formats.base import Format, Parts
 from winnow.quantization.methods import Quantization
-from winnow.weight_files import StoredTensor, read_tensor
+from winnow.weight_files import LazyTensor, StoredTensor, read_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -25,30 +23,9 @@ _NUM_TOKENS = 4
 _TOLERANCE = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class ReadTensor:
-    """A tensor that is read, and dequantized, by `tensor[...]`.
-
-    file: where it is, or one of the tensors that it is made of.
-    """
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-    is_dequantized: bool = True
-
-    @property
-    def is_matrix_of_parts(self) -> bool:
-        return self.is_dequantized and len(self.shape) == 2
-
-    def __getitem__(self, _: Any) -> Tensor:  # noqa: ANN401 - `...`, as safetensors' slices have it
-        return self.read().to(self.dtype)
-
-
 def dequantized_tensors(
     table: Mapping[str, StoredTensor], quantization: Quantization, dtype: torch.dtype
-) -> dict[str, ReadTensor]:
+) -> dict[str, LazyTensor]:
     """What the network takes, none of it read yet.
 
     table: the tensors in the files.
@@ -56,7 +33,7 @@ def dequantized_tensors(
     """
     form, settings = quantization.form, quantization.settings
     assert form is not None, f"{quantization.name} cannot be dequantized"
-    found: dict[str, ReadTensor] = {}
+    found: dict[str, LazyTensor] = {}
     used = set()
     for name, stored in table.items():
         prefix = form.prefix_of(name, table)
@@ -64,20 +41,21 @@ def dequantized_tensors(
             continue
         parts = Parts(table, prefix, settings)
         read = partial(form.dequantize, parts)
-        found[prefix + form.weight] = ReadTensor(stored.file, form.shape(parts), dtype, read)
+        weight = LazyTensor(stored.file, form.shape(parts), dtype, read, is_dequantized=True)
+        found[prefix + form.weight] = weight
         used |= {name, *(prefix + suffix for suffix in form.parts)}
     for name, stored in table.items():
         if name not in used and not name.endswith(form.dropped):
             read = partial(read_tensor, stored, name)
             kept = dtype if stored.dtype.is_floating_point else stored.dtype
-            found[name] = ReadTensor(stored.file, stored.shape, kept, read, is_dequantized=False)
+            found[name] = LazyTensor(stored.file, stored.shape, kept, read)
     _require_no_rest(form, found)
     return found
 
 
 def without_empty_biases(
-    tensors: dict[str, ReadTensor], parameters: Callable[[], Collection[str]]
-) -> dict[str, ReadTensor]:
+    tensors: dict[str, LazyTensor], parameters: Callable[[], Collection[str]]
+) -> dict[str, LazyTensor]:
     """The tensors without biases of dequantized weights that the network has none for.
 
     Some libraries write such a bias of zeros beside every weight. One that is not zero stays.
@@ -94,7 +72,7 @@ def without_empty_biases(
     return {name: tensor for name, tensor in tensors.items() if name not in empty}
 
 
-def _require_no_rest(form: Format, found: Mapping[str, ReadTensor]) -> None:
+def _require_no_rest(form: Format, found: Mapping[str, LazyTensor]) -> None:
     """Raise UnusableModel for a part of a weight that has no marker."""
     ends = tuple(part for part in form.parts if part not in ("", ".weight"))
     if ends and (rest := [name for name in found if name.endswith(ends)]):
@@ -102,12 +80,13 @@ def _require_no_rest(form: Format, found: Mapping[str, ReadTensor]) -> None:
 
 
 @torch.inference_mode()
-def require_same(network: Any, tensors: Mapping[str, ReadTensor], path: Path) -> None:  # noqa: ANN401
+def require_same(network: Any, tensors: Mapping[str, LazyTensor], path: Path) -> None:  # noqa: ANN401
     """Compare a product, as a library computes it, with that of the dequantized weight.
 
     Raises UnusableModel if they differ by more than what quantized activations cost.
     """
-    name = next((name for name, one in tensors.items() if one.is_matrix_of_parts), None)
+    matrices = (k for k, one in tensors.items() if one.is_dequantized and len(one.shape) == 2)
+    name = next(matrices, None)
     module = None if name is None else _submodule(network, name.removesuffix(".weight"))
     if name is None or module is None:
         logger.info("%s: what its library computes is not compared", path)
@@ -133,7 +112,7 @@ def _submodule(network: Any, name: str) -> Any:  # noqa: ANN401
 
 
 def require_free(
-    path: Path, tensors: Mapping[str, ReadTensor], method: str, device: str, is_int8: bool
+    path: Path, tensors: Mapping[str, StoredTensor], method: str, device: str, is_int8: bool
 ) -> None:
     """Tell what dequantizing will take; raise UnusableModel if more than is free.
 
@@ -155,6 +134,6 @@ def require_free(
     logger.info("%s", told)
 
 
-def _bytes(tensor: ReadTensor, is_int8: bool) -> int:
+def _bytes(tensor: StoredTensor, is_int8: bool) -> int:
     is_matrix = len(tensor.shape) > 1
     return prod(tensor.shape) * (1 if is_int8 and is_matrix else tensor.dtype.itemsize)

@@ -19,7 +19,7 @@ from tests.winnow.layers import theirs
 from tests.winnow.quantization import quantized_in_code as formats
 from tests.winnow.quantization.quantized_in_code import Made, save_quantized
 from winnow import Winnow
-from winnow.checkpoint import require_same_as_dequantized
+from winnow.checkpoint import Checkpoint, require_same_as_dequantized
 from winnow.distributed.loading import require_splittable
 from winnow.errors import UnusableModel
 from winnow.model_files import describe_model
@@ -171,12 +171,13 @@ def test_what_no_device_here_computes_with_is_dequantized_unasked(
 def test_a_library_that_computes_something_else_is_found_out(plain: Path, tmp_path: Path) -> None:
     quantized = save_quantized(plain, tmp_path / "q", *FORMATS["gptq"])
     description = describe_model(quantized, dequantize=True)
+    checkpoint = Checkpoint(description, None, stored_tensors(quantized))
     network = theirs(plain, torch.float32)
-    require_same_as_dequantized(description, network)
+    require_same_as_dequantized(checkpoint, network)
     for layer in network.model.layers:
         layer.mlp.down_proj.weight.data.mul_(1.2)
     with pytest.raises(UnusableModel, match=r"0\.2 off what the files say; the limit is 0\.05"):
-        require_same_as_dequantized(description, network)
+        require_same_as_dequantized(checkpoint, network)
 
 
 def test_ranks_do_not_share_a_quantized_checkpoint(plain: Path, tmp_path: Path) -> None:
