@@ -5,7 +5,7 @@ from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Unpack
 
 from evals.calibrate.recording import RecordedModel
 from evals.model import Answer, Instance
@@ -22,6 +22,7 @@ from winnow.engine.prefix.store import PrefixStore
 from winnow.errors import InvalidSetting
 from winnow.hub.reference import short_name
 from winnow.kv import KvDtype
+from winnow.load_options import LoadOptions
 from winnow.model_files import describe_model
 from winnow.models import load_model
 from winnow.tokenizer import load_tokenizer
@@ -33,8 +34,8 @@ class LocalModel:
     pruning: overrides the model's own settings; the variant's settings override both.
     record_window: compute a prompt's layers once for all its variants, none of which may have a
     wider window; None: each answer is computed, and timed, on its own.
-    quantize, dequantize, kv_dtype, prefix_cache_bytes, prefix_cache_device,
-    prefix_cache_device_bytes: as in Winnow.load.
+    kv_dtype, prefix_cache_bytes, prefix_cache_device,
+    prefix_cache_device_bytes: as in Winnow.load.  options: of `describe_model`.
     adapters: the folder of the one that answers, by its name; empty: the model alone does.
     A variant's prompts share beginnings with one another, but not with those of other variants,
     which would be timed as if they had computed them. The prefix cache is not used with
@@ -46,10 +47,6 @@ class LocalModel:
         model: str,
         *,
         device: str,
-        dtype: str,
-        max_model_len: int | None,
-        quantize: str | None = None,
-        dequantize: bool = False,
         kv_dtype: KvDtype = "auto",
         kv_memory_bytes: int,
         max_batch_size: int,
@@ -60,19 +57,13 @@ class LocalModel:
         prefix_cache_device: str = "device",
         prefix_cache_device_bytes: int = 1 << 30,
         adapters: Mapping[str, Path] = MappingProxyType({}),
+        **options: Unpack[LoadOptions],
     ) -> None:
         """Raises UnusableModel, UnusableAdapter, InvalidSetting, or InvalidRequest for a missing
         chat template.
         """
         self._name = short_name(model)
-        self._description = describe_model(
-            model,
-            device=device,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            quantize=quantize,
-            dequantize=dequantize,
-        )
+        self._description = describe_model(model, device=device, **options)
         usual = pruning_defaults(self._description)
         self._pruning = override(usual, pruning, self._description.shape)
         self.tokenizer = load_tokenizer(self._description.path)
@@ -83,11 +74,8 @@ class LocalModel:
             load_model,
             self._description.path,
             device=device,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            quantize=quantize,
-            dequantize=dequantize,
             adapter_room=room_for(adapters),
+            **options,
         )
         self._adapters = adapters
         sizes = described_sizes(self._description) if adapters else {}

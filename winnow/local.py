@@ -106,11 +106,11 @@ class Winnow:
         decoder = load_model(
             model,
             device=device,
+            adapter_room=room_for(adapters or {}),
             dtype=dtype,
             max_model_len=max_model_len,
             quantize=quantize,
             dequantize=dequantize,
-            adapter_room=room_for(adapters or {}),
         )
         path = decoder.description.path
         settings = defaults.pruning_defaults(decoder.description)

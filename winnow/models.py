@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ from winnow.fused_layer import fuse_layers
 from winnow.kv import ModelShape
 from winnow.layer_state import StatePart
 from winnow.linear import pack_head, pack_int8
+from winnow.load_options import LoadOptions
 from winnow.model_files import ModelDescription, describe_model
 from winnow.network import Network
 from winnow.network_parts import mlp_names
@@ -57,17 +58,14 @@ def load_model(
     model: str | Path,
     *,
     device: str = "cpu",
-    dtype: str = "auto",
-    max_model_len: int | None = None,
-    quantize: str | None = None,
-    dequantize: bool = False,
     mlp_block_tokens: int = MLP_BLOCK_TOKENS,
     split: Split | None = None,
     adapter_room: AdapterRoom | None = None,
+    **options: Unpack[LoadOptions],
 ) -> DecoderModel:
     """Load a decoder from a folder (config, safetensors), a GGUF file, or from the hub.
 
-    dtype, max_model_len, quantize, dequantize: see `describe_model`.
+    options: of `describe_model`.
     adapter_room: to set aside for adapters; None: it takes none.
     split: the share of this process, which has joined the ranks' group; see load_on_ranks.
     Raises UnusableModel if it is missing, broken, or of a kind that cannot be pruned, and
@@ -75,14 +73,7 @@ def load_model(
     """
     if split is None:  # else it is the rank's, which `join` has made the current one
         require_first_gpu(device)
-    description = describe_model(
-        model,
-        device=device,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        quantize=quantize,
-        dequantize=dequantize,
-    )
+    description = describe_model(model, device=device, **options)
     require_quantize(description.quantize, device, 1 if split is None else split.num_ranks)
     checkpoint = open_checkpoint(description)
     require_sound(checkpoint)

@@ -46,16 +46,13 @@ def load_winnow(
     return Winnow.load(
         settings.model_source,
         device=settings.device,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-        quantize=settings.quantize,
-        dequantize=settings.dequantize,
         kv_dtype=settings.kv_dtype,
         kv_memory_bytes=settings.kv_memory_bytes,
         prefix_cache_bytes=prefix_cache_bytes,
         chat_template_kwargs=settings.chat_template_kwargs,
         allow_special_tokens=settings.allow_special_tokens,
         adapters=folders,
+        **settings.load_options,
         **settings.pruning,
     )
 

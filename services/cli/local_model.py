@@ -33,10 +33,6 @@ def open_local_model(
     return LocalModel(
         settings.model_source,
         device=settings.device,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-        quantize=settings.quantize,
-        dequantize=settings.dequantize,
         kv_dtype=settings.kv_dtype,
         kv_memory_bytes=settings.kv_memory_bytes,
         max_batch_size=args.batch_size,
@@ -47,6 +43,7 @@ def open_local_model(
         prefix_cache_bytes=int(settings.prefix_cache_bytes),
         prefix_cache_device=settings.prefix_cache_device,
         prefix_cache_device_bytes=int(settings.prefix_cache_device_bytes),
+        **settings.load_options,
     )
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from typing import Any
 
 from services.common.settings import Settings
 from winnow.decoder import DecoderModel
@@ -31,22 +30,18 @@ def load_worker_model(
 def _load(
     settings: Settings, num_ranks: int, num_threads: int, extension: str
 ) -> tuple[DecoderModel, Ranks | None]:
-    options: dict[str, Any] = {
-        "device": settings.device,
-        "dtype": settings.dtype,
-        "max_model_len": settings.max_model_len,
-        "quantize": settings.quantize,
-        "dequantize": settings.dequantize,
-        "adapter_room": settings.adapter_room(),
-    }
+    model, device, room = settings.model_source, settings.device, settings.adapter_room()
+    options = settings.load_options
     if num_ranks == 1:
-        return load_model(settings.model_source, **options), None
+        return load_model(model, device=device, adapter_room=room, **options), None
     return load_on_ranks(
-        settings.model_source,
+        model,
         num_ranks,
         _end_process,
+        device=device,
         num_threads=num_threads,
         extension=extension,
+        adapter_room=room,
         **options,
     )
 

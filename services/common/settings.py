@@ -43,6 +43,7 @@ from winnow.adapters.ref import DEFAULT_MAX_RANK, AdapterRoom
 from winnow.catalog import METHODS
 from winnow.checks import require_first_gpu
 from winnow.hub.reference import HubModel, parse, short_name
+from winnow.load_options import LoadOptions
 from winnow.quantization.settings import Quantize, require_quantize
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "models" / "winnow-tiny"
@@ -386,6 +387,16 @@ class Settings(BaseModel):
     def model_source(self) -> str:
         """The model as `load_model` takes it, with its revision."""
         return self.model if self.revision is None else str(self.hub_model)
+
+    @property
+    def load_options(self) -> LoadOptions:
+        """What `describe_model` and `load_model` are told of it besides."""
+        return {
+            "dtype": self.dtype,
+            "max_model_len": self.max_model_len,
+            "quantize": self.quantize,
+            "dequantize": self.dequantize,
+        }
 
     @property
     def served_name(self) -> str:

@@ -31,12 +31,7 @@ class ServedModel:
     def load(cls, settings: Settings) -> "ServedModel":
         """Raises UnusableModel, or InvalidSetting for settings that do not fit it."""
         description = describe_model(
-            settings.model_source,
-            device=settings.device,
-            dtype=settings.dtype,
-            max_model_len=settings.max_model_len,
-            quantize=settings.quantize,
-            dequantize=settings.dequantize,
+            settings.model_source, device=settings.device, **settings.load_options
         )
         for num_ranks in (settings.prefill_ranks, settings.decode_ranks):
             require_divides(num_ranks, description.shape)

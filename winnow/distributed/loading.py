@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 
@@ -18,6 +18,7 @@ from winnow.distributed.heads import Split, require_divides
 from winnow.distributed.ranks import Ranks
 from winnow.distributed.weights import require_splits
 from winnow.errors import InvalidSetting, UnusableAdapter, UnusableModel
+from winnow.load_options import LoadOptions
 from winnow.model_files import ModelDescription, describe_model, load_config
 from winnow.models import load_model
 from winnow.quantization.settings import require_quantize
@@ -32,14 +33,14 @@ def load_on_ranks(
     num_threads: int = 1,
     extension: str | None = None,
     adapter_room: AdapterRoom | None = None,
-    **options: Any,  # noqa: ANN401 - checked by load_model
+    **options: Unpack[LoadOptions],
 ) -> tuple[DecoderModel, Ranks]:
     """Rank 0's share of the model, and the other ranks, which have loaded theirs.
 
     A process has one such model at most.  on_lost: see Ranks.  device: `cpu`, or `cuda`, of which
     rank r takes the GPU r.  num_threads: of each rank.  extension: `module:class` of what
     the others do besides, see follower.Extension.
-    adapter_room, options: of `load_model`.
+    adapter_room, options: as for `load_model`.
     Raises UnusableModel or InvalidSetting, before any other rank is started if it can be known.
     """
     _require_gpus(device, num_ranks)
@@ -48,9 +49,14 @@ def load_on_ranks(
     path = description.path  # the same for all, whatever the hub's branch is a moment later
     ranks = Ranks(num_ranks, on_lost, extension)
     try:
-        options["adapter_room"] = adapter_room
-        ranks.start(path, device, num_threads, **options)
-        own = load_model(path, device=device_of(device, 0), split=Split(0, num_ranks), **options)
+        ranks.start(path, device, num_threads, adapter_room=adapter_room, **options)
+        own = load_model(
+            path,
+            device=device_of(device, 0),
+            split=Split(0, num_ranks),
+            adapter_room=adapter_room,
+            **options,
+        )
         ranks.wait_until_loaded()
         if own.adapters is not None:
             own.adapters.fill_others = partial(_fill_others, ranks)
