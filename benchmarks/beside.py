@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from statistics import median
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -52,12 +51,7 @@ class OpenVino:
     def __enter__(self) -> "OpenVino":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._process.communicate()  # it ends where its input does
 
     def ask(self, command: str, count: int) -> list[float]:

@@ -4,7 +4,6 @@ import json
 import re
 import time
 from collections.abc import Generator, Mapping
-from types import TracebackType
 from typing import Any
 
 import httpx
@@ -43,12 +42,7 @@ class RestClient:
     def __enter__(self) -> "RestClient":
         return self
 
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._http.close()
 
     def model_card(self, name: str | None) -> dict[str, Any]:

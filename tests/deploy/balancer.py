@@ -8,7 +8,6 @@ import itertools
 import socket
 import threading
 from collections.abc import Callable
-from types import TracebackType
 
 _CHUNK_BYTES = 65536
 
@@ -28,12 +27,7 @@ class Balancer:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._thread.join()
