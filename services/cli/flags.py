@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from services.common.settings import Settings
 from services.common.settings_sources import MAPS
@@ -158,24 +158,7 @@ _METAVARS = {
     "_dir": "DIR",
     "model": "MODEL",
     "generation_config": "SOURCE",
-    "allow_special_tokens": "BOOLEAN",
-    "dequantize": "BOOLEAN",
-    "playground": "BOOLEAN",
 }
-_WORDS = (
-    *(
-        "otlp_endpoint",
-        "model_name",
-        "revision",
-        "namespace",
-        "device",
-        "dtype",
-        "log_level",
-        "log_format",
-    ),
-    *("max_tokens_policy", "kv_dtype", "cuda_graphs", "tool_parser", "reasoning_parser"),
-    "quantize",
-)
 
 
 def add_settings_flags(
@@ -206,7 +189,7 @@ def _add_flag(group: argparse._ArgumentGroup, name: str) -> None:
         options = {"action": "extend", "nargs": "+"}
     elif field.annotation is bool:
         options = {"nargs": "?", "const": "true"}
-    metavar = _LISTS.get(name) or _metavar(name)
+    metavar = _LISTS.get(name) or _metavar(name, field.annotation)
     group.add_argument(flag, metavar=metavar, default=argparse.SUPPRESS, help=text, **options)
 
 
@@ -220,9 +203,14 @@ def _mib(num_bytes: float) -> str:
     return f"{num_bytes / 2**20:g}MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:g}GiB"
 
 
-def _metavar(name: str) -> str:
-    number_or_word = "NAME" if name in _WORDS else "N"
-    return next((word for end, word in _METAVARS.items() if name.endswith(end)), number_or_word)
+def _metavar(name: str, annotation: object) -> str:
+    kind = "BOOLEAN" if annotation is bool else "NAME" if _takes_words(annotation) else "N"
+    return next((word for end, word in _METAVARS.items() if name.endswith(end)), kind)
+
+
+def _takes_words(annotation: object) -> bool:
+    is_word = annotation is str or get_origin(annotation) is Literal
+    return is_word or any(map(_takes_words, get_args(annotation)))
 
 
 def settings_from_flags(args: argparse.Namespace) -> dict[str, Any]:
