@@ -39,19 +39,22 @@ class CompletionStream:
     Closing its iterator ends the completion early.
     """
 
-    def __init__(self, report: PrefillReport, pieces: Generator[str] | None = None) -> None:
+    def __init__(self, report: PrefillReport) -> None:
         self.report = report
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.recompressed_entries = 0
-        self._pieces = pieces
+        self.pieces: Generator[str] | None = None
 
     def __iter__(self) -> Generator[str]:
-        assert self._pieces is not None
-        return self._pieces
+        assert self.pieces is not None
+        return self.pieces
 
     def take(self, output: StepOutput, text: TextStream) -> str:
-        """Record the output of a decode step; returns the text that it completes."""
+        """Record the output of a decode step; returns the text that it completes.
+
+        Raises the output's error, if it has one.
+        """
         if output.error is not None:
             raise output.error
         (token,) = output.tokens

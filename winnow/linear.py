@@ -86,7 +86,10 @@ class SummedLinear(nn.Module):
 
 
 def product_with(linear: nn.Module, inputs: Tensor, add: Callable[[Tensor], Tensor]) -> Tensor:
-    """What `add` makes of the linear layer's output, of each rank's part before they are summed."""
+    """What `add` makes of the linear layer's output, of each rank's part before they are summed.
+
+    inputs: [..., in].  add: takes and returns [..., out].
+    """
     if isinstance(linear, SummedLinear):
         return linear(inputs, add)  # type: ignore[no-any-return]
     return add(linear(inputs))

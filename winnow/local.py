@@ -230,7 +230,7 @@ class Winnow:
             min_tokens=sampling.min_tokens,
             shown_token_ids=shown_token_ids,
         )
-        stream._pieces = self._decode(reservation, stream, text)
+        stream.pieces = self._decode(reservation, stream, text)
         return stream
 
     def adapter(self, name: str) -> LoadedAdapter:

@@ -21,11 +21,11 @@ class NetworkScales:
     softcap: float | None = None
 
     def embedded(self, embeddings: Tensor) -> Tensor:
-        """What goes into the first layer."""
+        """What goes into the first layer.  embeddings: [..., hidden_size]."""
         return embeddings if self.embedding == 1.0 else embeddings * self.embedding
 
     def scaled(self, logits: Tensor) -> Tensor:
-        """The logits, of what comes out of the head."""
+        """The logits of what comes out of the head, [..., vocab_size]."""
         if self.logits != 1.0:
             logits = logits * self.logits
         if self.logits_divisor != 1.0:

@@ -61,13 +61,11 @@ def observed_attention(
     return mass
 
 
-def accumulated_attention(
-    queries: Tensor, keys: Tensor, options: "AttentionOptions", positions: Tensor | None = None
-) -> Tensor:
+def accumulated_attention(queries: Tensor, keys: Tensor, options: "AttentionOptions") -> Tensor:
     """Attention that each token receives from itself and all tokens after it.
 
     queries: [num_heads, N, head_dim] and keys: [num_kv_heads, N, head_dim], after RoPE.
-    options, positions: as for `observed_attention`.
+    options: as for `observed_attention`.
     Returns [num_heads, N] float32; each head sums to N, but for what its sink gets.
     Peak memory: [group, _QUERY_BLOCK, N] of one KV head.
     """
@@ -76,8 +74,7 @@ def accumulated_attention(
     for start in range(0, num_tokens, _QUERY_BLOCK):
         end = min(start + _QUERY_BLOCK, num_tokens)
         block = queries[:, start:end].contiguous()
-        seen = None if positions is None else positions[:end]
-        mass[:, :end] += observed_attention(block, keys[:, :end], options, positions=seen)
+        mass[:, :end] += observed_attention(block, keys[:, :end], options)
     return mass
 
 
@@ -96,7 +93,10 @@ def sum_head_groups(scores: Tensor, num_kv_heads: int) -> Tensor:
 
 
 def descending_order(scores: Tensor) -> Tensor:
-    """Indices by descending score along the last dimension; ties go to the earlier token."""
+    """Indices by descending score along the last dimension; ties go to the earlier token.
+
+    scores: [..., n].  Returns [..., n] int64.
+    """
     return scores.argsort(dim=-1, descending=True, stable=True)
 
 

@@ -34,7 +34,10 @@ class RowSlots:
         return AdapterRows.of_each(self._device[rows], self._num_slots)
 
     def of_launched(self, rows: list[int], on_device: Tensor) -> AdapterRows | None:
-        """As `of`, told by the host what is simpler; None: no row has an adapter."""
+        """As `of`, told by the host what is simpler; None: no row has an adapter.
+
+        rows, on_device: the same, the latter as [B] int64.
+        """
         slots = {self._host[row] for row in rows}
         if slots == {NO_ADAPTER}:
             return None

@@ -102,5 +102,8 @@ class AdapterStack:
 
 @torch.inference_mode()
 def pair_of(down: Tensor, up: Tensor, scale: float, dtype: torch.dtype) -> Pair:
-    """A and B as `fill` takes them; the scale is multiplied in float32."""
+    """A and B as `fill` takes them; the scale is multiplied in float32.
+
+    down: A, [rank, in].  up: B, [out, rank].
+    """
     return down.to(dtype), (up.float() * scale).to(dtype)

@@ -37,7 +37,7 @@ class AttentionOptions:
         return self if window is None or window < num_tokens else replace(self, layer=FULL)
 
     def logits(self, products: Tensor) -> Tensor:
-        """The logits of float32 products q·k, in their place."""
+        """The logits of products q·k, [...] float32, in their place."""
         return capped(products.mul_(self.scaling), self.softcap)
 
     def grouped_sinks(self, num_kv_heads: int) -> Tensor | None:

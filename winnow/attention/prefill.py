@@ -57,7 +57,11 @@ class PrefillAttention:
         return causal_attention(query, key, value, options, self.positions)
 
     def observe(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> None:
-        """Keeps what is wanted of a layer; of `query` the last tokens' at least."""
+        """Keeps what is wanted of a layer.
+
+        query: [1, H, T, D], the last tokens' at least.  key: [1, H_kv, N, D].  value: [1, H_kv, N,
+        E].
+        """
         self.keys, self.values, self.options = key[0], value[0], options
         last = slice(None) if self.num_queries is None else slice(-self.num_queries, None)
         self.queries = query[0, :, last].contiguous()

@@ -61,6 +61,8 @@ def try_out_triton(keys: Tensor, dtype: torch.dtype, group: int) -> None:
 def try_out(kernels: RecompressionKernels, keys: Tensor, dtype: torch.dtype, group: int) -> None:
     """Score and move entries of three heads in pages of their own, beside the reference.
 
+    keys: of a pool, [num_pages, page_size, head_dim].  dtype: the model's.  group: query heads for
+    each KV head.
     Raises RuntimeError if the results differ, or whatever kept the kernels from running.
     """
     device, (_, page_size, head_dim) = keys.device, keys.shape

@@ -62,7 +62,10 @@ class PagedHeads:
         return recompression.window_scores(*self.operands, self.softcap, self.sinks)
 
     def best_entries(self, scores: Tensor, budgets: Tensor, smallest: int, largest: int) -> Tensor:
-        """The window's entries, and those before it with the best scores: see recompress.py."""
+        """The window's entries, and those before it with the best scores: see recompress.py.
+
+        scores: [N, T] float32.  budgets: [N] int64, from `smallest` to `largest`.
+        """
         return self.kernels.best_entries(
             scores, self.lengths, self.window, budgets, smallest, largest
         )

@@ -53,7 +53,7 @@ def generation_config(header: Header) -> dict[str, Any]:
 
 
 def tokenizer_values(header: Header) -> dict[str, Any]:
-    """What transformers builds its tokenizer from."""
+    """What transformers builds its tokenizer from.  Raises UnusableModel without a vocabulary."""
     tokens = _list(header, "tokens")
     if not tokens:
         raise UnusableModel(f"{header.path} has no vocabulary: it is no whole model")

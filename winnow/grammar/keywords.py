@@ -22,9 +22,9 @@ def members(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from ((f".{key}[{idx}]", inner) for idx, inner in enumerate(value))
 
 
-def schemas(schema: Any, place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:  # noqa: ANN401
+def schemas(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:  # noqa: ANN401 - any JSON
     """The schema and all that stand within it, each with its place; only those that are objects."""
-    stack = [(place, schema)]
+    stack = [("", schema)]
     while stack:
         place, one = stack.pop()
         if isinstance(one, dict):

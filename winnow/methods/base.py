@@ -78,11 +78,14 @@ class LayerView:
 
     @property
     def kept_queries(self) -> Tensor:
-        """Those of the window's that go with the KV: none of a layer that decode does not score."""
+        """`window_queries` as they go with the KV: none of a layer that decode does not score."""
         return self.window_queries if self.options.layer.is_full else self.queries[:, :0]
 
     def per_head(self, score: HeadScore) -> Tensor:
-        """The score of every head.  score: a module's function, or a `functools.partial` of one."""
+        """The score of every head: [num_heads, N].
+
+        score: a module's function, or a `functools.partial` of one, which other ranks call too.
+        """
         return score(self)
 
     @cached_property
@@ -207,7 +210,7 @@ class Method:
         return None
 
     def kept_entries(self, view: LayerView) -> list[Tensor] | None:
-        """Per KV head, ascending indices into the layer's tokens; None: all are kept."""
+        """Per KV head, ascending indices into the layer's tokens, [num_kept] int64; None: all."""
         return None
 
     def visible_entries(self, view: LayerView, num_visible: int) -> list[Tensor] | None:

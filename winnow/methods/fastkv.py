@@ -44,7 +44,10 @@ class FastKV(SnapKV):
         return None if chosen is None else Cut(chosen)
 
     def choose(self, view: LayerView) -> Tensor | None:
-        """The tokens to keep, ascending, if this is the selection layer; not called after it."""
+        """The tokens to keep if this is the selection layer; not called after it.
+
+        Returns [num_kept] int64, ascending, or None.
+        """
         if view.layer_idx != self.settings.fixed_layer:
             return None
         scores = token_scores(view.window_mass, self.settings)

@@ -48,7 +48,8 @@ class Kind(Enum):
 class Filters:
     """The temperatures and filters of rows of one kind.
 
-    table: [R, 4] float64: 1 / temperature; top_k and top_p, inf where they are off; min_p.
+    table: [R, 4] float64: 1 / temperature; top_k and top_p, inf where they are off; min_p. Each is
+    [R, 1] by its own name.
     max_top_k: 0 if no row has one.
     """
 

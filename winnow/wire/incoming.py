@@ -51,6 +51,7 @@ class IncomingLayer:
         return self.filled == len(self.payload)
 
     def write(self, data: DataFrame) -> None:
+        """Raises TransferDamaged for data out of turn, TransferMalformed for too much of it."""
         if (data.layer_idx, data.offset) != (self.layer_idx, self.filled):
             raise TransferDamaged(
                 f"data of layer {data.layer_idx} at byte {data.offset} arrived; "

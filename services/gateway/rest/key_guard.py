@@ -32,7 +32,7 @@ class KeyGuard:
         app: ASGIApp,
         access: Access,
         metrics: GatewayMetrics,
-        open_paths: frozenset[str] = PROBES,
+        open_paths: frozenset[str],
     ) -> None:
         self._app = app
         self._access = access

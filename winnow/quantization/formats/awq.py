@@ -12,6 +12,7 @@ _PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # of a word's outputs among its numbers, the
 
 
 def awq(settings: Settings) -> Format:
+    """Raises UnusableModel for other numbers of bits, or another order of them."""
     bits = settings.get("bits", settings.get("w_bit", 4))
     version = str(settings.get("version") or settings.get("format") or "gemm").lower()
     if bits != 4 or version != "gemm":

@@ -80,7 +80,10 @@ class Format:
 
 
 def unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
-    """Numbers of `bits` each, packed into int32 along `dim`, the lowest bits first."""
+    """Numbers of `bits` each, packed into int32 along `dim`, the lowest bits first.
+
+    Returns int32 like `words`, with 32 / bits times as many along `dim`.
+    """
     shifts = torch.arange(0, _BITS_OF_WORD, bits, dtype=torch.int32)
     view = [1] * (words.ndim + 1)
     view[dim + 1] = len(shifts)
@@ -89,8 +92,9 @@ def unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
 
 
 def spread(scales: Tensor, shape: tuple[int, ...], block: tuple[int, ...] | None = None) -> Tensor:
-    """Each scale over its block of a weight.  scales: one, or of each block in each dimension.
+    """Each scale over its block of a weight: float32 [1], or what broadcasts to `shape`.
 
+    scales: one, or of each block in each dimension.  shape: of the weight.
     block: its size; None: each dimension is divided evenly.
     """
     scales = scales.float()

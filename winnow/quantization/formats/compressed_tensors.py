@@ -29,6 +29,7 @@ _BITS = (2, 4, 8)
 
 
 def compressed_tensors(settings: Settings) -> Format:
+    """Raises UnusableModel for a form, or numbers of bits, that cannot be dequantized."""
     form = settings.get("format", "dense")
     dropped = ACTIVATIONS + CACHE
     if form in _PLAIN:

@@ -16,6 +16,7 @@ _ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 
 
 def gptq(settings: Settings) -> Format:
+    """Raises UnusableModel for other numbers of bits, or another form."""
     bits, version = settings.get("bits", 4), settings.get("checkpoint_format") or "gptq"
     if bits not in _BITS or version not in _ZERO_OFFSETS:
         raise UnusableModel(
