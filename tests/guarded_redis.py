@@ -1,17 +1,14 @@
 """A Redis with password and TLS, as an operator runs it."""
 
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import redis
 import trustme
 
 from services.common.ports import free_port
 from services.common.settings import Settings
-from tests.deadlines import SOON_S
+from tests.redis_process import start_redis, stop_redis
 
 PASSWORD = "open-sesame"
 
@@ -35,19 +32,10 @@ class GuardedRedis:
             "tls-ca-cert-file": self.ca_file,
             "tls-auth-clients": "no",
             "requirepass": PASSWORD,
-            "save": "",
             "dir": folder,
         }
         flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-        self.process = subprocess.Popen(["redis-server", *flags], stdout=subprocess.DEVNULL)
-        self._wait_until_it_listens()
-
-    def _wait_until_it_listens(self) -> None:
-        deadline_s = time.monotonic() + SOON_S
-        with redis.Redis(port=self.port, socket_connect_timeout=1) as client:
-            while "refused" in _complaint(client):
-                assert time.monotonic() < deadline_s, "redis-server does not start"
-                time.sleep(0.02)
+        self.process = start_redis(*flags)
 
     def url(self, password: str = PASSWORD, host: str = "localhost") -> str:
         return f"rediss://:{password}@{host}:{self.port}/0"
@@ -56,16 +44,7 @@ class GuardedRedis:
         return Settings(redis_url=self.url(password, host), redis_ca_file=self.ca_file)
 
     def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(20)
-
-
-def _complaint(client: redis.Redis) -> str:
-    try:
-        client.ping()
-    except redis.ConnectionError as error:  # it listens, but not to plain text
-        return str(error)
-    return ""
+        stop_redis(self.process)
 
 
 @pytest.fixture(scope="module")

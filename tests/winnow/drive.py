@@ -111,13 +111,16 @@ def admit(
     return reservation
 
 
-def decode_all(engine: DecodeEngine) -> dict[str, list[Token]]:
+def decode_all(
+    engine: DecodeEngine, after_step: Callable[[DecodeEngine], object] = lambda _: None
+) -> dict[str, list[Token]]:
     """Steps until nothing runs; each request's tokens."""
     tokens: dict[str, list[Token]] = {}
     while engine.stats().running_sequences:
         for output in engine.step():
             assert output.error is None
             tokens.setdefault(output.request_id, []).extend(output.tokens)
+        after_step(engine)
     return tokens
 
 

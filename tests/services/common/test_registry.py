@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
@@ -33,6 +32,7 @@ from services.common.registry import (
 from services.common.settings import Settings
 from tests.chaos.network import Network
 from tests.deadlines import SOON_S
+from tests.redis_process import start_redis, stop_redis
 from winnow.errors import InvalidSetting, RegistryUnavailable
 
 RECORD = WorkerRecord(
@@ -58,26 +58,11 @@ class RedisProcess:
         self.start()
 
     def start(self) -> None:
-        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1"]
-        self.process = subprocess.Popen(
-            [*command, "--save", "", "--dir", str(self.folder)], stdout=subprocess.DEVNULL
-        )
-        with redis.Redis(port=self.port) as client:
-            deadline = time.monotonic() + SOON_S
-            while not _answers(client):
-                assert time.monotonic() < deadline, "redis-server does not start"
-                time.sleep(0.02)
+        place = ("--port", str(self.port), "--bind", "127.0.0.1")
+        self.process = start_redis(*place, "--dir", str(self.folder))
 
     def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(10)
-
-
-def _answers(client: redis.Redis) -> bool:
-    try:
-        return bool(client.ping())
-    except redis.ConnectionError:
-        return False
+        stop_redis(self.process)
 
 
 @pytest.fixture(scope="module")

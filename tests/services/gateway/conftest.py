@@ -19,3 +19,10 @@ async def service(model_path: Path, redis_url: str) -> AsyncIterator[TestService
     async with running_service(model_path, redis_url) as service:
         yield service
         await service.until_idle()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def several(model_path: Path, redis_url: str) -> AsyncIterator[TestService]:
+    """A service of three decode workers, which a test may lose."""
+    async with running_service(model_path, redis_url, num_workers=3) as service:
+        yield service

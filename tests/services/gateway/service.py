@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import socket
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from services.gateway.rest.api import create_api
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
 from tests.deadlines import SOON_S
+from tests.redis_process import start_redis, stop_redis
 from winnow.decoder import DecoderModel
 from winnow.distributed.ranks import Ranks
 from winnow.engine.prefix.store import PrefixStore
@@ -105,20 +105,11 @@ class TestService:
 def running_redis(folder: Path) -> Iterator[str]:
     """A Redis of one's own, by its URL."""
     socket_path = folder / "redis.sock"
-    server = subprocess.Popen(
-        ["redis-server", "--port", "0", "--unixsocket", str(socket_path), "--save", ""],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert server.stdout is not None
-    for line in server.stdout:
-        if "ready to accept connections" in line.lower():
-            break
+    server = start_redis("--port", "0", "--unixsocket", str(socket_path))
     try:
         yield f"unix://{socket_path}"
     finally:
-        server.terminate()
-        server.communicate()
+        stop_redis(server)
 
 
 @asynccontextmanager

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from services.common.settings import Settings
-from services.gateway.access.request_limits import RequestLimits
 from services.gateway.grpc.requests import request_from_proto
 from services.gateway.rest.requests import RequestReader
-from services.gateway.served_model import ServedModel
+from tests.services.gateway.rest.readers import reader_of
 from tests.services.gateway.service import MODEL_NAME, running_service
 from winnow.errors import InvalidSetting, UnusableModel
 from winnow.sampling_params import SamplingParams
@@ -36,16 +35,15 @@ def folder(model_path: Path, tmp_path: Path) -> Path:
 
 
 def reader(folder: Path, source: str = "auto", **changes: Any) -> RequestReader:
-    settings = Settings(
-        model=str(folder),
-        model_name=MODEL_NAME,
-        generation_config=source,
-        pruning={"method": "full", "window_size": 8},
-        **changes,
+    return reader_of(
+        Settings(
+            model=str(folder),
+            model_name=MODEL_NAME,
+            generation_config=source,
+            pruning={"method": "full", "window_size": 8},
+            **changes,
+        )
     )
-    model = ServedModel.load(settings)
-    compiler = model.new_grammar_compiler()
-    return RequestReader(settings, RequestLimits(settings, model), model.tokenizer, compiler)
 
 
 def sampled(sampling: SamplingParams) -> tuple[float, ...]:

@@ -4,7 +4,6 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
@@ -14,7 +13,7 @@ import pytest_asyncio
 from services.gateway.request.run import Service
 from tests.random_schemas import random_schema
 from tests.services.gateway.request.prompt_runs import REQUEST, answers, make_run, parts_of
-from tests.services.gateway.service import MODEL_NAME, TestService, running_service
+from tests.services.gateway.service import MODEL_NAME, TestService
 from winnow.grammar.source import schema_grammar
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -51,12 +50,6 @@ async def test_answers_to_random_schemas_are_their_instances(service: TestServic
     for seed, text in ended:
         jsonschema.validate(json.loads(text), random_schema(seed))
     assert len(ended) >= LEAST_ENDED
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def several(model_path: Path, redis_url: str) -> AsyncIterator[TestService]:
-    async with running_service(model_path, redis_url, num_workers=3) as service:
-        yield service
 
 
 @pytest_asyncio.fixture(loop_scope="module")

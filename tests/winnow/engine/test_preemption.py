@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.winnow import reference
+from tests.winnow import drive, reference
 from tests.winnow.drive import (
     UNPRUNED,
     admit,
@@ -49,13 +49,7 @@ def require_backed(engine: DecodeEngine) -> None:
 
 def decode_all(engine: DecodeEngine) -> dict[str, list[Token]]:
     """As drive.decode_all; every page stays accounted for."""
-    tokens: dict[str, list[Token]] = {}
-    while engine.stats().running_sequences:
-        for output in engine.step():
-            assert output.error is None
-            tokens.setdefault(output.request_id, []).extend(output.tokens)
-        require_backed(engine)
-    return tokens
+    return drive.decode_all(engine, after_step=require_backed)
 
 
 @pytest.fixture

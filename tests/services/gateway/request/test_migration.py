@@ -53,12 +53,6 @@ LONG = replace(
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def several(model_path: Path, redis_url: str) -> AsyncIterator[TestService]:
-    async with running_service(model_path, redis_url, num_workers=3) as service:
-        yield service
-
-
-@pytest_asyncio.fixture(loop_scope="module")
 async def parts(several: TestService) -> AsyncIterator[Service]:
     async with parts_of(several) as parts:
         yield parts

@@ -36,6 +36,11 @@ async def registry(redis_url: str) -> AsyncIterator[RedisRegistry]:
     await registry.close()
 
 
+@pytest.fixture
+def read_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.gateway.request.routing._REFRESH_S", 0)
+
+
 async def order(router: Router) -> list[str]:
     return [worker.worker_id for worker in await router.candidates()]
 
@@ -93,10 +98,8 @@ async def test_requests_at_once_read_the_registry_once(
     assert results == [["a"]] * 10
 
 
-async def test_a_worker_that_is_gone_is_forgotten(
-    registry: RedisRegistry, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("services.gateway.request.routing._REFRESH_S", 0)
+@pytest.mark.usefixtures("read_each_time")
+async def test_a_worker_that_is_gone_is_forgotten(registry: RedisRegistry) -> None:
     await registry.put(RECORD, 30)
     router = Router(registry, "f")
     place = router.enter(RECORD)
@@ -108,10 +111,8 @@ async def test_a_worker_that_is_gone_is_forgotten(
     assert "a" not in router._peers
 
 
-async def test_the_last_known_workers_serve_on_when_the_registry_is_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("services.gateway.request.routing._REFRESH_S", 0)
+@pytest.mark.usefixtures("read_each_time")
+async def test_the_last_known_workers_serve_on_when_the_registry_is_gone(tmp_path: Path) -> None:
     with running_redis(tmp_path) as url:
         registry = RedisRegistry(url, "routing")
         await registry.put(RECORD, 30)
@@ -121,10 +122,10 @@ async def test_the_last_known_workers_serve_on_when_the_registry_is_gone(
     await registry.close()
 
 
+@pytest.mark.usefixtures("read_each_time")
 async def test_the_last_known_workers_serve_on_while_an_emptied_registry_fills_again(
-    registry: RedisRegistry, monkeypatch: pytest.MonkeyPatch
+    registry: RedisRegistry,
 ) -> None:
-    monkeypatch.setattr("services.gateway.request.routing._REFRESH_S", 0)
     await registry.put(RECORD, 30)
     patient, hasty = Router(registry, "f", refill_s=60), Router(registry, "f")
     assert await order(patient) == await order(hasty) == ["a"]
@@ -134,10 +135,10 @@ async def test_the_last_known_workers_serve_on_while_an_emptied_registry_fills_a
     assert await order(patient) == ["b"]
 
 
+@pytest.mark.usefixtures("read_each_time")
 async def test_the_last_known_workers_serve_on_when_the_registry_comes_back_empty(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("services.gateway.request.routing._REFRESH_S", 0)
     with running_redis(tmp_path) as url:
         registry = RedisRegistry(url, "routing")
         await registry.put(RECORD, 30)
@@ -149,10 +150,10 @@ async def test_the_last_known_workers_serve_on_when_the_registry_comes_back_empt
         await registry.close()
 
 
+@pytest.mark.usefixtures("read_each_time")
 async def test_an_emptied_registry_has_its_time_from_when_it_is_first_seen_empty(
-    registry: RedisRegistry, monkeypatch: pytest.MonkeyPatch
+    registry: RedisRegistry,
 ) -> None:
-    monkeypatch.setattr("services.gateway.request.routing._REFRESH_S", 0)
     await registry.put(RECORD, 30)
     router = Router(registry, "f", refill_s=1)
     assert await order(router) == ["a"]
@@ -163,10 +164,10 @@ async def test_an_emptied_registry_has_its_time_from_when_it_is_first_seen_empty
     assert await order(router) == []
 
 
+@pytest.mark.usefixtures("read_each_time")
 async def test_the_last_worker_that_drains_and_leaves_gets_nothing_more(
-    registry: RedisRegistry, monkeypatch: pytest.MonkeyPatch
+    registry: RedisRegistry,
 ) -> None:
-    monkeypatch.setattr("services.gateway.request.routing._REFRESH_S", 0)
     router = Router(registry, "f", refill_s=60)
     await registry.put(replace(RECORD, draining=True), 30)
     assert await order(router) == []

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -14,8 +13,6 @@ from anthropic.types import Message, RawMessageStreamEvent
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from services.common.settings import Settings
-from services.gateway.access.request_limits import RequestLimits
 from services.gateway.request.choices import Delta
 from services.gateway.rest.blocks import BlockFormatter
 from services.gateway.rest.event_stream import event_text
@@ -24,7 +21,6 @@ from services.gateway.rest.requests import RequestReader
 from services.gateway.rest.responses_format import ResponsesFormatter
 from services.gateway.rest.translate_messages import read_messages
 from services.gateway.rest.translate_responses import read_responses
-from services.gateway.served_model import ServedModel
 from services.gateway.usage import RequestUsage, WinnowUsage
 from winnow.answers.parts import CallArguments, CallStart, Part, ReasoningPart, TextPart
 from winnow.errors import EngineFailed, GrammarFailed, Overloaded
@@ -110,15 +106,6 @@ def events_of(stream: str) -> list[dict[str, Any]]:
         events.append(json.loads(data.removeprefix("data: ")))
         assert name == f"event: {events[-1]['type']}"
     return events
-
-
-@pytest.fixture(scope="module")
-def reader(model_path: Path) -> RequestReader:
-    pruning = {"window_size": 8, "observed_layers": 2, "min_layer": 1}
-    settings = Settings(model=str(model_path), model_name="tiny", pruning=pruning)
-    model = ServedModel.load(settings)
-    compiler = model.new_grammar_compiler()
-    return RequestReader(settings, RequestLimits(settings, model), model.tokenizer, compiler)
 
 
 async def response_from(stream: str) -> Response:

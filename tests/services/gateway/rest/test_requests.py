@@ -1,15 +1,12 @@
 """Requests read without a server: whatever JSON comes, it is taken or refused by name."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.common.settings import Settings
-from services.gateway.access.request_limits import RequestLimits
 from services.gateway.body import Body
 from services.gateway.json_text import parse_object
 from services.gateway.rest.bodies import ChatRequest, CompletionRequest
@@ -19,7 +16,6 @@ from services.gateway.rest.responses_bodies import ResponsesRequest
 from services.gateway.rest.translate_messages import count_tokens, read_messages
 from services.gateway.rest.translate_responses import read_responses
 from services.gateway.rest.winnow_options import WinnowOptions
-from services.gateway.served_model import ServedModel
 from winnow.errors import InvalidRequest
 
 NUMBERS = st.integers() | st.floats(allow_nan=False) | st.sampled_from([10**400, 1e308, -0.0])
@@ -36,15 +32,6 @@ WINNOW = st.dictionaries(st.sampled_from(sorted(WinnowOptions.model_fields)), SC
 def bodies(cls: type[CompletionRequest | ChatRequest]) -> st.SearchStrategy[dict[str, Any]]:
     names = st.sampled_from([*cls.model_fields, "tools", "suffix", "unknown"])
     return st.dictionaries(names, JSON | WINNOW, max_size=4)
-
-
-@pytest.fixture(scope="module")
-def reader(model_path: Path) -> RequestReader:
-    pruning = {"window_size": 8, "observed_layers": 2, "min_layer": 1}
-    settings = Settings(model=str(model_path), model_name="tiny", pruning=pruning)
-    model = ServedModel.load(settings)
-    compiler = model.new_grammar_compiler()
-    return RequestReader(settings, RequestLimits(settings, model), model.tokenizer, compiler)
 
 
 @given(changes=bodies(CompletionRequest))
