@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from socketserver import ThreadingMixIn
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import (
@@ -30,12 +30,13 @@ from winnow.wire import WIRE_VERSIONS
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 PREFIX = "winnow_"
 COMMON_LABELS = ("model", "role")
+_Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
 
-REQUEST_BUCKETS_S = (*(0.001 * 2**i for i in range(0, 22)), 2560.0)  # 1 ms to 43 min
+REQUEST_BUCKETS_S = (*(0.001 * 2**i for i in range(22)), 2560.0)  # 1 ms to 43 min
 TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.5, 5, 10)
-COUNT_BUCKETS = tuple(float(4**i) for i in range(0, 12))  # 1 to 4 M tokens
+COUNT_BUCKETS = tuple(float(4**i) for i in range(12))  # 1 to 4 M tokens
 BYTES_BUCKETS = tuple(float(4**i) for i in range(5, 18))  # 1 KiB to 16 GiB
-LAYER_BUCKETS = tuple(float(layer) for layer in range(0, 128))
+LAYER_BUCKETS = tuple(float(layer) for layer in range(128))
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 RATIO_BUCKETS = tuple(i / 20 for i in range(1, 21))
 
@@ -83,39 +84,73 @@ class Metrics:
         self.registry = _Registry({"model": model, "role": self.role})
         self.described: list[Described] = []
         ProcessCollector(registry=self.registry)
-        info = self._gauge(
-            "winnow_build_info",
-            "1; release, newest wire version",
-            ("version", "wire_version"),
-        )
+        named = ("winnow_build_info", "1; release, newest wire version")
+        labels = self._describe("gauge", *named, "version", "wire_version")
+        info = Gauge(*named, labels, registry=self.registry)
         info.labels(__version__, str(max(WIRE_VERSIONS))).set(1)
 
-    def _counter(
-        self, name: str, meaning: str, label: str | None = None, values: Iterable[str] = ()
-    ) -> Counter:
-        """A counter; with a label, every known value is exposed from the start, as 0."""
-        labels = self._describe(f"{name}_total", "counter", meaning, (label,) if label else ())
-        counter = Counter(name, meaning, labels, registry=self.registry)
-        for value in values:
-            counter.labels(value)
-        return counter
+    # Of a metric with a label every known value is exposed from the start, as 0.
 
-    def _gauge(self, name: str, meaning: str, labels: Sequence[str] = ()) -> Gauge:
-        labels = self._describe(name, "gauge", meaning, labels)
-        return Gauge(name, meaning, labels, registry=self.registry)
+    def _counter(
+        self, name: str, meaning: str, label: str = "", values: Iterable[str] = ()
+    ) -> Counter:
+        labels = self._describe("counter", f"{name}_total", meaning, label)
+        return _exposing(values, Counter(name, meaning, labels, registry=self.registry))
+
+    def _gauge(self, name: str, meaning: str, label: str = "", values: Iterable[str] = ()) -> Gauge:
+        labels = self._describe("gauge", name, meaning, label)
+        return _exposing(values, Gauge(name, meaning, labels, registry=self.registry))
 
     def _histogram(
-        self, name: str, meaning: str, buckets: Sequence[float], labels: Sequence[str] = ()
+        self,
+        name: str,
+        meaning: str,
+        buckets: Sequence[float],
+        label: str = "",
+        values: Iterable[str] = (),
     ) -> Histogram:
-        labels = self._describe(name, "histogram", meaning, labels)
-        return Histogram(name, meaning, labels, buckets=buckets, registry=self.registry)
+        labels = self._describe("histogram", name, meaning, label)
+        made = Histogram(name, meaning, labels, buckets=buckets, registry=self.registry)
+        return _exposing(values, made)
 
-    def _describe(
-        self, name: str, kind: str, meaning: str, labels: Sequence[str]
-    ) -> tuple[str, ...]:
+    def _describe(self, kind: str, name: str, meaning: str, *labels: str) -> tuple[str, ...]:
+        """The labels, without an empty one."""
         assert name.startswith(PREFIX)
-        self.described.append(Described(name, kind, tuple(labels), meaning))
-        return tuple(labels)
+        labels = tuple(filter(None, labels))
+        self.described.append(Described(name, kind, labels, meaning))
+        return labels
+
+
+class WorkerMetrics(Metrics):
+    """What prefill and decode workers both measure."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        stage = ("stage", (self.role,))
+        self.tokens_kept = self._counter(
+            "winnow_tokens_kept", "Tokens whose KV was kept, averaged over layers and heads", *stage
+        )
+        self.tokens_dropped = self._counter(
+            "winnow_tokens_dropped",
+            "Tokens whose KV was dropped, averaged over layers and heads",
+            *stage,
+        )
+        self.transfers_in_flight = self._gauge(
+            "winnow_transfers_in_flight", "Transfers begun and not ended"
+        )
+        self.adapters_loaded = self._gauge(
+            "winnow_adapters_loaded", "Adapters in the model's slots, used or not"
+        )
+        self.device_memory_bytes = self._gauge(
+            "winnow_device_memory_bytes",
+            "Memory of the GPU that tensors take; 0 on a CPU, see process_resident_memory_bytes",
+        )
+
+
+def _exposing(values: Iterable[str], metric: _Metric) -> _Metric:
+    for value in values:
+        metric.labels(value)
+    return metric
 
 
 def render(registry: CollectorRegistry) -> bytes:

@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 
-from services.common.metrics import BATCH_BUCKETS, TOKEN_BUCKETS_S, Metrics
+from services.common.metrics import BATCH_BUCKETS, TOKEN_BUCKETS_S, WorkerMetrics
 from winnow.engine.preemption import PreemptionStats
 from winnow.errors import ERROR_CODES
 
@@ -10,7 +10,7 @@ IN, OUT = "in", "out"
 PREEMPTIONS = tuple(field.name for field in fields(PreemptionStats))
 
 
-class DecodeMetrics(Metrics):
+class DecodeMetrics(WorkerMetrics):
     """Metrics of one decode worker. Gauges read the engine at scrape time, so they are current."""
 
     role = "decode"
@@ -58,25 +58,10 @@ class DecodeMetrics(Metrics):
         self.swapped_bytes = self._gauge(
             "winnow_kv_swapped_bytes", "Host memory that such sequences take"
         )
-        self.tokens_kept = self._counter(
-            "winnow_tokens_kept",
-            "Tokens whose KV was kept, averaged over layers and heads",
-            "stage",
-            ("decode",),
-        )
-        self.tokens_dropped = self._counter(
-            "winnow_tokens_dropped",
-            "Tokens whose KV was dropped, averaged over layers and heads",
-            "stage",
-            ("decode",),
-        )
 
     def _measure_transfers(self) -> None:
         self.received_bytes = self._counter(
             "winnow_transfer_received_bytes", "Payload bytes received"
-        )
-        self.transfers_in_flight = self._gauge(
-            "winnow_transfers_in_flight", "Transfers begun and not ended"
         )
         self.transfers_failed = self._counter(
             "winnow_transfers_failed",
@@ -108,10 +93,3 @@ class DecodeMetrics(Metrics):
             "winnow_decode_batch_size", "Sequences per step", BATCH_BUCKETS
         )
         self.draining = self._gauge("winnow_draining", "1 while the worker admits nothing more")
-        self.adapters_loaded = self._gauge(
-            "winnow_adapters_loaded", "Adapters in the model's slots, used or not"
-        )
-        self.device_memory_bytes = self._gauge(
-            "winnow_device_memory_bytes",
-            "Memory of the GPU that tensors take; 0 on a CPU, see process_resident_memory_bytes",
-        )

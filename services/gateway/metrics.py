@@ -65,10 +65,9 @@ class GatewayMetrics(Metrics):
         self.requests_waiting = self._gauge(
             "winnow_requests_waiting",
             "Prompts accepted whose KV is not in place, by what they wait for",
-            ("reason",),
+            "reason",
+            (ADMISSION, PREFILL),
         )
-        for reason in (ADMISSION, PREFILL):
-            self.requests_waiting.labels(reason)
         self.prefill_retries = self._counter("winnow_prefill_retries", "Prefills tried again")
         self.migrations = self._counter(
             "winnow_migrations",
@@ -163,14 +162,13 @@ class GatewayMetrics(Metrics):
             "winnow_quality_tokens_agreed_ratio",
             "Tokens of a checked greedy answer that the unpruned model gives as well, of all",
             RATIO_BUCKETS,
-            ("task",),
+            "task",
+            tasks,
         )
         self.quality_first_kl = self._histogram(
             "winnow_quality_first_kl_nats",
             "KL divergence of a checked answer's first token, unpruned from pruned, at least",
             KL_BUCKETS,
-            ("task",),
+            "task",
+            tasks,
         )
-        for task in tasks:
-            self.quality_tokens_agreed.labels(task)
-            self.quality_first_kl.labels(task)

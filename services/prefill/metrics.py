@@ -9,7 +9,7 @@ from services.common.metrics import (
     RATIO_BUCKETS,
     REQUEST_BUCKETS_S,
     TOKEN_BUCKETS_S,
-    Metrics,
+    WorkerMetrics,
 )
 from winnow.catalog import METHODS
 from winnow.engine.prefix.store import PrefixStats
@@ -19,10 +19,10 @@ from winnow.report import PrefillReport
 
 NO_SELECTION_REASONS = ("off", "short_prompt", "threshold_not_met")
 RHO_BUCKETS = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
-_METHOD = ("method",)
+_METHOD = ("method", tuple(METHODS))
 
 
-class PrefillMetrics(Metrics):
+class PrefillMetrics(WorkerMetrics):
     """Metrics of one prefill worker."""
 
     role = "prefill"
@@ -63,18 +63,8 @@ class PrefillMetrics(Metrics):
             "reason",
             ERROR_CODES,
         )
-        self.adapters_loaded = self._gauge(
-            "winnow_adapters_loaded", "Adapters in the model's slots, used or not"
-        )
-        self.device_memory_bytes = self._gauge(
-            "winnow_device_memory_bytes",
-            "Memory of the GPU that tensors take; 0 on a CPU, see process_resident_memory_bytes",
-        )
 
     def _measure_transfers(self) -> None:
-        self.transfers_in_flight = self._gauge(
-            "winnow_transfers_in_flight", "Transfers begun and not ended"
-        )
         self.transfer_seconds = self._histogram(
             "winnow_transfer_seconds", "First frame sent to receipt", REQUEST_BUCKETS_S
         )
@@ -99,13 +89,13 @@ class PrefillMetrics(Metrics):
             "winnow_selection_layer",
             "Layer after which only selected tokens went on",
             LAYER_BUCKETS,
-            _METHOD,
+            *_METHOD,
         )
         self.selection_full_layer = self._histogram(
             "winnow_selection_full_layer",
             "Which of the model's full layers that was, from 1",
             LAYER_BUCKETS,
-            _METHOD,
+            *_METHOD,
         )
         self.no_selection = self._counter(
             "winnow_no_selection", "Prompts without selection", "reason", NO_SELECTION_REASONS
@@ -114,38 +104,17 @@ class PrefillMetrics(Metrics):
             "winnow_selection_rho",
             "Relative rank variance at the layer where ASL selected",
             RHO_BUCKETS,
-            _METHOD,
+            *_METHOD,
         )
         self.computed_ratio = self._histogram(
             "winnow_computed_ratio",
             "Layer-tokens computed of all, 0 to 1; to 2 where a method computes twice",
             (*RATIO_BUCKETS, 1.25, 1.5, 1.75, 2),
-            _METHOD,
+            *_METHOD,
         )
         self.kv_kept_ratio = self._histogram(
-            "winnow_kv_kept_ratio", "Keys and values sent, of all", RATIO_BUCKETS, _METHOD
+            "winnow_kv_kept_ratio", "Keys and values sent, of all", RATIO_BUCKETS, *_METHOD
         )
-        self.tokens_kept = self._counter(
-            "winnow_tokens_kept",
-            "Tokens whose KV was kept, averaged over layers and heads",
-            "stage",
-            ("prefill",),
-        )
-        self.tokens_dropped = self._counter(
-            "winnow_tokens_dropped",
-            "Tokens whose KV was dropped, averaged over layers and heads",
-            "stage",
-            ("prefill",),
-        )
-        for method in METHODS:
-            for histogram in (
-                self.selection_layer,
-                self.selection_full_layer,
-                self.selection_rho,
-                self.computed_ratio,
-                self.kv_kept_ratio,
-            ):
-                histogram.labels(method)
 
     def _measure_store(self) -> None:
         self.prefix_looked_up_tokens = self._counter(
