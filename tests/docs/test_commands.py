@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.main import _parser
+from services.cli.parser import make_parser
 from tests.docs.pages import PAGES, ROOT, code_blocks
 
 INLINE = re.compile(r"`((?:winnow|make|python -m) [^`]*)`")
@@ -56,7 +56,7 @@ def test_winnow_takes_what_a_page_shows(
     """A command alone in a sentence, like `winnow eval`, is looked for by its name."""
     alone = len(arguments) == 1 or not no_placeholder(arguments)
     try:
-        _parser().parse_args([arguments[0], "--help"] if alone else arguments)
+        make_parser().parse_args([arguments[0], "--help"] if alone else arguments)
     except SystemExit as end:
         assert end.code == 0, f"{page}: winnow {shlex.join(arguments)}: {capsys.readouterr().err}"
 
