@@ -77,7 +77,7 @@ SERVICE = Dashboard(
                   limits=(0.8, 0.95)),
             Panel("Gave way for want of KV memory", "Sequences shrunk to decode_floor, swapped out "
                   "to host memory, or given up", RATE,
-                  rate("winnow_kv_relief_total", "how"), limits=(0.1, 1), stacked=True),
+                  rate("winnow_kv_preemptions_total", "how"), limits=(0.1, 1), stacked=True),
             Panel("Waiting in host memory", "KV of sequences that were swapped out", BYTES,
                   gauge("winnow_kv_swapped_bytes")),
             Panel("Prefills tried again", "After a failure that another worker may not have", RATE,

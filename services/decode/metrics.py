@@ -46,7 +46,7 @@ class DecodeMetrics(WorkerMetrics):
             "winnow_recompressions", "Times that a sequence was cut back to its decode_budget"
         )
         self.preemptions = self._counter(
-            "winnow_kv_relief",
+            "winnow_kv_preemptions",
             "Sequences that gave way because pages ran short: shrunk to decode_floor, swapped out "
             "to host memory, or given up and computed anew",
             "how",

@@ -66,7 +66,7 @@ class Quantization:
         return None if form is None else form(self.settings)
 
     def require_usable(self, path: Path, quantize: str | None) -> None:
-        """Raise UnusableModel unless the checkpoint can be run, or dequantized, as is wished.
+        """Raise UnusableModel unless the checkpoint can be run, or dequantized, as is asked for.
 
         transformers ignores unknown methods, and fails late for most.
         """
