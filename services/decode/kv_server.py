@@ -15,7 +15,7 @@ import torch
 from services.common.peer_guard import PeerGuard
 from services.common.rpc import server_options
 from services.common.tls import PeerTls, bind
-from services.decode.give_away import KvGiver
+from services.decode.fetch import KvSender
 from winnow.distributed.arrivals import MAX_PARTS
 
 MAX_OPEN_TRANSFERS = 32  # prompts that prefill workers compute for this one, paused ones too
@@ -34,7 +34,7 @@ class KvServer:
     Up to MAX_WAITING_TRANSFERS more wait with their frames unread, which makes their senders wait
     too; further ones are refused with RESOURCE_EXHAUSTED.
 
-    giver: None: Fetch is not served.  of_several_ranks: each transfer may be several calls, all of
+    sender: None: Fetch is not served.  of_several_ranks: each transfer may be several calls, all of
     which have to be served at once, or none of them would end. So MAX_PARTS times as many calls are
     served, and rank 0 begins MAX_OPEN_TRANSFERS attempts at once (push.py).  device: that layers go
     to.
@@ -43,7 +43,7 @@ class KvServer:
     def __init__(
         self,
         receiver: Receiver,
-        giver: KvGiver | None,
+        sender: KvSender | None,
         peers: PeerTls | None,
         *,
         of_several_ranks: bool = False,
@@ -55,8 +55,8 @@ class KvServer:
         methods: dict[str, grpc.RpcMethodHandler] = {
             "Push": grpc.stream_unary_rpc_method_handler(receiver.push)
         }
-        if giver is not None:
-            methods["Fetch"] = grpc.unary_stream_rpc_method_handler(giver.fetch)
+        if sender is not None:
+            methods["Fetch"] = grpc.unary_stream_rpc_method_handler(sender.fetch)
         self._server = grpc.server(
             self._threads,
             interceptors=[PeerGuard(peers.name)] if peers else [],

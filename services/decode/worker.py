@@ -29,8 +29,8 @@ from services.common.tls import PeerTls
 from services.decode.admission import Admission
 from services.decode.control_server import ControlServer
 from services.decode.engine_thread import EngineThread
+from services.decode.fetch import KvSender
 from services.decode.generate import GenerateServicer, WorkerIdentity
-from services.decode.give_away import KvGiver
 from services.decode.grammars import load_grammar_compiler
 from services.decode.kv_server import KvServer
 from services.decode.metrics import DecodeMetrics
@@ -180,8 +180,8 @@ class DecodeWorker:
         pool = self.engine.pool
         parts = RankedParts(pool) if isinstance(pool, SplitPool) else None
         receiver = KvReceiver(self.admission, self.metrics, model.description, model.device, parts)
-        giver = KvGiver(self.admission, self.metrics, model.description, pool)
-        server = KvServer(receiver, giver, peers, of_several_ranks=parts is not None)
+        sender = KvSender(self.admission, self.metrics, model.description, pool)
+        server = KvServer(receiver, sender, peers, of_several_ranks=parts is not None)
         started.push_async_callback(_in_thread, server.stop)
         self.metrics.transfers_in_flight.set_function(lambda: receiver.open_transfers)
         port = server.start(settings.decode_host, settings.kv_port)

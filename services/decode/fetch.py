@@ -22,7 +22,7 @@ from winnow.wire import Header, Ticket, TransferEncoder
 logger = logging.getLogger(__name__)
 
 
-class KvGiver:
+class KvSender:
     """Serves KvTransfer.Fetch."""
 
     def __init__(
@@ -40,12 +40,12 @@ class KvGiver:
             request = self._admission.find(asked.request_id)
             request.grant.require_fetch(asked.fetch_token)
             require_same_sampler(request.spec.sampling, asked.sampler_version)
-            yield from self._give(request, asked)
+            yield from self._send(request, asked)
         except WinnowError as error:
             logger.warning("fetch refused: %s", error)
             abort(context, error)
 
-    def _give(self, request: ActiveRequest, asked: pb.FetchRequest) -> Iterator[bytes]:
+    def _send(self, request: ActiveRequest, asked: pb.FetchRequest) -> Iterator[bytes]:
         with request.given_away() as sequences:
             for left, seq in zip(reversed(range(len(sequences))), sequences, strict=True):
                 yield from self._frames(request, seq, asked, left)
