@@ -5,8 +5,8 @@ per KV head on. One has a `decode_budget` of as many entries, so it cuts every s
 `recompress_interval` steps, all of them in the same step. The other has no budget. Both read as
 many entries. Queries are recorded in the last steps before a cut, as many as the window has.
 `ratio` is of the mean step over one interval with a cut, from the medians of the pairs of steps.
-Keys are those that the model makes of prose, or random: R-KV compares a key with the later ones until
-one is like it, which of random ones none is.
+Keys are those that the model makes of prose, or random: R-KV compares a key with later ones until
+one is like it, and of random ones none is.
 """
 
 import tempfile
@@ -61,7 +61,12 @@ def prompts_of(model: DecoderModel, batch: int, context: int) -> list[list[Layer
     runs = [
         PrefillRun(model, prose[idx:][:context], settings, is_long=False) for idx in range(batch)
     ]
-    return [[run.compute_layer() for _ in range(model.shape.num_layers)] for run in runs]
+    return [[layer for layer in _computed(run) if layer is not None] for run in runs]
+
+
+def _computed(run: PrefillRun) -> Iterator[LayerKV | None]:
+    while not run.finished:
+        yield run.compute_layer()
 
 
 def added_by(
