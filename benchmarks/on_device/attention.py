@@ -74,7 +74,7 @@ def _launched_as(module: Any, launch: Launch | None) -> AbstractContextManager[o
     if launch is None:
         return nullcontext()
     block, warps = launch
-    return patch.multiple(module, block_size=lambda _: block, NUM_WARPS=warps)
+    return patch.multiple(module, block_size=lambda *_, **__: block, NUM_WARPS=warps)
 
 
 def _steps(bench: Bench, batch: int, entries: int, page_size: int) -> list[Callable[[], object]]:
