@@ -91,7 +91,7 @@ def _row(prefill: Prefill, bench: Bench, num_tokens: int, attention: str) -> dic
     chosen: AbstractContextManager[object] = nullcontext()
     if attention != "default":
         bench.require_cuda()
-        chosen = patch.object(fused, "kernel_order", lambda _: [BACKENDS[attention]])
+        chosen = patch.object(fused, "kernel_order", lambda **_: [BACKENDS[attention]])
     token_ids = torch.randint(0, bench.scale.model["vocab_size"], (num_tokens,)).tolist()
     with chosen:
         seconds = seconds_per_call(lambda: prefill(token_ids), 1, bench.scale.rounds)
