@@ -234,7 +234,7 @@ def _weights_dtype(query: Tensor, *, is_int8: bool) -> tl.dtype:
 
     Weights times int8's scales have too large a range for float16.
     """
-    if needs_float32(query):
+    if needs_float32(query) or query.dtype == torch.float32:
         return tl.float32
     return tl.bfloat16 if is_int8 or query.dtype == torch.bfloat16 else tl.float16
 
