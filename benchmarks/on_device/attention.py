@@ -1,12 +1,13 @@
 """Decode attention: bytes of keys and values per second, by batch, entries, page, block and warps.
 
 The pages of enough layers are read in turn that none is still in the device's cache. Blocks and
-warps are the kernel's constants, which each measurement replaces; `chosen` is what decode uses. The
+warps are the kernel's constants; `chosen` are those that decode uses. Others, each of which has to
+be compiled, are measured at one number of entries and one page size, after all that is chosen. The
 PyTorch reference, on a CPU, has neither.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import product
@@ -39,17 +40,32 @@ def measure(bench: Bench) -> Result:
 def _rows(bench: Bench) -> Iterator[dict[str, Any]]:
     module = kernel("attention", bench.device)
     sizes = bench.scale
-    used = (module.block_size(bench.shape.head_dim), module.NUM_WARPS) if bench.is_cuda else None
-    launches: list[Launch | None] = [None]
-    if used:
-        launches = [*dict.fromkeys([used, *product(sizes.blocks, sizes.warps)])]
-    for batch, entries, page in product(sizes.batches, sizes.lengths, sizes.page_sizes):
-        steps = _steps(bench, batch, entries, page)
-        for launch in launches:
-            block, warps = launch or (None, None)
-            labels: dict[str, Any] = {"batch": batch, "entries": entries, "page": page}
-            labels |= {"block": block, "warps": warps, "chosen": launch == used}
-            yield attempt(labels, partial(_row, module, bench, steps, launch, batch * entries))
+    used: Launch | None = None
+    if bench.is_cuda:
+        used = (module.block_size(bench.shape.head_dim), module.NUM_WARPS)
+    for size in product(sizes.batches, sizes.lengths, sizes.page_sizes):
+        yield from _of_size(module, bench, *size, [used], used)
+    others = [launch for launch in product(sizes.blocks, sizes.warps) if launch != used]
+    for batch in sizes.batches if bench.is_cuda else ():
+        size = (batch, sizes.entries, sizes.page_sizes[0])
+        yield from _of_size(module, bench, *size, others, used)
+
+
+def _of_size(
+    module: Any,  # noqa: ANN401
+    bench: Bench,
+    batch: int,
+    entries: int,
+    page: int,
+    launches: Sequence[Launch | None],
+    used: Launch | None,
+) -> Iterator[dict[str, Any]]:
+    steps = _steps(bench, batch, entries, page)
+    for launch in launches:
+        block, warps = launch or (None, None)
+        labels: dict[str, Any] = {"batch": batch, "entries": entries, "page": page}
+        labels |= {"block": block, "warps": warps, "chosen": launch == used}
+        yield attempt(labels, partial(_row, module, bench, steps, launch, batch * entries))
 
 
 def _row(
