@@ -45,7 +45,7 @@ def test_cudnn_takes_long_prompts_where_it_is_the_fastest(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     size = (1, 32, num_tokens, 128)
-    with FakeTensorMode():  # type: ignore[no-untyped-call]
+    with FakeTensorMode():
         query = torch.empty(size, dtype=dtype, device="cuda")
     assert fused.takes_cudnn(query) is is_taken
     assert not fused.takes_cudnn(torch.empty(size, dtype=dtype, device="meta"))
