@@ -3,12 +3,14 @@
 The pages of enough layers are read in turn that none is still in the device's cache. Blocks and
 warps are the kernel's constants; `chosen` are those that decode uses. Others, each of which has to
 be compiled, are measured at one number of entries and one page size, after all that is chosen. The
-PyTorch reference, on a CPU, has neither.
+PyTorch reference, on a CPU, has neither. `most` is what heads have room for: in a recorded step as
+many splits are started of each as the longest head in the table may have.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -29,7 +31,7 @@ def measure(bench: Bench) -> Result:
     chosen = [
         share
         for batch in batches
-        for share in measured(rows, "of copy", batch=batch, entries=entries, page=16, chosen=True)
+        for share in measured(rows, "of copy", batch=batch, most=entries, page=16, chosen=True)
     ]
     if not chosen:
         return Result(rows)
@@ -43,27 +45,30 @@ def _rows(bench: Bench) -> Iterator[dict[str, Any]]:
     used: Launch | None = None
     if bench.is_cuda:
         used = (module.block_size(bench.shape.head_dim), module.NUM_WARPS)
-    for size in product(sizes.batches, sizes.lengths, sizes.page_sizes):
-        yield from _of_size(module, bench, *size, [used], used)
+    for batch, entries, page in product(sizes.batches, sizes.lengths, sizes.page_sizes):
+        yield from _of_size(module, bench, (batch, entries, page, entries), [used], used)
+    for batch in sizes.batches:
+        size = (batch, sizes.entries, sizes.page_sizes[0], sizes.wide_entries)
+        yield from _of_size(module, bench, size, [used], used)
     others = [launch for launch in product(sizes.blocks, sizes.warps) if launch != used]
     for batch in sizes.batches if bench.is_cuda else ():
-        size = (batch, sizes.entries, sizes.page_sizes[0])
-        yield from _of_size(module, bench, *size, others, used)
+        size = (batch, sizes.entries, sizes.page_sizes[0], sizes.entries)
+        yield from _of_size(module, bench, size, others, used)
 
 
 def _of_size(
     module: Any,  # noqa: ANN401
     bench: Bench,
-    batch: int,
-    entries: int,
-    page: int,
+    size: tuple[int, int, int, int],
     launches: Sequence[Launch | None],
     used: Launch | None,
 ) -> Iterator[dict[str, Any]]:
-    steps = _steps(bench, batch, entries, page)
+    """size: batch, entries, page size, and the most entries that a head has room for."""
+    batch, entries, page, most = size
+    steps = _steps(bench, *size)
     for launch in launches:
         block, warps = launch or (None, None)
-        labels: dict[str, Any] = {"batch": batch, "entries": entries, "page": page}
+        labels: dict[str, Any] = {"batch": batch, "entries": entries, "page": page, "most": most}
         labels |= {"block": block, "warps": warps, "chosen": launch == used}
         yield attempt(labels, partial(_row, module, bench, steps, launch, batch * entries))
 
@@ -93,7 +98,9 @@ def _launched_as(module: Any, launch: Launch | None) -> AbstractContextManager[o
     return patch.multiple(module, block_size=lambda *_, **__: block, NUM_WARPS=warps)
 
 
-def _steps(bench: Bench, batch: int, entries: int, page_size: int) -> list[Callable[[], object]]:
+def _steps(
+    bench: Bench, batch: int, entries: int, page_size: int, most: int
+) -> list[Callable[[], object]]:
     """One call for each of as many layers as hold `layer_bytes` together."""
     shape, head_dim = bench.shape, bench.shape.head_dim
     lengths = torch.full((batch, shape.num_kv_heads), entries, device=bench.device)
@@ -102,6 +109,6 @@ def _steps(bench: Bench, batch: int, entries: int, page_size: int) -> list[Calla
     new = torch.randn(batch, shape.num_kv_heads, head_dim, dtype=bench.dtype, device=bench.device)
     steps: list[Callable[[], object]] = []
     for _ in range(max(2, math.ceil(bench.scale.layer_bytes / nbytes))):
-        own = random_pages(lengths, page_size, head_dim, bench.dtype)
+        own = replace(random_pages(lengths, page_size, head_dim, bench.dtype), most=most)
         steps.append(partial(append_and_attend, query, (new, new), own))
     return steps
