@@ -40,7 +40,8 @@ def parsed_bytes(body: bytes) -> pb.CompleteRequest:
 def may_have_grammar(request: pb.CompleteRequest) -> bool:
     """Whether the answer may have to match a grammar."""
     enforces_calls = request.messages.tool_choice not in ("", "auto", "none")
-    return request.WhichOneof("grammar") is not None or enforces_calls
+    has_strict_tool = any(tool.strict for tool in request.messages.tools)
+    return request.WhichOneof("grammar") is not None or enforces_calls or has_strict_tool
 
 
 def request_from_proto(gateway: Gateway, request: pb.CompleteRequest) -> GenerationRequest:
