@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from services.gateway.body import validate
+from services.gateway.client_names import client_names
 from services.gateway.rest.bodies import Sampling
 from services.gateway.rest.requests import OpenAIRequest, RequestReader
 from services.gateway.rest.responses_bodies import (
@@ -59,7 +60,7 @@ def read_responses(
             )
     request = validate(ResponsesRequest, without_unsupported(body, RESPONSES_PARAMETERS))
     translated = translate_responses(request)
-    with translated.client_names():
+    with client_names(translated.names):
         return request, reader.chat(translated.body, "resp_")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from services.gateway.body import validate
+from services.gateway.client_names import client_names
 from services.gateway.rest.messages_bodies import CountTokensRequest, MessagesRequest
 from services.gateway.rest.responses_bodies import ResponsesRequest
 from services.gateway.rest.translate_messages import translate_count, translate_messages
@@ -31,7 +32,7 @@ def call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
 
 
 def renamed(translated: Translated, error: InvalidRequest) -> InvalidRequest:
-    with pytest.raises(type(error)) as raised, translated.client_names():
+    with pytest.raises(type(error)) as raised, client_names(translated.names):
         raise error
     assert isinstance(raised.value, InvalidRequest)
     return raised.value
