@@ -43,6 +43,7 @@ _NAMES = {
     "messages": "input",
     "max_completion_tokens": "max_output_tokens",
     "tool_choice.function": "tool_choice",
+    "reasoning_effort": "reasoning.effort",
     "response_format": "text.format",
     "response_format.json_schema": "text.format",
 }
@@ -76,6 +77,7 @@ def translate_responses(request: ResponsesRequest) -> Translated:
         **{name: getattr(request, name) for name in _SAME},
         "messages": chat.messages,
         "max_completion_tokens": request.max_output_tokens,
+        "reasoning_effort": (request.reasoning or {}).get("effort"),
         "tools": tools or None,
         "tool_choice": _tool_choice(request, has_tools=bool(tools)),
         "response_format": _response_format(request),

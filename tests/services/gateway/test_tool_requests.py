@@ -280,6 +280,12 @@ def test_an_operator_names_form_and_reasoning(model_path: Path, tmp_path: Path) 
     assert (answer.tool_format.name, answer.reasoning) == ("mistral", "possible")
 
 
+def test_how_much_to_reason_is_in_the_prompt(model_path: Path, tmp_path: Path) -> None:
+    own = Service(model_path, tmp_path / "own", tool_templates.HARMONY)
+    assert "Reasoning: low" in own.prompt(reasoning_effort="low")
+    assert "Reasoning: medium" in own.prompt()
+
+
 def test_reasoning_that_the_prompt_begins_is_open(model_path: Path, tmp_path: Path) -> None:
     own = Service(model_path, tmp_path / "own", tool_templates.NO_TOOLS)
     answer = own.answer()

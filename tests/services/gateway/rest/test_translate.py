@@ -139,6 +139,15 @@ def test_a_conversation_with_calls_in_blocks() -> None:
 NAMED = {"name": "g", "input": {}}
 
 
+def test_how_much_to_reason_is_passed_on_under_its_own_name() -> None:
+    translated = of_responses(reasoning={"effort": "low", "summary": "auto"})
+    assert translated.body["reasoning_effort"] == "low"
+    error = InvalidSetting("reasoning_effort is 3", param="reasoning_effort")
+    assert renamed(translated, error).param == "reasoning.effort"
+    for nothing in (None, {}, {"effort": None}):
+        assert "reasoning_effort" not in of_responses(reasoning=nothing).body
+
+
 def test_tools_keep_their_schemas_order() -> None:
     flat = {"type": "function", "name": "f", "description": "d", "parameters": SCHEMA}
     anthropics = {"name": "f", "description": "d", "input_schema": SCHEMA}
