@@ -267,7 +267,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., winnow: _Optional[_Union[WinnowUsage, _Mapping]] = ..., explain: _Optional[_Union[Explanation, _Mapping]] = ...) -> None: ...
 
 class Explanation(_message.Message):
-    __slots__ = ("pieces", "layer", "scores", "last_layers", "num_layers", "num_kv_heads", "window_size", "layer_entries", "timeline", "tokens_per_s", "threshold")
+    __slots__ = ("pieces", "layer", "scores", "last_layers", "num_layers", "num_kv_heads", "window_size", "layer_entries", "timeline", "tokens_per_s", "threshold", "layer_entries_full", "layer_bytes")
     PIECES_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     SCORES_FIELD_NUMBER: _ClassVar[int]
@@ -279,6 +279,8 @@ class Explanation(_message.Message):
     TIMELINE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    LAYER_ENTRIES_FULL_FIELD_NUMBER: _ClassVar[int]
+    LAYER_BYTES_FIELD_NUMBER: _ClassVar[int]
     pieces: _containers.RepeatedScalarFieldContainer[str]
     layer: int
     scores: _containers.RepeatedScalarFieldContainer[float]
@@ -290,7 +292,9 @@ class Explanation(_message.Message):
     timeline: _containers.RepeatedCompositeFieldContainer[Span]
     tokens_per_s: float
     threshold: float
-    def __init__(self, pieces: _Optional[_Iterable[str]] = ..., layer: _Optional[int] = ..., scores: _Optional[_Iterable[float]] = ..., last_layers: _Optional[_Iterable[int]] = ..., num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., window_size: _Optional[int] = ..., layer_entries: _Optional[_Iterable[int]] = ..., timeline: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., tokens_per_s: _Optional[float] = ..., threshold: _Optional[float] = ...) -> None: ...
+    layer_entries_full: _containers.RepeatedScalarFieldContainer[int]
+    layer_bytes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, pieces: _Optional[_Iterable[str]] = ..., layer: _Optional[int] = ..., scores: _Optional[_Iterable[float]] = ..., last_layers: _Optional[_Iterable[int]] = ..., num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., window_size: _Optional[int] = ..., layer_entries: _Optional[_Iterable[int]] = ..., timeline: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., tokens_per_s: _Optional[float] = ..., threshold: _Optional[float] = ..., layer_entries_full: _Optional[_Iterable[int]] = ..., layer_bytes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Span(_message.Message):
     __slots__ = ("name", "start_s", "end_s")
