@@ -180,7 +180,8 @@ async def test_reasoning_can_be_left_out(service: TestService, say: Say) -> None
 
 async def test_a_strict_call_is_enforced_once_it_has_begun(service: TestService) -> None:
     cities = {"type": "object", "properties": {"city": {"enum": ["Rome", "Bonn"]}}}
-    function = {"name": "pick", "strict": True, "parameters": cities | {"required": ["city"]}}
+    function: Any = {"name": "pick", "strict": True}
+    function["parameters"] = cities | {"required": ["city"]}
     begin = service.gateway.model.tokenizer.added_token_id("<tool_call>")
     given: dict[str, Any] = {"model": MODEL_NAME, "messages": QUESTION, "max_tokens": 400}
     answer = await service.openai.chat.completions.create(
