@@ -103,12 +103,7 @@ def run_calibrate(args: argparse.Namespace, settings: Settings) -> None:
     from winnow.model_files import describe_model  # noqa: PLC0415 - loads transformers
 
     description = describe_model(
-        settings.model_source,
-        device=settings.device,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-        quantize=settings.quantize,
-        dequantize=settings.dequantize,
+        settings.model_source, device=settings.device, **settings.load_options
     )
     output = _output(args, description)
     model = _model(args, settings, description)
