@@ -92,6 +92,7 @@ def worker_of(service: TestService, run: PromptRun) -> DecodeWorker:
 async def kill_worker_of(service: TestService, run: PromptRun) -> None:
     """Its connections break, and the registry forgets it."""
     worker = worker_of(service, run)
+    await worker._control._server.stop(None)  # at once; `stop` would let a short answer end
     await worker.stop()
     service.workers.remove(worker)
 
