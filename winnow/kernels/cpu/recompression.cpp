@@ -106,7 +106,9 @@ void multiply(const Bf16* rows, int64_t count, int64_t num_keys, int64_t head_di
 
 // Products with the packed keys become those with what int8 keys stand for.
 void apply_scales(float* products) {
-    for (size_t key = 0; key < own.scales.size(); ++key) products[key] *= own.scales[key];
+    const float* scales = own.scales.data();
+    int64_t size = own.scales.size();
+    for (int64_t key = 0; key < size; ++key) products[key] *= scales[key];
 }
 
 // Logits become weights of the first `num_seen` keys, and zeros up to a whole vector.
