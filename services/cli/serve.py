@@ -118,6 +118,21 @@ def _check(settings: Settings) -> None:
     require_adapters(settings, description)
 
 
+def require_gpus(settings: Settings, found: float) -> None:
+    """Raise InvalidSetting if the workers need more GPUs than Ray has found on this machine.
+
+    Ray would wait for them.
+    """
+    wanted = settings.prefill_replicas * settings.gpus_per_worker(settings.prefill_ranks)
+    wanted += settings.decode_workers * settings.gpus_per_worker(settings.decode_ranks)
+    if wanted > found:
+        raise InvalidSetting(
+            f"prefill and decode workers need {wanted:g} GPUs, worker_num_gpus for each; this "
+            f"machine has {found:g}",
+            param="worker_num_gpus",
+        )
+
+
 @contextlib.contextmanager
 def _ray(settings: Settings, progress: Progress, signals: StopSignals) -> Iterator[None]:
     """Connect this process as a driver to RAY_ADDRESS's cluster, or to its own temporary one.
@@ -141,6 +156,8 @@ def _ray(settings: Settings, progress: Progress, signals: StopSignals) -> Iterat
                     ray.init(logging_level=logging.ERROR, log_to_driver=True, **own)
                 signals.listen()  # Ray has installed its own handler
                 checked.result()
+                if is_own:
+                    require_gpus(settings, ray.cluster_resources().get("GPU", 0))
             signals.check()
             yield
     except SystemExit as error:  # how Ray handles a SIGTERM while it starts
