@@ -31,7 +31,6 @@ RAY_ADDRESS = "RAY_ADDRESS"
 
 _POLL_S = 0.25
 _FAILED_TO_START = "failed to start"  # in Serve's message about a deployment
-_START_TIMEOUT_S = 600.0
 _OBJECT_STORE_BYTES = 80 << 20  # just above Ray's minimum: no tensor goes through it
 
 # Read by Ray and Serve at import, and by every process they start.
@@ -213,7 +212,7 @@ def _application(settings: Settings, progress: Progress, signals: StopSignals) -
         app = build_app(settings if own else for_cluster(settings))
         target = serve.RunTarget(app, name=APP_NAME, route_prefix="/", logging_config=SERVE_LOGGING)
         serve.run_many([target], wait_for_applications_running=False)
-        _wait_until_running(progress, signals)
+        _wait_until_running(settings.start_timeout_s, progress, signals)
         if own:
             _let_serve_speak()
         running = True
@@ -264,11 +263,11 @@ def _remove_registry(settings: Settings) -> None:
         remove_ray_registry(settings.namespace)
 
 
-def _wait_until_running(progress: Progress, signals: StopSignals) -> None:
+def _wait_until_running(timeout_s: float, progress: Progress, signals: StopSignals) -> None:
     """Wait until all replicas run.  Raises as soon as one cannot start, with a one-line reason."""
     from ray import serve  # noqa: PLC0415 - reads its environment at import
 
-    deadline_s = time.monotonic() + _START_TIMEOUT_S
+    deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
         app = serve.status().applications[APP_NAME]
         if app.status == "RUNNING":
@@ -279,7 +278,10 @@ def _wait_until_running(progress: Progress, signals: StopSignals) -> None:
             raise InvalidSetting(f"the service cannot start: {app.message}")
         progress(f"starting workers: {_states(app.deployments)}")
         signals.check(_POLL_S)
-    raise InvalidSetting(f"the workers did not start within {_START_TIMEOUT_S:g} seconds")
+    raise InvalidSetting(
+        f"the workers did not start within {timeout_s:g} seconds (start_timeout_s)",
+        param="start_timeout_s",
+    )
 
 
 def _states(deployments: dict[str, Any]) -> str:
