@@ -8,7 +8,7 @@ same run. `transformers` is its forward pass on a batch of equal lengths with a 
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -35,21 +35,21 @@ if TYPE_CHECKING:
 ROUNDS = 3
 
 
-def random_layer(
-    shape: ModelShape, layer_idx: int, context: int, num_queries: int, device: torch.device
-) -> LayerKV:
-    with device:
-        num_entries = context * shape.num_kv_heads
-        return LayerKV(
-            layer_idx=layer_idx,
-            keys=torch.randn(num_entries, shape.head_dim, dtype=shape.dtype),
-            values=torch.randn(num_entries, shape.head_dim, dtype=shape.dtype),
-            positions=torch.arange(context, dtype=torch.int32).repeat(shape.num_kv_heads),
-            head_lengths=(context,) * shape.num_kv_heads,
-            window_queries=torch.randn(
-                shape.num_heads, num_queries, shape.head_dim, dtype=shape.dtype
-            ),
-        )
+def random_layers(model: DecoderModel, context: int, num_queries: int) -> Iterator[LayerKV]:
+    shape = model.shape
+    num_entries = context * shape.num_kv_heads
+    for layer_idx in range(shape.num_layers):
+        with model.device:
+            yield LayerKV(
+                layer_idx=layer_idx,
+                keys=torch.randn(num_entries, shape.head_dim, dtype=shape.dtype),
+                values=torch.randn(num_entries, shape.head_dim, dtype=shape.dtype),
+                positions=torch.arange(context, dtype=torch.int32).repeat(shape.num_kv_heads),
+                head_lengths=(context,) * shape.num_kv_heads,
+                window_queries=torch.randn(
+                    shape.num_heads, num_queries, shape.head_dim, dtype=shape.dtype
+                ),
+            )
 
 
 def our_step(
@@ -62,8 +62,12 @@ def our_step(
     new_recorder: Callable[[], Recorder] | None = None,
     grammar: "CompiledGrammar | None" = None,
     temperature: float = 0,
+    prompts: Sequence[Iterable[LayerKV]] = (),
 ) -> Callable[[], list[StepOutput]]:
-    """An engine with `batch` running sequences; each call is one step."""
+    """An engine with `batch` running sequences; each call is one step.
+
+    prompts: the layers of each sequence, of `context` entries per head; random ones without.
+    """
     pool_config = _pool_for(model.shape, batch, context + steps, kv_dtype)
     engine = DecodeEngine(
         model, pool_config=pool_config, max_batch_size=batch, new_recorder=new_recorder
@@ -82,8 +86,7 @@ def our_step(
             grammar=grammar,
         )
         reservation = engine.reserve(request)
-        for layer_idx in range(model.shape.num_layers):
-            layer = random_layer(model.shape, layer_idx, context, window, model.device)
+        for layer in prompts[idx] if prompts else random_layers(model, context, window):
             reservation.write_layer(layer)
         engine.start(reservation, torch.randn(model.shape.hidden_size), context)
     engine.step()  # the first token comes from prefill's hidden state

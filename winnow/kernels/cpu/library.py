@@ -1,14 +1,17 @@
-"""The library that setup.py builds of the C++ files here.
+"""The libraries that setup.py builds of the C++ files here: one for CPUs with bfloat16 products of
+AVX-512, and a portable one for any.
 
-It needs nothing of Python or PyTorch, so that it can be built without them. Its threads are
+They need nothing of Python or PyTorch, so that they can be built without them. Their threads are
 PyTorch's: both use the OpenMP library that PyTorch has loaded.
 """
 
 import ctypes
 import logging
 import sysconfig
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +19,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
-VERSION = 3  # of the functions' arguments; see layer.cpp
+VERSION = 3  # of the functions' arguments; see layer.cpp and masses.cpp
 LANES = 16  # numbers of a vector; see vectors.h
 _POINTER, _SIZE, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {
@@ -32,14 +35,27 @@ _SIGNATURES = {
     "winnow_rkv_scores": (*[_POINTER] * 5, *[_SIZE] * 7, _FLOAT, _FLOAT, _INT),
     "winnow_best_entries": (*[_POINTER] * 4, *[_SIZE] * 4, _INT),
     "winnow_compact": (*[_POINTER] * 2, _SIZE, *[_POINTER] * 3, *[_SIZE] * 4, _INT),
-    "winnow_block_masses": (*[_POINTER] * 5, *[_SIZE] * 4, _INT),
 }
+_PORTABLE_SIGNATURES = {"winnow_block_masses": (*[_POINTER] * 5, *[_SIZE] * 4, _INT)}
 
 
 @cache
 def library() -> ctypes.CDLL:
     """Raises OSError with the reason if it was not built, is of another version, or cannot run."""
-    path = _FOLDER / f"_library{sysconfig.get_config_var('EXT_SUFFIX')}"
+    loaded = _load("_library", _SIGNATURES)
+    if not loaded.winnow_runs_here():
+        raise OSError("this CPU has no bfloat16 products of AVX-512")
+    return loaded
+
+
+@cache
+def portable_library() -> ctypes.CDLL:
+    """Raises OSError with the reason if it was not built, or is of another version."""
+    return _load("_portable", _PORTABLE_SIGNATURES)
+
+
+def _load(name: str, signatures: dict[str, tuple[Any, ...]]) -> ctypes.CDLL:
+    path = _FOLDER / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not path.exists():
         raise OSError("they were not built when Winnow was installed")
     loaded = ctypes.CDLL(str(path))
@@ -47,21 +63,29 @@ def library() -> ctypes.CDLL:
         raise OSError(
             "they were built for another version of Winnow; run `make`, or install it again"
         )
-    if not loaded.winnow_runs_here():
-        raise OSError("this CPU has no bfloat16 products of AVX-512")
-    for name, arguments in _SIGNATURES.items():
-        getattr(loaded, name).argtypes = arguments
-        getattr(loaded, name).restype = None
+    for function, arguments in signatures.items():
+        getattr(loaded, function).argtypes = arguments
+        getattr(loaded, function).restype = None
     return loaded
 
 
 @cache
 def is_usable() -> bool:
     """Whether the kernels can be used in this process; the log says once why not."""
+    return _can(library, "the CPU kernels")
+
+
+@cache
+def is_portable_usable() -> bool:
+    """Likewise of the portable library's."""
+    return _can(portable_library, "the kernel that sums what sampling needs")
+
+
+def _can(load: Callable[[], ctypes.CDLL], kernels: str) -> bool:
     try:
-        library()
+        load()
     except OSError as error:
-        logger.info("PyTorch's own operations are used in place of the CPU kernels: %s", error)
+        logger.info("PyTorch's own operations are used in place of %s: %s", kernels, error)
         return False
     return True
 

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from winnow.kernels.cpu.library import is_usable, library
+from winnow.kernels.cpu.library import is_portable_usable, portable_library
 
 
 def can_sum(logits: Tensor) -> bool:
     """Whether the kernel takes these logits [R, V], and can be used here."""
     is_float = logits.is_cpu and logits.dtype == torch.float32 and logits.stride(1) == 1
-    return is_float and is_usable()
+    return is_float and is_portable_usable()
 
 
 def block_masses(
@@ -21,7 +21,7 @@ def block_masses(
     for one in numbers:
         assert one.shape == (num_rows, 1) and one.dtype == torch.float32 and one.is_contiguous()
     masses = logits.new_empty((num_rows, -(-size // block_size)))
-    library().winnow_block_masses(
+    portable_library().winnow_block_masses(
         logits.data_ptr(),
         best.data_ptr(),
         scale.data_ptr(),

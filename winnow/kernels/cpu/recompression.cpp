@@ -8,6 +8,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <numeric>
 
 #include "packing.h"
 
@@ -15,6 +16,7 @@ namespace {
 
 constexpr float SIMILAR = 0.5f;  // T in the code of R-KV's authors
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
+constexpr int FEW = 2 * STRIP;    // open keys of a panel for which not all others are read
 constexpr size_t MOST_KEPT = 4 << 20;  // bytes of a thread between two calls
 
 // What the heads of one call share.
@@ -41,10 +43,13 @@ struct Memory {
     Scratch<float> logits, best, pooled;  // of a strip's queries
     Scratch<float> norms, limits, mean;  // of each key
     Scratch<int32_t> latest;             // likewise
+    Scratch<int32_t> open;               // keys without a later similar one
+    Scratch<Bf16> strip;                 // of those that are compared
     Scratch<uint32_t> order;
 
     void end_call() {
-        if (bytes_held(panels, rows, logits, best, pooled, norms, limits, mean, latest, order) >
+        if (bytes_held(panels, rows, logits, best, pooled, norms, limits, mean, latest, open, strip,
+                       order) >
             MOST_KEPT)
             *this = Memory();
     }
@@ -190,50 +195,91 @@ struct Directions {
     int64_t head_dim;
 };
 
-// Compare `ROWS` keys from `first` on with a panel of keys.
+// Compare `ROWS` keys with a panel of keys.
 template <int ROWS>
-void compare(const Directions& keys, int64_t first, int64_t panel) {
+void compare(const Directions& keys, const int32_t* rows, int64_t panel) {
     alignas(64) float products[ROWS * PANEL];
-    product<ROWS, 4, false>(keys.rows + first * keys.head_dim, keys.head_dim,
-                            keys.panels + panel * keys.head_dim / 2, PANEL, keys.head_dim / 2,
-                            products, PANEL);
-    for (int64_t row = first; row < first + ROWS; ++row) {
-        __m512 norm = _mm512_set1_ps(keys.norms[row]);
-        for (int64_t key = panel; key < panel + PANEL; key += LANES) {
-            __m512 limit = _mm512_mul_ps(_mm512_load_ps(keys.limits + key), norm);
-            __m512 found = _mm512_load_ps(products + (row - first) * PANEL + key - panel);
+    own.strip.resize(ROWS * keys.head_dim);
+    for (int i = 0; i < ROWS; ++i)
+        std::memcpy(&own.strip[i * keys.head_dim], keys.rows + rows[i] * keys.head_dim,
+                    keys.head_dim * sizeof(Bf16));
+    product<ROWS, 4, false>(own.strip.data(), keys.head_dim, keys.panels + panel * keys.head_dim / 2,
+                            PANEL, keys.head_dim / 2, products, PANEL);
+    int32_t last[ROWS];
+    std::fill(last, last + ROWS, -1);
+    for (int64_t key = panel; key < panel + PANEL; key += LANES) {
+        __m512 limits = _mm512_load_ps(keys.limits + key);
+        __m512i latest = _mm512_load_si512(keys.latest + key);
+        for (int i = 0; i < ROWS; ++i) {
+            __m512 limit = _mm512_mul_ps(limits, _mm512_set1_ps(keys.norms[rows[i]]));
+            __m512 found = _mm512_load_ps(products + i * PANEL + key - panel);
             unsigned similar = _mm512_cmp_ps_mask(found, limit, _CMP_GT_OQ);
-            if (row >= key && row < key + LANES) similar &= ~(1u << (row - key));
+            if (rows[i] >= key && rows[i] < key + LANES) similar &= ~(1u << (rows[i] - key));
             if (!similar) continue;
-            int32_t last = key + 31 - __builtin_clz(similar);
-            keys.latest[row] = std::max(keys.latest[row], last);
-            __m512i before = _mm512_load_si512(keys.latest + key);
-            _mm512_store_si512(keys.latest + key, _mm512_mask_max_epi32(before, similar, before,
-                                                                        _mm512_set1_epi32(row)));
+            last[i] = key + 31 - __builtin_clz(similar);
+            latest = _mm512_mask_max_epi32(latest, similar, latest, _mm512_set1_epi32(rows[i]));
         }
+        _mm512_store_si512(keys.latest + key, latest);
     }
+    for (int i = 0; i < ROWS; ++i)
+        keys.latest[rows[i]] = std::max(keys.latest[rows[i]], last[i]);
 }
 
-bool are_found(const int32_t* latest, int64_t count) {
-    return std::all_of(latest, latest + count, [](int32_t one) { return one >= 0; });
-}
+// Compares keys with one panel, a strip at a time.
+class Comparison {
+public:
+    Comparison(const Directions& keys, int64_t panel) : keys(keys), panel(panel) {}
 
-// The latest other key similar to each, or -1. A pair is computed once, the latest pairs first, and
-// not at all if both have a later key that is similar.
+    void add(int32_t row) {
+        rows[count++] = row;
+        if (count == STRIP) finish();
+    }
+    void finish() {
+        if (count) for_rows(count, [&](auto n) { compare<n>(keys, rows, panel); });
+        count = 0;
+    }
+    bool is_between_strips() const { return count == 0; }
+
+private:
+    const Directions& keys;
+    int64_t panel;
+    int32_t rows[STRIP];
+    int count = 0;
+};
+
+// The latest other key similar to each, or -1. Keys are open until a similar one is found. Each panel,
+// the last first, is compared with all keys before it until few of its own are open, then only with
+// open keys, since others have found a later one. Its few stay open for the panels before it.
 void find_latest(int64_t num_keys, int64_t head_dim) {
     own.latest.assign(row_size(num_keys), -1);
+    own.open.resize(num_keys);
+    std::iota(own.open.begin(), own.open.end(), 0);
     int32_t* latest = own.latest.data();
     Directions keys{own.rows.data(),   own.panels.data(), own.norms.data(),
                     own.limits.data(), latest,            head_dim};
     for (int64_t panel = row_size(num_keys) - PANEL; panel >= 0; panel -= PANEL) {
-        int64_t end = std::min(num_keys, panel + PANEL);
-        for (int64_t first = (end - 1) / STRIP * STRIP; first >= 0; first -= STRIP) {
-            int64_t count = std::min<int64_t>(STRIP, end - first);
-            bool is_within = first + count > panel;
-            if (is_within || !are_found(latest + first, count) ||
-                !are_found(latest + panel, end - panel))
-                for_rows(count, [&](auto rows) { compare<rows>(keys, first, panel); });
-        }
+        int64_t end = std::min(num_keys, panel + PANEL), first = end;
+        auto num_open = [&] { return std::count(latest + panel, latest + end, -1); };
+        Comparison comparison(keys, panel);
+        while (first > 0 && !(comparison.is_between_strips() && num_open() <= FEW))
+            comparison.add(--first);
+        comparison.finish();
+
+        int32_t few[FEW], num_few = 0;
+        for (int64_t key = panel; first > 0 && key < end; ++key)
+            if (latest[key] < 0) few[num_few++] = key;
+        std::for_each(own.open.rbegin(), own.open.rend(), [&](int32_t one) {
+            if (one < first || one >= end) comparison.add(one);
+        });
+        comparison.finish();
+        // Of the keys before the panel they were compared with the open ones only.
+        for (int i = 0; i < num_few; ++i)
+            if (latest[few[i]] < panel) latest[few[i]] = -1;
+
+        auto is_done = [&](int32_t one) {
+            return latest[one] >= 0 || (first == 0 && one >= panel && one < end);
+        };
+        own.open.erase(std::remove_if(own.open.begin(), own.open.end(), is_done), own.open.end());
     }
 }
 

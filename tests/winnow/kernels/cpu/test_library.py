@@ -16,7 +16,7 @@ from tests.winnow.drive import GREEDY, UNPRUNED, admit, decode_all, make_engine,
 from tests.winnow.kernels.cpu.forgetting import forget
 from winnow.attention import GatherBackend
 from winnow.kernels.choice import REFERENCE
-from winnow.kernels.cpu import library, linear, packed_layer
+from winnow.kernels.cpu import library, linear, masses, packed_layer
 from winnow.models import load_model
 
 
@@ -44,6 +44,17 @@ def test_a_model_answers_without_it_and_one_line_says_so(
         "PyTorch's own operations are used in place of the CPU kernels: they were not built when "
         "Winnow was installed"
     ]
+
+
+def test_sampling_without_it_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger=library.__name__)
+    assert not masses.can_sum(torch.zeros(1, 300))
+    assert not masses.can_sum(torch.zeros(1, 300))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == (
+        "PyTorch's own operations are used in place of the kernel that sums what sampling needs: "
+        "they were not built when Winnow was installed"
+    )
 
 
 def build(folder: Path, source: str, suffix: str) -> None:
@@ -74,8 +85,9 @@ def test_that_of_another_interpreter_is_not_taken(tmp_path: Path) -> None:
 
 
 def test_other_arguments_have_another_version() -> None:
-    """If this fails, raise VERSION here and in layer.cpp."""
-    described = [(name, *map(str, args)) for name, args in library._SIGNATURES.items()]
+    """If this fails, raise VERSION here, in layer.cpp and in masses.cpp."""
+    signatures = library._SIGNATURES | library._PORTABLE_SIGNATURES
+    described = [(name, *map(str, args)) for name, args in signatures.items()]
     structures = (*packed_layer._Layer._fields_, *linear.Linear._fields_)
     fields = [(name, str(kind)) for name, kind, *_ in structures]
     assert (library.VERSION, zlib.crc32(repr([described, fields]).encode())) == (3, 1262654293)

@@ -16,7 +16,7 @@ from winnow.kernels import recompression
 from winnow.kernels.cpu import recompression as on_cpu
 from winnow.pruning_settings import Recompression
 
-LENGTHS = (9, 16, 17, 65, 100, 300)
+LENGTHS = (9, 16, 17, 65, 100, 300, 700)
 WINDOW = 8
 
 
@@ -56,7 +56,7 @@ def test_window_scores_equal_the_reference(group: int, head_dim: int, page_size:
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("directions", [1, 5, 10_000])
+@pytest.mark.parametrize("directions", [1, 5, 50, 10_000])
 @pytest.mark.parametrize(("group", "window", "head_dim"), [(1, 8, 32), (4, 7, 64), (2, 1, 96)])
 def test_rkv_scores_equal_the_reference(
     group: int, window: int, head_dim: int, directions: int, weight: float
