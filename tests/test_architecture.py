@@ -51,7 +51,7 @@ OURS = ("winnow", "services", "evals")
 _GATEWAY_SHARED = tuple(
     f"services.gateway.{name}"
     for name in (
-        *("body", "chat", "enforced", "errors", "json_text", "logprobs", "metrics"),
+        *("body", "chat", "client_names", "enforced", "errors", "json_text", "logprobs", "metrics"),
         *("reads", "served_adapters", "served_model", "structured", "tools", "typed", "usage"),
     )
 )

@@ -30,6 +30,7 @@ _PROBED: Mapping[str, Sequence[str]] = {
     "system": ("system", "user"),
     "assistant": ("user", "assistant", "user"),
 }
+_NO_EFFORT = "none"
 _WITH_RESULT = ("user", "assistant", "tool")
 _OWN: Mapping[str, Mapping[str, str]] = {"tool": {"tool_call_id": "winnowid1"}}
 
@@ -40,12 +41,14 @@ class ChatOptions:
 
     add_generation_prompt: end the prompt with the start of an assistant turn; None: unless
     `continue_final_message`.  continue_final_message: end it with the last message's text.
-    template_kwargs: template variables of the request.
+    template_kwargs: template variables of the request.  reasoning_effort: how much the model is to
+    reason, for a template that knows of it; any other ignores it.
     """
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    reasoning_effort: str | None = None
 
     def __post_init__(self) -> None:
         if self.add_generation_prompt and self.continue_final_message:
@@ -114,7 +117,7 @@ class ChatTemplate:
         rendered = self._render(
             shown,
             begins_answer=options.begins_answer,
-            kwargs=options.template_kwargs,
+            kwargs={**self._effort(options.reasoning_effort), **options.template_kwargs},
             tools=tools,
         )
         return _up_to_final(rendered) if options.continue_final_message else rendered
@@ -135,6 +138,19 @@ class ChatTemplate:
                 with_tools=with_tools,
             )
         return self._supports[with_tools]
+
+    def _effort(self, effort: str | None) -> Mapping[str, Any]:
+        """Template variables that say it; none if the template refuses this one."""
+        if not effort:
+            return {}
+        kwargs: dict[str, Any] = {"reasoning_effort": effort}
+        if effort == _NO_EFFORT:
+            kwargs["enable_thinking"] = False
+        try:
+            self._render([{"role": "user", "content": _PROBE}], begins_answer=True, kwargs=kwargs)
+        except InvalidRequest:
+            return {}
+        return kwargs
 
     def _render(
         self,

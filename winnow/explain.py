@@ -43,6 +43,8 @@ class Explanation:
     pieces: the text of each token; joined they are the prompt. A token that ends inside a character
     is empty; the token that completes it has the whole character.
     scores: at the layer that selected, or the last one.
+    layer_entries_full: KV entries of each layer without pruning, summed over KV heads.
+    layer_bytes: of what each layer kept, in the model's dtype.
     layer_ranks: of the full layers that computed every token, in order; none if all are in the
     window.
     selection_full_layer: which of the full layers selected, from 1.
@@ -55,6 +57,8 @@ class Explanation:
     scores: TokenScores
     layer_ranks: tuple[LayerRanks, ...]
     num_kv_heads: int
+    layer_entries_full: tuple[int, ...]
+    layer_bytes: tuple[int, ...]
     selection_full_layer: int | None
     answer: Completion
     full_answer: Completion
@@ -96,6 +100,8 @@ def explain(
         scores=scores.result(),
         layer_ranks=tuple(ranks.layers),
         num_kv_heads=shape.num_kv_heads,
+        layer_entries_full=tuple(shape.unpruned_layer_entries(len(token_ids))),
+        layer_bytes=tuple(shape.layer_bytes(report.layer_entries)),
         selection_full_layer=None if layer is None else shape.place_among_full(layer),
         answer=answers[0],
         full_answer=answers[1],

@@ -180,10 +180,14 @@ class ModelShape:
 
         layer_entries: of the first layers, or of all.
         """
-        return sum(
+        return sum(self.layer_bytes(layer_entries, kv_dtype))
+
+    def layer_bytes(self, layer_entries: Iterable[int], kv_dtype: KvDtype = "auto") -> list[int]:
+        """Those of each layer."""
+        return [
             self._bytes_of(size, num_entries, kv_dtype)
             for size, num_entries in zip(self.sizes, layer_entries, strict=False)
-        )
+        ]
 
     def _bytes_of(self, size: KVSize, num_entries: int, kv_dtype: KvDtype) -> int:
         numbers = size.key_dim + size.value_dim

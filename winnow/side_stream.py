@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,7 +37,11 @@ class SideStream:
                 source.record_stream(self._stream)
             done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             done.record()
-        return done.synchronize
+        return partial(self._wait, done)
+
+    def _wait(self, event: torch.cuda.Event) -> None:
+        with torch.cuda.device(self._device):  # or a new thread would begin to use the first GPU
+            event.synchronize()
 
     def copy_in(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Copies on the device, for which what it is given to compute from now on waits.

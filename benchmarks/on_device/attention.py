@@ -1,13 +1,16 @@
 """Decode attention: bytes of keys and values per second, by batch, entries, page, block and warps.
 
 The pages of enough layers are read in turn that none is still in the device's cache. Blocks and
-warps are the kernel's constants, which each measurement replaces; `chosen` is what decode uses. The
-PyTorch reference, on a CPU, has neither.
+warps are the kernel's constants; `chosen` are those that decode uses. Others, each of which has to
+be compiled, are measured at one number of entries and one page size, after all that is chosen. The
+PyTorch reference, on a CPU, has neither. `most` is what heads have room for: in a recorded step as
+many splits are started of each as the longest head in the table may have.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -28,7 +31,7 @@ def measure(bench: Bench) -> Result:
     chosen = [
         share
         for batch in batches
-        for share in measured(rows, "of copy", batch=batch, entries=entries, page=16, chosen=True)
+        for share in measured(rows, "of copy", batch=batch, most=entries, page=16, chosen=True)
     ]
     if not chosen:
         return Result(rows)
@@ -39,17 +42,35 @@ def measure(bench: Bench) -> Result:
 def _rows(bench: Bench) -> Iterator[dict[str, Any]]:
     module = kernel("attention", bench.device)
     sizes = bench.scale
-    used = (module.block_size(bench.shape.head_dim), module.NUM_WARPS) if bench.is_cuda else None
-    launches: list[Launch | None] = [None]
-    if used:
-        launches = [*dict.fromkeys([used, *product(sizes.blocks, sizes.warps)])]
+    used: Launch | None = None
+    if bench.is_cuda:
+        used = (module.block_size(bench.shape.head_dim), module.NUM_WARPS)
     for batch, entries, page in product(sizes.batches, sizes.lengths, sizes.page_sizes):
-        steps = _steps(bench, batch, entries, page)
-        for launch in launches:
-            block, warps = launch or (None, None)
-            labels: dict[str, Any] = {"batch": batch, "entries": entries, "page": page}
-            labels |= {"block": block, "warps": warps, "chosen": launch == used}
-            yield attempt(labels, partial(_row, module, bench, steps, launch, batch * entries))
+        yield from _of_size(module, bench, (batch, entries, page, entries), [used], used)
+    for batch in sizes.batches:
+        size = (batch, sizes.entries, sizes.page_sizes[0], sizes.wide_entries)
+        yield from _of_size(module, bench, size, [used], used)
+    others = [launch for launch in product(sizes.blocks, sizes.warps) if launch != used]
+    for batch in sizes.batches if bench.is_cuda else ():
+        size = (batch, sizes.entries, sizes.page_sizes[0], sizes.entries)
+        yield from _of_size(module, bench, size, others, used)
+
+
+def _of_size(
+    module: Any,  # noqa: ANN401
+    bench: Bench,
+    size: tuple[int, int, int, int],
+    launches: Sequence[Launch | None],
+    used: Launch | None,
+) -> Iterator[dict[str, Any]]:
+    """size: batch, entries, page size, and the most entries that a head has room for."""
+    batch, entries, page, most = size
+    steps = _steps(bench, *size)
+    for launch in launches:
+        block, warps = launch or (None, None)
+        labels: dict[str, Any] = {"batch": batch, "entries": entries, "page": page, "most": most}
+        labels |= {"block": block, "warps": warps, "chosen": launch == used}
+        yield attempt(labels, partial(_row, module, bench, steps, launch, batch * entries))
 
 
 def _row(
@@ -74,10 +95,12 @@ def _launched_as(module: Any, launch: Launch | None) -> AbstractContextManager[o
     if launch is None:
         return nullcontext()
     block, warps = launch
-    return patch.multiple(module, block_size=lambda _: block, NUM_WARPS=warps)
+    return patch.multiple(module, block_size=lambda *_, **__: block, NUM_WARPS=warps)
 
 
-def _steps(bench: Bench, batch: int, entries: int, page_size: int) -> list[Callable[[], object]]:
+def _steps(
+    bench: Bench, batch: int, entries: int, page_size: int, most: int
+) -> list[Callable[[], object]]:
     """One call for each of as many layers as hold `layer_bytes` together."""
     shape, head_dim = bench.shape, bench.shape.head_dim
     lengths = torch.full((batch, shape.num_kv_heads), entries, device=bench.device)
@@ -86,6 +109,6 @@ def _steps(bench: Bench, batch: int, entries: int, page_size: int) -> list[Calla
     new = torch.randn(batch, shape.num_kv_heads, head_dim, dtype=bench.dtype, device=bench.device)
     steps: list[Callable[[], object]] = []
     for _ in range(max(2, math.ceil(bench.scale.layer_bytes / nbytes))):
-        own = random_pages(lengths, page_size, head_dim, bench.dtype)
+        own = replace(random_pages(lengths, page_size, head_dim, bench.dtype), most=most)
         steps.append(partial(append_and_attend, query, (new, new), own))
     return steps

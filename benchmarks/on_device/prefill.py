@@ -2,6 +2,7 @@
 
 Both select an eighth of the tokens at half depth (ASL by `latest_layer`, so its time includes
 watching the ranks). On CUDA the whole computation is repeated with each attention of PyTorch's.
+`first s` is the time of a length's first prompt, which includes what is planned or compiled for it.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend
 
 from benchmarks.on_device.model import as_decoder, fuse, random_network
 from benchmarks.on_device.section import Bench, Figure, Result, attempt, measured
-from benchmarks.on_device.timing import seconds_per_call
+from benchmarks.on_device.timing import seconds_per_call, wall_seconds
 from benchmarks.prefill import THEIRS, UNPRUNED, settings_for
 from winnow.attention import fused
 from winnow.decoder import DecoderModel
@@ -91,8 +92,9 @@ def _row(prefill: Prefill, bench: Bench, num_tokens: int, attention: str) -> dic
     chosen: AbstractContextManager[object] = nullcontext()
     if attention != "default":
         bench.require_cuda()
-        chosen = patch.object(fused, "kernel_order", lambda _: [BACKENDS[attention]])
+        chosen = patch.object(fused, "kernel_order", lambda **_: [BACKENDS[attention]])
     token_ids = torch.randint(0, bench.scale.model["vocab_size"], (num_tokens,)).tolist()
     with chosen:
+        first = wall_seconds(lambda: prefill(token_ids))
         seconds = seconds_per_call(lambda: prefill(token_ids), 1, bench.scale.rounds)
-    return {"s": seconds, "tokens/s": num_tokens / seconds}
+    return {"s": seconds, "tokens/s": num_tokens / seconds, "first s": first}

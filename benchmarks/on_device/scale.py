@@ -35,6 +35,7 @@ class Scale:
     copy_bytes: that a copy reads and writes.  calls: of a kernel in one timing.
     entries: KV entries per head, of kernels and steps.
     lengths, page_sizes, blocks, warps: of the attention section.
+    wide_entries: that heads have room for in a table with one long row.
     layer_bytes: KV that attention reads in turn, so that none of it is in the device's cache.
     prompts: tokens.  steps, rounds: steps in a timing, and timings.
     replays: steps in which recorded ones are compared with launched ones.
@@ -47,6 +48,7 @@ class Scale:
     calls: int
     entries: int
     lengths: tuple[int, ...]
+    wide_entries: int
     page_sizes: tuple[int, ...]
     blocks: tuple[int, ...]
     warps: tuple[int, ...]
@@ -65,6 +67,7 @@ FULL = Scale(
     calls=20,
     entries=2048,
     lengths=(512, 2048, 8192),
+    wide_entries=65_536,
     page_sizes=(16, 64),
     blocks=(32, 64, 128),
     warps=(2, 4, 8),
@@ -82,6 +85,7 @@ QUICK = Scale(
     calls=2,
     entries=64,
     lengths=(64,),
+    wide_entries=1024,
     page_sizes=(16,),
     blocks=(64,),
     warps=(4,),

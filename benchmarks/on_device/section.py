@@ -4,6 +4,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +83,18 @@ class Result:
 
 Section = Callable[[Bench], Result]
 
+_note: ContextVar[Callable[[dict[str, Any]], object]] = ContextVar("note", default=lambda _: None)
+
+
+@contextmanager
+def noting(note: Callable[[dict[str, Any]], object]) -> Iterator[None]:
+    """In it, `note` is called with each row as soon as it is measured."""
+    token = _note.set(note)
+    try:
+        yield
+    finally:
+        _note.reset(token)
+
 
 def attempt(labels: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """A row: `labels`, and what was measured or the error that kept it from being.
@@ -91,7 +104,9 @@ def attempt(labels: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> di
     with logged_warnings() as log:
         row = labels | _measured_or_error(measure)
     gc.collect()  # what one row holds of the device's memory, the next one needs
-    return row | ({"log": log} if log else {})
+    row |= {"log": log} if log else {}
+    _note.get()(row)
+    return row
 
 
 def _measured_or_error(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

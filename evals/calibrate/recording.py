@@ -45,12 +45,13 @@ class RecordedModel(DecoderModel):
 
     A layer whose input is what the recording has for it is answered from the recording, so that
     the engine's own prefill runs over it under any settings. Layers above a selection have another
-    input, and are computed. One prompt is remembered, the latest.
+    input, and are computed. One prompt is remembered, the latest; the adapter is always the same.
     max_window: the widest observation window that will be asked for.
     """
 
     def __init__(self, model: DecoderModel, max_window: int) -> None:
         super().__init__(model._model, model.description, model.device, model.shape)
+        self.adapters = model.adapters
         self._max_window = max_window
         self._recording: _Recording | None = None
 

@@ -20,10 +20,10 @@ def open_local_model(
 ) -> "LocalModel":
     """What `winnow eval` and `winnow calibrate` put their prompts to.
 
-    args: `batch_size`, `chat` and, if there may be one, `adapter`.
+    args: `adapter`, `batch_size` and `chat`.
     pruning, record_window: as in LocalModel.
     """
-    adapters = adapter_folder(getattr(args, "adapter", None), settings)
+    adapters = adapter_folder(args.adapter, settings)
     import torch  # noqa: PLC0415 - slow to load
 
     from evals.local_model import LocalModel  # noqa: PLC0415 - loads transformers

@@ -216,6 +216,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
 
     add_calibrate_flags(parser)
     flags.add_settings_flags(parser, flags.EVALUATED_GROUPS)
+    _add_adapter(parser)
     farewell = "stopped; the same command goes on in {0.folder}"
     parser.set_defaults(run=_calibrate, config=None, farewell=farewell)
 

@@ -13,6 +13,7 @@ from services.common.registry import (
     MetricsTarget,
     Record,
     WorkerRecord,
+    newest,
 )
 from winnow.errors import InvalidSetting, RegistryUnavailable
 
@@ -42,7 +43,7 @@ class _RecordsActor:
         return self._records.live(MetricsTarget)
 
     async def adapters(self) -> list[AdapterRecord]:
-        return self._records.live(AdapterRecord)
+        return newest(self._records.live(AdapterRecord))
 
 
 class RayRegistry:

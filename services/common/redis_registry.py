@@ -14,6 +14,8 @@ from services.common.registry import (
     Record,
     RecordT,
     WorkerRecord,
+    key_of,
+    newest,
     record_from_json,
     record_to_json,
 )
@@ -28,7 +30,7 @@ _BROKEN = (RedisError, RuntimeError)
 
 
 class RedisRegistry:
-    """One key per record, `<namespace>:<kind>:<worker_id>`, which expires with the lease."""
+    """One key per record, `<namespace>:<kind>:<its key>`, which expires with the lease."""
 
     def __init__(self, url: str, namespace: str, ca_file: Path | None = None) -> None:
         try:
@@ -38,7 +40,7 @@ class RedisRegistry:
         self._namespace = namespace
 
     async def put(self, record: Record, lease_s: float) -> None:
-        key, lease_ms = self._key(record.KIND, record.worker_id), max(1, round(lease_s * 1000))
+        key, lease_ms = self._key(record.KIND, key_of(record)), max(1, round(lease_s * 1000))
         try:
             await self._redis.set(key, record_to_json(record), px=lease_ms)
         except _BROKEN as error:
@@ -57,7 +59,7 @@ class RedisRegistry:
         return await self._live(MetricsTarget)
 
     async def adapters(self) -> list[AdapterRecord]:
-        return await self._live(AdapterRecord)
+        return newest(await self._live(AdapterRecord))
 
     async def _live(self, cls: type[RecordT]) -> list[RecordT]:
         pattern = self._key(cls.KIND, "*")
@@ -68,8 +70,8 @@ class RedisRegistry:
             raise _unavailable(error) from error
         return [record for value in values if value and (record := _readable(cls, value))]
 
-    def _key(self, kind: str, worker_id: str) -> str:
-        return f"{self._namespace}:{kind}:{worker_id}"
+    def _key(self, kind: str, key: str) -> str:
+        return f"{self._namespace}:{kind}:{key}"
 
     async def close(self) -> None:
         await self._redis.aclose()

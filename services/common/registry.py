@@ -7,7 +7,7 @@ With `redis_url` set the records live in Redis, otherwise in a small Ray actor.
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -61,6 +61,7 @@ class AdapterRecord:
     """An adapter that was loaded, or dropped, while the service runs.
 
     worker_id: the adapter's name.  version: Unix time in nanoseconds; of a name the newest counts.
+    Registries have each version apart: whoever renews an older one takes nothing from a newer one.
     """
 
     worker_id: str
@@ -75,6 +76,19 @@ class AdapterRecord:
 Record = WorkerRecord | MetricsTarget | AdapterRecord
 KINDS = (WorkerRecord.KIND, MetricsTarget.KIND)  # of a process
 RecordT = TypeVar("RecordT", WorkerRecord, MetricsTarget, AdapterRecord)
+
+
+def key_of(record: Record) -> str:
+    """Under which a registry has one record of a kind at a time."""
+    if isinstance(record, AdapterRecord):
+        return f"{record.worker_id}:{record.version}"
+    return record.worker_id
+
+
+def newest(records: Iterable[AdapterRecord]) -> list[AdapterRecord]:
+    """Of each name the newest version, sorted by name."""
+    by_name = {one.worker_id: one for one in sorted(records, key=lambda one: one.version)}
+    return [by_name[name] for name in sorted(by_name)]
 
 
 def record_to_json(record: Record) -> str:
@@ -114,7 +128,7 @@ class Registry(Protocol):
         """Metrics endpoints whose lease has not expired, sorted by worker_id."""
 
     async def adapters(self) -> list[AdapterRecord]:
-        """Adapters whose lease has not expired, sorted by name."""
+        """Adapters whose lease has not expired: of each name the newest version, sorted by name."""
 
     async def close(self) -> None:
         """Close the connection; the records stay."""
@@ -128,7 +142,7 @@ class LeasedRecords:
         self._leases: dict[tuple[str, str], tuple[float, Record]] = {}
 
     def put(self, record: Record, lease_s: float) -> None:
-        self._leases[record.KIND, record.worker_id] = (self._clock_s() + lease_s, record)
+        self._leases[record.KIND, key_of(record)] = (self._clock_s() + lease_s, record)
 
     def remove(self, worker_id: str) -> None:
         for kind in KINDS:

@@ -28,6 +28,10 @@ PARAM_KEY = "winnow-param"
 KEEPALIVE_INTERVAL_S = 20
 KEEPALIVE_TIMEOUT_S = 10
 
+# For connections to close after a server's last call. Without it gRPC breaks them off with an
+# error, of which each client writes a line.
+STOP_GRACE_S = 0.5
+
 # A longer one would exceed the 8 KiB that HTTP/2 peers accept as trailing metadata.
 _MAX_DETAIL_CHARS = 2000
 

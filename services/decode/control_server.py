@@ -7,7 +7,7 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from services.common.peer_guard import AioPeerGuard
-from services.common.rpc import server_options
+from services.common.rpc import STOP_GRACE_S, server_options
 from services.common.tls import PeerTls, bind
 from services.decode.generate import GenerateServicer
 from winnow.v1.decode_pb2_grpc import add_DecodeServicer_to_server
@@ -46,5 +46,5 @@ class ControlServer:
             await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def stop(self) -> None:
-        """Cancel open calls, and return when they have ended."""
-        await self._server.stop(grace=None)
+        """Cancel calls still open after STOP_GRACE_S; return when all have ended."""
+        await self._server.stop(STOP_GRACE_S)

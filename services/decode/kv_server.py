@@ -13,7 +13,7 @@ import grpc
 import torch
 
 from services.common.peer_guard import PeerGuard
-from services.common.rpc import server_options
+from services.common.rpc import STOP_GRACE_S, server_options
 from services.common.tls import PeerTls, bind
 from services.decode.give_away import KvGiver
 from winnow.distributed.arrivals import MAX_PARTS
@@ -74,8 +74,8 @@ class KvServer:
         return bound
 
     def stop(self) -> None:
-        """Abort open transfers and return when every thread has ended."""
-        self._server.stop(grace=None).wait()
+        """Abort transfers still open after STOP_GRACE_S; return when every thread has ended."""
+        self._server.stop(STOP_GRACE_S).wait()
         self._threads.shutdown()
 
 

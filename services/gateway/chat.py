@@ -64,11 +64,12 @@ class ChatMessage(Body):
 
 
 class ChatParameters(Body):
-    """Options for rendering a conversation as a prompt, as in vLLM."""
+    """Options for rendering a conversation as a prompt, OpenAI's and vLLM's."""
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
 
 
 def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -88,6 +89,7 @@ def chat_options(request: ChatParameters) -> ChatOptions:
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=bool(request.continue_final_message),
         template_kwargs=request.chat_template_kwargs or {},
+        reasoning_effort=request.reasoning_effort,
     )
 
 

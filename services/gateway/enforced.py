@@ -1,6 +1,7 @@
 """The grammar of a whole answer: reasoning, calls of tools, and what the client asked for."""
 
 import time
+from dataclasses import replace
 
 from services.gateway.structured import AskedGrammar
 from services.gateway.tools import ToolUse
@@ -35,15 +36,18 @@ def enforced(
         grammars.check(asked.grammar, asked.param, end_s)
     if answer is None or tokenizer is None:
         return None if asked is None else asked.grammar
-    calls = None
-    if answer.tool_format is not None and _are_enforced(use, has_body=asked is not None):
+    calls, form = None, answer.tool_format
+    may_talk = use.mode == "auto" and asked is None
+    if may_talk and form is not None:
+        use = _strict_alone(use) if form.begins_by_token(tokenizer.added_token_id) else _NO_TOOLS
+    if form is not None and use.tools:
         _check_parameters(use, grammars, end_s)
-        tools = use.callable_tools
-        calls = answer.tool_format.grammar(tools, use.parallel, tokenizer.added_token_id)
+        calls = form.grammar(use.callable_tools, use.parallel, tokenizer.added_token_id)
     whole = compose(
         None if asked is None else asked.grammar,
         calls,
         must_call=use.must_call,
+        may_talk=may_talk,
         reasoning=answer.reasoning,
         tags=answer.frame.tags,
         token_id=tokenizer.added_token_id,
@@ -55,9 +59,16 @@ def enforced(
     return whole
 
 
-def _are_enforced(use: ToolUse, *, has_body: bool) -> bool:
-    """Whether calls must match; a model that may call or not is left to itself."""
-    return bool(use.tools) and (use.mode != "auto" or has_body)
+def _strict_alone(use: ToolUse) -> ToolUse:
+    """What of the calls must match if the model may call or not: of other tools any object will do.
+
+    Nothing if no tool is strict.
+    """
+    functions = [tool["function"] for tool in use.tools]
+    if not any(one.get("strict") for one in functions):
+        return _NO_TOOLS
+    enforced = [one if one.get("strict") else {**one, "parameters": {}} for one in functions]
+    return replace(use, tools=tuple({"type": "function", "function": one} for one in enforced))
 
 
 def _check_parameters(use: ToolUse, grammars: GrammarCompiler, end_s: float) -> None:

@@ -28,12 +28,19 @@ def may_have_grammar(body: Mapping[str, Any]) -> bool:
         any(form and _part(form, "type") != _TEXT for form in forms)
         or any(name.startswith(_PREFIX) for name in body)
         or bool(body.get("tools") and _enforces_calls(body.get("tool_choice")))
+        or _has_strict_tool(body.get("tools"))
     )
 
 
 def _enforces_calls(choice: object) -> bool:
     kind = _part(choice, "type") if isinstance(choice, Mapping) else choice
     return kind not in _LEFT_TO_THE_MODEL
+
+
+def _has_strict_tool(tools: object) -> bool:
+    """As they are in any API: in the tool, or in its function."""
+    own = tools if isinstance(tools, list) else []
+    return any(_part(one, "strict") for tool in own for one in (tool, _part(tool, "function")))
 
 
 def _part(value: object, name: str) -> Any:  # noqa: ANN401 - what JSON can hold

@@ -102,9 +102,17 @@ class ServedAdapters:
 
     async def _change(self, record: AdapterRecord) -> None:
         await self._registry.put(record, self._settings.lease_s)
-        self._records[record.worker_id] = record
+        self._take(record)
         if self._settings.gateway_replicas > 1:
             await asyncio.sleep(SYNC_S)
+
+    def _take(self, record: AdapterRecord) -> bool:
+        """Whether it is newer than what was known of its name; it is served, or dropped, then."""
+        own = self._records.get(record.worker_id)
+        if own is not None and own.version >= record.version:
+            return False
+        self._records[record.worker_id] = record
+        return True
 
     async def _keep_in_sync(self) -> None:
         while True:
@@ -116,13 +124,10 @@ class ServedAdapters:
 
     async def _sync(self) -> None:
         """Take in newer records, and keep all that are not of the settings from expiring."""
-        told = {record.worker_id: record for record in await self._registry.adapters()}
-        for name, record in told.items():
-            own = self._records.get(name)
-            if own is None or own.version < record.version:
-                self._records[name] = record
+        for record in await self._registry.adapters():
+            if self._take(record):
                 change = "served no more" if record.is_dropped else f"served from {record.folder}"
-                logger.info("adapter %s is %s, as another gateway says", name, change)
+                logger.info("adapter %s is %s, as another gateway says", record.worker_id, change)
         for record in list(self._records.values()):
             if record.version:
                 await self._registry.put(record, self._settings.lease_s)

@@ -110,7 +110,8 @@ class Explanation:
     layer, scores: as layer_idx and scores of TokenScores; None for a token without a score.
     last_layers: by token, the last layer that computed it.
     window_size: the last tokens, which give the scores.  threshold: ρ below it selects.
-    layer_entries: KV entries kept by layer, summed over KV heads.
+    layer_entries: KV entries kept by layer, summed over KV heads; layer_bytes: their bytes, in the
+    model's dtype.  layer_entries_full: without pruning.
     tokens_per_s: of the answers, from the first token to the last.
     """
 
@@ -122,6 +123,8 @@ class Explanation:
     num_kv_heads: int
     window_size: int
     layer_entries: tuple[int, ...]
+    layer_entries_full: tuple[int, ...]
+    layer_bytes: tuple[int, ...]
     threshold: float
     timeline: tuple[Span, ...]
     tokens_per_s: float

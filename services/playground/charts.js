@@ -128,7 +128,8 @@ function drawRho(container, { rho, threshold, chosen, numLayers, whyNot }) {
 }
 
 // KV entries that each layer keeps, of all.
-function drawLayers(container, { entries, full, bytesPerEntry, chosen }) {
+function drawLayers(container, { entries, full, bytes, chosen }) {
+  const most = Math.max(...full) || 1;
   draw(container, (width) => {
     const height = 176,
       left = 30,
@@ -140,14 +141,14 @@ function drawLayers(container, { entries, full, bytesPerEntry, chosen }) {
     const isNear = (layer) => chosen !== null && Math.abs(layer - chosen) * pitch < 16;
     const bars = entries.flatMap((kept, layer) => {
       const x = left + layer * pitch + gap / 2,
-        tall = (kept / full) * (bottom - top);
+        [whole, tall] = [full[layer], kept].map((num) => (num / most) * (bottom - top));
       const at = { x, width: Math.max(1, pitch - gap), rx: 1.5 };
       return [
-        svg("rect", { ...at, class: "whole", y: top, height: bottom - top }),
+        svg("rect", { ...at, class: "whole", y: bottom - whole, height: whole }),
         svg(
           "rect",
           { ...at, class: "kept", y: bottom - tall, height: tall },
-          hint(`layer ${layer}: ${count(kept)} of ${count(full)} entries`),
+          hint(`layer ${layer}: ${count(kept)} of ${count(full[layer])} entries`),
         ),
         ...((layer % step === 0 && !isNear(layer)) || layer === chosen
           ? [
@@ -170,11 +171,13 @@ function drawLayers(container, { entries, full, bytesPerEntry, chosen }) {
       ),
       element("p", {
         class: "soft small",
-        text: `Entries over all KV heads, of ${count(full)} in each layer.`,
+        text: `Entries over all KV heads, of ${count(most)} ${
+          full.every((num) => num === most) ? "in each layer" : "in the largest layer"
+        }.`,
       }),
       asTable(
         ["layer", "entries kept", "of", "bytes"],
-        entries.map((kept, layer) => [layer, count(kept), count(full), mib(kept * bytesPerEntry)]),
+        entries.map((kept, at) => [at, count(kept), count(full[at]), mib(bytes[at])]),
       ),
     ];
   });

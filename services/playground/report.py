@@ -81,6 +81,8 @@ def _explained(explanation: Explanation) -> dict[str, Any]:
         "num_kv_heads": explanation.num_kv_heads,
         "window_size": explanation.settings.window_size,
         "layer_entries": done.layer_entries,
+        "layer_entries_full": explanation.layer_entries_full,
+        "layer_bytes": explanation.layer_bytes,
         "threshold": explanation.settings.threshold,
     }
 

@@ -204,13 +204,11 @@ function showRuns(pruned, unpruned, settings, layers) {
     whyNot: whyNot(w, settings),
   });
   if (!found) return;
-  const numTokens = found.pieces.length,
-    full = numTokens * found.num_kv_heads;
+  const numTokens = found.pieces.length;
   drawLayers($("layers"), {
     entries: found.layer_entries,
-    full,
-    // Layers without keys and values, which have a state, keep no entries.
-    bytesPerEntry: w.kv_bytes_full / (full * found.layer_entries.filter((num) => num > 0).length),
+    full: found.layer_entries_full,
+    bytes: found.layer_bytes,
     chosen: w.selection_layer,
   });
   showTimes(pruned, unpruned);

@@ -34,6 +34,10 @@ from winnow.side_stream import Pace
 
 logger = logging.getLogger(__name__)
 
+# Prompts in a row that break without a cause of their own. After so many the cause is not theirs: a
+# GPU that failed once keeps failing, and would fail all prompts that come, quickly.
+_MAX_FAILURES = 10
+
 
 def store_for(job: PrefillJob, store: PrefixStore | None) -> PrefixStore | None:
     """None for log-probabilities of the prompt: they need the hidden states of all tokens."""
@@ -59,6 +63,12 @@ class PrefillEngine:
         self._store = store
         self._transfers = transfers
         self._pace = Pace(model.device)
+        self._num_failures = 0  # since a prompt was last computed to its end
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether it will most likely compute no prompt any more."""
+        return self._num_failures >= _MAX_FAILURES
 
     def advance(self, work: Work) -> bool:
         """Compute the prompt's next step; any error becomes that prompt's outcome.
@@ -72,18 +82,21 @@ class PrefillEngine:
         except WinnowError as error:
             self.end(work, error)
         except Exception as error:
+            self._num_failures += 1
             logger.exception("prefill broke", extra={"request_id": work.job.request_id})
             self.end(work, PrefillFailed(f"prefill broke: {error!r}"))
         return True
 
     def end(self, work: Work, error: WinnowError) -> None:
         """End a prompt that is not computed to its end; an outcome that it has stands."""
-        self._close(work)
-        if work.compute_span is not None:
-            end_span(work.compute_span, error)
-        if work.push is not None:
-            work.push.abort(error)
-        self._fail(work, error)
+        try:
+            self._close(work)
+        finally:  # what a run holds of the prefix store a broken device may keep
+            if work.compute_span is not None:
+                end_span(work.compute_span, error)
+            if work.push is not None:
+                work.push.abort(error)
+            self._fail(work, error)
 
     def _has_room(self, work: Work) -> bool:
         if work.push is None or work.scoring is not None:
@@ -164,6 +177,7 @@ class PrefillEngine:
         """Keep a finished run's result; its hidden states are those to score, if requested."""
         job = work.job
         result = run.result(keep_hidden=job.num_prompt_logprobs is not None)
+        self._num_failures = 0
         work.result = replace(result, hidden=None)
         if result.hidden is not None and job.num_prompt_logprobs is not None:
             work.scoring = PromptLogprobsRun(

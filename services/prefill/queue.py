@@ -6,6 +6,7 @@ deadline end there too, whether they wait, are open or were just computed.
 """
 
 import contextlib
+import logging
 import threading
 import time
 from concurrent.futures import Future
@@ -32,9 +33,11 @@ from winnow.engine.prompt_logprobs import scoring_layer_tokens
 from winnow.errors import DeadlineExceeded, Overloaded, PrefillFailed, WinnowError
 from winnow.kv import KvDtype
 
+logger = logging.getLogger(__name__)
+
 
 class PrefillQueue:
-    """Owns the engine thread of a prefill worker."""
+    """Owns the engine thread of a prefill worker, which ends with `stop`, or with the engine."""
 
     def __init__(
         self,
@@ -91,16 +94,20 @@ class PrefillQueue:
 
     def stop(self) -> None:
         """Fail all waiting and open jobs, and return when the thread has ended."""
+        self._take_no_more()
+        self._thread.join()
+        self._channels.close()
+        if self._cores is not None:
+            self._cores.close()
+
+    def _take_no_more(self) -> None:
+        """Fail all waiting jobs, and let the thread end, which fails the open ones."""
         with self._changed:
             self._stopping = True
             waiting = self._waiting()
             self._changed.notify_all()
         for work in waiting:
             work.settle(_stopped())
-        self._thread.join()
-        self._channels.close()
-        if self._cores is not None:
-            self._cores.close()
 
     def submit(self, job: PrefillJob) -> "Future[PrefillOutcome]":
         """The job's outcome, once its KV is in place; cancelling the future stops the work.
@@ -182,16 +189,21 @@ class PrefillQueue:
 
     def _run(self) -> None:
         torch.set_num_threads(self._num_threads)  # some torch backends have a per-thread setting
-        while self._wait_for_work():
-            self._end_unwanted()
-            work = self._next()
-            if work is not None:
-                num_tokens = work.next_layer_tokens
-                if self._engine.advance(work):
-                    self._scheduler.record(work, num_tokens)
-            self._remove_those_over()
+        try:
+            while not self._engine.is_broken and self._wait_for_work():
+                self._end_unwanted()
+                work = self._next()
+                if work is not None:
+                    num_tokens = work.next_layer_tokens
+                    if self._engine.advance(work):
+                        self._scheduler.record(work, num_tokens)
+                self._remove_those_over()
+        finally:
+            if not self._stopping:
+                logger.critical("the prefill engine has ended")
+            self._take_no_more()
         for work in self._left():
-            if work.is_open:  # `stop` settles the others
+            if work.is_open:  # the others are settled
                 self._engine.end(work, _stopped())
 
     def _wait_for_work(self) -> bool:

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from benchmarks.on_device import attention as on_device_attention
 from benchmarks.on_device import decode
 from benchmarks.on_device.scale import QUICK
 from benchmarks.on_device.section import Bench, attempt
+from winnow.kernels.gpu import attention
 
 ROOT = Path(__file__).parents[2]
 # As `python -m benchmarks.gpu`, and what was imported by it.
@@ -78,8 +80,50 @@ def test_what_winnow_logs_meanwhile_is_in_the_row() -> None:
     }
 
 
-def test_a_section_has_a_process_of_its_own_that_may_die(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_section_has_a_process_of_its_own_that_may_die() -> None:
     assert gpu.run_apart("copy", "cpu", is_quick=True)["status"] == "done"
-    monkeypatch.setattr(gpu, "LIMIT_S", 0.01)
-    record = gpu.run_apart("copy", "cpu", is_quick=True)
+    record = gpu.run_apart("copy", "cpu", is_quick=True, limit_s=0.01)
     assert (record["status"], record["error"]) == ("failed", "not done in 0.01 s")
+
+
+def test_the_rows_of_a_section_that_dies_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(_: Bench) -> None:
+        attempt({"batch": 1}, lambda: {"ms": 1.0})
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setitem(gpu.SECTIONS, "copy", die)
+    rows = tmp_path / "rows.jsonl"
+    record = gpu.run("copy", Bench(torch.device("cpu"), QUICK, 1.0), rows)
+    assert record["status"] == "failed"
+    assert record["rows"] == [{"batch": 1, "ms": 1.0}]
+    with rows.open("a") as file:
+        file.write('{"batch": 8, "m')  # the process ends here
+    assert gpu._noted(rows) == record["rows"]
+
+
+def test_no_section_begins_when_the_time_for_all_is_over() -> None:
+    options = gpu.parser().parse_args(["--limit-s", "0", "--only", "copy", "decode"])
+    errors = {one["section"]: one["error"] for one in gpu.records(options)}
+    assert errors == dict.fromkeys(["copy", "decode"], "not begun: --limit-s 0 is over")
+
+
+def test_what_went_wrong_in_rows_is_said() -> None:
+    rows = [{"ms": 1.0}, {"error": "no memory"}, {"error": "no memory"}, {"ms": 1, "log": ["slow"]}]
+    record = {"section": "decode", "status": "done", "seconds": 2.5, "rows": rows}
+    assert gpu.summary(record).splitlines() == [
+        "decode: done (4 rows, 2.5 s)",
+        "  2 rows: no memory",
+        "  1 rows: slow",
+    ]
+
+
+def test_the_kernel_takes_the_constants_that_are_measured() -> None:
+    tried = {}
+    for launch in ((32, 8), (128, 2)):
+        with on_device_attention._launched_as(attention, launch):
+            size = attention.block_size(128, is_int8=False)
+            tried[launch] = (size, attention.NUM_WARPS)
+    assert all(launch == used for launch, used in tried.items())
+    assert (attention.block_size(128), attention.NUM_WARPS) == (64, 4)

@@ -2,6 +2,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+import pytest
+
 from evals.local_model import LocalModel
 from evals.model import Instance
 from evals.tasks.base import Example
@@ -14,7 +16,10 @@ CONTEXT = "the quick brown fox jumps over the lazy dog " * 20
 
 
 def local_model(
-    folder: Path, prefix_cache_bytes: int, adapters: Mapping[str, Path] = MappingProxyType({})
+    folder: Path,
+    prefix_cache_bytes: int,
+    adapters: Mapping[str, Path] = MappingProxyType({}),
+    record_window: int | None = None,
 ) -> LocalModel:
     return LocalModel(
         str(folder),
@@ -27,6 +32,7 @@ def local_model(
         chat=False,
         prefix_cache_bytes=prefix_cache_bytes,
         adapters=adapters,
+        record_window=record_window,
     )
 
 
@@ -56,12 +62,15 @@ def test_questions_about_one_context_compute_it_once_for_each_variant(
             assert saved > 0.25 * 2 * BLOCK_TOKENS / like.num_prompt_tokens
 
 
-def test_answers_are_those_of_the_adapter(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("record_window", [None, 16], ids=["eval", "calibrate"])
+def test_answers_are_those_of_the_adapter(
+    record_window: int | None, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
     model, adapters = tiny_models["llama"], {"law": save_adapter(tmp_path, tiny_models["llama"])}
     (variant,) = make_variants(parse_methods("full"), [64])
     example = Example("fox", 0, "", CONTEXT, "who jumps over?", "", ("dog",), 6)
     instance = Instance(example, 512, variant)
-    own, plain = local_model(model, 0, adapters), local_model(model, 0)
+    own, plain = (local_model(model, 0, one, record_window) for one in (adapters, {}))
     winnow = Winnow.load(model, method="full", adapters=adapters)
     expected = [
         winnow.generate(

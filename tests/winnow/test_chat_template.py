@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.models_in_code import save_byte_tokenizer
 from tests.winnow.chat_templates import ALL, CHATML, DATED, PARTS, THINKING
-from tests.winnow.tool_templates import HERMES
+from tests.winnow.tool_templates import HARMONY, HERMES
 from winnow import template_environment
 from winnow.chat_template import ChatOptions, ChatTemplate
 from winnow.errors import InvalidRequest, InvalidSetting
@@ -124,6 +124,24 @@ def test_thinking_is_switched_by_a_kwarg(begins: bool | None) -> None:
     empty = "" if begins is False else "<|im_start|>assistant\n"
     assert end(thinking=True) == empty
     assert end(thinking=False) == (empty and f"{empty}<think>\n\n</think>\n\n")
+
+
+def test_how_much_to_reason_is_told_to_a_template_that_knows_of_it() -> None:
+    def reasoned(source: str, effort: str | None, **kwargs: Any) -> str:
+        return rendered(source, QUESTION, reasoning_effort=effort, template_kwargs=kwargs)
+
+    for effort, shown in (("high", "high"), ("", "medium"), (None, "medium")):
+        assert f"Reasoning: {shown}\n" in reasoned(HARMONY, effort)
+    assert "Reasoning: low\n" in reasoned(HARMONY, "high", reasoning_effort="low")
+    closed = "<think>\n\n</think>\n\n"
+    assert reasoned(THINKING, "none").endswith(closed)
+    assert not reasoned(THINKING, "low").endswith(closed)
+    assert not reasoned(THINKING, "none", enable_thinking=True).endswith(closed)
+    picky = "{% if reasoning_effort not in [none, 'high'] %}{{ raise_exception('no') }}{% endif %}"
+    known = (
+        "{% set reasoning_effort = reasoning_effort or none %}" + picky + "{{ reasoning_effort }}"
+    )
+    assert (reasoned(known, "high"), reasoned(known, "low")) == ("high", "None")
 
 
 @pytest.mark.parametrize("name", ["messages", "tools", "tokenize", "add_generation_prompt"])

@@ -49,6 +49,16 @@ def test_agrees_with_the_prefill_of_the_same_prompt(
     assert explanation.prefill_s > 0 < explanation.full_prefill_s
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma4", "mimo_v2_flash", "lfm2"])
+def test_layers_are_told_by_their_own_sizes(family: str, tmp_path: Path) -> None:
+    _, token_ids, found = _explained(save_tiny_model(tmp_path, family), "full")
+    assert found.report.layer_entries == found.layer_entries_full
+    assert sum(found.layer_bytes) == found.report.kv_bytes_kept == found.report.kv_bytes_full
+    is_alike = len({*found.layer_entries_full}) == 1
+    assert is_alike == (family == "llama")
+    assert max(found.layer_entries_full) <= len(token_ids) * found.num_kv_heads
+
+
 def test_a_prompt_is_explained_by_the_tables_that_its_answer_is_computed_with(
     tmp_path: Path,
 ) -> None:

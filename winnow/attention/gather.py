@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from winnow.attention.decode import PagedKV, StepPlan
+from winnow.attention.fused import fused_kernels
 from winnow.attention.options import AttentionOptions
 from winnow.kernels.variant import Variant
 from winnow.layers import Layer
@@ -100,9 +101,10 @@ class GatherBackend:
         grouped = query.reshape(num_rows, num_kv_heads, -1, head_dim)
         visible = self._visible(layer_idx, group, options.layer)[:, :, None]  # [B, H_kv, 1, T]
         if options.is_plain_softmax:
-            output = F.scaled_dot_product_attention(
-                grouped, keys, values, attn_mask=visible, scale=options.scaling
-            )
+            with fused_kernels(query.device):
+                output = F.scaled_dot_product_attention(
+                    grouped, keys, values, attn_mask=visible, scale=options.scaling
+                )
         else:
             variant = Variant(softcap=options.softcap, sinks=options.sinks)
             logits = (grouped @ keys.mT).float() * options.scaling

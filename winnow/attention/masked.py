@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from winnow.attention.fused import fused_kernels
 from winnow.attention.options import AttentionOptions
 from winnow.kernels.cpu.attention import attend, can_attend
 from winnow.kernels.cpu.library import has_amx
@@ -113,14 +114,15 @@ def _attend(
     num_groups = query.shape[1] // key.shape[1]
     if query.is_cuda and num_groups > 1:  # its fused kernels take no mask with grouped heads
         key, value = (part.repeat_interleave(num_groups, dim=1) for part in (key, value))
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=is_seen,
-        scale=options.scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    with fused_kernels(query.device):
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=is_seen,
+            scale=options.scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
 
 
 def _attend_by_formula(

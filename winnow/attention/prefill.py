@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from winnow.attention.fused import fused_kernels
+from winnow.attention.fused import CUDNN_TOKENS, fused_kernels, takes_cudnn
 from winnow.attention.masked import has_kernel, masked_attention
 from winnow.attention.options import AttentionOptions
 from winnow.kernels.cpu.attention import attend
@@ -126,15 +126,7 @@ def causal_attention(
         key, value = (part.repeat_interleave(group, dim=1) for part in (key, value))
         is_grouped = False
     if num_queries == num_keys:
-        with fused_kernels(query.device):
-            return F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                is_causal=num_queries > 1,
-                scale=options.scaling,
-                enable_gqa=is_grouped,
-            )
+        return _of_whole_prompt(query, key, value, options.scaling, is_grouped=is_grouped)
     if query.is_cuda and query.dtype != torch.float32:  # flash attention has no float32
         mask: Any = causal_lower_right(num_queries, num_keys)  # a hint; no mask is made of it
         return F.scaled_dot_product_attention(
@@ -146,3 +138,18 @@ def causal_attention(
         return causal_attention(padded, key, value, options)[:, :, num_cached:]
     own = torch.arange(num_cached, num_keys, device=query.device)
     return masked_attention(query, key, value, own, options, first_own=num_cached)
+
+
+def _of_whole_prompt(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, *, is_grouped: bool
+) -> Tensor:
+    num_tokens = query.shape[2]
+    by_cudnn = takes_cudnn(query)
+    if by_cudnn and (missing := -num_tokens % CUDNN_TOKENS):
+        # None of the prompt's tokens sees those behind it.
+        query, key, value = (F.pad(part, (0, 0, 0, missing)) for part in (query, key, value))
+    with fused_kernels(query.device, cudnn_first=by_cudnn):
+        output = F.scaled_dot_product_attention(
+            query, key, value, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=is_grouped
+        )
+    return output[:, :, :num_tokens]

@@ -1,6 +1,7 @@
 """One grammar for all parts of an answer: reasoning, calls of tools, what the client asks for."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -32,12 +33,14 @@ class Fragment:
 
     The names begin with `call_`, or `CALL_` for terminals.
     control_token_ids: those that the rules name as <[id]>.  in_final: see ToolFormat.
+    opens: texts of the tokens with which calls begin.
     """
 
     rules: str
     start: str
     control_token_ids: frozenset[int] = frozenset()
     in_final: bool = True
+    opens: tuple[str, ...] = ()
 
 
 def compose(
@@ -45,6 +48,7 @@ def compose(
     calls: Fragment | None,
     *,
     must_call: bool,
+    may_talk: bool = False,
     reasoning: Reasoning,
     tags: Tags,
     token_id: Callable[[str], int | None],
@@ -52,8 +56,10 @@ def compose(
     """What a whole answer must match; None if that is anything.
 
     body: what the answer must match unless it calls tools.  calls: the calls of tools; `must_call`:
-    there is nothing else.  reasoning: whether the answer begins with reasoning, after `tags.before`
-    (possible), or within it (open).  token_id: of a control token; None for other text.
+    there is nothing else; `may_talk`: any text may come before them, or in their place, that does
+    not spell one of `calls.opens`.  reasoning: whether the answer begins with reasoning, after
+    `tags.before` (possible), or within it (open).  token_id: of a control token; None for other
+    text.
     """
     if body is None and calls is None:
         return None
@@ -65,6 +71,10 @@ def compose(
     if calls is not None:
         rules.append(calls.rules)
         alternatives.append(f"{final} {calls.start}" if calls.in_final else calls.start)
+        if may_talk:
+            rules.append(f"ANSWER_TEXT: {_text_without(calls.opens)}")
+            more = f"{calls.start}?" if calls.in_final else ""
+            alternatives.append(f"{final} ANSWER_TEXT {more}")
     if body is not None and not must_call:
         rules.append(f"answer_body: {_inline(body)}")
         alternatives.append(f"{final} answer_body")
@@ -81,6 +91,12 @@ def _sequence(texts: Sequence[str], token_id: Callable[[str], int | None], ids: 
         json.dumps(text) if one is None else f"<[{one}]>"
         for text, one in zip(texts, found, strict=True)
     )
+
+
+def _text_without(texts: Sequence[str]) -> str:
+    """Any text that has none of these, as an expression of Lark."""
+    others = (f"~/(?s:.*){re.escape(text)}(?s:.*)/" for text in texts)
+    return " & ".join(["/(?s:.*)/", *others])
 
 
 def _start(

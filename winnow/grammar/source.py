@@ -9,6 +9,7 @@ from winnow.errors import InvalidGrammar
 from winnow.grammar import Grammar
 from winnow.grammar.bounds import require_bounded
 from winnow.grammar.closed import closed
+from winnow.grammar.dates import with_leap_days
 from winnow.grammar.endless import require_finite
 from winnow.grammar.exclusive import discriminated
 from winnow.grammar.plain import plain_schema
@@ -80,7 +81,7 @@ def parsed_schema(source: str) -> dict[str, Any]:
     require_bounded(schema)
     require_finite(schema)
     own = _without_options(schema)
-    return {**closed(discriminated(own, own)), _OPTIONS: {**_STRICT, **spacing}}
+    return {**closed(with_leap_days(discriminated(own, own))), _OPTIONS: {**_STRICT, **spacing}}
 
 
 def with_options(part: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:

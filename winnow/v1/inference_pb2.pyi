@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class CompleteRequest(_message.Message):
-    __slots__ = ("model", "text", "token_ids", "messages", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "n", "ignore_eos", "echo", "winnow", "stop_token_ids", "min_tokens", "include_stop_str_in_output", "skip_special_tokens", "cache_salt", "json_schema", "json_object", "regex", "choice", "lark", "include_reasoning")
+    __slots__ = ("model", "text", "token_ids", "messages", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "n", "ignore_eos", "echo", "winnow", "stop_token_ids", "min_tokens", "include_stop_str_in_output", "skip_special_tokens", "cache_salt", "json_schema", "json_object", "regex", "choice", "lark", "include_reasoning", "disable_any_whitespace")
     class LogitBiasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,7 @@ class CompleteRequest(_message.Message):
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     LARK_FIELD_NUMBER: _ClassVar[int]
     INCLUDE_REASONING_FIELD_NUMBER: _ClassVar[int]
+    DISABLE_ANY_WHITESPACE_FIELD_NUMBER: _ClassVar[int]
     model: str
     text: str
     token_ids: TokenIds
@@ -78,7 +79,8 @@ class CompleteRequest(_message.Message):
     choice: Choices
     lark: str
     include_reasoning: bool
-    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., logprobs: _Optional[int] = ..., n: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., echo: _Optional[bool] = ..., winnow: _Optional[_Union[WinnowOptions, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., min_tokens: _Optional[int] = ..., include_stop_str_in_output: _Optional[bool] = ..., skip_special_tokens: _Optional[bool] = ..., cache_salt: _Optional[str] = ..., json_schema: _Optional[str] = ..., json_object: _Optional[bool] = ..., regex: _Optional[str] = ..., choice: _Optional[_Union[Choices, _Mapping]] = ..., lark: _Optional[str] = ..., include_reasoning: _Optional[bool] = ...) -> None: ...
+    disable_any_whitespace: bool
+    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., logprobs: _Optional[int] = ..., n: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., echo: _Optional[bool] = ..., winnow: _Optional[_Union[WinnowOptions, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., min_tokens: _Optional[int] = ..., include_stop_str_in_output: _Optional[bool] = ..., skip_special_tokens: _Optional[bool] = ..., cache_salt: _Optional[str] = ..., json_schema: _Optional[str] = ..., json_object: _Optional[bool] = ..., regex: _Optional[str] = ..., choice: _Optional[_Union[Choices, _Mapping]] = ..., lark: _Optional[str] = ..., include_reasoning: _Optional[bool] = ..., disable_any_whitespace: _Optional[bool] = ...) -> None: ...
 
 class Choices(_message.Message):
     __slots__ = ("texts",)
@@ -265,7 +267,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., winnow: _Optional[_Union[WinnowUsage, _Mapping]] = ..., explain: _Optional[_Union[Explanation, _Mapping]] = ...) -> None: ...
 
 class Explanation(_message.Message):
-    __slots__ = ("pieces", "layer", "scores", "last_layers", "num_layers", "num_kv_heads", "window_size", "layer_entries", "timeline", "tokens_per_s", "threshold")
+    __slots__ = ("pieces", "layer", "scores", "last_layers", "num_layers", "num_kv_heads", "window_size", "layer_entries", "timeline", "tokens_per_s", "threshold", "layer_entries_full", "layer_bytes")
     PIECES_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     SCORES_FIELD_NUMBER: _ClassVar[int]
@@ -277,6 +279,8 @@ class Explanation(_message.Message):
     TIMELINE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    LAYER_ENTRIES_FULL_FIELD_NUMBER: _ClassVar[int]
+    LAYER_BYTES_FIELD_NUMBER: _ClassVar[int]
     pieces: _containers.RepeatedScalarFieldContainer[str]
     layer: int
     scores: _containers.RepeatedScalarFieldContainer[float]
@@ -288,7 +292,9 @@ class Explanation(_message.Message):
     timeline: _containers.RepeatedCompositeFieldContainer[Span]
     tokens_per_s: float
     threshold: float
-    def __init__(self, pieces: _Optional[_Iterable[str]] = ..., layer: _Optional[int] = ..., scores: _Optional[_Iterable[float]] = ..., last_layers: _Optional[_Iterable[int]] = ..., num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., window_size: _Optional[int] = ..., layer_entries: _Optional[_Iterable[int]] = ..., timeline: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., tokens_per_s: _Optional[float] = ..., threshold: _Optional[float] = ...) -> None: ...
+    layer_entries_full: _containers.RepeatedScalarFieldContainer[int]
+    layer_bytes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, pieces: _Optional[_Iterable[str]] = ..., layer: _Optional[int] = ..., scores: _Optional[_Iterable[float]] = ..., last_layers: _Optional[_Iterable[int]] = ..., num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., window_size: _Optional[int] = ..., layer_entries: _Optional[_Iterable[int]] = ..., timeline: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., tokens_per_s: _Optional[float] = ..., threshold: _Optional[float] = ..., layer_entries_full: _Optional[_Iterable[int]] = ..., layer_bytes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Span(_message.Message):
     __slots__ = ("name", "start_s", "end_s")

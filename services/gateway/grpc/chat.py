@@ -36,6 +36,12 @@ def _message(message: pb.ChatMessage) -> ChatMessage:
     )
 
 
+def own_names(messages: pb.ChatMessages) -> dict[str, str]:
+    """As `client_names` takes them: REST has a tool's fields in an object `function` of its own."""
+    tools = {f"tools[{idx}].function": f"tools[{idx}]" for idx in range(len(messages.tools))}
+    return tools | {"tool_choice.function.name": "tool_name"}
+
+
 def tools_of(messages: pb.ChatMessages) -> ToolUse:
     """The tools, and whether they may or must be called.  Raises InvalidRequest or a subclass."""
     body = {
@@ -76,5 +82,7 @@ def grammar_of(request: pb.CompleteRequest) -> AskedGrammar | None:
     value = getattr(request, kind)
     if kind == "choice":
         value = list(value.texts)
-    asked = validate(StructuredOutputs, {_FIELDS.get(kind, kind): value})
+    compact = request.disable_any_whitespace
+    outputs = {_FIELDS.get(kind, kind): value, "disable_any_whitespace": compact}
+    asked = validate(StructuredOutputs, outputs)
     return read_outputs(asked, lambda _field: kind)

@@ -5,9 +5,10 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import DecodeError
 
+from services.gateway.client_names import client_names
 from services.gateway.enforced import enforced
 from services.gateway.gateway import Gateway
-from services.gateway.grpc.chat import grammar_of, messages_of, tools_of
+from services.gateway.grpc.chat import grammar_of, messages_of, own_names, tools_of
 from services.gateway.request.request import (
     GenerationRequest,
     Prompt,
@@ -40,7 +41,8 @@ def parsed_bytes(body: bytes) -> pb.CompleteRequest:
 def may_have_grammar(request: pb.CompleteRequest) -> bool:
     """Whether the answer may have to match a grammar."""
     enforces_calls = request.messages.tool_choice not in ("", "auto", "none")
-    return request.WhichOneof("grammar") is not None or enforces_calls
+    has_strict_tool = any(tool.strict for tool in request.messages.tools)
+    return request.WhichOneof("grammar") is not None or enforces_calls or has_strict_tool
 
 
 def request_from_proto(gateway: Gateway, request: pb.CompleteRequest) -> GenerationRequest:
@@ -51,7 +53,8 @@ def request_from_proto(gateway: Gateway, request: pb.CompleteRequest) -> Generat
     adapter = gateway.limits.require_model(request.model)
     asked = grammar_of(request)
     if request.WhichOneof("prompt") == "messages":
-        prompt, grammar, answer = _chat(gateway, request, asked)
+        with client_names(own_names(request.messages)):
+            prompt, grammar, answer = _chat(gateway, request, asked)
     else:
         prompt, answer = _prompt(gateway, request), None
         grammar = enforced(asked, grammars=gateway.grammars)

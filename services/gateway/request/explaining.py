@@ -28,6 +28,8 @@ def explain(
         num_kv_heads=shape.num_kv_heads,
         window_size=request.pruning.window_size,
         layer_entries=report.layer_entries,
+        layer_entries_full=tuple(shape.unpruned_layer_entries(report.num_prompt_tokens)),
+        layer_bytes=tuple(shape.layer_bytes(report.layer_entries)),
         threshold=request.pruning.threshold,
         timeline=tuple(_timeline(stats)),
         tokens_per_s=_tokens_per_s(stats, num_generated - request.num_sequences),

@@ -76,6 +76,7 @@ class CompletionRequest(_Generation):
     max_tokens: Integer | None = _told(minimum=0)  # 0 only with echo
     logprobs: Integer | None = _told(minimum=0, maximum=MAX_LOGPROBS)
     echo: bool | None = None
+    reasoning_effort: str | None = None  # without effect
 
 
 class ChatRequest(_Generation, ChatParameters, ToolParameters):

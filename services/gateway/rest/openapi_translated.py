@@ -80,8 +80,8 @@ class IncompleteDetails(_Sent):
     reason: Literal["max_output_tokens"]
 
 
-class NoReasoning(_Sent):
-    effort: None
+class ReasoningAsGiven(_Sent):
+    effort: str | None
     summary: None
 
 
@@ -116,7 +116,7 @@ class ResponseObject(_Sent):
     parallel_tool_calls: bool
     previous_response_id: None
     prompt_cache_key: str | None
-    reasoning: NoReasoning
+    reasoning: ReasoningAsGiven
     safety_identifier: str | None
     service_tier: Literal["default"]
     store: Literal[False]

@@ -101,6 +101,7 @@ class ResponsesRequest(Sampling):
     top_logprobs: Integer | None = Field(None, json_schema_extra={"minimum": 0})
     include: list[str] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None  # all but its effort is without effect
     # Without effect.
     client_metadata: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
@@ -108,7 +109,6 @@ class ResponsesRequest(Sampling):
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
-    reasoning: dict[str, Any] | None = None
     safety_identifier: str | None = None
     service_tier: str | None = None
     store: bool | None = None

@@ -156,7 +156,7 @@ class ResponsesFormatter(BlockFormatter):
             "parallel_tool_calls": asked.parallel_tool_calls is not False,
             "previous_response_id": None,
             "prompt_cache_key": asked.prompt_cache_key,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": (asked.reasoning or {}).get("effort"), "summary": None},
             "safety_identifier": asked.safety_identifier,
             "service_tier": "default",
             "store": False,

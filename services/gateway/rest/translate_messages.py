@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from services.gateway.body import validate
+from services.gateway.client_names import client_names
 from services.gateway.rest.bodies import Sampling
 from services.gateway.rest.messages_bodies import (
     Block,
@@ -60,7 +61,7 @@ def count_tokens(reader: RequestReader, body: Mapping[str, Any]) -> Translation:
 
 
 def _read(reader: RequestReader, translated: Translated) -> OpenAIRequest:
-    with translated.client_names():
+    with client_names(translated.names):
         return reader.chat(translated.body, "msg_")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from services.gateway.body import validate
+from services.gateway.client_names import client_names
 from services.gateway.rest.bodies import Sampling
 from services.gateway.rest.requests import OpenAIRequest, RequestReader
 from services.gateway.rest.responses_bodies import (
@@ -42,6 +43,7 @@ _NAMES = {
     "messages": "input",
     "max_completion_tokens": "max_output_tokens",
     "tool_choice.function": "tool_choice",
+    "reasoning_effort": "reasoning.effort",
     "response_format": "text.format",
     "response_format.json_schema": "text.format",
 }
@@ -59,7 +61,7 @@ def read_responses(
             )
     request = validate(ResponsesRequest, without_unsupported(body, RESPONSES_PARAMETERS))
     translated = translate_responses(request)
-    with translated.client_names():
+    with client_names(translated.names):
         return request, reader.chat(translated.body, "resp_")
 
 
@@ -75,6 +77,7 @@ def translate_responses(request: ResponsesRequest) -> Translated:
         **{name: getattr(request, name) for name in _SAME},
         "messages": chat.messages,
         "max_completion_tokens": request.max_output_tokens,
+        "reasoning_effort": (request.reasoning or {}).get("effort"),
         "tools": tools or None,
         "tool_choice": _tool_choice(request, has_tools=bool(tools)),
         "response_format": _response_format(request),

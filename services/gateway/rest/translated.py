@@ -1,40 +1,16 @@
 """Requests of other APIs as the chat request that they amount to."""
 
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-from winnow.errors import InvalidRequest
 
 
 @dataclass(frozen=True, slots=True)
 class Translated:
-    """body: of a chat request.  names: what its parts are called in the client's own body."""
+    """body: of a chat request.  names: as `client_names` takes them."""
 
     body: dict[str, Any]
     names: Mapping[str, str]
-
-    @contextmanager
-    def client_names(self) -> Iterator[None]:
-        """Context manager: errors name the client's parameters, in `param` and in the text."""
-        try:
-            yield
-        except InvalidRequest as error:
-            param = error.param and self._renamed(error.param)
-            text = self._renamed(error.message)
-            if (param, text) == (error.param, error.message):
-                raise
-            raise type(error)(text, param=param) from error
-
-    def _renamed(self, text: str) -> str:
-        """The text with every name of a part as the client knows it; quoted words stay."""
-        if not self.names:
-            return text
-        longest_first = sorted(self.names, key=len, reverse=True)
-        names = "|".join(map(re.escape, longest_first))
-        return re.sub(rf"(?<![\w.'\"])({names})(?!\w)", lambda found: self.names[found[0]], text)
 
 
 @dataclass(slots=True)

@@ -17,7 +17,6 @@ class WithoutEffect(BaseModel):
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
-    reasoning_effort: str | None = None
     safety_identifier: str | None = None
     service_tier: str | None = None
     store: bool | None = None

@@ -17,6 +17,7 @@ COMMANDS = (
     ("explain", "--prompt", TEXT),
     ("chat", "FILE"),
     ("eval", "--tasks", "passkey", "--length", "1k", "--samples", "1"),
+    ("calibrate", "--tasks", "passkey"),
 )
 
 

@@ -164,6 +164,16 @@ async def test_an_adapter_is_no_process_and_outlives_one_of_its_name(registry: R
     assert (await registry.workers(), await registry.adapters()) == ([], [adapter])
 
 
+async def test_who_renews_an_older_version_of_an_adapter_takes_nothing_from_a_newer_one(
+    registry: Registry,
+) -> None:
+    older = AdapterRecord("law", "abc", "/models/one", version=9)
+    newer = AdapterRecord("law", "abc", "/models/one", version=10, is_dropped=True)
+    for record in (older, newer, older):
+        await registry.put(record, lease_s=30)
+    assert await registry.adapters() == [newer]
+
+
 async def test_a_record_is_gone_after_its_lease(registry: Registry) -> None:
     lasting = dataclasses.replace(RECORD, worker_id="lasting")
     await registry.put(lasting, lease_s=30)

@@ -207,6 +207,23 @@ async def test_stop_leaves_nothing_behind(
     assert worker.worker_id not in {r.worker_id for r in await registry.workers()}
 
 
+async def test_its_end_is_no_error_for_those_that_are_connected(
+    tiny_models: dict[str, Path], redis_url: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    worker = DecodeWorker(
+        Settings(model=str(tiny_models["llama"]), redis_url=redis_url, kv_memory_bytes=16 << 20)
+    )
+    await worker.start()
+    async with Client(worker) as client:
+        call = await client.admit(client.request())
+        await client.push(client.frames())
+        await token_ids_of(call)
+        await worker.stop()
+        with pytest.raises(NoDecodeWorker):  # once it knows of the end
+            await client.push(client.frames())
+    assert "goaway" not in capfd.readouterr().err.lower()
+
+
 @pytest.mark.parametrize("setting", ["decode_port", "kv_port", "metrics_port"])
 async def test_a_taken_port_stops_the_start_with_its_name(
     tiny_models: dict[str, Path], redis_url: str, setting: str

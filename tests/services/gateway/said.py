@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from services.gateway.request.generation_run import PromptRun
+from services.gateway.rest import requests
 from tests.services.gateway.service import MODEL_NAME, TestService
 from winnow.tokens import FinishReason, Token
 
@@ -17,8 +18,8 @@ QUESTION: Any = [{"role": "user", "content": "Rain or sun?"}]
 def saying(service: TestService, monkeypatch: pytest.MonkeyPatch, tools: list[Any]) -> Say:
     """Makes the model's answer a text; returns parameters of a request for it.
 
-    The tokens of the real answer are replaced on their way through the gateway. The last one is
-    `end`, unless the answer is cut off.
+    The tokens of the real answer, which no grammar ends early, are replaced on their way through
+    the gateway. The last one is `end`, unless the answer is cut off.
     """
     real, tokenizer = PromptRun.tokens, service.gateway.model.tokenizer
 
@@ -39,6 +40,7 @@ def saying(service: TestService, monkeypatch: pytest.MonkeyPatch, tools: list[An
                 idx += 1
 
         monkeypatch.setattr(PromptRun, "tokens", tokens)
+        monkeypatch.setattr(requests, "enforced", lambda *_, **__: None)
         extra = {"ignore_eos": True, **more.pop("extra_body", {})}
         given = {"model": MODEL_NAME, "messages": QUESTION, "tools": tools} | more
         return given | {"max_tokens": len(token_ids), "extra_body": extra}

@@ -70,6 +70,8 @@ async def test_tells_each_token_s_score_and_last_layer(
     assert window == [None] * 8
     assert sum(layer > 1 for layer in told["last_layers"]) == usage["selected_tokens"] == 48
     assert (told["num_layers"], len(told["layer_entries"]), told["window_size"]) == (4, 4, 8)
+    assert told["layer_entries_full"] == [len(told["pieces"]) * told["num_kv_heads"]] * 4
+    assert sum(told["layer_bytes"]) == usage["kv_bytes_kept"]
 
 
 async def test_the_timeline_runs_from_arrival_to_the_last_token(service: TestService) -> None:
@@ -98,7 +100,7 @@ async def test_grpc_tells_the_same(service: TestService) -> None:
         complete = InferenceStub(channel).Complete(request(text=TEXT, winnow=options), timeout=60)
         *_, last = [chunk async for chunk in complete]
     explain = last.usage.explain
-    for name in ("pieces", "last_layers", "layer_entries"):
+    for name in ("pieces", "last_layers", "layer_entries", "layer_entries_full", "layer_bytes"):
         assert list(getattr(explain, name)) == told[name]
     for name in ("layer", "num_layers", "num_kv_heads", "window_size"):
         assert getattr(explain, name) == told[name]

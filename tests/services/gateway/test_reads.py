@@ -21,6 +21,8 @@ NAMED = {"type": "function", "function": {"name": "a"}}
         {"tools": TOOLS, "tool_choice": "required"},
         {"tools": TOOLS, "tool_choice": NAMED},
         {"tools": TOOLS, "tool_choice": {"type": "any"}},
+        {"tools": [*TOOLS, {"type": "function", "strict": True}]},
+        {"tools": [{"type": "function", "function": {"strict": True}}], "tool_choice": "auto"},
     ],
 )
 def test_a_form_or_a_call_that_must_come_is_a_grammar(body: dict[str, Any]) -> None:
@@ -36,6 +38,7 @@ def test_a_form_or_a_call_that_must_come_is_a_grammar(body: dict[str, Any]) -> N
         {"text": {"format": {"type": "text"}, "verbosity": "low"}},
         {"output_config": {"effort": "low"}},
         {"tools": TOOLS},
+        {"tools": [{"strict": False, "function": {"strict": None}}, 3]},
         {"tools": TOOLS, "tool_choice": "auto"},
         {"tools": TOOLS, "tool_choice": {"type": "auto"}},
         {"tool_choice": "required"},

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from services.common.settings import Settings
 from services.gateway.access.request_limits import RequestLimits
@@ -17,6 +18,7 @@ from tests.winnow import tool_templates
 from winnow.answers import AnswerFormat
 from winnow.answers.frames import CHANNELS
 from winnow.errors import InvalidRequest
+from winnow.grammar import Grammar
 
 TOOL: dict[str, Any] = {
     "type": "function",
@@ -211,6 +213,39 @@ def test_how_an_answer_is_split(service: Service) -> None:
     assert hidden is not None and not hidden.shows_reasoning and hidden.tool_format is None
 
 
+@pytest.fixture(scope="module")
+def tagged(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Service:
+    """A service whose vocabulary has the tags of calls."""
+    folder = tmp_path_factory.mktemp("model")
+    shutil.copytree(model_path, folder / "model")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool_call>", "</tool_call>"]})
+    tokenizer.save_pretrained(folder / "model")
+    return Service(folder / "model", folder / "own", tool_templates.HERMES)
+
+
+def test_a_strict_tools_calls_match_with_auto_where_a_token_begins_them(
+    service: Service, tagged: Service
+) -> None:
+    def grammar(own: Service, *tools: Any, **changes: Any) -> Grammar | None:
+        return own.read(tools=list(tools), **changes).generation.grammar
+
+    assert grammar(service, TOOL, NOW) is None
+    assert grammar(tagged, NOW) is None
+    strict = grammar(tagged, TOOL, NOW)
+    assert strict is not None and "ANSWER_TEXT" in strict.source
+    required = grammar(tagged, TOOL, NOW, tool_choice="required")
+    assert required is not None and "ANSWER_TEXT" not in required.source
+    # An object of any properties is right for a tool that is not strict.
+    closed = '"additionalProperties": false'
+    assert (strict.source.count(closed), required.source.count(closed)) == (1, 2)
+    wrong = {"name": "f", "strict": True, "parameters": {"properties": {"a": {"not": {}}}}}
+    with pytest.raises(InvalidRequest, match="cannot be enforced") as error:
+        grammar(tagged, {"type": "function", "function": wrong})
+    assert error.value.param == "tools[0].function.parameters.properties.a"
+    assert grammar(tagged, {"type": "function", "function": wrong | {"strict": False}}) is None
+
+
 def test_an_operator_switches_tools_or_reasoning_off(model_path: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"tool_parser": "off", "reasoning_parser": "off"}
     off = Service(model_path, tmp_path / "own", tool_templates.HERMES, **settings)
@@ -243,6 +278,12 @@ def test_an_operator_names_form_and_reasoning(model_path: Path, tmp_path: Path) 
     answer = own.answer(tools=[TOOL])
     assert answer is not None and answer.tool_format is not None
     assert (answer.tool_format.name, answer.reasoning) == ("mistral", "possible")
+
+
+def test_how_much_to_reason_is_in_the_prompt(model_path: Path, tmp_path: Path) -> None:
+    own = Service(model_path, tmp_path / "own", tool_templates.HARMONY)
+    assert "Reasoning: low" in own.prompt(reasoning_effort="low")
+    assert "Reasoning: medium" in own.prompt()
 
 
 def test_reasoning_that_the_prompt_begins_is_open(model_path: Path, tmp_path: Path) -> None:

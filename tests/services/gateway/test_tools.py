@@ -178,6 +178,24 @@ async def test_reasoning_can_be_left_out(service: TestService, say: Say) -> None
     assert answer.choices[0].message.content == f"{THOUGHT}Sun.", "the prompt has closed the tag"
 
 
+async def test_a_strict_call_is_enforced_once_it_has_begun(service: TestService) -> None:
+    cities = {"type": "object", "properties": {"city": {"enum": ["Rome", "Bonn"]}}}
+    function: Any = {"name": "pick", "strict": True}
+    function["parameters"] = cities | {"required": ["city"]}
+    begin = service.gateway.model.tokenizer.added_token_id("<tool_call>")
+    given: dict[str, Any] = {"model": MODEL_NAME, "messages": QUESTION, "max_tokens": 400}
+    answer = await service.openai.chat.completions.create(
+        **given,
+        tools=[{"type": "function", "function": function}],
+        parallel_tool_calls=False,
+        logit_bias={str(begin): 100},
+    )
+    (choice,) = answer.choices
+    calls: Any = choice.message.tool_calls
+    assert choice.finish_reason == "tool_calls"
+    assert json.loads(calls[0].function.arguments)["city"] in ("Rome", "Bonn")
+
+
 async def test_log_probabilities_and_usage_count_each_token_once(
     service: TestService, say: Say
 ) -> None:

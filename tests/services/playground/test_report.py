@@ -11,6 +11,7 @@ from playwright.sync_api import Browser, Page
 from services.cli.main import main
 from services.playground.page import report_page
 from services.playground.report import report as report_of
+from tests.models_in_code import save_tiny_model
 from tests.services.playground.browser import LOWEST_CONTRAST, Scheme, chromium, shown
 from winnow import SamplingParams, Winnow
 from winnow.explain import Explanation, explain
@@ -83,6 +84,23 @@ def test_shows_the_prompt_and_the_reports_own_figures(
         assert tuple(kept) == figures.layer_entries
         assert view.complaints == []
         assert view.requests == [report.as_uri()]
+
+
+def test_a_layer_s_bar_is_of_its_own_size(browser: Browser, tmp_path: Path) -> None:
+    winnow = Winnow.load(save_tiny_model(tmp_path, "gemma4"), **SETTINGS)
+    explained = explain(winnow, winnow.tokenizer.encode(TEXT), SAMPLING)
+    full = explained.layer_entries_full
+    assert len({*full}) > 1
+    file = tmp_path / "report.html"
+    file.write_text(report_page(report_of(explained, "tiny")), encoding="utf-8")
+    with shown(browser, file.as_uri()) as view:
+        titles = _titles(view.page, "#layers .kept")
+        assert [int(title.split(" of ")[1].split()[0]) for title in titles] == [*full]
+        heights = view.page.locator("#layers .whole").evaluate_all(
+            "bars => bars.map((bar) => Number(bar.getAttribute('height')))"
+        )
+        assert heights == pytest.approx([max(heights) * num / max(full) for num in full])
+        assert view.complaints == []
 
 
 def test_what_turns_a_text_around_turns_nothing_that_follows(

@@ -17,7 +17,7 @@ from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
 from tests.deadlines import SOON_S
 from tests.services.exposed import samples, value
-from tests.services.prefill.conftest import NUM_TOKENS, PRUNING, MakeJob
+from tests.services.prefill.conftest import NUM_TOKENS, PRUNING, MakeJob, until
 from tests.services.prefill.receiver import Receiver
 from tests.winnow.drive import prefill_all
 from winnow.decoder import DecoderModel
@@ -382,3 +382,31 @@ def test_decode_sees_no_prompt_that_failed(
         queue.submit(make_job(token_ids=(999_999,) * NUM_TOKENS)).result(SOON_S)
     queue.stop()
     assert not seen.prefill_runs
+
+
+def test_a_device_that_fails_every_prompt_ends_the_worker(
+    queue: PrefillQueue,
+    make_job: MakeJob,
+    model: DecoderModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any) -> torch.Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def broken() -> None:
+        with pytest.raises(PrefillFailed, match="illegal memory access"):
+            queue.submit(make_job()).result(SOON_S)
+
+    compute = model.layer
+    monkeypatch.setattr(model, "layer", fail)
+    for _ in range(9):
+        broken()
+    monkeypatch.setattr(model, "layer", compute)
+    queue.submit(make_job()).result(SOON_S)  # a prompt that is computed proves that it works
+    monkeypatch.setattr(model, "layer", fail)
+    for _ in range(10):
+        assert queue.alive
+        broken()
+    until(lambda: not queue.alive)
+    with pytest.raises(PrefillFailed, match="the prefill worker stops"):
+        queue.submit(make_job())

@@ -260,6 +260,12 @@ def test_bare_calls_and_other_json_can_both_come(form: ToolFormat, compact: bool
             assert matcher.is_accepting()
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_calls_are_told_from_text_by_their_first_token_if_they_have_one(form: ToolFormat) -> None:
+    assert form.begins_by_token(added) == (not form.syntax.bare)
+    assert not form.begins_by_token(lambda _: None)
+
+
 def test_a_tool_without_properties_has_no_arguments() -> None:
     own = {"type": "function", "function": {"name": "now", "parameters": EMPTY}}
     assert accepts(GenericJson(), '{"name": "now", "arguments": {}}', tools=[own])

@@ -5,9 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
-from winnow.attention import fused, most_prompt_tokens
+from winnow.attention import (
+    AttentionOptions,
+    causal_attention,
+    fused,
+    most_prompt_tokens,
+    prefill,
+)
 from winnow.decoder import DecoderModel
 from winnow.engine.prefill import require_prompt
 from winnow.errors import PromptTooLong
@@ -19,24 +26,53 @@ SHAPE = ModelShape(32, 32, 8, 128, 4096, torch.float32)
 
 
 @pytest.mark.parametrize(
-    ("capability", "first"),
+    ("capability", "num_tokens", "dtype", "is_taken"),
     [
-        ((8, 0), SDPBackend.FLASH_ATTENTION),
-        ((8, 9), SDPBackend.FLASH_ATTENTION),
-        ((9, 0), SDPBackend.CUDNN_ATTENTION),
-        ((10, 0), SDPBackend.CUDNN_ATTENTION),
+        ((8, 0), 32_768, torch.bfloat16, False),
+        ((9, 0), 32_768, torch.bfloat16, True),
+        ((9, 0), 8191, torch.bfloat16, False),
+        ((9, 0), 32_768, torch.float32, False),
+        ((10, 0), 8192, torch.float16, True),
+        ((12, 0), 32_768, torch.bfloat16, False),
     ],
 )
-def test_cudnn_comes_first_from_hopper_on_and_the_plain_one_last(
-    capability: tuple[int, int], first: SDPBackend, monkeypatch: pytest.MonkeyPatch
+def test_cudnn_takes_long_prompts_where_it_is_the_fastest(
+    capability: tuple[int, int],
+    num_tokens: int,
+    dtype: torch.dtype,
+    is_taken: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    size = (1, 32, num_tokens, 128)
+    with FakeTensorMode():
+        query = torch.empty(size, dtype=dtype, device="cuda")
+    assert fused.takes_cudnn(query) is is_taken
+    assert not fused.takes_cudnn(torch.empty(size, dtype=dtype, device="meta"))
+
+
+@pytest.mark.parametrize("cudnn_first", [True, False])
+def test_cudnn_is_first_or_before_the_plain_one(cudnn_first: bool) -> None:
     before = torch._C._get_sdp_priority_order()
-    with fused.fused_kernels(CUDA):
+    with fused.fused_kernels(CUDA, cudnn_first=cudnn_first):
         order = torch._C._get_sdp_priority_order()
-    assert order[0] == first.value
+    assert order.index(SDPBackend.CUDNN_ATTENTION.value) == (0 if cudnn_first else 2)
     assert order[3] == SDPBackend.MATH.value
     assert torch._C._get_sdp_priority_order() == before
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 8, 9])
+def test_a_prompt_that_is_filled_up_for_cudnn_is_attended_to_as_it_is(
+    num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(num_tokens)
+    query = torch.randn(1, 6, num_tokens, 16)
+    key, value = torch.randn(2, 1, 2, num_tokens, 16)
+    expected = causal_attention(query, key, value, AttentionOptions(0.3))
+    monkeypatch.setattr(prefill, "takes_cudnn", lambda _: True)
+    monkeypatch.setattr(prefill, "CUDNN_TOKENS", 8)
+    filled = causal_attention(query, key, value, AttentionOptions(0.3))
+    torch.testing.assert_close(filled, expected)
 
 
 def test_a_cpu_keeps_its_order() -> None:

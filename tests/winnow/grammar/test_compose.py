@@ -90,6 +90,38 @@ def test_what_must_call_has_no_other_form(compiler: GrammarCompiler, tokenizer: 
     assert not matches(compiler, tokenizer, grammar, ['{"a":1}'])
 
 
+@pytest.mark.parametrize("reasoning", ["none", "possible"])
+def test_what_may_talk_says_anything_and_then_calls_in_the_form_or_not(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, reasoning: Reasoning
+) -> None:
+    rules = f'call_start: <[1]> {ARGUMENTS} "</call>"'
+    calls = Fragment(rules, "call_start", frozenset({1}), opens=("<call>",))
+    grammar = compose(
+        None,
+        calls,
+        must_call=False,
+        may_talk=True,
+        reasoning=reasoning,
+        tags=TAGS,
+        token_id=with_tokens,
+    )
+    assert grammar is not None
+    expected: dict[tuple[str | int, ...], bool] = {
+        ("",): True,
+        ("Well.\n{}<call",): True,
+        (1, "{}</call>"): True,
+        ("Well. ", 1, "{}</call>"): True,
+        (1, '{"a": 1}</call>'): False,
+        (1, "{}"): False,
+        (1, "{}</call>", "And?"): False,
+        ("<call>[]</call>",): False,
+    }
+    for parts, fits in expected.items():
+        assert matches(compiler, tokenizer, grammar, parts) is fits, parts
+        thought: list[str | int] = [THINK, "hm", END_THINK, "\n\n", *parts]
+        assert matches(compiler, tokenizer, grammar, thought) is (fits and reasoning != "none")
+
+
 def test_control_tokens_are_those_that_the_parts_name(compiler: GrammarCompiler) -> None:
     calls = Fragment('call_start: <[1]> "x"', "call_start", frozenset({1}))
     grammar = compose(

@@ -27,6 +27,7 @@ class Compiled:
 
     vector_loads, vector_stores: instructions that move 16 bytes; loads to shared memory count.
     narrow_loads: those that move 2 bytes, and copies to shared memory of 4: lost vector loads.
+    has_half_products: whether numbers of 16 bits are multiplied on tensor cores.
     """
 
     kernel: str
@@ -36,6 +37,7 @@ class Compiled:
     vector_loads: int
     vector_stores: int
     narrow_loads: int
+    has_half_products: bool
 
 
 class _AbsentGPU:
@@ -84,4 +86,5 @@ def _read(kernel: Any) -> Compiled:
         vector_loads=len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|cp\.async.*, 0x10,", ptx)),
         vector_stores=len(re.findall(r"st\.global[\w.:]*\.v4\.b32", ptx)),
         narrow_loads=len(re.findall(r"ld\.global[\w.:]*\.b16|cp\.async.*, 0x[24],", ptx)),
+        has_half_products=re.search(r"mma\.sync[\w.]*\.(f16|bf16)\.", ptx) is not None,
     )

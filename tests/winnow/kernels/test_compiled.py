@@ -230,3 +230,41 @@ def test_recompression_is_not_compiled_again_for_other_windows_and_lengths(
     for shape in ((1, 1, 1, 1), (7, 31, 9, 77), (64, 16, 16, 16)):
         compile_launches(capability, partial(recompress, *shape))
     assert not compiled
+
+
+def test_attention_and_scatter_are_not_compiled_again_for_other_batches(
+    capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages, compiled = meta(99, 16, 64), []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **_: compiled.append(1))
+
+    def attend(num_rows: int, width: int, most: int, num_entries: int) -> None:
+        new = meta(num_rows, 2, 64)
+        packed = indices(1 + 2 * num_rows)[1:]  # layers' parts of one tensor, on any address
+        lengths = meta(1 + 2 * num_rows, dtype=torch.int32)[1:].view(num_rows, 2)
+        table = (packed.view(num_rows, 2), indices(num_rows, 2, width), packed[:num_rows], lengths)
+        attention.append_and_attend(
+            *(meta(num_rows, 8, 64), new, new, pages, pages, *table), most, 0.125
+        )
+        entries = (meta(num_entries, 64), meta(num_entries, 64))
+        positions = meta(1 + num_entries, dtype=torch.int32)[1:]
+        pool = (pages.view(-1, 64), pages.view(-1, 64), meta(99 * 16, dtype=torch.int32))
+        scatter.scatter((*entries, positions), indices(1 + num_entries)[1:], pool)
+
+    compile_launches(capability, partial(attend, 3, 130, 2000, 33))
+    compiled.clear()
+    for shape in ((1, 1, 16, 1), (7, 128, 513, 32), (8, 1024, 16_384, 999)):
+        compile_launches(capability, partial(attend, *shape))
+    assert not compiled
+
+
+def test_attention_in_float32_multiplies_in_float32(capability: int) -> None:
+    new, pages = meta(8, 2, 64, dtype=torch.float32), meta(99, 16, 64, dtype=torch.float32)
+    query = meta(8, 8, 64, dtype=torch.float32)
+    (kernel,) = compile_launches(
+        capability,
+        lambda: attention.append_and_attend(
+            *(query, new, new, pages, pages), *table_of(32), 512, 0.125
+        ),
+    )
+    assert not kernel.has_half_products

@@ -71,7 +71,15 @@ class ToolFormat(ABC):
         rules.append("call_space: / {1,2}/")
         text = "\n".join(rules)
         named = frozenset(i for i in ids.values() if i is not None and f"<[{i}]>" in text)
-        return Fragment(text, "call_start", named, in_final=self.in_final)
+        opens = self.syntax.opens
+        return Fragment(text, "call_start", named, in_final=self.in_final, opens=opens)
+
+    def begins_by_token(self, token_id: Callable[[str], int | None]) -> bool:
+        """Whether every call begins with a token of its own, which no text has.
+
+        token_id: as in `grammar`.
+        """
+        return not self.syntax.bare and all(token_id(one) is not None for one in self.syntax.opens)
 
     @abstractmethod
     def _sequence(self, objects: Sequence[str]) -> str:

@@ -1,6 +1,8 @@
 """Recording with CUDA graphs."""
 
-from collections.abc import Callable
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -37,17 +39,35 @@ class CudaRecorder:
     def record(self, step: Callable[[], tuple[Tensor, ...]]) -> CudaRecording:
         side = self._stream
         side.wait_stream(torch.cuda.current_stream())
+        # A capture that fails leaves the thread on its stream; this takes it off in any case.
         with torch.cuda.stream(side):
             for _ in range(_WARM_UPS):
                 step()
+            recording = self._captured(step)
         torch.cuda.current_stream().wait_stream(side)
+        return recording
+
+    def _captured(self, step: Callable[[], tuple[Tensor, ...]]) -> CudaRecording:
         graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate meanwhile, for KV that arrives.
-        with torch.cuda.graph(
-            graph, pool=self._memory, stream=side, capture_error_mode="thread_local"
-        ):
-            outputs = step()
+        try:
+            # Other threads may allocate meanwhile, for KV that arrives.
+            with torch.cuda.graph(
+                graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                outputs = step()
+        except BaseException:
+            self._end_allocating()
+            raise
         return CudaRecording(graph, outputs)
+
+    def _end_allocating(self) -> None:
+        """Have the allocator know that a capture has failed, which PyTorch does not always tell it.
+
+        It would never again use memory that was read on a second stream.
+        """
+        with contextlib.suppress(RuntimeError):  # it has been told
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._memory)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), self._memory)
 
 
 def recorder_for(
@@ -55,3 +75,22 @@ def recorder_for(
 ) -> type[CudaRecorder] | None:
     """What makes the device's recorders; None where steps are launched kernel by kernel."""
     return CudaRecorder if device.type == "cuda" and cuda_graphs == "auto" else None
+
+
+@contextlib.contextmanager
+def refusing_waits(device: torch.device) -> Iterator[None]:
+    """In it, an operation that makes the host wait for a CUDA device raises RuntimeError.
+
+    That goes for all threads.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it does not see what other libraries wait for
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

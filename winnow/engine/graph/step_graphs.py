@@ -13,6 +13,7 @@ from torch import Tensor
 
 from winnow.attention import AttentionOptions
 from winnow.decoder import DecoderModel
+from winnow.engine.graph.cuda import refusing_waits
 from winnow.engine.graph.recorder import Recorder, Recording
 from winnow.engine.step_forward import LayerOutputs, StepForward
 from winnow.engine.table_mirror import TableMirror
@@ -56,8 +57,8 @@ class StepGraphs:
     needed next.
     agree: called whenever something was recorded or tried out, so that processes whose steps depend
     on one another replay all of them or none.
-    The constructor records every size; raises RecordingFailed if that fails, or if a recording
-    computes something else than the step itself.
+    The constructor records every size, while no other thread uses the device; raises
+    RecordingFailed if that fails, or if a recording computes something else than the step itself.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class StepGraphs:
         self._options: list[AttentionOptions] = []
         self._recorder: Recorder | None = None
         self._start_over()
+        self._agreed(self._require_no_waiting)
         for size in reversed(self._sizes):  # smaller ones fit into the memory of larger ones
             self._try_out(size)
 
@@ -146,6 +148,17 @@ class StepGraphs:
         """A step of dummy rows alone, which all feed token `number` at position `number`."""
         rows = [[self._mirror.dummy_row] * size, [number] * size, [number] * size]
         return indices_to_device([rows], self._model.device)[0]
+
+    def _require_no_waiting(self) -> None:
+        """Raise RuntimeError if a step makes the host wait: a capture fails then, and harms others.
+
+        What is made once, at first, may be waited for.
+        """
+        size = self._sizes[0]
+        self._inputs[size].copy_(self._dummies(size, 0))
+        self._step(size)
+        with refusing_waits(self._model.device):
+            self._step(size)
 
     def _try_out(self, size: int) -> None:
         recording = self._recording(size)

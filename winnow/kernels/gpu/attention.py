@@ -20,6 +20,12 @@ NUM_WARPS = 4
 NUM_STAGES = 3
 _LOG2_E = 1.4426950408889634
 _COMBINED = 16  # splits that are merged at a time
+# What differs from one batch, or table, to the next; a kernel that depended on it would be compiled
+# again while requests wait.
+_UNSPECIALIZED = {
+    "do_not_specialize": ["width", "num_splits"],
+    "do_not_specialize_on_alignment": ["slots_ptr", "lengths_ptr", "rows_ptr", "first_ptr"],
+}
 
 
 def block_size(head_dim: int, *, is_int8: bool = False) -> int:
@@ -34,7 +40,7 @@ def _capped(logits, softcap):
     return softcap - 2 * softcap / (tl.exp2(logits * (2 * 1.4426950408889634 / softcap)) + 1)
 
 
-@triton.jit
+@triton.jit(**_UNSPECIALIZED)
 def _attend(  # noqa: PLR0912 - most are decided when it is compiled
     query_ptr,
     new_keys_ptr,
@@ -186,7 +192,7 @@ def _attend(  # noqa: PLR0912 - most are decided when it is compiled
         tl.store(stats_ptr + split_at * 2 + 1, total, mask=group < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["lengths_ptr"])
 def _combine(
     partial_ptr,
     stats_ptr,
@@ -234,7 +240,7 @@ def _weights_dtype(query: Tensor, *, is_int8: bool) -> tl.dtype:
 
     Weights times int8's scales have too large a range for float16.
     """
-    if needs_float32(query):
+    if needs_float32(query) or query.dtype == torch.float32:
         return tl.float32
     return tl.bfloat16 if is_int8 or query.dtype == torch.bfloat16 else tl.float16
 

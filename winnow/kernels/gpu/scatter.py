@@ -11,9 +11,15 @@ from winnow.kernels import scatter as reference
 from winnow.kernels.gpu.launch import FUSED, require_contiguous
 
 _ENTRIES = 32  # of a program
+# What differs from one layer to the next; a kernel that depended on it would be compiled again
+# while KV arrives.
+_UNSPECIALIZED = {
+    "do_not_specialize": ["num_entries"],
+    "do_not_specialize_on_alignment": ["positions_ptr", "slots_ptr"],
+}
 
 
-@triton.jit
+@triton.jit(**_UNSPECIALIZED)
 def _scatter(
     keys_ptr,
     values_ptr,

@@ -39,6 +39,10 @@ def text_of(deltas: list[pb.ChoiceDelta]) -> str:
         ({"regex": "[a-c]{3}"}, lambda text: len(text) == 3 and set(text) <= set("abc")),
         ({"choice": pb.Choices(texts=["ja", "nein"])}, lambda text: text in ("ja", "nein")),
         ({"lark": 'start: "x" /[0-9]/'}, lambda text: text[0] == "x" and text[1:].isdigit()),
+        (
+            {"json_schema": json.dumps(CITY), "disable_any_whitespace": True},
+            lambda text: text in ('{"city":"Paris"}', '{"city":"Rome"}'),
+        ),
     ],
 )
 async def test_an_answer_matches_what_is_asked_for(
@@ -88,9 +92,9 @@ async def test_a_call_and_its_result_are_part_of_the_conversation(service: TestS
         ({"messages": {"tool_choice": "required"}}, "tool_choice"),
         ({"messages": {"tool_choice": "perhaps", "tools": [TOOL]}}, "tool_choice"),
         ({"messages": {"tool_choice": "function", "tools": [TOOL]}}, "tool_choice"),
-        ({"messages": {"tools": [pb.Tool(name="a b")]}}, "tools[0].function.name"),
+        ({"messages": {"tools": [pb.Tool(name="a b")]}}, "tools[0].name"),
         ({"messages": {"tools": [pb.Tool(name="a", parameters="[]")]}}, "tools[0].parameters"),
-        ({"messages": {"tools": [TOOL, TOOL]}}, "tools[1].function.name"),
+        ({"messages": {"tools": [TOOL, TOOL]}}, "tools[1].name"),
     ],
 )
 async def test_what_cannot_be_carried_out_is_refused_by_name(
@@ -101,4 +105,6 @@ async def test_what_cannot_be_carried_out_is_refused_by_name(
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await answer(service, **changes)
     assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert error_from_rpc(error.value).param == param
+    refusal = error_from_rpc(error.value)
+    assert refusal.param == param
+    assert ".function" not in refusal.message

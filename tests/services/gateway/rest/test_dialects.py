@@ -44,7 +44,6 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "prompt_cache_key": "tenant",
     "prompt_cache_options": {"mode": "explicit"},
     "prompt_cache_retention": "24h",
-    "reasoning_effort": "high",
     "safety_identifier": "someone",
     "service_tier": "flex",
     "store": True,

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from services.gateway.body import validate
+from services.gateway.client_names import client_names
 from services.gateway.rest.messages_bodies import CountTokensRequest, MessagesRequest
 from services.gateway.rest.responses_bodies import ResponsesRequest
 from services.gateway.rest.translate_messages import translate_count, translate_messages
@@ -31,7 +32,7 @@ def call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
 
 
 def renamed(translated: Translated, error: InvalidRequest) -> InvalidRequest:
-    with pytest.raises(type(error)) as raised, translated.client_names():
+    with pytest.raises(type(error)) as raised, client_names(translated.names):
         raise error
     assert isinstance(raised.value, InvalidRequest)
     return raised.value
@@ -136,6 +137,15 @@ def test_a_conversation_with_calls_in_blocks() -> None:
 
 
 NAMED = {"name": "g", "input": {}}
+
+
+def test_how_much_to_reason_is_passed_on_under_its_own_name() -> None:
+    translated = of_responses(reasoning={"effort": "low", "summary": "auto"})
+    assert translated.body["reasoning_effort"] == "low"
+    error = InvalidSetting("reasoning_effort is 3", param="reasoning_effort")
+    assert renamed(translated, error).param == "reasoning.effort"
+    for nothing in (None, {}, {"effort": None}):
+        assert "reasoning_effort" not in of_responses(reasoning=nothing).body
 
 
 def test_tools_keep_their_schemas_order() -> None:

@@ -158,10 +158,14 @@ async def test_an_answer_goes_back_as_the_official_client_dumps_it(service: Test
 
 
 async def test_a_response_repeats_what_was_asked(service: TestService) -> None:
+    effort = {"effort": "low", "summary": "auto"}
     answer = await responses(
-        service, input="a", metadata={"run": "7"}, top_p=0.5, seed=3, user="me", cache_salt="s"
+        service,
+        **{"input": "a", "metadata": {"run": "7"}, "top_p": 0.5, "user": "me", "seed": 3},
+        **{"cache_salt": "s", "reasoning": effort},
     )
     told = answer.json()
+    assert told["reasoning"] == {"effort": "low", "summary": None}
     assert (told["metadata"], told["top_p"], told["user"]) == ({"run": "7"}, 0.5, "me")
     assert (told["max_output_tokens"], told["tools"], told["tool_choice"]) == (6, [], "auto")
     assert told["usage"]["winnow"]["ttft_s"] > 0

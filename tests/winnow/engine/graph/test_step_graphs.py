@@ -1,8 +1,9 @@
 """Which steps are recorded, and what happens where they cannot be."""
 
+import contextlib
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,31 @@ def test_where_steps_cannot_be_recorded_they_are_launched_and_one_line_says_so(
     start = "decode runs without CUDA graphs, because a step cannot be recorded: "
     assert re.fullmatch(start + reason, record.getMessage())
     assert not engine._runner.reads_late
+    assert answers(engine) == answers(make_engine(model))
+
+
+def test_a_step_that_makes_the_host_wait_is_not_captured(
+    model: DecoderModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A capture that fails leaves PyTorch's allocator in a state that costs memory."""
+
+    @contextlib.contextmanager
+    def refusing(_: torch.device) -> Iterator[None]:
+        yield
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr("winnow.engine.graph.step_graphs.refusing_waits", refusing)
+    recorders: list[EagerRecorder] = []
+
+    def new_recorder() -> EagerRecorder:
+        recorders.append(EagerRecorder())
+        return recorders[-1]
+
+    with caplog.at_level(logging.WARNING):
+        engine = make_engine(model, rows=4, new_recorder=new_recorder)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("called a synchronizing CUDA operation")
+    assert recorders == []
     assert answers(engine) == answers(make_engine(model))
 
 
