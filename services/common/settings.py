@@ -363,6 +363,10 @@ class Settings(BaseModel):
         description="reserved KV memory is freed when no KV came for this long; "
         "a two-pass method sends none before its second pass",
     )
+    start_timeout_s: Seconds = Field(
+        1800,
+        description="`winnow serve` ends if its workers have not loaded the model within this time",
+    )
     drain_notice_s: Annotated[float, Field(ge=0)] = Field(
         5,
         description="on SIGTERM a gateway first says for this long that it is not ready, and "
