@@ -215,7 +215,10 @@ def _held(model: Model, deployment: Deployment, pool: float) -> dict[str, str]:
         _gigabytes(pool),
         " / ".join(f"{pools / each / 1e6:.3g} M" for each in token_bytes),
         *(
-            " / ".join(f"{int(pools / model.held_bytes(each, dtype)):,}" for dtype in dtypes)
+            " / ".join(
+                f"{deployment.pairs * int(pool / model.held_bytes(each, dtype)):,}"
+                for dtype in dtypes
+            )
             for each in _ENTRIES
         ),
     )

@@ -22,9 +22,15 @@ def require_range(
     if not (low < value if low_open else low <= value) or not value <= high:
         bracket = "(" if low_open else "["
         raise InvalidSetting(
-            f"{name} is {value:.12g}; the allowed range is {bracket}{low:g}, {high:.12g}]",
+            f"{name} is {_shown(value)}; the allowed range is "
+            f"{bracket}{_shown(low)}, {_shown(high)}]",
             param=name,
         )
+
+
+def _shown(number: float) -> str:
+    """A whole number has all its digits."""
+    return str(number) if isinstance(number, int) else f"{number:.12g}"
 
 
 def require_type(name: str, value: object, declared: Any) -> None:  # noqa: ANN401 - a field's type

@@ -68,7 +68,7 @@ SERVE_GROUPS: Mapping[str, Sequence[str]] = {
         *_PEERS,
     ),
     "How many": ("prefill_replicas", "decode_workers", "gateway_replicas"),
-    "At its end": ("drain_notice_s",),
+    "At its start and end": ("start_timeout_s", "drain_notice_s"),
     "What a request gets": ("generation_config", "playground"),
     "Chat": (
         "chat_template_kwargs",

@@ -31,7 +31,6 @@ RAY_ADDRESS = "RAY_ADDRESS"
 
 _POLL_S = 0.25
 _FAILED_TO_START = "failed to start"  # in Serve's message about a deployment
-_START_TIMEOUT_S = 600.0
 _OBJECT_STORE_BYTES = 80 << 20  # just above Ray's minimum: no tensor goes through it
 
 # Read by Ray and Serve at import, and by every process they start.
@@ -118,6 +117,21 @@ def _check(settings: Settings) -> None:
     require_adapters(settings, description)
 
 
+def require_gpus(settings: Settings, found: float) -> None:
+    """Raise InvalidSetting if the workers need more GPUs than Ray has found on this machine.
+
+    Ray would wait for them.
+    """
+    wanted = settings.prefill_replicas * settings.gpus_per_worker(settings.prefill_ranks)
+    wanted += settings.decode_workers * settings.gpus_per_worker(settings.decode_ranks)
+    if wanted > found:
+        raise InvalidSetting(
+            f"prefill and decode workers need {wanted:g} GPUs, worker_num_gpus for each; this "
+            f"machine has {found:g}",
+            param="worker_num_gpus",
+        )
+
+
 @contextlib.contextmanager
 def _ray(settings: Settings, progress: Progress, signals: StopSignals) -> Iterator[None]:
     """Connect this process as a driver to RAY_ADDRESS's cluster, or to its own temporary one.
@@ -141,6 +155,8 @@ def _ray(settings: Settings, progress: Progress, signals: StopSignals) -> Iterat
                     ray.init(logging_level=logging.ERROR, log_to_driver=True, **own)
                 signals.listen()  # Ray has installed its own handler
                 checked.result()
+                if is_own:
+                    require_gpus(settings, ray.cluster_resources().get("GPU", 0))
             signals.check()
             yield
     except SystemExit as error:  # how Ray handles a SIGTERM while it starts
@@ -196,7 +212,7 @@ def _application(settings: Settings, progress: Progress, signals: StopSignals) -
         app = build_app(settings if own else for_cluster(settings))
         target = serve.RunTarget(app, name=APP_NAME, route_prefix="/", logging_config=SERVE_LOGGING)
         serve.run_many([target], wait_for_applications_running=False)
-        _wait_until_running(progress, signals)
+        _wait_until_running(settings.start_timeout_s, progress, signals)
         if own:
             _let_serve_speak()
         running = True
@@ -247,11 +263,11 @@ def _remove_registry(settings: Settings) -> None:
         remove_ray_registry(settings.namespace)
 
 
-def _wait_until_running(progress: Progress, signals: StopSignals) -> None:
+def _wait_until_running(timeout_s: float, progress: Progress, signals: StopSignals) -> None:
     """Wait until all replicas run.  Raises as soon as one cannot start, with a one-line reason."""
     from ray import serve  # noqa: PLC0415 - reads its environment at import
 
-    deadline_s = time.monotonic() + _START_TIMEOUT_S
+    deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
         app = serve.status().applications[APP_NAME]
         if app.status == "RUNNING":
@@ -262,7 +278,10 @@ def _wait_until_running(progress: Progress, signals: StopSignals) -> None:
             raise InvalidSetting(f"the service cannot start: {app.message}")
         progress(f"starting workers: {_states(app.deployments)}")
         signals.check(_POLL_S)
-    raise InvalidSetting(f"the workers did not start within {_START_TIMEOUT_S:g} seconds")
+    raise InvalidSetting(
+        f"the workers did not start within {timeout_s:g} seconds (start_timeout_s)",
+        param="start_timeout_s",
+    )
 
 
 def _states(deployments: dict[str, Any]) -> str:

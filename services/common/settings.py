@@ -268,6 +268,8 @@ class Settings(BaseModel):
     kv_lease_s: Seconds = 120
     """reserved KV memory is freed when no KV came for this long; a two-pass method sends none
     before its second pass"""
+    start_timeout_s: Seconds = 1800
+    """`winnow serve` ends if its workers have not loaded the model within this time"""
     drain_notice_s: NonNegativeFloat = 5
     """on SIGTERM a gateway first says for this long that it is not ready, and closes each
     connection after its answer, so that clients go elsewhere"""

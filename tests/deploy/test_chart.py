@@ -565,8 +565,10 @@ def test_a_pool_of_gpu_nodes_gets_its_pods_alone() -> None:
         (shm,) = [v["emptyDir"] for v in pod["volumes"] if v["name"] == "shm"]
         assert shm == {"medium": "Memory", "sizeLimit": part["sharedMemory"]}
         assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
-        probe = container["startupProbe"]
-        assert probe["periodSeconds"] * probe["failureThreshold"] == part["startupTimeoutSeconds"]
+        probe, limit_s = container["startupProbe"], part["startupTimeoutSeconds"]
+        assert probe["periodSeconds"] * probe["failureThreshold"] == limit_s
+        if part is parts["serve"]:
+            assert variables(container)["WINNOW_START_TIMEOUT_S"] == str(limit_s)
 
 
 def test_a_ray_pod_has_its_time_to_start() -> None:
@@ -616,6 +618,9 @@ def test_alerts_and_dashboards_are_the_shared_ones() -> None:
         (["networkPolicy.scrapers=null"], "scrapers"),  # an empty list would be everybody
         (["model.device=tpu"], "/model/device"),
         (["model.device=cuda:1"], "/model/device"),  # CUDA_VISIBLE_DEVICES chooses a GPU
+        (["model.device=cuda:0", "prefill.gpus=2", "decode.gpus=2"], "/model/device"),
+        (["model.device=cuda", "prefill.gpus=65", "decode.gpus=1"], "/prefill/gpus"),
+        (["settings.start_timeout_s=9"], "start_timeout_s"),
         (["model.kvDtype=int4"], "/model/kvDtype"),
         (["settings.kv_dtype=int8"], "kv_dtype"),
         (["model.device=cuda", "prefill.gpus=1"], "/decode/gpus"),

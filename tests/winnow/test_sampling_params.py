@@ -10,6 +10,8 @@ from winnow.sampling_params import SamplingParams
 def test_settings_out_of_range_name_the_number_and_the_limit() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"temperature": -1}, r"temperature is -1; the allowed range is \[0, 2\]"),
+        ({"seed": 2**63}, rf"seed is {2**63}; the allowed range is \[0, {2**63 - 1}\]"),
+        ({"top_k": 10**400}, r"top_k is 10{400}; the allowed range is \[0, 2147483647\]"),
         ({"top_p": 2}, r"top_p is 2; the allowed range is \(0, 1\]"),
         ({"top_p": float("nan")}, "top_p is nan"),
         ({"max_tokens": 0}, "max_tokens is 0"),

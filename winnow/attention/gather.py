@@ -70,6 +70,9 @@ class GatherBackend:
         pages = step.pages[..., :width].index_select(1, step.rows[index])
         entry = torch.arange(width * self._pool.page_size, device=self._pool.device)
         visible = entry < step.lengths[:, index, :, None]
+        # Behind a head's last page the table names what others may have by now: masking them would
+        # not remove a NaN. Page 0 is nobody's.
+        pages *= visible[..., :: self._pool.page_size]
         first = step.first_visible(self._layers)
         own = {layer: positions[index] for layer, positions in first.items()}
         return RowGroup(index, pages, visible, own)

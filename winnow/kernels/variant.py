@@ -34,7 +34,7 @@ class Variant:
         sinks = self.sinks
         if sinks is not None:
             sinks = sinks.float().view(*logits.shape[1:3], 1)
-        return softmax(logits, sinks).nan_to_num()
+        return softmax(logits, sinks).masked_fill_(is_hidden, 0)  # NaN where all are
 
 
 PLAIN = Variant()

@@ -53,8 +53,20 @@ class Int8Linear(nn.Module):
         step = max(1, _BLOCK_NUMBERS // self.weight.shape[1])
         for start in range(0, len(self.weight), step):
             block = slice(start, start + step)
-            output[:, block] = F.linear(rows, self.weight[block].to(self.dtype))
-        return output.mul_(self.scales)
+            output[:, block] = F.linear(rows, self._widened(block))
+        return output if self._is_half else output.mul_(self.scales)
+
+    @property
+    def _is_half(self) -> bool:
+        """Whether numbers are float16, which has no room for a sum that is not scaled yet."""
+        return self.dtype == torch.float16
+
+    def _widened(self, block: slice) -> Tensor:
+        """Some of the levels; the weights that they stand for in float16."""
+        levels = self.weight[block]
+        if self._is_half:
+            return dequantized(levels, self.scales[block], self.dtype)
+        return levels.to(self.dtype)
 
 
 class Int8Embedding(nn.Module):

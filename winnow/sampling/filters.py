@@ -137,8 +137,8 @@ class Filters:
         relative = ((values - values[:, :1]).double() * self.inverse_temperature).exp()
         ranks = torch.arange(values.shape[1], device=values.device)
         kept = relative * ((ranks < self.top_k) & (relative >= self.min_p))
-        before = kept.cumsum(-1) - kept
-        is_kept = (kept > 0) & (before < self.top_p * kept.sum(-1, keepdim=True))
+        running = kept.cumsum(-1)  # whose last is the total, however many zeros follow
+        is_kept = (kept > 0) & (running - kept < self.top_p * running[:, -1:])
         last = is_kept.sum(-1, keepdim=True).sub_(1).clamp_(min=0)  # -1 where logits are NaN
         threshold = values.gather(1, last)
         num_ties = last + 1 - (values > threshold).sum(-1, keepdim=True)

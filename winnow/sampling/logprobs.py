@@ -15,7 +15,9 @@ def logprob_columns(logits: Tensor, maxima: Tensor, tokens: Tensor, num_top: int
     """
     best = maxima.amax(-1, keepdim=True)
     masses = block_masses(logits, best, torch.full_like(best, LOG2_E))
-    log_total = best + masses.sum(-1, keepdim=True).log_()
+    log_total = masses.sum(-1, keepdim=True).log_()
     chosen = logits.gather(1, tokens[:, None])
     values, ids = top_tokens(logits, maxima, num_top)
-    return torch.cat([(chosen - log_total).double(), (values - log_total).double(), ids], dim=1)
+    # Not `best + log_total`: large logits would take that sum's last places.
+    found = ((one - best - log_total).double() for one in (chosen, values))
+    return torch.cat([*found, ids], dim=1)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from winnow.sampling.blocks import block_sums
 from winnow.sampling.cut import Cut
 
 _LOWEST = torch.finfo(torch.float32).min
@@ -54,7 +55,8 @@ class ThresholdSearch:
 
     def _mass_above(self, threshold: Tensor) -> Tensor:
         above = torch.gt(self._logits, threshold, out=self._buffer).mul_(self._weights)
-        return above.sum(-1, keepdim=True).double()
+        # PyTorch sums a whole row in another order if it is alone and has many threads.
+        return block_sums(above).double().sum(-1, keepdim=True)
 
     def _lowest_below_limit(self, limit: Tensor, sum_above: Callable[[Tensor], Tensor]) -> Tensor:
         """The lowest threshold with a sum of less than `limit` above it: one of the logits."""

@@ -1,12 +1,13 @@
 """`winnow serve`: what it refuses at once, and reads off Ray Serve's messages about replicas."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from services.cli.serve import _raise_failure, run_service
+from services.cli.serve import _raise_failure, require_gpus, run_service
 from services.common.settings import Settings
-from winnow.errors import UnusableModel, WinnowError
+from winnow.errors import InvalidSetting, UnusableModel, WinnowError
 
 TRACEBACK = """A replica failed to start with exception. Retrying 2 more time(s). Error:
 ray::ServeReplica:winnow:Prefill.initialize_and_get_metadata() (pid=1, ip=127.0.0.1)
@@ -53,3 +54,24 @@ def test_what_can_be_known_before_ray_starts_is_refused_before(
     with pytest.raises(UnusableModel, match=reason):
         run_service(settings, steps.append, lambda _: None)
     assert steps == []
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"device": "cuda"}, 2),
+        ({"device": "cuda", "worker_num_gpus": 0.5}, 1),
+        ({"device": "cuda", "decode_workers": 0}, 1),
+        ({"device": "cuda", "decode_workers": 3, "decode_tensor_parallel": 4}, 13),
+        ({"worker_num_gpus": 1, "prefill_replicas": 2}, 3),
+    ],
+)
+def test_refuses_to_wait_for_gpus_that_are_not_there(given: dict[str, Any], wanted: int) -> None:
+    require_gpus(Settings(**given), wanted)
+    said = rf"need {wanted} GPUs, worker_num_gpus for each; this machine has {wanted - 1}$"
+    with pytest.raises(InvalidSetting, match=said):
+        require_gpus(Settings(**given), wanted - 1)
+
+
+def test_workers_on_a_cpu_need_no_gpu() -> None:
+    require_gpus(Settings(tensor_parallel=4), 0)

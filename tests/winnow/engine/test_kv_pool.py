@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.winnow.pools import SHAPE, layer_of, make_pool
+from winnow.attention import AttentionOptions, GatherBackend
 from winnow.engine.kv_manager import KVManager
 from winnow.engine.kv_pool import KVPool, KVPoolConfig
 from winnow.engine.promises import Promise
@@ -227,3 +228,22 @@ def test_nan_in_freed_int8_pages_reaches_no_later_row() -> None:
     pool.append(plan.slots[0], torch.ones(1, 2, 4), torch.ones(1, 2, 4))
     for part in pool.gather(plan.pages[0, [0], :, :1]):
         assert part.isfinite().all()
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_nan_in_the_pages_that_a_row_had_once_reaches_no_head_of_it(kv_dtype: KvDtype) -> None:
+    """What the device's table names behind a head's last page may be another row's by now."""
+    pool = make_pool(rows=2, kv_dtype=kv_dtype)
+    nan = torch.full((120, 4), torch.nan)
+    positions = torch.arange(60, dtype=torch.int32).repeat(2)
+    pool.write_layer(0, layer_of(0, (60, 60)))
+    pool.begin_step([0], [60], [0])
+    pool.clear(0)
+    pool.write_layer(1, LayerKV(0, nan, nan, positions, (60, 60), torch.empty(4, 0, 4)))
+    pool.write_layer(0, layer_of(0, (3, 30)))
+    (rows, at), longest = pool.begin_step([0], [60], [[0], [60]])
+    backend = GatherBackend(pool)
+    plan = backend.plan(pool.plan_step(rows, at, longest))
+    new = torch.ones(1, 2, 4)
+    output = backend.attend(0, plan, torch.ones(1, 4, 1, 4), new, new, AttentionOptions(0.5))
+    assert output.isfinite().all()

@@ -146,6 +146,13 @@ def test_so_do_those_of_a_model_that_is_made_int8_as_it_is_loaded(tmp_path: Path
         assert (found - exact).abs().max() < exact.abs().max() / 30
 
 
+def test_float16_holds_a_sum_of_large_inputs() -> None:
+    """Of levels alone it would be 127 times the largest float16."""
+    levels, scales = quantized(torch.full((16, 512), 2.0**-12))
+    layer = Int8Linear(levels, scales, torch.ones(16).half(), torch.float16)
+    assert (layer(torch.full((1, 512), 128.0).half()) == 17).all()
+
+
 def test_a_number_is_at_most_half_a_step_off_and_a_row_of_zeros_is_exact() -> None:
     weight = torch.randn(3, 70, 33)
     weight[1, 5] = 0

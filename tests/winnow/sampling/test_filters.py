@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from tests.winnow.sampling.reference import probabilities
 from winnow.sampling import filters
 from winnow.sampling.blocks import at, block_maxima, block_sums, first_best, top_tokens
 from winnow.sampling.filters import Filters, Kind
+from winnow.sampling.threshold_search import ThresholdSearch
 from winnow.sampling_params import SamplingParams
 
 
@@ -78,6 +80,28 @@ def test_the_search_finds_the_threshold_to_the_last_bit(changes: dict[str, Any])
     params = SamplingParams(**changes)
     expected = probabilities(logits, params) > 0
     assert kept(params, logits) == expected.tolist()
+
+
+@pytest.fixture
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_the_mass_of_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+    logits = torch.randn(4, 40_000, generator=torch.Generator().manual_seed(6))
+    ones = torch.ones(4, 1)
+
+    def mass(rows: slice) -> Tensor:
+        own, best = logits[rows], ones[rows] * 5
+        search = ThresholdSearch(own, (own - best).exp(), best, ones[rows].double())
+        return search.mass(search.by_count(ones[rows].double() * 30_000))
+
+    alone = torch.cat([mass(slice(row, row + 1)) for row in range(4)])
+    assert torch.equal(mass(slice(4)), alone)
 
 
 @given(st.lists(st.sampled_from([-1e30, -2.5, -0.0, 0.0, 1.0, 7.25]), min_size=1, max_size=900))

@@ -169,6 +169,15 @@ def test_logprobs_are_of_the_raw_logits(vocab_size: int) -> None:
     assert len(found(20).top) == min(20, vocab_size)
 
 
+@pytest.mark.parametrize("size", [5, 3000])
+def test_logprobs_of_large_logits_are_those_of_small_ones(size: int) -> None:
+    row = torch.arange(size) / 8
+    small, large = outcomes(
+        torch.stack([row, row + 2**20]), [state(SamplingParams(temperature=0, num_logprobs=3))] * 2
+    )
+    assert small == large
+
+
 def test_top_logprobs_are_those_of_a_sort() -> None:
     logits = torch.randn(3, 20_000, generator=torch.Generator().manual_seed(3)) * 4
     params = SamplingParams(temperature=0, num_logprobs=20)

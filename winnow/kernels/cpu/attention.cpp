@@ -104,6 +104,10 @@ struct Scales {
 void update_softmax(float* logits, Bf16* weights, int width, int64_t first_seen, int64_t end_seen,
                     const Logits& how, const Scales* scales, float* mixed, int head_dim,
                     float* best, float* total) {
+    if (std::max<int64_t>(first_seen, 0) >= std::min<int64_t>(end_seen, width)) {
+        std::memset(weights, 0, width * sizeof(Bf16));
+        return;
+    }
     for (int key = 0; scales && key < width; key += LANES)
         _mm512_store_ps(logits + key, _mm512_mul_ps(_mm512_load_ps(logits + key),
                                                     _mm512_load_ps(scales->keys + key)));
@@ -116,10 +120,6 @@ void update_softmax(float* logits, Bf16* weights, int width, int64_t first_seen,
     for (int key = 0; key < width; key += LANES)
         largest = _mm512_max_ps(largest, _mm512_load_ps(logits + key));
     float new_best = std::max(*best, _mm512_reduce_max_ps(largest));
-    if (new_best == NEVER) {  // it has not seen a key yet
-        std::memset(weights, 0, width * sizeof(Bf16));
-        return;
-    }
     float scale = how.scale();
     __m512 sum = _mm512_setzero_ps();
     for (int key = 0; key < width; key += LANES) {
@@ -189,7 +189,7 @@ struct Task {
     }
 
     void write(int row, int head_dim, Bf16* output) const {
-        __m512 scale = _mm512_set1_ps(total[row] > 0 ? 1 / total[row] : 0);
+        __m512 scale = _mm512_set1_ps(total[row] == 0 ? 0 : 1 / total[row]);
         for (int dim = 0; dim < head_dim; dim += LANES)
             narrow(output + dim, _mm512_mul_ps(_mm512_load_ps(&mixed[row * head_dim + dim]), scale));
     }
@@ -204,8 +204,6 @@ struct Memory {
     Scratch<Bf16> levels;  // of 16 keys or values
 };
 thread_local Memory own_memory;
-
-using Half = uint16_t;  // a float16
 
 // All pages of one kind, and the float16 scales of int8 ones, a key's and a value's in turn.
 template <typename Held>

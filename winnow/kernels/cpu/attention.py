@@ -48,6 +48,7 @@ def attend(
     """
     num_heads, num_queries, head_dim = query.shape
     assert num_queries > 0, "there is no token"
+    assert own_keys.dtype == torch.int64 and (first_keys is None or first_keys.dtype == torch.int64)
     own_keys = own_keys.contiguous()
     first_keys = None if first_keys is None else first_keys.contiguous()
     sinks = None if sinks is None else sinks.float().contiguous()
@@ -92,6 +93,8 @@ def append_and_attend(
     """As `winnow.kernels.attention.append_and_attend`, for pages of a multiple of PAGE_ENTRIES."""
     assert slots.dtype == pages.dtype == rows.dtype == torch.int64
     assert lengths.dtype == torch.int32
+    for own in (query, new_keys, new_values):
+        assert own.dtype == torch.bfloat16 and own.stride(2) == 1, f"{own.dtype}, {own.stride()}"
     assert keys.dtype == values.dtype == (torch.bfloat16 if scales is None else torch.int8)
     first, positions = variant.first, variant.positions
     assert first is None or (first.dtype == torch.int64 and positions is not None)

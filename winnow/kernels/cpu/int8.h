@@ -4,8 +4,10 @@
 
 #include "vectors.h"
 
+using Half = uint16_t;  // a float16
+
 // levels: [size].  Returns the scale, a float16.
-inline uint16_t quantize(const Bf16* vector, int64_t size, int8_t* levels) {
+inline Half quantize(const Bf16* vector, int64_t size, int8_t* levels) {
     __m512 largest = _mm512_setzero_ps();
     __mmask16 is_nan = 0;
     for (int64_t i = 0; i < size; i += LANES) {
@@ -14,7 +16,7 @@ inline uint16_t quantize(const Bf16* vector, int64_t size, int8_t* levels) {
         largest = _mm512_max_ps(largest, _mm512_abs_ps(x));
     }
     float most = is_nan ? __builtin_nanf("") : _mm512_reduce_max_ps(largest);
-    uint16_t half = _cvtss_sh(most * (1.0f / 127), _MM_FROUND_TO_NEAREST_INT);
+    Half half = _cvtss_sh(most * (1.0f / 127), _MM_FROUND_TO_NEAREST_INT);
     if (_cvtsh_ss(half) * 127 < most) ++half;  // the next float16 above
     __m512 scale = _mm512_set1_ps(_cvtsh_ss(half));
     for (int64_t i = 0; i < size; i += LANES) {

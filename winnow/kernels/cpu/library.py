@@ -19,7 +19,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
-VERSION = 3  # of the functions' arguments; see layer.cpp and masses.cpp
+VERSION = 4  # of the functions' arguments; see layer.cpp and masses.cpp
 LANES = 16  # numbers of a vector; see vectors.h
 _POINTER, _SIZE, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {
@@ -31,8 +31,8 @@ _SIGNATURES = {
     "winnow_after_attention": (*[_POINTER] * 5, *[_SIZE] * 2, _INT),
     "winnow_attend": (*[_POINTER] * 7, *[_SIZE] * 10, *[_FLOAT] * 2, _INT),
     "winnow_append_and_attend": (*[_POINTER] * 14, *[_SIZE] * 13, *[_FLOAT] * 2, _INT),
-    "winnow_window_scores": (*[_POINTER] * 5, *[_SIZE] * 6, _FLOAT, _INT),
-    "winnow_rkv_scores": (*[_POINTER] * 5, *[_SIZE] * 7, _FLOAT, _FLOAT, _INT),
+    "winnow_window_scores": (*[_POINTER] * 6, *[_SIZE] * 6, _FLOAT, _INT),
+    "winnow_rkv_scores": (*[_POINTER] * 6, *[_SIZE] * 7, _FLOAT, _FLOAT, _INT),
     "winnow_best_entries": (*[_POINTER] * 4, *[_SIZE] * 4, _INT),
     "winnow_compact": (*[_POINTER] * 2, _SIZE, *[_POINTER] * 3, *[_SIZE] * 4, _INT),
 }

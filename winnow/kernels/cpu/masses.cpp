@@ -50,7 +50,7 @@ float mass(const float* logits, int64_t size, float best, float scale, float thr
 
 extern "C" {
 
-int winnow_version() { return 3; }  // as in layer.cpp
+int winnow_version() { return 4; }  // as in layer.cpp
 
 // logits: rows of `size`, `stride` apart.  best, scale, threshold: [num_rows]; the last may be null.
 // masses: [num_rows, ceil(size / block_size)].

@@ -1,8 +1,8 @@
 // Scores of the entries of KV heads in pages, the choice of the best, and moving them together; see
 // recompression.py.
 //
-// Keys are bfloat16: [pages, page_size, D], D a multiple of 32, page_size of 16. Head n of N has
-// lengths[n] entries in pages[n][width]; those of its window are its last.
+// Keys are bfloat16, or int8 with scales: [pages, page_size, D], D a multiple of 32, page_size of 16.
+// Head n of N has lengths[n] entries in pages[n][width]; those of its window are its last.
 
 #include <algorithm>
 #include <cmath>
@@ -10,6 +10,7 @@
 #include <limits>
 #include <numeric>
 
+#include "int8.h"
 #include "packing.h"
 
 namespace {
@@ -22,7 +23,8 @@ constexpr size_t MOST_KEPT = 4 << 20;  // bytes of a thread between two calls
 // What the heads of one call share.
 struct Heads {
     const Bf16* queries;  // [N, group, window, D]
-    const Bf16* keys;
+    const void* keys;
+    const Half* scales;  // [pages, page_size, 2] of int8 keys and of values, or null
     const int64_t* pages;
     const int64_t* lengths;
     int64_t group, window, head_dim, page_size, width;
@@ -30,8 +32,18 @@ struct Heads {
 
     int64_t num_slots() const { return width * page_size; }
     const Bf16* queries_of(int64_t head) const { return queries + head * group * window * head_dim; }
-    const Bf16* entry(int64_t head, int64_t idx) const {
-        return keys + (pages[head * width + idx / page_size] * page_size + idx % page_size) * head_dim;
+    int64_t slot(int64_t head, int64_t idx) const {
+        return pages[head * width + idx / page_size] * page_size + idx % page_size;
+    }
+    // 16 keys one after another, of which `used` count; those that are int8 are widened into `levels`.
+    const Bf16* entries(int64_t head, int64_t idx, int used, Bf16* levels) const {
+        int64_t at = slot(head, idx) * head_dim;
+        if (!scales) return static_cast<const Bf16*>(keys) + at;
+        widen_levels(static_cast<const int8_t*>(keys) + at, used * head_dim, levels);
+        return levels;
+    }
+    float scale_of(int64_t head, int64_t idx) const {
+        return _cvtsh_ss(scales[2 * slot(head, idx)]);
     }
 };
 
@@ -40,6 +52,8 @@ struct Heads {
 struct Memory {
     Scratch<Pair> panels;                // keys
     Scratch<Bf16> rows;                  // keys one after another
+    Scratch<Bf16> levels;                // of 16 keys
+    Scratch<float> scales;               // of each key that is int8
     Scratch<float> logits, best, pooled;  // of a strip's queries
     Scratch<float> norms, limits, mean;  // of each key
     Scratch<int32_t> latest;             // likewise
@@ -48,10 +62,9 @@ struct Memory {
     Scratch<uint32_t> order;
 
     void end_call() {
-        if (bytes_held(panels, rows, logits, best, pooled, norms, limits, mean, latest, open, strip,
-                       order) >
-            MOST_KEPT)
-            *this = Memory();
+        size_t held = bytes_held(panels, rows, levels, scales, logits, best, pooled, norms, limits,
+                                 mean, latest, open, strip, order);
+        if (held > MOST_KEPT) *this = Memory();
     }
 };
 thread_local Memory own;
@@ -71,11 +84,15 @@ int64_t row_size(int64_t num_keys) { return panels_of(num_keys) * PANEL; }
 
 void pack(const Heads& heads, int64_t head, int64_t num_keys) {
     own.panels.resize(row_size(num_keys) * heads.head_dim / 2);
+    own.levels.resize(LANES * heads.head_dim);
     for (int64_t key = 0; key < row_size(num_keys); key += LANES) {
         int used = std::clamp<int64_t>(num_keys - key, 0, LANES);
-        pack_keys(used ? heads.entry(head, key) : nullptr, heads.head_dim, used, heads.head_dim,
+        const Bf16* keys = used ? heads.entries(head, key, used, own.levels.data()) : nullptr;
+        pack_keys(keys, heads.head_dim, used, heads.head_dim,
                   own.panels.data() + key / PANEL * PANEL * heads.head_dim / 2 + key % PANEL);
     }
+    own.scales.resize(heads.scales ? num_keys : 0);
+    for (size_t key = 0; key < own.scales.size(); ++key) own.scales[key] = heads.scale_of(head, key);
 }
 
 // Products of up to STRIP rows with the packed keys: [rows][row_size].
@@ -85,6 +102,13 @@ void multiply(const Bf16* rows, int64_t count, int64_t num_keys, int64_t head_di
             product<n, 4, false>(rows, head_dim, own.panels.data() + key * head_dim / 2, PANEL,
                                  head_dim / 2, products + key, row_size(num_keys));
     });
+}
+
+// Products with the packed keys become those with what int8 keys stand for.
+void apply_scales(float* products) {
+    const float* scales = own.scales.data();
+    int64_t size = own.scales.size();
+    for (int64_t key = 0; key < size; ++key) products[key] *= scales[key];
 }
 
 // Logits become weights of the first `num_seen` keys, and zeros up to a whole vector.
@@ -121,6 +145,7 @@ void score_by_window(const Heads& heads, int64_t head, float* scores) {
                  own.logits.data());
         for (int64_t row = 0; row < count; ++row) {
             float* logits = own.logits.data() + row * row_size(length);
+            apply_scales(logits);
             int64_t num_seen = length - heads.window + (query + row) % heads.window + 1;
             float factor = weigh(logits, num_seen, heads.scale);
             add(scores, logits, factor, num_seen);
@@ -161,20 +186,23 @@ void add_importance(const Heads& heads, int64_t head, int64_t num_keys, int64_t 
         }
         for (int64_t row = 0; row < count; ++row) {
             float* weights = best + row * stride;
+            apply_scales(weights);  // after the maximum: no scale is below 0
             float factor = weigh(weights, num_keys, heads.scale);
             add_pooled(scores, weights, num_keys, kernel_size / 2, weight * factor / heads.window);
         }
     }
 }
 
-// The keys one after another, and their norms; infinite of a key without a direction.
+// The keys one after another, and their norms; infinite of a key without a direction. A scale changes
+// no direction, so of int8 keys both are the levels'; where it is not finite, these are 0.
 void read_keys(const Heads& heads, int64_t head, int64_t num_keys) {
     own.rows.resize(num_keys * heads.head_dim);
     own.norms.resize(num_keys);
     own.limits.assign(row_size(num_keys), INFINITE);
     for (int64_t key = 0; key < num_keys; ++key) {
         Bf16* row = own.rows.data() + key * heads.head_dim;
-        std::memcpy(row, heads.entry(head, key), heads.head_dim * sizeof(Bf16));
+        const Bf16* at = heads.entries(head, key, 1, row);
+        if (at != row) std::memcpy(row, at, heads.head_dim * sizeof(Bf16));
         __m512 squares = _mm512_setzero_ps();
         for (int64_t dim = 0; dim < heads.head_dim; dim += LANES) {
             __m512 x = widen(row + dim);
@@ -362,24 +390,26 @@ void choose(const float* scores, int64_t length, int64_t window, int64_t budget,
 extern "C" {
 
 // scores: [N, width * page_size], of the entries that the queries attend to.
-void winnow_window_scores(const Bf16* queries, const Bf16* keys, const int64_t* pages,
-                          const int64_t* lengths, float* scores, int64_t num_heads, int64_t group,
-                          int64_t window, int64_t head_dim, int64_t page_size, int64_t width,
-                          float scaling, int num_threads) {
-    Heads heads{queries, keys,     pages,     lengths, group,
-                window,  head_dim, page_size, width,   scaling * LOG2_E};
+// scales: as in Heads.
+void winnow_window_scores(const Bf16* queries, const void* keys, const Half* scales,
+                          const int64_t* pages, const int64_t* lengths, float* scores,
+                          int64_t num_heads, int64_t group, int64_t window, int64_t head_dim,
+                          int64_t page_size, int64_t width, float scaling, int num_threads) {
+    Heads heads{queries, keys,     scales,    pages, lengths,         group,
+                window,  head_dim, page_size, width, scaling * LOG2_E};
     for_heads(num_heads, num_threads, [&](int64_t head) {
         score_by_window(heads, head, scores + head * heads.num_slots());
     });
 }
 
 // scores: likewise, of the entries before the window.
-void winnow_rkv_scores(const Bf16* queries, const Bf16* keys, const int64_t* pages,
-                       const int64_t* lengths, float* scores, int64_t num_heads, int64_t group,
-                       int64_t window, int64_t head_dim, int64_t page_size, int64_t width,
-                       int64_t kernel_size, float scaling, float weight, int num_threads) {
-    Heads heads{queries, keys,     pages,     lengths, group,
-                window,  head_dim, page_size, width,   scaling * LOG2_E};
+void winnow_rkv_scores(const Bf16* queries, const void* keys, const Half* scales,
+                       const int64_t* pages, const int64_t* lengths, float* scores,
+                       int64_t num_heads, int64_t group, int64_t window, int64_t head_dim,
+                       int64_t page_size, int64_t width, int64_t kernel_size, float scaling,
+                       float weight, int num_threads) {
+    Heads heads{queries, keys,     scales,    pages, lengths,         group,
+                window,  head_dim, page_size, width, scaling * LOG2_E};
     for_heads(num_heads, num_threads, [&](int64_t head) {
         score_by_rkv(heads, head, kernel_size, weight, scores + head * heads.num_slots());
     });

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from winnow.kernels.cpu.attention import PAGE_ENTRIES
-from winnow.kernels.cpu.library import LANES, fits, is_usable, library
+from winnow.kernels.cpu.library import LANES, is_usable, library
 
 
 def can_recompress(keys: Tensor, dtype: torch.dtype) -> bool:
     """Whether the kernels take keys [num_pages, page_size, D] and queries of the dtype."""
     whole = keys.shape[1] % PAGE_ENTRIES == 0 and keys.shape[2] % (2 * LANES) == 0
-    return dtype == torch.bfloat16 and whole and fits(keys) and is_usable()
+    is_known = keys.dtype in (torch.bfloat16, torch.int8) and dtype == torch.bfloat16
+    return is_known and keys.is_cpu and whole and is_usable()
 
 
 def window_scores(
@@ -49,17 +50,19 @@ def rkv_scores(
 
 def _call(
     queries: Tensor, keys: Tensor, pages: Tensor, lengths: Tensor, scales: Tensor | None
-) -> tuple[list[int], list[int], Tensor]:
+) -> tuple[list[int | None], list[int], Tensor]:
     """Addresses and sizes for a kernel that scores, and the scores it is to compute."""
-    assert scales is None, "PyTorch scores keys as int8"
-    assert queries.is_contiguous() and keys.is_contiguous() and queries.dtype == keys.dtype
+    assert queries.dtype == torch.bfloat16
+    assert keys.dtype == (torch.bfloat16 if scales is None else torch.int8)
+    for part in (queries, keys, scales):
+        assert part is None or part.is_contiguous(), f"{tuple(part.shape)}, {part.stride()}"
     _require_indices(pages=pages, lengths=lengths)
     num_heads, group, window, head_dim = queries.shape
     page_size, width = keys.shape[1], pages.shape[1]
     scores = queries.new_empty((num_heads, width * page_size), dtype=torch.float32)
-    tensors = (queries, keys, pages, lengths, scores)
-    sizes = [num_heads, group, window, head_dim, page_size, width]
-    return [tensor.data_ptr() for tensor in tensors], sizes, scores
+    tensors = (queries, keys, scales, pages, lengths, scores)
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    return addresses, [num_heads, group, window, head_dim, page_size, width], scores
 
 
 def best_entries(

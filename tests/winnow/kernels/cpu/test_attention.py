@@ -196,6 +196,36 @@ def test_a_new_entry_that_int8_cannot_hold_makes_the_output_nan(number: float, p
     assert attend(on_cpu.append_and_attend, pages, step).isnan().all()
 
 
+@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("variant", [PLAIN, Variant(softcap=5.0), Variant(sinks=torch.zeros(4))])
+@pytest.mark.parametrize("part", [0, 1])
+def test_attention_to_nothing_but_nan_is_nan(part: int, variant: Variant, is_int8: bool) -> None:
+    pages = filled_pages([[1, 1]], head_dim=32, page_size=16, dtype=torch.bfloat16)
+    pages = pages.quantized() if is_int8 else pages
+    step = step_of(pages, 2)
+    step[part][:, :, 7] = torch.nan
+    assert attend(on_cpu.append_and_attend, pages, step, variant).isnan().all()
+
+
+def test_a_query_of_nan_gets_nan_within_a_prompt() -> None:
+    query, key, value = projection(600, [2, 1, 1], 32)
+    clean = on_cpu.attend(query, key, value, torch.arange(600), 1.0)
+    query[:, 3] = torch.nan
+    found = on_cpu.attend(query, key, value, torch.arange(600), 1.0)
+    assert found[:, 3].isnan().all()
+    assert torch.equal(found[:, 4:], clean[:, 4:])
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+@pytest.mark.parametrize("change", [Tensor.float, lambda one: one.mT.contiguous().mT])
+def test_a_step_takes_bfloat16_of_whole_rows_alone(part: int, change: Any) -> None:
+    pages = filled_pages([[5, 5]], head_dim=32, page_size=16, dtype=torch.bfloat16)
+    step = list(step_of(pages, 2))
+    step[part] = change(step[part])
+    with pytest.raises(AssertionError, match="float"):
+        attend(on_cpu.append_and_attend, pages, tuple(step))
+
+
 def test_a_row_gets_the_same_bits_whatever_shares_its_batch() -> None:
     pages = filled_pages([[700, 20], [3, 900]], head_dim=64, page_size=16, dtype=torch.bfloat16)
     step = step_of(pages, 3)

@@ -14,6 +14,7 @@ from tests.winnow.drive import ASL, GREEDY, admit, decode_all, ids, make_engine,
 from tests.winnow.layers import assert_same_layers, theirs
 from winnow.attention.paged import PagedBackend
 from winnow.decoder import DecoderModel
+from winnow.kv import KV_DTYPES, KvDtype
 from winnow.linear import OneDnnLinear, PackedEmbedding, PackedLinear
 from winnow.models import load_model
 
@@ -38,8 +39,10 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return save_tiny_model(folder, "qwen3", dtype=torch.bfloat16, **own)
 
 
-def answers(model: DecoderModel, lengths: tuple[int, ...]) -> dict[str, list[int]]:
-    engine = make_engine(model)
+def answers(
+    model: DecoderModel, lengths: tuple[int, ...], kv_dtype: KvDtype = "auto"
+) -> dict[str, list[int]]:
+    engine = make_engine(model, kv_dtype=kv_dtype)
     assert isinstance(engine._runner._steps._backend, PagedBackend)
     for num_tokens in lengths:
         request = spec(str(num_tokens), num_tokens, GREEDY, decode_budget=24, recompress_interval=4)
@@ -67,11 +70,14 @@ def test_embeddings_and_head_of_one_weight_hold_it_once(folder: Path) -> None:
     assert torch.equal(model.embed(token_ids), network.model.embed_tokens(token_ids))
 
 
-def test_a_prompt_gets_the_same_tokens_whatever_shares_its_batch(folder: Path) -> None:
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_a_prompt_gets_the_same_tokens_whatever_shares_its_batch(
+    folder: Path, kv_dtype: KvDtype
+) -> None:
     model = load_model(folder)
-    together = answers(model, LENGTHS)
+    together = answers(model, LENGTHS, kv_dtype)
     for num_tokens in LENGTHS:
-        assert answers(model, (num_tokens,))[str(num_tokens)] == together[str(num_tokens)]
+        assert answers(model, (num_tokens,), kv_dtype)[str(num_tokens)] == together[str(num_tokens)]
 
 
 def test_windows_are_read_in_place_whatever_shares_the_batch(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """Scoring, choice and compaction of many heads at once, against their references."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -42,45 +45,59 @@ def alike(pages: Pages, number: int) -> Pages:
     return pages
 
 
+def exact(keys: Tensor) -> Tensor:
+    """What the reference takes."""
+    return keys if keys.dtype == torch.int8 else keys.float()
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("page_size", [16, 64])
 @pytest.mark.parametrize(("group", "head_dim"), [(1, 32), (2, 64), (7, 96), (5, 256)])
-def test_window_scores_equal_the_reference(group: int, head_dim: int, page_size: int) -> None:
+def test_window_scores_equal_the_reference(
+    group: int, head_dim: int, page_size: int, is_int8: bool
+) -> None:
     pages = heads_in_pages(LENGTHS, head_dim, page_size)
+    pages = pages.quantized() if is_int8 else pages
     queries = torch.randn(len(LENGTHS), group, WINDOW, head_dim).bfloat16()
-    table, lengths, scaling = pages.pages[0], torch.tensor(LENGTHS), head_dim**-0.5
-    found = on_cpu.window_scores(queries, pages.keys, table, lengths, scaling)
-    expected = recompression.window_scores(
-        queries.float(), pages.keys.float(), table, lengths, scaling
-    )
+    at = (pages.pages[0], torch.tensor(LENGTHS), head_dim**-0.5, pages.scales)
+    found = on_cpu.window_scores(queries, pages.keys, *at)
+    expected = recompression.window_scores(queries.float(), exact(pages.keys), *at)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("weight", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("directions", [1, 5, 50, 10_000])
 @pytest.mark.parametrize(("group", "window", "head_dim"), [(1, 8, 32), (4, 7, 64), (2, 1, 96)])
 def test_rkv_scores_equal_the_reference(
-    group: int, window: int, head_dim: int, directions: int, weight: float
+    group: int, window: int, head_dim: int, directions: int, weight: float, is_int8: bool
 ) -> None:
     """Whether all keys, many or none are similar to others."""
     pages = alike(heads_in_pages(LENGTHS, head_dim), directions)
+    pages = pages.quantized() if is_int8 else pages
     queries = torch.randn(len(LENGTHS), group, window, head_dim).bfloat16()
-    at = (pages.pages[0], torch.tensor(LENGTHS), head_dim**-0.5, None, 7, weight)
+    at = (pages.pages[0], torch.tensor(LENGTHS), head_dim**-0.5, pages.scales, 7, weight)
     found = on_cpu.rkv_scores(queries, pages.keys, *at)
-    expected = rkv_scores(queries.float(), pages.keys.float(), *at)
+    expected = rkv_scores(queries.float(), exact(pages.keys), *at)
     for own, other, length in zip(found, expected, LENGTHS, strict=True):
         before = slice(length - window)
         torch.testing.assert_close(own[before], other[before], rtol=1e-4, atol=1e-6)
 
 
-def test_a_key_that_is_not_finite_is_similar_to_nothing() -> None:
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_a_key_that_is_not_finite_is_similar_to_nothing(is_int8: bool) -> None:
     pages = alike(heads_in_pages((60,), 32), 2)
     pages.keys[pages.pages[0, 0, 1], 3] = torch.inf
     pages.keys[pages.pages[0, 0, 2], 5] = torch.nan
-    at = (pages.pages[0], torch.tensor([60]), 1.0, None, 1, 0.0)
+    finite = replace(pages, keys=pages.keys.masked_fill(~pages.keys.isfinite(), 0))
+    pages, finite = (one.quantized() if is_int8 else one for one in (pages, finite))
     queries = torch.zeros(1, 1, WINDOW, 32).bfloat16()
-    found = on_cpu.rkv_scores(queries, pages.keys, *at)[0, : 60 - WINDOW]
-    finite = pages.keys.masked_fill(~pages.keys.isfinite(), 0)
-    expected = rkv_scores(queries.float(), finite.float(), *at)[0, : 60 - WINDOW]
+
+    def at(pages: Pages) -> tuple[Any, ...]:
+        return pages.pages[0], torch.tensor([60]), 1.0, pages.scales, 1, 0.0
+
+    found = on_cpu.rkv_scores(queries, pages.keys, *at(pages))[0, : 60 - WINDOW]
+    expected = rkv_scores(queries.float(), exact(finite.keys), *at(finite))[0, : 60 - WINDOW]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -144,7 +161,8 @@ def test_a_batch_of_heads_keeps_what_it_keeps_with_the_reference(method: str) ->
 
 def test_they_are_used_for_bfloat16_in_whole_vectors() -> None:
     keys = torch.empty(1, 16, 64, dtype=torch.bfloat16)
-    assert choice.recompression_kernels(keys, torch.bfloat16, 4) is choice.ON_CPU
-    choice.try_out(choice.ON_CPU, keys, torch.bfloat16, 4)
+    for known in (keys, keys.to(torch.int8)):
+        assert choice.recompression_kernels(known, torch.bfloat16, 4) is choice.ON_CPU
+        choice.try_out(choice.ON_CPU, known, torch.bfloat16, 4)
     for other in (keys.float(), keys.to(torch.int8), keys[..., :48], keys[:, :8]):
         assert choice.recompression_kernels(other, other.dtype, 4) is choice.REFERENCE
