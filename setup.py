@@ -18,11 +18,13 @@ _SOURCES = ("attention", "layer", "linear", "packed_layer", "recompression")
 _HEADERS = ("int8", "packed_layer", "packing", "product", "vectors")
 
 
-def _library(name: str, sources: tuple[str, ...], *options: str) -> Extension:
+def _library(
+    name: str, sources: tuple[str, ...], headers: tuple[str, ...], *options: str
+) -> Extension:
     return Extension(
         f"winnow.kernels.cpu.{name}",
         sources=[f"{_KERNELS}/{source}.cpp" for source in sources],
-        depends=[f"{_KERNELS}/{header}.h" for header in _HEADERS],
+        depends=[f"{_KERNELS}/{header}.h" for header in headers],
         language="c++",
         extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", *options],
         extra_link_args=["-fopenmp"],
@@ -33,16 +35,16 @@ def _library(name: str, sources: tuple[str, ...], *options: str) -> Extension:
 _LIBRARY = _library(
     "_library",
     _SOURCES,
+    _HEADERS,
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma", "-mf16c"),
     *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),  # GCC finds some in its own header
 )
-_PORTABLE = _library("_portable", ("masses",), "-fno-trapping-math")  # so that selects are vectors
-_BUILT = [_PORTABLE] if sys.platform == "linux" else []
-if _BUILT and platform.machine() == "x86_64":
-    _BUILT.append(_LIBRARY)
+# Selects become vectors only where comparisons need not trap.
+_PORTABLE = _library("_portable", ("masses",), (), "-fno-trapping-math")
+_IS_BUILT = sys.platform == "linux" and platform.machine() == "x86_64"
 
 setup(
-    ext_modules=_BUILT,
+    ext_modules=[_LIBRARY, _PORTABLE] if _IS_BUILT else [],
     packages=[
         *find_packages(include=["winnow", "winnow.*", "winnow_serve"]),
         *(f"{_PRIVATE}.{name}" for name in find_packages(include=["services*", "evals*"])),

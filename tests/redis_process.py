@@ -2,6 +2,8 @@
 
 import subprocess
 
+from tests.deadlines import SOON_S
+
 
 def start_redis(*flags: str) -> subprocess.Popen[str]:
     """The process, once it takes connections; `stop_redis` ends it."""
@@ -17,4 +19,4 @@ def start_redis(*flags: str) -> subprocess.Popen[str]:
 
 def stop_redis(server: subprocess.Popen[str]) -> None:
     server.terminate()
-    server.communicate()
+    server.communicate(timeout=SOON_S)

@@ -124,7 +124,7 @@ def require_gpus(settings: Settings, found: float) -> None:
     """
     wanted = settings.prefill_replicas * settings.gpus_per_worker(settings.prefill_ranks)
     wanted += settings.decode_workers * settings.gpus_per_worker(settings.decode_ranks)
-    if wanted > found:
+    if round(wanted, 4) > found:  # as Ray counts
         raise InvalidSetting(
             f"prefill and decode workers need {wanted:g} GPUs, worker_num_gpus for each; this "
             f"machine has {found:g}",

@@ -74,7 +74,7 @@ class ServedAdapters:
 
         Returns when the other gateways know it.  Raises RegistryUnavailable.
         """
-        await self._change(_record(found.ref, version=time.time_ns()))
+        await self._change(_record(found.ref, version=self._next_version(found.name)))
         logger.info("adapter %s is served from %s", found.name, found.folder)
 
     async def drop(self, name: str) -> None:
@@ -85,7 +85,7 @@ class ServedAdapters:
         ref = self.find(name)
         if ref is None:
             raise UnknownModel(f"adapter {name!r} is not served here", param="name")
-        await self._change(_record(ref, version=time.time_ns(), is_dropped=True))
+        await self._change(_record(ref, version=self._next_version(name), is_dropped=True))
         logger.info("adapter %s is served no more", name)
 
     async def close(self) -> None:
@@ -99,6 +99,11 @@ class ServedAdapters:
                 param="max_adapters",
             )
         return self._room
+
+    def _next_version(self, name: str) -> int:
+        """Above the one that is known, also if that came from a clock ahead of this one."""
+        own = self._records.get(name)
+        return max(time.time_ns(), own.version + 1 if own else 0)
 
     async def _change(self, record: AdapterRecord) -> None:
         await self._registry.put(record, self._settings.lease_s)

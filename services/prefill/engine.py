@@ -10,6 +10,7 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from services.common.cores import SharedCores
@@ -33,10 +34,6 @@ from winnow.methods.base import LayerView
 from winnow.side_stream import Pace
 
 logger = logging.getLogger(__name__)
-
-# Prompts in a row that break without a cause of their own. After so many the cause is not theirs: a
-# GPU that failed once keeps failing, and would fail all prompts that come, quickly.
-_MAX_FAILURES = 10
 
 
 def store_for(job: PrefillJob, store: PrefixStore | None) -> PrefixStore | None:
@@ -63,12 +60,7 @@ class PrefillEngine:
         self._store = store
         self._transfers = transfers
         self._pace = Pace(model.device)
-        self._num_failures = 0  # since a prompt was last computed to its end
-
-    @property
-    def is_broken(self) -> bool:
-        """Whether it will most likely compute no prompt any more."""
-        return self._num_failures >= _MAX_FAILURES
+        self.is_broken = False  # its device has failed: a GPU that failed once fails ever after
 
     def advance(self, work: Work) -> bool:
         """Compute the prompt's next step; any error becomes that prompt's outcome.
@@ -82,8 +74,8 @@ class PrefillEngine:
         except WinnowError as error:
             self.end(work, error)
         except Exception as error:
-            self._num_failures += 1
             logger.exception("prefill broke", extra={"request_id": work.job.request_id})
+            self.is_broken = not _works(self._model.device)
             self.end(work, PrefillFailed(f"prefill broke: {error!r}"))
         return True
 
@@ -177,7 +169,6 @@ class PrefillEngine:
         """Keep a finished run's result; its hidden states are those to score, if requested."""
         job = work.job
         result = run.result(keep_hidden=job.num_prompt_logprobs is not None)
-        self._num_failures = 0
         work.result = replace(result, hidden=None)
         if result.hidden is not None and job.num_prompt_logprobs is not None:
             work.scoring = PromptLogprobsRun(
@@ -265,6 +256,14 @@ def _pack_for(
     if isinstance(work.push, SplitPush):
         return work.push.pack(view, values, positions, kept)
     return view.pack(values, positions, kept)
+
+
+def _works(device: torch.device) -> bool:
+    """Whether it still computes."""
+    try:
+        return float(torch.ones(1, device=device).add_(1)) == 2
+    except RuntimeError:
+        return False
 
 
 def cancelled() -> RequestCancelled:

@@ -30,7 +30,7 @@ from winnow.distributed.ranks import Ranks
 from winnow.engine.prefill_scheduler import PrefillScheduler
 from winnow.engine.prefix.store import PrefixStore
 from winnow.engine.prompt_logprobs import scoring_layer_tokens
-from winnow.errors import DeadlineExceeded, Overloaded, PrefillFailed, WinnowError
+from winnow.errors import DeadlineExceeded, Overloaded, PrefillFailed, PrefillLost, WinnowError
 from winnow.kv import KvDtype
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class PrefillQueue:
         self._scheduler: PrefillScheduler[Work] = PrefillScheduler(max_open)
         self._changed = threading.Condition()
         self._works: list[Work] = []  # in order of arrival; those over are removed after each layer
-        self._stopping = False
+        self._stopping = self._is_lost = False
         self._thread = threading.Thread(target=self._run, name="prefill-engine", daemon=True)
         metrics.waiting.set_function(lambda: len(self._waiting()))
         metrics.waiting_tokens.set_function(
@@ -107,18 +107,18 @@ class PrefillQueue:
             waiting = self._waiting()
             self._changed.notify_all()
         for work in waiting:
-            work.settle(_stopped())
+            work.settle(self._ended())
 
     def submit(self, job: PrefillJob) -> "Future[PrefillOutcome]":
         """The job's outcome, once its KV is in place; cancelling the future stops the work.
 
         Raises Overloaded if too many prompts are waiting, unless the job's request was admitted
-        before, and for a job that gives way if there is any other; PrefillFailed after `stop`.
+        before, and for a job that gives way if there is any other; PrefillFailed after the end.
         """
         work = self._work(job)
         with self._changed:
             if self._stopping:
-                raise _stopped()
+                raise self._ended()
             self._require_room(job)
             self._works.append(work)
             self._changed.notify_all()
@@ -133,8 +133,8 @@ class PrefillQueue:
         used_adapter(self._model, adapter).end_use()
 
     def routing_stats(self) -> RoutingStats | None:
-        """What gateways route by; None without a prefix store."""
-        if self._store is None:
+        """What gateways route by; None without a prefix store, and after the engine's end."""
+        if self._store is None or not self.alive:
             return None
         return RoutingStats(
             self._model.fingerprint,
@@ -201,10 +201,23 @@ class PrefillQueue:
         finally:
             if not self._stopping:
                 logger.critical("the prefill engine has ended")
+                self._is_lost = True
             self._take_no_more()
-        for work in self._left():
-            if work.is_open:  # the others are settled
-                self._engine.end(work, _stopped())
+            for work in self._left():
+                if work.is_open:  # the others are settled
+                    self._end_at_last(work)
+
+    def _end_at_last(self, work: Work) -> None:
+        try:
+            self._engine.end(work, self._ended())
+        except Exception:  # of a broken device; the job has its outcome
+            logger.exception("a prompt's memory is lost", extra={"request_id": work.job.request_id})
+
+    def _ended(self) -> PrefillFailed:
+        """Why no job is taken any more; one of a lost worker goes to another at no cost."""
+        if self._is_lost:
+            return PrefillLost("the prefill engine has ended")
+        return PrefillFailed("the prefill worker stops")
 
     def _wait_for_work(self) -> bool:
         """Wait until there is a prompt; False if the worker stops."""
@@ -251,7 +264,3 @@ def _reason_to_end(work: Work, works: list[Work]) -> WinnowError | None:
 
 def _given_way() -> Overloaded:
     return Overloaded("the prefill worker has other prompts to compute")
-
-
-def _stopped() -> PrefillFailed:
-    return PrefillFailed("the prefill worker stops")

@@ -568,7 +568,7 @@ def test_a_pool_of_gpu_nodes_gets_its_pods_alone() -> None:
         probe, limit_s = container["startupProbe"], part["startupTimeoutSeconds"]
         assert probe["periodSeconds"] * probe["failureThreshold"] == limit_s
         if part is parts["serve"]:
-            assert variables(container)["WINNOW_START_TIMEOUT_S"] == str(limit_s)
+            assert variables(container)["WINNOW_START_TIMEOUT_S"] == f"{0.9 * limit_s:g}"
 
 
 def test_a_ray_pod_has_its_time_to_start() -> None:

@@ -208,8 +208,13 @@ async def test_stop_leaves_nothing_behind(
 
 
 async def test_its_end_is_no_error_for_those_that_are_connected(
-    tiny_models: dict[str, Path], redis_url: str, capfd: pytest.CaptureFixture[str]
+    tiny_models: dict[str, Path],
+    redis_url: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for server in ("control_server", "kv_server"):  # however long this process takes to close
+        monkeypatch.setattr(f"services.decode.{server}.STOP_GRACE_S", SOON_S)
     worker = DecodeWorker(
         Settings(model=str(tiny_models["llama"]), redis_url=redis_url, kv_memory_bytes=16 << 20)
     )

@@ -21,9 +21,10 @@ def test_a_cpu_uses_pytorch(caplog: pytest.LogCaptureFixture) -> None:
 def test_where_the_kernels_cannot_run_pytorch_is_used_and_one_line_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    keys: Any = SimpleNamespace(device=torch.device("cuda"), shape=(1, 16, 64))
+    device, dtype = torch.device("cuda"), torch.float32
+    keys: Any = SimpleNamespace(device=device, dtype=dtype, shape=(1, 16, 64))
     monkeypatch.setitem(sys.modules, MODULE, None)
     with caplog.at_level(logging.WARNING):
-        assert recompression_kernels(keys, torch.float32, 4) is REFERENCE
+        assert recompression_kernels(keys, dtype, 4) is REFERENCE
     (record,) = caplog.records
     assert "recompression uses PyTorch, because its kernel fails here" in record.getMessage()

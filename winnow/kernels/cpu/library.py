@@ -1,5 +1,5 @@
 """The libraries that setup.py builds of the C++ files here: one for CPUs with bfloat16 products of
-AVX-512, and a portable one for any.
+AVX-512, and a portable one for any x86-64 CPU.
 
 They need nothing of Python or PyTorch, so that they can be built without them. Their threads are
 PyTorch's: both use the OpenMP library that PyTorch has loaded.
@@ -78,7 +78,7 @@ def is_usable() -> bool:
 @cache
 def is_portable_usable() -> bool:
     """Likewise of the portable library's."""
-    return _can(portable_library, "the kernel that sums what sampling needs")
+    return _can(portable_library, "the kernels for sampling")
 
 
 def _can(load: Callable[[], ctypes.CDLL], kernels: str) -> bool:

@@ -1,4 +1,4 @@
-// Sums over blocks of a vocabulary, for any CPU; see masses.py.
+// Sums over blocks of a vocabulary, for any x86-64 CPU; see masses.py.
 
 #include <algorithm>
 #include <cstdint>

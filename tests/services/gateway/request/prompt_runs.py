@@ -89,11 +89,15 @@ def worker_of(service: TestService, run: PromptRun) -> DecodeWorker:
     return worker
 
 
-async def kill_worker_of(service: TestService, run: PromptRun) -> None:
+async def break_off(worker: DecodeWorker) -> None:
     """Its connections break, and the registry forgets it."""
-    worker = worker_of(service, run)
     await worker._control._server.stop(None)  # at once; `stop` would let a short answer end
     await worker.stop()
+
+
+async def kill_worker_of(service: TestService, run: PromptRun) -> None:
+    worker = worker_of(service, run)
+    await break_off(worker)
     service.workers.remove(worker)
 
 

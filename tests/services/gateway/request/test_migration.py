@@ -27,6 +27,7 @@ from tests.services.gateway.request.prompt_runs import (
     LARGE,
     REQUEST,
     answers,
+    break_off,
     complete,
     kill_worker_of,
     make_run,
@@ -158,7 +159,7 @@ async def test_a_client_sees_one_stream(
                 if kill and len(logprobs) > 10:
                     kill = False
                     (busy,) = (w for w in service.workers if w.engine.stats().running_sequences)
-                    await busy.stop()
+                    await break_off(busy)
                     service.workers.remove(busy)
             return text, logprobs
 
@@ -202,7 +203,7 @@ async def test_a_prompt_that_outlives_the_only_worker_it_fits_waits_for_another(
         another = DecodeWorker(large._settings)
 
         async def replace_large(*_: object) -> None:
-            await large.stop()
+            await break_off(large)
             starting.append(asyncio.create_task(start_another()))
 
         async def start_another() -> None:

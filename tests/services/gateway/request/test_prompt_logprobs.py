@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from services.common.jobs import PrefillJob, PrefillOutcome
 from tests.deadlines import SOON_S
 from tests.services.exposed import value
+from tests.services.gateway.request.prompt_runs import break_off
 from tests.services.gateway.service import MODEL_NAME, TestService, running_service
 from tests.winnow import reference
 from winnow.errors import NotFinite, Overloaded, PrefillFailed, PrefillLost
@@ -314,7 +315,7 @@ async def test_a_lost_decode_worker_costs_no_second_scoring(
             lines = answer.aiter_lines()
             chunks = [json.loads((await anext(lines)).removeprefix("data: "))]
             busy = next(w for w in service.workers if w.engine.stats().running_sequences)
-            await busy.stop()
+            await break_off(busy)
             chunks += [json.loads(one[6:]) async for one in lines if one.startswith("data: {")]
         tokens = [t for c in chunks for t in c["choices"][0]["logprobs"]["tokens"]]
         assert tokens == expected["logprobs"]["tokens"]

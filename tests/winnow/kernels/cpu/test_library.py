@@ -52,7 +52,7 @@ def test_sampling_without_it_says_so_once(caplog: pytest.LogCaptureFixture) -> N
     assert not masses.can_sum(torch.zeros(1, 300))
     (line,) = [record.getMessage() for record in caplog.records]
     assert line == (
-        "PyTorch's own operations are used in place of the kernel that sums what sampling needs: "
+        "PyTorch's own operations are used in place of the kernels for sampling: "
         "they were not built when Winnow was installed"
     )
 
