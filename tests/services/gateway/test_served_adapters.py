@@ -65,6 +65,22 @@ async def test_what_one_loads_and_drops_all_serve_and_refuse(
             await until(lambda: later.find("own") == one.find("own"))
 
 
+async def test_a_clock_that_is_set_back_delays_no_change(
+    model_path: Path, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_adapter(tmp_path / "a", model_path, targets=("q_proj",))
+    async with (
+        gateway(model_path, redis_url, "back") as one,
+        gateway(model_path, redis_url, "back") as other,
+    ):
+        await one.add(await one.describe("more", str(folder)))
+        await until(lambda: other.names == ("more",))
+        monkeypatch.setattr(served_adapters.time, "time_ns", lambda: 1)
+        await other.drop("more")
+        assert other.names == ()
+        await until(lambda: one.names == ())
+
+
 async def test_names_stay_as_long_as_a_gateway_runs(
     model_path: Path, redis_url: str, tmp_path: Path
 ) -> None:
