@@ -49,8 +49,8 @@ def tokenize(gateway: Gateway, body: Mapping[str, Any]) -> Translation:
 def _tokens(gateway: Gateway, request: TokenizeRequest) -> Sequence[int]:
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequest("give either prompt or messages", param="prompt")
+    tools = read_tools(request, parallel=None)  # wrong ones are refused beside a prompt too
     if request.messages is not None:
-        tools = read_tools(request, parallel=None)
         messages, options = plain_messages(request.messages), chat_options(request)
         text = chat_text(gateway.model.tokenizer, messages, options, tools, gateway.settings)
         return gateway.limits.encode(text, "messages", add_special_tokens=False)

@@ -251,6 +251,7 @@ def test_a_prompt_leaves_while_it_is_computed(
 
     def go() -> None:
         assert submitted.wait(SOON_S)
+        assert receivers[LONG].call_begun.wait(SOON_S)  # a call that has not come has no end there
         leave(outcomes[0], expired)
 
     layers.during[LONG, 1] = go
@@ -293,6 +294,7 @@ def test_a_prompt_leaves_while_it_is_paused(
         held.append(runs[0]() is not None)
 
     def go() -> None:
+        assert receivers[LONG].call_begun.wait(SOON_S)
         see()
         leave(long, expired)
 

@@ -92,6 +92,12 @@ class Prefill:
         return run
 
 
+def all_begin(receivers: list[Receiver]) -> None:
+    """A call that ends before it has come to its receiver has no end there."""
+    for receiver in receivers:
+        assert receiver.call_begun.wait(SOON_S)
+
+
 @pytest.fixture(scope="module")
 def prefill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefill]:
     prefill = Prefill(tmp_path_factory.mktemp("four_heads"))
@@ -149,6 +155,7 @@ def test_a_part_that_is_refused_ends_the_transfer_with_its_error(
 ) -> None:
     def refuse(layer_idx: int) -> None:
         if layer_idx == 1:
+            all_begin(receivers)
             raise TransferDamaged("a checksum does not match")
 
     receivers = decode(4)
@@ -251,6 +258,7 @@ def test_an_aborted_transfer_ends_all_its_calls(
     receivers = decode(2)
     push = prefill.push(receivers)
     prefill.compute(push, num_layers=1)
+    all_begin(receivers)
     push.abort(RequestCancelled("gone"))
     assert isinstance(prefill.ends.get(timeout=SOON_S), RequestCancelled)
     for receiver in receivers:
@@ -294,6 +302,7 @@ def test_a_killed_rank_ends_the_transfer(
     receivers = decode(2)
     push = prefill.push(receivers)
     run = prefill.compute(push, num_layers=1)
+    all_begin(receivers)
     os.kill(prefill.ranks.process_ids[0], signal.SIGKILL)
     with pytest.raises((EngineFailed, RuntimeError)):  # its end is noticed, or the sum breaks
         for _ in range(3):

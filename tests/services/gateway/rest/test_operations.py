@@ -52,6 +52,7 @@ async def test_tokenize_renders_messages(service: TestService) -> None:
         ("/tokenize", {}, 400, "prompt"),
         ("/tokenize", {"prompt": "a", "messages": []}, 400, "prompt"),
         ("/tokenize", {"prompt": "a", "model": "other"}, 404, "model"),
+        ("/tokenize", {"prompt": "a", "tools": [{"type": "web"}]}, 400, "tools[0].type"),
         ("/tokenize", {"prompt": "a " * 9000}, 400, "prompt"),
         ("/tokenize", {"prompt": "a " * 1_000_000}, 400, "prompt"),
         ("/tokenize", {"messages": [{"role": "user", "content": "a " * 9000}]}, 400, "messages"),
