@@ -259,9 +259,11 @@ def _pack_for(
 
 
 def _works(device: torch.device) -> bool:
-    """Whether it still computes."""
+    """Whether it still computes; one whose memory is full does, once a prompt has ended."""
     try:
         return float(torch.ones(1, device=device).add_(1)) == 2
+    except torch.OutOfMemoryError:
+        return True
     except RuntimeError:
         return False
 

@@ -13,6 +13,7 @@ import torch
 
 from services.common.cores import SharedCores
 from services.common.metrics import render
+from services.prefill import engine
 from services.prefill.metrics import PrefillMetrics
 from services.prefill.queue import PrefillQueue
 from tests.deadlines import SOON_S
@@ -383,6 +384,21 @@ def test_decode_sees_no_prompt_that_failed(
         queue.submit(make_job(token_ids=(999_999,) * NUM_TOKENS)).result(SOON_S)
     queue.stop()
     assert not seen.prefill_runs
+
+
+@pytest.mark.parametrize(
+    ("error", "works"), [(torch.OutOfMemoryError("full"), True), (RuntimeError("lost"), False)]
+)
+def test_a_device_whose_memory_is_full_has_not_failed(
+    monkeypatch: pytest.MonkeyPatch, error: RuntimeError, works: bool
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    device = torch.device("cpu")
+    assert engine._works(device)
+    monkeypatch.setattr(torch, "ones", fail)
+    assert engine._works(device) == works
 
 
 def test_a_device_that_fails_ends_the_worker_and_a_prompt_that_breaks_does_not(
