@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.report import arguments, show, write_json
+from benchmarks.shapes import REAL_MODEL
 from evals.prose import documentation_sentences
 from evals.variants import UNPRUNED, Variant, make_variants, parse_methods
 from winnow.decoder import DecoderModel
@@ -73,7 +74,7 @@ def compare(
 
 def main() -> None:
     parser = arguments("Prefill time of pruning methods on one model.")
-    parser.add_argument("--model", type=Path, default=Path("real-models/smollm2"))
+    parser.add_argument("--model", type=Path, default=REAL_MODEL)
     parser.add_argument("--methods", default=_METHODS, help="as of `winnow eval`")
     parser.add_argument("--length", type=int, default=4096, help="tokens (default: 4096)")
     parser.add_argument("--budget", type=int, help="tokens (default: a quarter of the prompt)")

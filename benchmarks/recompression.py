@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.decode import our_step
 from benchmarks.methods import prompt_of
 from benchmarks.report import arguments, show, write_json
-from benchmarks.shapes import model_path
+from benchmarks.shapes import REAL_MODEL, model_path
 from winnow.catalog import RECOMPRESSIONS
 from winnow.decoder import DecoderModel
 from winnow.engine.prefill import PrefillRun
@@ -28,7 +28,6 @@ from winnow.kv import LayerKV
 from winnow.models import load_model
 from winnow.pruning_settings import PruningSettings, Recompression
 
-REAL_MODEL = Path(__file__).parents[1] / "real-models" / "smollm2"  # where it has been got
 INTERVAL = 128  # the default of `recompress_interval`
 STEPS = 48  # between two cuts here, so that there are several to measure
 ROUNDS = 4

@@ -8,7 +8,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-EMBEDDED = Path(__file__).parents[1] / "models" / "winnow-tiny"
+_ROOT = Path(__file__).parents[1]
+EMBEDDED = _ROOT / "models" / "winnow-tiny"
+REAL_MODEL = _ROOT / "real-models" / "smollm2"  # there after `make real-model`
 
 # The sizes of Qwen2.5-0.5B, with a smaller vocabulary: the LM head is not what is measured.
 HALF_BILLION: dict[str, Any] = {
