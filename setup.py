@@ -15,7 +15,7 @@ _MOVED = ("services", "evals", "models")
 # The kernels for CPUs: plain libraries, which ctypes loads. Without a compiler Winnow does without.
 _KERNELS = "winnow/kernels/cpu"
 _SOURCES = ("attention", "layer", "linear", "packed_layer", "recompression")
-_HEADERS = ("int8", "packed_layer", "packing", "product", "vectors")
+_HEADERS = ("int8", "packed_layer", "packing", "product", "vectors", "version")
 
 
 def _library(
@@ -40,7 +40,7 @@ _LIBRARY = _library(
     *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),  # GCC finds some in its own header
 )
 # Selects become vectors only where comparisons need not trap.
-_PORTABLE = _library("_portable", ("masses",), (), "-fno-trapping-math")
+_PORTABLE = _library("_portable", ("masses",), ("version",), "-fno-trapping-math")
 _IS_BUILT = sys.platform == "linux" and platform.machine() == "x86_64"
 
 setup(

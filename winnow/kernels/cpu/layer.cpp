@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "packed_layer.h"
+#include "version.h"
 
 namespace {
 
@@ -23,8 +24,7 @@ float inverse_rms(const Bf16* row, int64_t size, float eps) {
 
 extern "C" {
 
-// Raise it with library.py's whenever the arguments of a function, or packed_layer.h, change.
-int winnow_version() { return 4; }
+int winnow_version() { return VERSION; }
 
 // Whether this CPU has what the kernels use.
 int winnow_runs_here() {

@@ -19,7 +19,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
-VERSION = 4  # of the functions' arguments; see layer.cpp and masses.cpp
+VERSION = 4  # of the functions' arguments; see version.h
 LANES = 16  # numbers of a vector; see vectors.h
 _POINTER, _SIZE, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {

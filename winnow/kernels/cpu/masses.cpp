@@ -5,7 +5,9 @@
 #include <cstring>
 #include <limits>
 
-// Of each there is one for every kind; which is taken is decided when the library is loaded.
+#include "version.h"
+
+// Compiled once for every kind of CPU; which is taken is decided when the library is loaded.
 #if defined(__x86_64__) && defined(__gnu_linux__)
 #define FOR_EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -50,7 +52,7 @@ float mass(const float* logits, int64_t size, float best, float scale, float thr
 
 extern "C" {
 
-int winnow_version() { return 4; }  // as in layer.cpp
+int winnow_version() { return VERSION; }
 
 // logits: rows of `size`, `stride` apart.  best, scale, threshold: [num_rows]; the last may be null.
 // masses: [num_rows, ceil(size / block_size)].

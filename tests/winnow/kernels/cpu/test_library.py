@@ -85,7 +85,7 @@ def test_that_of_another_interpreter_is_not_taken(tmp_path: Path) -> None:
 
 
 def test_other_arguments_have_another_version() -> None:
-    """If this fails, raise VERSION here, in layer.cpp and in masses.cpp."""
+    """If this fails, raise VERSION here and in version.h."""
     signatures = library._SIGNATURES | library._PORTABLE_SIGNATURES
     described = [(name, *map(str, args)) for name, args in signatures.items()]
     structures = (*packed_layer._Layer._fields_, *linear.Linear._fields_)
